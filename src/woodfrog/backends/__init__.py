@@ -1,0 +1,1 @@
+"""Where instances run: start, capture, restore, call, stop."""

@@ -1,0 +1,170 @@
+"""The daemon's side of a worker's socket: frames out, frames in, large bodies straight to disk."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from woodfrog.errors import InstanceCrashed
+from woodfrog.protocol import HEAD, SPOOL_BYTES, ProtocolError, pack, parse_head, parse_header
+
+__all__ = ["Payload", "Reply", "WorkerConnection"]
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Opaque bytes of the user's: in memory when small, else in a file."""
+
+    data: bytes | None = None
+    path: Path | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.data) if self.data is not None else os.stat(self.path).st_size if self.path else 0
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        if self.data is not None:
+            yield self.data
+        elif self.path is not None:
+            with open(self.path, "rb") as f:
+                while chunk := f.read(_CHUNK):
+                    yield chunk
+
+    def read(self) -> bytes:
+        if self.data is not None:
+            return self.data
+        return self.path.read_bytes() if self.path else b""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One frame from the worker."""
+
+    header: dict[str, Any]
+    body: Payload
+
+    @property
+    def type(self) -> str:
+        return str(self.header["type"])
+
+
+class WorkerConnection:
+    """One connection to one worker. Nothing the worker sends is trusted beyond its framing."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, spool: Path) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._spool = spool
+
+    @classmethod
+    async def open(
+        cls, connect: Callable[[], Awaitable[socket.socket]], *, timeout: float, spool: Path, gone: asyncio.Future[Any]
+    ) -> WorkerConnection:
+        """Connect as soon as the worker listens; `gone` ends the wait when the worker died first.
+
+        Raises:
+            InstanceCrashed: the worker ended, or did not listen in time.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout
+        delay = 0.0005
+        while True:
+            try:
+                reader, writer = await asyncio.open_unix_connection(sock=await connect(), limit=_CHUNK)
+                return cls(reader, writer, spool)
+            except OSError as e:
+                if gone.done():
+                    raise InstanceCrashed("the worker ended before it listened", code="worker-start") from e
+                if asyncio.get_running_loop().time() > deadline:
+                    raise InstanceCrashed(f"the worker did not listen within {timeout:.0f} s", code="worker-start") from e
+            await asyncio.sleep(delay)
+            delay = min(delay * 1.5, 0.02)
+
+    async def send(self, header: dict[str, Any], *bodies: Payload) -> None:
+        """Send one frame whose body is `bodies` one after the other.
+
+        Raises:
+            InstanceCrashed: the worker is gone.
+        """
+        try:
+            self._writer.write(pack(header, sum(b.size for b in bodies)))
+            for body in bodies:
+                async for chunk in body.chunks():
+                    self._writer.write(chunk)
+                    if len(chunk) >= _CHUNK:
+                        await self._writer.drain()
+            await self._writer.drain()
+        except (ConnectionError, OSError) as e:
+            raise InstanceCrashed("the worker closed its connection", code="worker-gone") from e
+
+    async def receive(self) -> Reply:
+        """The next frame.
+
+        Raises:
+            InstanceCrashed: the connection ended.
+            ProtocolError: what came is not of the protocol.
+        """
+        try:
+            header_len, body_len = parse_head(await self._reader.readexactly(HEAD.size))
+            header = parse_header(await self._reader.readexactly(header_len))
+            if body_len <= SPOOL_BYTES:
+                return Reply(header, Payload(data=await self._reader.readexactly(body_len) if body_len else b""))
+            return Reply(header, await self._to_disk(body_len))
+        except (asyncio.IncompleteReadError, ConnectionError) as e:
+            raise InstanceCrashed("the worker closed its connection", code="worker-gone") from e
+
+    async def _to_disk(self, length: int) -> Payload:
+        fd, name = tempfile.mkstemp(prefix=".body-", dir=self._spool)
+        try:
+            with os.fdopen(fd, "wb") as f:
+                while length:
+                    chunk = await self._reader.read(min(length, _CHUNK))
+                    if not chunk:
+                        raise asyncio.IncompleteReadError(b"", length)
+                    f.write(chunk)
+                    length -= len(chunk)
+        except BaseException:
+            os.unlink(name)
+            raise
+        return Payload(path=Path(name))
+
+    async def request(self, header: dict[str, Any], *bodies: Payload, expect: str) -> Reply:
+        """Send, and take the one answer: `expect` or `failed`.
+
+        Raises:
+            ProtocolError: another answer.
+        """
+        await self.send(header, *bodies)
+        reply = await self.receive()
+        if reply.type not in (expect, "failed"):
+            raise ProtocolError(f"worker answered {reply.type!r} to {header['type']!r}, not {expect!r}")
+        return reply
+
+    async def wait_closed_by_worker(self, timeout: float) -> None:
+        """After `frozen`: the worker closes; only then is it still.
+
+        Raises:
+            ProtocolError: it sent something instead, or did not close in time.
+        """
+        try:
+            rest = await asyncio.wait_for(self._reader.read(1), timeout)
+        except TimeoutError:
+            raise ProtocolError(f"worker did not close its connection within {timeout:.0f} s") from None
+        except ConnectionError:
+            rest = b""
+        if rest:
+            raise ProtocolError("worker sent data after it froze")
+
+    async def close(self) -> None:
+        self._writer.close()
+        try:
+            await self._writer.wait_closed()
+        except (ConnectionError, OSError):
+            return  # the other end was gone already

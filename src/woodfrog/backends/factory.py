@@ -1,0 +1,209 @@
+"""Sandboxes for instances: a pool of prepared ones, their roots, their limits, their end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import woodfrog
+from woodfrog import protocol
+from woodfrog.errors import SandboxError, WoodfrogError
+from woodfrog.linux import cgroups
+from woodfrog.linux.network import Network
+from woodfrog.linux.rootplan import RootRequest, VolumeMount, etc_files, root_plan
+from woodfrog.linux.sandbox import Limits, ProcessSpec, Sandbox, SandboxProcess, init_binary_path
+from woodfrog.linux.skeleton import make_skeleton, read_host_root
+from woodfrog.settings import Settings
+from woodfrog.spec import FunctionSpec, RuntimeSpec
+
+__all__ = ["SandboxFactory"]
+
+log = logging.getLogger("woodfrog")
+
+_EXEC_LIMIT = 4 << 20
+
+
+class SandboxFactory:
+    """Prepares sandboxes ahead of need and gives them their function's root."""
+
+    def __init__(self, settings: Settings, groups: cgroups.Cgroups, network: Network) -> None:
+        self._settings = settings
+        self._groups = groups
+        self._network = network
+        self._host = read_host_root()
+        self._scratch = settings.home / "scratch"
+        self._scratch.mkdir(mode=0o700, exist_ok=True)
+        settings.kdat_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        self._disk_bytes = (settings.disk_mib << 20) or memory // 4
+        self._ready: list[Sandbox] = []
+        self._filling: asyncio.Task[None] | None = None
+        self._wanted = asyncio.Event()
+        self._count = 0
+        self._all: set[Sandbox] = set()
+        self._closed = False
+        self.package_root = Path(woodfrog.__file__).resolve().parent.parent
+
+    @classmethod
+    async def open(cls, settings: Settings) -> SandboxFactory:
+        """Detect cgroups, clean up after a daemon that was killed.
+
+        Raises:
+            HostError: this machine cannot hold sandboxes; the message names the remedy.
+        """
+        groups = cgroups.detect(settings.tag)
+        swept = await groups.sweep_leftovers()
+        if swept:
+            log.info("removed %d cgroups of a daemon that was killed", len(swept))
+        network = Network(settings.network_bridge, settings.network_subnet)
+        return cls(settings, groups, network)
+
+    # The pool
+
+    def start_filling(self) -> None:
+        self._wanted.set()
+        self._filling = asyncio.get_running_loop().create_task(self._fill())
+
+    async def _fill(self) -> None:
+        failures = 0
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            while len(self._ready) < self._settings.pool_size and not self._closed:
+                try:
+                    self._ready.append(await self._prepare(network=True))
+                    failures = 0
+                except WoodfrogError as e:
+                    failures += 1
+                    if failures == 1:
+                        log.warning("cannot prepare a sandbox ahead: %s", e.message)
+                    await asyncio.sleep(min(30.0, 2.0**failures))
+
+    async def _prepare(self, *, network: bool) -> Sandbox:
+        self._count += 1
+        lease = await self._network.lease() if network else None
+        sandbox = await Sandbox.prepare(
+            f"{os.getpid()}-{self._count}",
+            init_binary=init_binary_path(),
+            scratch=self._scratch,
+            host=self._host,
+            worker_uid=self._settings.worker_uid,
+            cgroups=self._groups,
+            network=lease,
+        )
+        self._all.add(sandbox)
+        return sandbox
+
+    async def take(self, spec: FunctionSpec) -> Sandbox:
+        """A prepared sandbox with this function's limits.
+
+        Raises:
+            SandboxError: none could be prepared.
+        """
+        sandbox = None
+        while self._ready and sandbox is None:
+            sandbox = self._ready.pop(0)
+            if not sandbox.alive:
+                await self.release(sandbox)
+                sandbox = None
+        self._wanted.set()
+        if sandbox is None:
+            sandbox = await self._prepare(network=not spec.block_network)
+        memory = spec.resources.memory_mib
+        await sandbox.set_limits(Limits(memory_bytes=memory << 20 if memory else None, cpus=spec.resources.cpu))
+        return sandbox
+
+    async def assemble(
+        self,
+        sandbox: Sandbox,
+        *,
+        spec: FunctionSpec,
+        runtime: RuntimeSpec,
+        code: Path | None,
+        volumes: tuple[VolumeMount, ...],
+        layers: tuple[Path, ...],
+        shm: Path | None,
+        hostname: str,
+    ) -> None:
+        """Give the sandbox its root."""
+        settings = self._settings
+        prefixes = self._prefixes(runtime)
+        lease = sandbox.network
+        request = RootRequest(
+            scratch=self._scratch,
+            skeleton=make_skeleton(settings.home / "skeletons", self._host, prefixes, settings.worker_uid),
+            disk_bytes=(spec.resources.disk_mib << 20) if spec.resources.disk_mib else self._disk_bytes,
+            hostname=hostname,
+            worker_uid=settings.worker_uid,
+            layers=layers,
+            shm_layer=shm,
+            code=code,
+            prefixes=prefixes,
+            volumes=volumes,
+            hidden=(settings.home,),
+            etc=etc_files(
+                self._host,
+                hostname=hostname,
+                worker_uid=settings.worker_uid,
+                resolv_conf=lease.resolv_conf if lease is not None else "",
+                address=lease.address if lease is not None and not spec.block_network else "",
+            ),
+            kdat_dir=settings.kdat_dir,
+            network=not spec.block_network,
+        )
+        await sandbox.assemble(root_plan(request, self._host))
+
+    def _prefixes(self, runtime: RuntimeSpec) -> tuple[Path, ...]:
+        """Directories the interpreter needs, at the paths it knows them by and at their real ones."""
+        wanted = [runtime.prefix, runtime.base_prefix, os.path.dirname(runtime.executable), *runtime.sys_path]
+        wanted += [str(self.package_root), os.path.dirname(os.path.realpath(runtime.executable))]
+        found: dict[Path, None] = {}
+        for text in wanted:
+            for path in (Path(text), Path(os.path.realpath(text))):
+                if path.is_absolute() and path.is_dir() and path != Path("/"):
+                    found[path] = None
+        return tuple(found)
+
+    async def spawn_worker(self, sandbox: Sandbox, argv: list[str], env: dict[str, str]) -> SandboxProcess:
+        uid = self._settings.worker_uid
+        return await sandbox.spawn(
+            ProcessSpec(
+                tuple(argv),
+                env=env,
+                uid=uid,
+                gid=uid,
+                inner_pid=protocol.WORKER_PID,
+                stdout=protocol.WORKER_STDOUT,
+                stderr=protocol.WORKER_STDERR,
+            )
+        )
+
+    async def execute(self, sandbox: Sandbox, argv: list[str], env: dict[str, str], timeout: float) -> dict[str, Any]:
+        """Run a command as the worker's user, beside the worker."""
+        uid = self._settings.worker_uid
+        done = await sandbox.run(ProcessSpec(tuple(argv), env=env, uid=uid, gid=uid, cwd="/app"), timeout, limit=_EXEC_LIMIT)
+        return {
+            "exit_code": done.status,
+            "stdout": done.stdout.decode(errors="replace"),
+            "stderr": done.stderr.decode(errors="replace"),
+            "truncated": done.truncated,
+        }
+
+    async def release(self, sandbox: Sandbox) -> None:
+        """Destroy a sandbox and all in it; what would not go is logged, not lost."""
+        try:
+            await sandbox.destroy()
+        except SandboxError as e:
+            log.error("%s", e.message)
+        self._all.discard(sandbox)
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._filling is not None:
+            self._filling.cancel()
+            await asyncio.wait([self._filling])
+        await asyncio.gather(*(self.release(s) for s in list(self._all)))
+        await self._network.close()

@@ -1,0 +1,636 @@
+"""Instances on this machine: one sandbox each, cold-booted or thawed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+import uuid
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from woodfrog import protocol
+from woodfrog.backends.base import Answer, CallRequest, Observer, StartRequest
+from woodfrog.backends.connection import Payload, WorkerConnection
+from woodfrog.backends.factory import SandboxFactory
+from woodfrog.criu.binary import Criu
+from woodfrog.errors import (
+    CaptureError,
+    IncompatibleSnapshot,
+    InstanceCrashed,
+    IntegrityError,
+    OutOfMemoryError,
+    RestoreError,
+    SandboxError,
+    StartupError,
+    StoreError,
+    WoodfrogError,
+)
+from woodfrog.linux.sandbox import Sandbox, SandboxProcess
+from woodfrog.snapshot.capture import SnapshotIdentity, capture
+from woodfrog.snapshot.catalogue import Catalogue, Staging
+from woodfrog.snapshot.compat import WorkerClass
+from woodfrog.snapshot.manifest import Manifest
+from woodfrog.snapshot.materialise import materialise
+from woodfrog.store.content import ContentStore
+from woodfrog.telemetry import Phases, counters
+
+__all__ = ["LocalBackend"]
+
+_STOP_GRACE_S = 10.0
+_FREEZE_TIMEOUT_S = 120.0
+_CONNECT_TIMEOUT_S = 60.0
+_HOME = "/home/woodfrog"
+
+
+class _UserFailure(WoodfrogError):
+    """The user's code failed in a start; `error` is what the callers are told."""
+
+    def __init__(self, error: StartupError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+@dataclass(eq=False)
+class Instance:
+    """One instance, from its start request until its sandbox is gone."""
+
+    request: StartRequest
+    phases: Phases = field(default_factory=Phases)
+    started: float = field(default_factory=time.time)
+    stage: str = "starting"
+    sandbox: Sandbox | None = None
+    process: SandboxProcess | None = None
+    connection: WorkerConnection | None = None
+    snapshot_id: str | None = None
+    hostname: str = ""
+    frozen_once: bool = False
+    serving: bool = False
+    stopping: str | None = None
+    exit_error: WoodfrogError | None = None
+    start_task: asyncio.Task[None] | None = None
+    watch_task: asyncio.Task[None] | None = None
+    log_fds: dict[int, str] = field(default_factory=dict)
+    oom_before: int = 0
+
+    @property
+    def id(self) -> str:
+        return self.request.instance_id
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    spool: Path
+    """Where large bodies go while they arrive."""
+
+
+class LocalBackend:
+    """Starts, freezes, thaws, calls and stops instances in sandboxes of this machine."""
+
+    def __init__(
+        self,
+        config: LocalConfig,
+        *,
+        observer: Observer,
+        factory: SandboxFactory,
+        catalogue: Catalogue,
+        content: ContentStore,
+        criu: Criu,
+        worker_class: WorkerClass,
+    ) -> None:
+        self._config = config
+        self._observer = observer
+        self._factory = factory
+        self._catalogue = catalogue
+        self._content = content
+        self._criu = criu
+        self._worker_class = worker_class
+        self._instances: dict[str, Instance] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # Starting
+
+    def start(self, request: StartRequest) -> None:
+        instance = Instance(request)
+        self._instances[request.instance_id] = instance
+        instance.start_task = self._spawn(self._start(instance))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _stage(self, instance: Instance, stage: str) -> None:
+        instance.stage = stage
+        self._observer.on_stage(instance.id, stage)
+
+    async def _start(self, instance: Instance) -> None:
+        request = instance.request
+        try:
+            if request.mode == "restore":
+                assert request.snapshot_id is not None
+                await self._thaw_stored(instance, request.snapshot_id)
+            else:
+                await self._boot(instance)
+                if request.capture:
+                    await self._freeze_and_thaw(instance)
+            await self._wake(instance)
+        except asyncio.CancelledError:
+            raise
+        except _UserFailure as e:
+            await self._discard(instance)
+            self._observer.on_start_failed(instance.id, e.error, user_fault=True)
+        except _CaptureGaveUp as e:
+            await self._discard(instance)
+            self._observer.on_capture_failed(instance.id, e.error, alive=False)
+        except _RestoreGaveUp as e:
+            counters["restore.failed"] += 1
+            await self._discard(instance)
+            self._observer.on_restore_failed(instance.id, e.snapshot_id, e.error, at_fault=e.at_fault)
+        except WoodfrogError as e:
+            error = self._with_cause(instance, e)
+            await self._discard(instance)
+            # A worker that died while it ran the user's import or enter died of the user's code.
+            died = isinstance(error, (InstanceCrashed, OutOfMemoryError)) and instance.stage in _USER_STAGES
+            self._observer.on_start_failed(instance.id, error, user_fault=died)
+        except Exception as e:
+            await self._discard(instance)
+            error = SandboxError(f"start failed unexpectedly: {type(e).__name__}: {e}", code="unexpected")
+            self._observer.on_start_failed(instance.id, error, user_fault=False)
+            raise
+
+    async def _sandbox(self, instance: Instance, layers: tuple[Path, ...] = (), shm: Path | None = None) -> Sandbox:
+        """A sandbox from the pool with this function's root, its output flowing."""
+        request, phases = instance.request, instance.phases
+        with phases("sandbox"):
+            sandbox = await self._factory.take(request.spec)
+        instance.sandbox = sandbox
+        instance.oom_before = sandbox.oom_kills()
+        instance.hostname = instance.id
+        with phases("assemble"):
+            await self._factory.assemble(
+                sandbox,
+                spec=request.spec,
+                runtime=request.runtime,
+                code=self._code(request),
+                volumes=request.volumes,
+                layers=layers,
+                shm=shm,
+                hostname=instance.hostname,
+            )
+        self._open_logs(instance, sandbox)
+        return sandbox
+
+    def _code(self, request: StartRequest) -> Path | None:
+        digest = request.spec.source.code_digest
+        return self._content.code_path(digest) if digest else None
+
+    def _env(self, instance: Instance) -> dict[str, str]:
+        request = instance.request
+        bin_dir = os.path.dirname(request.runtime.executable)
+        return {
+            "PATH": f"{bin_dir}:/usr/local/bin:/usr/bin:/bin",
+            "HOME": _HOME,
+            "USER": "woodfrog",
+            "LOGNAME": "woodfrog",
+            "LANG": "C.UTF-8",
+            "TMPDIR": "/tmp",
+            "WOODFROG_APP": request.app,
+            "WOODFROG_FUNCTION": request.spec.tag,
+            "WOODFROG_INSTANCE": instance.id,
+            **request.env,
+        }
+
+    async def _boot(self, instance: Instance) -> None:
+        request, phases = instance.request, instance.phases
+        spec = request.spec
+        sandbox = await self._sandbox(instance)
+        self._stage(instance, "importing")
+        with phases("spawn"):
+            instance.process = await self._factory.spawn_worker(
+                sandbox,
+                [request.runtime.executable, "-P", "-m", "woodfrog.worker"],
+                {"PATH": "/usr/bin:/bin", "HOME": _HOME, "LANG": "C.UTF-8", "PYTHONPATH": str(self._factory.package_root)},
+            )
+        with phases("connect"):
+            await self._connect(instance, sandbox)
+        assert instance.connection is not None
+        blob = self._content.get_blob(spec.source.blob_digest) if spec.source.blob_digest else b""
+        message = protocol.BootMessage(
+            app=request.app,
+            tag=spec.tag,
+            kind=spec.kind,
+            source_kind=spec.source.kind,
+            module=spec.source.module,
+            qualname=spec.source.qualname,
+            methods=[{"name": m.name, "generator": m.generator, "is_async": m.is_async} for m in spec.methods],
+            sys_path=["/app", *request.runtime.sys_path],
+            env=self._env(instance),
+            snapshot=spec.snapshot.enabled,
+            hide_gpu=spec.snapshot.enabled and not spec.snapshot.gpu,
+            has_params=bool(request.params),
+            params_len=len(request.params),
+            blob_len=len(blob),
+        )
+        with phases("boot"):
+            reply = await instance.connection.request(
+                message.header(), Payload(data=request.params), Payload(data=blob), expect="booted"
+            )
+            self._check_failed(reply.header)
+        self._take_phases(instance, reply.header, "boot")
+
+    async def _connect(self, instance: Instance, sandbox: Sandbox) -> None:
+        assert instance.process is not None
+        gone = asyncio.ensure_future(instance.process.wait())
+        try:
+            instance.connection = await WorkerConnection.open(
+                lambda: sandbox.connect(protocol.WORKER_SOCKET), timeout=_CONNECT_TIMEOUT_S, spool=self._config.spool, gone=gone
+            )
+        finally:
+            gone.cancel()
+
+    @staticmethod
+    def _check_failed(header: dict[str, Any]) -> None:
+        if header["type"] != "failed":
+            return
+        error = header.get("error") or {}
+        stage = str(header.get("stage", "?"))
+        raise _UserFailure(
+            StartupError(
+                f"{stage} failed: {error.get('type', '?')}: {error.get('message', '')}".rstrip(": "),
+                code=f"startup-{stage}",
+                stage=stage,
+                traceback=str(error.get("traceback", "")),
+            )
+        )
+
+    @staticmethod
+    def _take_phases(instance: Instance, header: dict[str, Any], parent: str) -> None:
+        phases = header.get("phases")
+        if isinstance(phases, dict):
+            for name, ms in phases.items():
+                if isinstance(ms, (int, float)):
+                    instance.phases.add(str(name)[:40], float(ms), parent=parent)
+
+    async def _wake(self, instance: Instance) -> None:
+        """Give the worker its context; it answers when it is ready to serve."""
+        self._stage(instance, "starting")
+        assert instance.connection is not None
+        context = protocol.StartContext(
+            instance_id=instance.id,
+            hostname=instance.hostname,
+            restored=instance.snapshot_id is not None,
+            snapshot_id=instance.snapshot_id,
+            entropy=os.urandom(64).hex(),
+            wall_clock=time.time(),
+            env=self._env(instance),
+        )
+        with instance.phases("wake"):
+            reply = await instance.connection.request(context.header(), expect="ready")
+            self._check_failed(reply.header)
+        self._take_phases(instance, reply.header, "wake")
+        instance.stage = "ready"
+        instance.serving = True
+        instance.watch_task = self._spawn(self._watch(instance))
+        self._observer.on_ready(instance.id)
+
+    # Freezing
+
+    async def _freeze_and_thaw(self, instance: Instance) -> None:
+        """Capture the booted worker, then go on through the restore path."""
+        request, phases = instance.request, instance.phases
+        assert instance.connection is not None and instance.sandbox is not None
+        self._stage(instance, "capturing")
+        with phases("freeze"):
+            reply = await asyncio.wait_for(instance.connection.request({"type": "freeze"}, expect="frozen"), _FREEZE_TIMEOUT_S)
+            self._check_failed(reply.header)
+            await instance.connection.wait_closed_by_worker(10.0)
+            await instance.connection.close()
+            instance.connection = None
+        self._take_phases(instance, reply.header, "freeze")
+        identity = SnapshotIdentity(
+            id=f"s-{uuid.uuid4().hex[:12]}",
+            function_key=request.function_key,
+            worker_class=self._worker_class,
+            app=request.app,
+            tag=request.spec.tag,
+            params_digest=request.params_digest,
+        )
+        staging: Staging | None = None
+        try:
+            staging = self._catalogue.begin(identity.id)
+            with phases("capture"):
+                draft = await capture(
+                    instance.sandbox,
+                    root_pid=protocol.WORKER_PID,
+                    staging=staging,
+                    identity=identity,
+                    criu=self._criu,
+                    phases=phases,
+                )
+        except (CaptureError, StoreError) as e:
+            if staging is not None:
+                self._catalogue.abandon(staging)
+            counters["capture.failed"] += 1
+            if isinstance(e, CaptureError) and not e.alive:
+                raise _CaptureGaveUp(e) from e
+            self._observer.on_capture_failed(instance.id, e, alive=True)
+            await self._connect(instance, instance.sandbox)
+            return
+        await self._drop_sandbox(instance)
+        try:
+            await self._thaw(instance, draft, staging.path)
+        except WoodfrogError as e:
+            self._catalogue.abandon(staging)
+            counters["capture.failed"] += 1
+            raise _CaptureGaveUp(
+                CaptureError(f"the new snapshot does not thaw: {e.message}", phase="thaw", **_log_fields(e))
+            ) from e
+        # The first caller need not wait for the disk: the images are ours and in the page cache.
+        self._spawn(self._commit(instance, staging, draft))
+
+    async def _commit(self, instance: Instance, staging: Staging, draft: Manifest) -> None:
+        try:
+            manifest = await asyncio.to_thread(self._catalogue.commit, staging, draft)
+        except WoodfrogError as e:
+            counters["capture.failed"] += 1
+            self._observer.on_capture_failed(instance.id, e, alive=True)
+            return
+        counters["capture.done"] += 1
+        self._observer.on_captured(instance.request, manifest.id)
+
+    # Thawing
+
+    async def _thaw_stored(self, instance: Instance, snapshot_id: str) -> None:
+        try:
+            with instance.phases("verify"):
+                manifest = await asyncio.to_thread(self._catalogue.open_verified, snapshot_id)
+            await self._thaw(instance, manifest, self._catalogue.path(snapshot_id))
+        except (IntegrityError, IncompatibleSnapshot) as e:
+            raise _RestoreGaveUp(snapshot_id, e, at_fault=True) from e
+        except RestoreError as e:
+            raise _RestoreGaveUp(snapshot_id, e, at_fault=e.snapshot_at_fault) from e
+        except (SandboxError, InstanceCrashed, StoreError) as e:
+            raise _RestoreGaveUp(snapshot_id, e, at_fault=False) from e
+        counters["restore.done"] += 1
+
+    async def _thaw(self, instance: Instance, manifest: Manifest, path: Path) -> None:
+        self._stage(instance, "restoring")
+        layers = (path / "fs",)
+        sandbox = await self._sandbox(instance, layers, path / "shm")
+        instance.process = await materialise(
+            sandbox, manifest=manifest, images=path / "img", criu=self._criu, phases=instance.phases
+        )
+        instance.snapshot_id = manifest.id
+        with instance.phases("connect"):
+            await self._connect(instance, sandbox)
+
+    # Output
+
+    def _open_logs(self, instance: Instance, sandbox: Sandbox) -> None:
+        loop = asyncio.get_running_loop()
+        for stream, inner in (("stdout", protocol.WORKER_STDOUT), ("stderr", protocol.WORKER_STDERR)):
+            fd = os.open(sandbox.path(inner), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            instance.log_fds[fd] = stream
+            loop.add_reader(fd, self._read_log, instance, fd)
+
+    def _read_log(self, instance: Instance, fd: int) -> None:
+        try:
+            data = os.read(fd, 1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            self._observer.on_log(instance.id, instance.log_fds[fd], data)
+        else:
+            # No writer at present; a restored worker opens its end later, and the FIFO is polled until the sandbox goes.
+            asyncio.get_running_loop().remove_reader(fd)
+            if instance.sandbox is not None and fd in instance.log_fds:
+                asyncio.get_running_loop().call_later(0.01, self._resume_log, instance, fd)
+
+    def _resume_log(self, instance: Instance, fd: int) -> None:
+        if fd in instance.log_fds:
+            asyncio.get_running_loop().add_reader(fd, self._read_log, instance, fd)
+
+    def _close_logs(self, instance: Instance) -> None:
+        loop = asyncio.get_running_loop()
+        for fd, stream in list(instance.log_fds.items()):
+            loop.remove_reader(fd)
+            with contextlib.suppress(OSError):
+                while data := os.read(fd, 1 << 16):
+                    self._observer.on_log(instance.id, stream, data)
+            os.close(fd)
+        instance.log_fds.clear()
+
+    # Calls
+
+    async def call(self, instance_id: str, request: CallRequest) -> Answer:
+        instance = self._instances.get(instance_id)
+        if instance is None or instance.connection is None:
+            return Answer("lost", error=InstanceCrashed(f"instance {instance_id} is gone").to_dict())
+        begin = time.monotonic()
+        header = {"type": "call", "call": request.call_id, "method": request.method, "encoding": request.encoding}
+        try:
+            await instance.connection.send(header, request.payload)
+            while True:
+                reply = await instance.connection.receive()
+                ms = (time.monotonic() - begin) * 1e3
+                if reply.type == "item":
+                    if request.on_item is not None:
+                        request.on_item(reply.body)
+                elif reply.type in ("result", "done"):
+                    return Answer("success", reply.body, ms=ms)
+                elif reply.type == "error":
+                    return Answer("exception", reply.body, _plain_error(reply.header.get("error")), ms)
+                else:
+                    raise protocol.ProtocolError(f"worker answered {reply.type!r} to a call")
+        except (InstanceCrashed, protocol.ProtocolError) as e:
+            if instance.exit_error is None and instance.stopping is None:
+                instance.exit_error = e if isinstance(e, protocol.ProtocolError) else None
+            self._spawn(self._end_lost(instance))
+            return Answer("lost", error=e.to_dict())
+
+    async def _end_lost(self, instance: Instance) -> None:
+        """The connection is gone: give the process a moment to be seen dead, else it is made so."""
+        if instance.process is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(asyncio.ensure_future(instance.process.wait())), 2.0)
+                return
+        if instance.stopping is None and instance.exit_error is None:
+            instance.exit_error = InstanceCrashed("the worker closed its connection in the middle of a call", code="worker-gone")
+        if instance.sandbox is not None:
+            await instance.sandbox.destroy()
+
+    def _death(self, instance: Instance, status: int | None) -> WoodfrogError:
+        """Why a worker ended, for people."""
+        sandbox = instance.sandbox
+        limit = instance.request.spec.resources.memory_mib
+        if sandbox is not None and sandbox.oom_kills() > instance.oom_before:
+            return OutOfMemoryError(
+                f"{instance.request.spec.tag} hit its memory limit"
+                + (f" of {limit} MiB" if limit else "")
+                + " and was killed; raise `memory=`",
+                memory_mib=limit,
+            )
+        if instance.exit_error is not None:
+            return instance.exit_error
+        if status is None:
+            text = "ended"
+        elif status < 0:
+            try:
+                name = signal.Signals(-status).name
+            except ValueError:
+                name = f"signal {-status}"
+            text = f"was killed by {name}" + (" (segmentation fault)" if -status == signal.SIGSEGV else "")
+        else:
+            text = f"exited with code {status}"
+        return InstanceCrashed(f"the process of {instance.request.spec.tag} {text}", exit_status=status)
+
+    def _with_cause(self, instance: Instance, error: WoodfrogError) -> WoodfrogError:
+        """A connection that broke in a start says little; why the process died says more."""
+        if isinstance(error, InstanceCrashed) and instance.process is not None:
+            status = instance.process.status
+            if status is not None or (instance.sandbox is not None and instance.sandbox.oom_kills() > instance.oom_before):
+                death = self._death(instance, status)
+                death.fields["stage"] = instance.stage
+                death.args = (f"{death.message} while {instance.stage}",)
+                death.message = str(death.args[0])
+                return death
+        return error
+
+    async def _watch(self, instance: Instance) -> None:
+        """Wait for the worker's end; one that was not asked for is reported."""
+        assert instance.process is not None
+        status = await instance.process.wait()
+        if instance.stopping is not None:
+            return
+        error = self._death(instance, status)
+        instance.stopping = "exited"
+        await self._discard(instance)
+        self._observer.on_exited(instance.id, error)
+
+    # Stopping
+
+    def stop(self, instance_id: str, *, graceful: bool, reason: str) -> None:
+        instance = self._instances.get(instance_id)
+        if instance is None:
+            self._observer.on_stopped(instance_id)
+            return
+        self._spawn(self._stop(instance, graceful, reason))
+
+    async def _stop(self, instance: Instance, graceful: bool, reason: str) -> None:
+        if instance.stopping is not None:
+            return
+        instance.stopping = reason
+        if instance.start_task is not None and not instance.start_task.done():
+            instance.start_task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await instance.start_task
+        elif graceful and instance.connection is not None:
+            try:
+                reply = await asyncio.wait_for(instance.connection.request({"type": "stop"}, expect="stopped"), _STOP_GRACE_S)
+                if reply.type == "failed":
+                    text = str((reply.header.get("error") or {}).get("traceback") or reply.header.get("error"))
+                    self._observer.on_log(instance.id, "system", f"exit hook failed: {text}\n".encode())
+            except TimeoutError:
+                note = f"exit hooks did not end within {_STOP_GRACE_S:.0f} s; killed\n"
+                self._observer.on_log(instance.id, "system", note.encode())
+            except (InstanceCrashed, protocol.ProtocolError) as e:
+                self._observer.on_log(instance.id, "system", f"stop: {e.message}\n".encode())
+        await self._discard(instance)
+        self._observer.on_stopped(instance.id)
+
+    async def _drop_sandbox(self, instance: Instance) -> None:
+        """Destroy the sandbox an instance is in; the instance itself may go on in another."""
+        sandbox, instance.sandbox = instance.sandbox, None
+        if instance.connection is not None:
+            await instance.connection.close()
+            instance.connection = None
+        if sandbox is not None:
+            instance.process = None
+            with instance.phases("teardown"):
+                self._close_logs(instance)
+                self._spawn(self._factory.release(sandbox))
+
+    async def _discard(self, instance: Instance) -> None:
+        sandbox, instance.sandbox = instance.sandbox, None
+        instance.serving = False
+        if instance.connection is not None:
+            await instance.connection.close()
+            instance.connection = None
+        if sandbox is not None:
+            await self._factory.release(sandbox)
+            self._close_logs(instance)
+        self._instances.pop(instance.id, None)
+
+    # Looking
+
+    def find_snapshot(self, function_key: str) -> str | None:
+        manifest = self._catalogue.find(function_key, self._worker_class.digest)
+        return manifest.id if manifest else None
+
+    def describe(self, instance_id: str) -> dict[str, Any] | None:
+        instance = self._instances.get(instance_id)
+        if instance is None:
+            return None
+        sandbox = instance.sandbox
+        return {
+            "id": instance.id,
+            "app": instance.request.app,
+            "function": instance.request.spec.tag,
+            "mode": instance.request.mode,
+            "stage": instance.stage,
+            "started": instance.started,
+            "snapshot": instance.snapshot_id,
+            "hostname": instance.hostname,
+            "init_pid": sandbox.init_pid if sandbox else None,
+            "pid": instance.process.host_pid if instance.process else None,
+            "memory_bytes": sandbox.memory_current() if sandbox else None,
+            "phases": instance.phases.to_list(),
+        }
+
+    async def execute(self, instance_id: str, argv: list[str], timeout: float) -> dict[str, Any]:
+        instance = self._instances.get(instance_id)
+        if instance is None or instance.sandbox is None:
+            raise SandboxError(f"container {instance_id} is gone")
+        return await self._factory.execute(instance.sandbox, argv, self._env(instance), timeout)
+
+    async def close(self) -> None:
+        for instance in list(self._instances.values()):
+            self.stop(instance.id, graceful=False, reason="shutdown")
+        while self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=30)
+        await self._factory.close()
+
+
+_USER_STAGES = frozenset({"importing", "starting"})
+
+
+class _CaptureGaveUp(WoodfrogError):
+    def __init__(self, error: WoodfrogError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class _RestoreGaveUp(WoodfrogError):
+    def __init__(self, snapshot_id: str, error: WoodfrogError, *, at_fault: bool) -> None:
+        super().__init__(error.message)
+        self.snapshot_id = snapshot_id
+        self.error = error
+        self.at_fault = at_fault
+
+
+def _log_fields(error: WoodfrogError) -> dict[str, str]:
+    return {k: str(v) for k, v in error.fields.items() if k in ("remedy", "log_tail")}
+
+
+def _plain_error(raw: Any) -> dict[str, Any]:
+    """The user's exception as plain text, whatever the worker sent."""
+    data = raw if isinstance(raw, dict) else {}
+    return {key: str(data.get(key, ""))[: 1 << 20] for key in ("type", "message", "traceback")}

@@ -1,0 +1,109 @@
+"""`woodfrog daemon …`: the one daemon of this machine and state directory."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from woodfrog import settings
+from woodfrog.cli import output
+from woodfrog.cli.remote import connect
+from woodfrog.errors import DaemonError, WoodfrogError
+
+app = typer.Typer(help="Start, stop and look after the daemon.", no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def start(as_json: Json = False) -> None:
+    """Start the daemon, when none runs yet."""
+    try:
+        health, fresh = connect(start=False).json("GET", "/v1/health"), False
+    except DaemonError:
+        with output.Progress(quiet=as_json) as progress:
+            progress.say("starting the daemon")
+            health, fresh = connect(start=True).json("GET", "/v1/health"), True
+    if as_json:
+        output.show_json({**health, "started": fresh})
+    else:
+        output.note(f"{'started' if fresh else 'already running'}: pid {health.get('pid')}, {health.get('state_dir')}")
+
+
+@app.command()
+def stop(
+    timeout: Annotated[float, typer.Option(help="Seconds to wait until it has ended.")] = 60.0, as_json: Json = False
+) -> None:
+    """Stop the daemon. Deployed apps and finished results are kept; running containers end."""
+    try:
+        client = connect(start=False)
+        health = client.json("GET", "/v1/health")
+    except DaemonError:
+        if as_json:
+            output.show_json({"stopped": False, "running": False})
+        else:
+            output.note("the daemon is not running")
+        return
+    client.json("POST", "/v1/shutdown")
+    pid = health.get("pid")
+    deadline = time.monotonic() + timeout
+    while isinstance(pid, int) and Path(f"/proc/{pid}").exists() and not _is_zombie(pid):
+        if time.monotonic() > deadline:
+            raise DaemonError(f"the daemon (pid {pid}) has not ended within {timeout:.0f} s", code="daemon-stuck")
+        time.sleep(0.05)
+    if as_json:
+        output.show_json({"stopped": True, "running": False, "pid": pid})
+    else:
+        output.note(f"stopped: pid {pid}")
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
+    except OSError:
+        return True
+
+
+@app.command()
+def status(as_json: Json = False) -> None:
+    """Tell whether the daemon runs. Exit status 3 when it does not."""
+    try:
+        health = connect(start=False).json("GET", "/v1/health")
+    except DaemonError as e:
+        if not as_json:
+            raise
+        output.show_json({"running": False, "error": e.message})
+        raise typer.Exit(output.DAEMON_ERROR) from None
+    if as_json:
+        output.show_json({"running": True, **health})
+    else:
+        output.fields({"running": True, **health})
+
+
+@app.command()
+def logs(
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="Only the last so many; 0 = all.")] = 0,
+) -> None:
+    """Print the daemon's own log."""
+    path = settings.load().home / "woodfrogd.log"
+    try:
+        with path.open(errors="replace") as file:
+            text = file.readlines()
+            sys.stdout.writelines(text[-lines:] if lines > 0 else text)
+            sys.stdout.flush()
+            while follow:
+                line = file.readline()
+                if line:
+                    sys.stdout.write(line)
+                    sys.stdout.flush()
+                else:
+                    time.sleep(0.2)
+    except FileNotFoundError:
+        raise DaemonError(f"no log at {path}: the daemon has not run here yet", code="no-daemon-log") from None
+    except OSError as e:
+        raise WoodfrogError(f"{path}: {e.strerror}", code="daemon-log") from None

@@ -1,0 +1,360 @@
+"""What the machine knows: apps, services, groups, calls, instances, snapshots. Only `machine.handle` changes it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from woodfrog.control.events import Action
+from woodfrog.spec import FunctionSpec
+
+__all__ = ["App", "Call", "Config", "Group", "Instance", "InstanceState", "Knowledge", "Service", "State"]
+
+HISTORY = 20
+"""Transitions kept per call and instance, for the story in an error."""
+
+InstanceState = Literal["starting", "capturing", "idle", "running", "stopping"]
+CallState = Literal["queued", "running", "waiting_retry"]
+NEVER = float("inf")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Limits. Times in seconds."""
+
+    max_instances: int = 64
+    """Of the whole machine, those being stopped included."""
+    max_starting: int = 8
+    """Cold starts at the same time."""
+    snapshot_failures: int = 3
+    """Failed restores in a row after which a snapshot is retired."""
+    capture_attempts: int = 3
+    """Failed captures and retired snapshots after which a function goes without."""
+    start_attempts: int = 3
+    """Failed starts in a row (not by the user's code) after which the waiting calls fail."""
+    start_backoff: float = 0.5
+    """Pause after a failed start; doubles with each."""
+    max_backoff: float = 60.0
+    """Longest pause between starts that no call waits for."""
+    stop_grace: float = 30.0
+    """Time for exit hooks; then the instance is killed."""
+    shutdown_grace: float = 30.0
+    """Time that running calls get once the daemon is to stop."""
+    give_way: float = 5.0
+    """A busy group gives up an instance to one that a limit has kept waiting so long with fewer."""
+    keep_finished: int = 1000
+    """Outcomes of finished calls that are remembered."""
+
+
+@dataclass(slots=True, eq=False)
+class Knowledge:
+    """What is known about the snapshot of one function key and one set of constructor parameters."""
+
+    snapshot_id: str | None = None
+    capturer: str | None = None
+    """Id of the instance that captures, or is to capture; it stays until that is done or the instance gone."""
+    failures: int = 0
+    """Restores of `snapshot_id` that failed in a row."""
+    attempts: int = 0
+    """Failed captures and retired snapshots since a restored instance last came up."""
+    reason: str = ""
+    """Of the last failure."""
+    gave_up: bool = False
+
+    def view(self) -> dict[str, Any]:
+        state = (
+            "available"
+            if self.snapshot_id
+            else "capturing"
+            if self.capturer
+            else "gave-up"
+            if self.gave_up
+            else "failed"
+            if self.attempts
+            else "none"
+        )
+        return {
+            "state": state,
+            "snapshot": self.snapshot_id,
+            "capturer": self.capturer,
+            "attempts": self.attempts,
+            "restore_failures": self.failures,
+            "reason": self.reason,
+        }
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    id: str
+    group: Group
+    method: str
+    submitted_at: float
+    retryable: bool
+    """Generators are not run again: their first items may have been consumed."""
+    state: CallState = "queued"
+    attempts: int = 0
+    instance: Instance | None = None
+    retry_at: float = 0.0
+    history: list[tuple[float, str, str]] = field(default_factory=list)
+
+    def view(self) -> dict[str, Any]:
+        service = self.group.service
+        return {
+            "id": self.id,
+            "app": service.app,
+            "tag": service.tag,
+            "version": service.version,
+            "method": self.method,
+            "params_digest": self.group.digest,
+            "state": self.state,
+            "attempts": self.attempts,
+            "submitted_at": self.submitted_at,
+            "instance": self.instance.id if self.instance else None,
+            "retry_at": self.retry_at if self.state == "waiting_retry" else None,
+        }
+
+
+@dataclass(slots=True, eq=False)
+class Instance:
+    id: str
+    group: Group
+    mode: Literal["cold", "restore"]
+    snapshot_id: str | None
+    """The snapshot it was thawed from, or the one made of it."""
+    capture: bool
+    started_at: float
+    since: float
+    """When it came into its present state."""
+    born: int
+    """Number of the event that started it."""
+    state: InstanceState = "starting"
+    stage: str = ""
+    call: Call | None = None
+    served: int = 0
+    killed: bool = False
+    reason: str = ""
+    """Why it is being stopped."""
+    deadline: float = NEVER
+    """When its present state has lasted too long."""
+    armed: float = NEVER
+    """Time of its entry in the heap: at or before `deadline`."""
+    history: list[tuple[float, str, str]] = field(default_factory=list)
+
+    def view(self) -> dict[str, Any]:
+        service = self.group.service
+        return {
+            "id": self.id,
+            "app": service.app,
+            "tag": service.tag,
+            "version": service.version,
+            "params_digest": self.group.digest,
+            "state": self.state,
+            "mode": self.mode,
+            "stage": self.stage,
+            "capture": self.capture,
+            "snapshot": self.snapshot_id,
+            "call": self.call.id if self.call else None,
+            "started_at": self.started_at,
+            "since": self.since,
+            "served": self.served,
+            "reason": self.reason,
+        }
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """The interchangeable instances of a service: one set of constructor parameters."""
+
+    service: Service
+    digest: str
+    queue: OrderedDict[str, Call] = field(default_factory=OrderedDict)
+    idle: OrderedDict[str, Instance] = field(default_factory=OrderedDict)
+    """Oldest first. The newest serves next, so that the others can go."""
+    instances: dict[str, Instance] = field(default_factory=dict)
+    calls: int = 0
+    """Unfinished: queued, running or waiting for a retry."""
+    starting: int = 0
+    running: int = 0
+    stopping: int = 0
+    last_load: float = -NEVER
+    force_cold: int = 0
+    """So many of the next starts are in place of failed restores."""
+    capture_wanted: bool = False
+    """Someone asked for a snapshot."""
+    start_failures: int = 0
+    """In a row."""
+    failure_seq: int = 0
+    """Event of the last failed start that counted: those begun before it belong to the same burst."""
+    hold_calls: float = -NEVER
+    """No start before this time for waiting calls."""
+    hold_spares: float = -NEVER
+    """No start before this time for anything else."""
+    starved_since: float = NEVER
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return (self.service.id, self.digest)
+
+    @property
+    def live(self) -> int:
+        """Instances that serve or will."""
+        return self.starting + len(self.idle) + self.running
+
+
+@dataclass(slots=True, eq=False)
+class Service:
+    """One function or class of one version of an app."""
+
+    id: str
+    app: str
+    tag: str
+    version: int
+    spec: FunctionSpec
+    key: str
+    active: bool = True
+    """False: drains. New calls go to a newer version."""
+    groups: dict[str, Group] = field(default_factory=dict)
+    generators: dict[str, bool] = field(default_factory=dict)
+    """Method name to whether it is a generator."""
+    calls: int = 0
+    instances: int = 0
+    """Those being stopped included."""
+    stopping: int = 0
+
+    def group(self, digest: str) -> Group:
+        group = self.groups.get(digest)
+        if group is None:
+            group = self.groups[digest] = Group(self, digest)
+        return group
+
+
+@dataclass(slots=True, eq=False)
+class App:
+    name: str
+    version: int
+    ephemeral: bool
+    stopped: bool = False
+    active: dict[str, Service] = field(default_factory=dict)
+    """By tag."""
+    services: dict[str, Service] = field(default_factory=dict)
+    """Of all versions, by id."""
+
+
+class State:
+    """Everything the machine remembers between events.
+
+    Args:
+        config: the limits.
+        run: different at each start of the daemon; instance ids are `i-<run>-<number>`.
+
+    Example:
+        >>> state = State(Config(max_instances=8), run="k3f9")
+        >>> actions = handle(state, event)
+    """
+
+    def __init__(self, config: Config | None = None, run: str = "0") -> None:
+        self.config = config or Config()
+        self.run = run
+        self.apps: dict[str, App] = {}
+        self.services: dict[str, Service] = {}
+        self.calls: dict[str, Call] = {}
+        """Unfinished ones."""
+        self.finished: OrderedDict[str, str] = OrderedDict()
+        """Outcomes of the latest finished calls."""
+        self.instances: dict[str, Instance] = {}
+        self.knowledge: dict[str, dict[str, Knowledge]] = {}
+        """By function key and digest of the parameters."""
+        self.stale: dict[str, int] = {}
+        """Events ignored because what they speak of is gone, by event."""
+        self.shutdown_at = NEVER
+        """When the calls still running are cut off; `NEVER` = no shutdown."""
+
+        # The machine's own.
+        self.now = -NEVER
+        self.seq = 0
+        self.event = ""
+        self.out: list[Action] = []
+        self.counter = 0
+        self.cold_starting = 0
+        self.stopping = 0
+        self.idle: OrderedDict[str, Instance] = OrderedDict()
+        self.starved: dict[tuple[str, str], Group] = {}
+        self.freed = False
+        self.yield_at = -NEVER
+        self.heap: list[tuple[float, int, str, tuple[str, ...]]] = []
+        self.heap_seq = 0
+        self.wake = NEVER
+
+    @property
+    def shutting_down(self) -> bool:
+        return self.shutdown_at != NEVER
+
+    def find_service(self, app: str, tag: str, version: int | None = None) -> Service | None:
+        """The active service of this tag, or that of `version` as long as it drains."""
+        if version is not None:
+            return self.services.get(f"{app}/{tag}@{version}")
+        found = self.apps.get(app)
+        return found.active.get(tag) if found else None
+
+    def knows(self, service: Service, digest: str) -> Knowledge:
+        known = self.knowledge[service.key]
+        knowledge = known.get(digest)
+        if knowledge is None:
+            knowledge = known[digest] = Knowledge()
+        return knowledge
+
+    def snapshot_known(self, app: str, tag: str, params_digest: str = "", version: int | None = None) -> bool:
+        """Whether the machine has heard of snapshots of this group: otherwise look for one before submitting a call."""
+        service = self.find_service(app, tag, version)
+        return service is not None and params_digest in self.knowledge[service.key]
+
+    def snapshot_view(self) -> dict[str, Any]:
+        """Plain dicts of everything, for the API: apps, services, queues, instances, calls, counters."""
+        services = []
+        for s in self.services.values():
+            groups = [
+                {
+                    "params_digest": g.digest,
+                    "queued": len(g.queue),
+                    "starting": g.starting,
+                    "idle": len(g.idle),
+                    "running": g.running,
+                    "stopping": g.stopping,
+                    "calls": g.calls,
+                    "start_failures": g.start_failures,
+                    "starved": g.key in self.starved,
+                    "snapshot": k.view() if (k := self.knowledge[s.key].get(g.digest)) else Knowledge().view(),
+                }
+                for g in s.groups.values()
+            ]
+            services.append(
+                {
+                    "id": s.id,
+                    "app": s.app,
+                    "tag": s.tag,
+                    "version": s.version,
+                    "key": s.key,
+                    "state": "active" if s.active else "draining",
+                    "instances": s.instances,
+                    "calls": s.calls,
+                    "groups": groups,
+                }
+            )
+        return {
+            "apps": [
+                {
+                    "name": a.name,
+                    "version": a.version,
+                    "state": "stopped" if a.stopped else "ephemeral" if a.ephemeral else "deployed",
+                    "functions": sorted(a.active),
+                    "services": list(a.services),
+                }
+                for a in self.apps.values()
+            ],
+            "services": services,
+            "instances": [i.view() for i in self.instances.values()],
+            "calls": [c.view() for c in self.calls.values()],
+            "stale": dict(self.stale),
+            "shutting_down": self.shutting_down,
+        }

@@ -1,0 +1,1 @@
+"""woodfrogd: HTTP API, control loop, journal; the only place that chooses parts."""

@@ -1,0 +1,212 @@
+"""woodfrogd: the composition root. Everything is chosen and put together here and nowhere else."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import grp
+import logging
+import os
+import signal
+import socket
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+import uvloop
+
+import woodfrog
+from woodfrog import faults
+from woodfrog.backends.factory import SandboxFactory
+from woodfrog.backends.local import LocalBackend, LocalConfig
+from woodfrog.criu.binary import find_criu
+from woodfrog.daemon.api import TokenAuth, build
+from woodfrog.daemon.controller import Controller
+from woodfrog.daemon.journal import Journal
+from woodfrog.daemon.logs import LogBook
+from woodfrog.daemon.resources import Resources
+from woodfrog.errors import DaemonError, HostError, SpecError, WoodfrogError
+from woodfrog.settings import Settings, load
+from woodfrog.snapshot.catalogue import Catalogue
+from woodfrog.snapshot.compat import host_facts, worker_class
+from woodfrog.snapshot.manifest import SigningKey
+from woodfrog.store.content import ContentStore
+
+__all__ = ["main"]
+
+log = logging.getLogger("woodfrog")
+
+_TIDY_S = 15.0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: the daemon has its own way down."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _prepare_home(settings: Settings) -> int:
+    """Make the state directory and take its lock; the lock's descriptor lives as long as the daemon.
+
+    Raises:
+        DaemonError: another daemon has it.
+        HostError: it cannot be made.
+    """
+    home = settings.home
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        os.chmod(home, 0o711)
+        fd = os.open(home / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as e:
+        raise HostError(f"state directory {home}: {e.strerror}; set WOODFROG_HOME to another", code="state-dir") from e
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = os.pread(fd, 32, 0).decode(errors="replace").strip() or "?"
+        raise DaemonError(f"a daemon runs already for {home} (pid {pid})", code="already-running") from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
+
+
+def _unix_socket(settings: Settings) -> socket.socket:
+    path = settings.socket
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    old_mask = os.umask(0o177)
+    try:
+        sock.bind(str(path))
+    except OSError as e:
+        raise HostError(f"cannot listen on {path}: {e.strerror or e} (a path may have 107 bytes)", code="socket") from e
+    finally:
+        os.umask(old_mask)
+    if settings.socket_group:
+        try:
+            gid = grp.getgrnam(settings.socket_group).gr_gid
+        except KeyError:
+            raise SpecError(f"setting socket_group: no group {settings.socket_group!r}", code="bad-setting") from None
+        os.chown(path, 0, gid)
+        os.chmod(path, 0o660)
+    sock.listen(512)
+    return sock
+
+
+def _tcp_socket(settings: Settings) -> socket.socket | None:
+    if not settings.listen:
+        return None
+    if not settings.token:
+        raise SpecError("setting listen needs a token: set WOODFROG_TOKEN", code="bad-setting")
+    host, _, port = settings.listen.rpartition(":")
+    try:
+        return socket.create_server((host or "127.0.0.1", int(port)), backlog=512)
+    except (OSError, ValueError) as e:
+        raise SpecError(f"setting listen: {settings.listen!r}: {e}", code="bad-setting") from None
+
+
+def _check_host(settings: Settings) -> None:
+    """Refuse with the same words `woodfrog doctor` uses.
+
+    Raises:
+        HostError: the first required thing that is missing, with its remedy.
+    """
+    if os.geteuid() != 0:
+        raise HostError("woodfrogd must run as root: sudo woodfrog daemon start", code="no-root")
+
+
+async def serve(settings: Settings) -> None:
+    """Run until asked to stop."""
+    lock = _prepare_home(settings)
+    faults.configure(settings.faults)
+    _check_host(settings)
+    criu = find_criu(Path(settings.criu) if settings.criu else None)
+    run_id = uuid.uuid4().hex[:6]
+    journal = Journal(settings.home)
+    content = ContentStore(settings.home)
+    logs = LogBook(settings.home / "logs", settings.log_mib << 20)
+    resources = Resources(settings, content)
+    catalogue = Catalogue(settings.home / "snapshots", SigningKey.load_or_create(settings.home / "keys" / "ed25519"))
+    facts = await asyncio.to_thread(host_facts, criu)
+    cls = worker_class(facts)
+    controller = Controller(settings, journal=journal, logs=logs, resources=resources, run_id=run_id)
+    factory = await SandboxFactory.open(settings)
+    controller.backend = LocalBackend(
+        LocalConfig(spool=settings.home / "calls"),
+        observer=controller,
+        factory=factory,
+        catalogue=catalogue,
+        content=content,
+        criu=criu,
+        worker_class=cls,
+    )
+    controller.retire_snapshot = catalogue.retire
+    down = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, down.set)
+
+    api = build(controller, content=content, catalogue=catalogue, worker_class=cls.digest, shutdown=down.set)
+    servers: list[tuple[_Server, socket.socket]] = []
+
+    def server(app: Any, sock: socket.socket) -> None:
+        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=3)
+        servers.append((_Server(config), sock))
+
+    server(api, _unix_socket(settings))
+    tcp = _tcp_socket(settings)
+    if tcp is not None:
+        server(TokenAuth(api, settings.token), tcp)
+
+    controller.recover()
+    factory.start_filling()
+    log.info("woodfrogd %s ready: home %s, criu %s, class %s", woodfrog.__version__, settings.home, criu.path, cls.digest[:12])
+    running = [asyncio.ensure_future(s.serve(sockets=[sock])) for s, sock in servers]
+    tidy = asyncio.ensure_future(_tidy(controller))
+    try:
+        await asyncio.wait([asyncio.ensure_future(down.wait()), *running], return_when=asyncio.FIRST_COMPLETED)
+        log.info("stopping")
+    finally:
+        tidy.cancel()
+        await controller.shutdown()
+        for s, _ in servers:
+            s.should_exit = True
+        await asyncio.wait(running, timeout=5)
+        settings.socket.unlink(missing_ok=True)
+        logs.close()
+        journal.close()
+        os.close(lock)
+
+
+async def _tidy(controller: Controller) -> None:
+    while True:
+        await asyncio.sleep(_TIDY_S)
+        try:
+            controller.tidy()
+        except WoodfrogError as e:
+            log.error("housekeeping: %s", e.message)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `woodfrogd`."""
+    parser = argparse.ArgumentParser(prog="woodfrogd", description="woodfrog's daemon; configured by WOODFROG_* variables.")
+    parser.add_argument("--home", help="state directory (default: WOODFROG_HOME or /var/lib/woodfrog)")
+    parser.add_argument("--version", action="version", version=woodfrog.__version__)
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        settings = load(home=Path(options.home).absolute() if options.home else None)
+        uvloop.run(serve(settings))
+    except WoodfrogError as e:
+        print(f"woodfrogd: {e.message}", file=sys.stderr)
+        return 0 if e.code == "already-running" else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

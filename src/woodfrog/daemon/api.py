@@ -1,0 +1,477 @@
+"""The HTTP API. JSON for people's data, raw bytes for the users' payloads; described by OpenAPI at /openapi.json."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+
+import woodfrog
+from woodfrog import protocol
+from woodfrog.backends.connection import Payload
+from woodfrog.daemon.controller import CallRecord, Controller, failure_of
+from woodfrog.errors import (
+    DaemonError,
+    HostError,
+    IntegrityError,
+    NotFoundError,
+    SpecError,
+    StoreError,
+    WoodfrogError,
+)
+from woodfrog.snapshot.catalogue import Catalogue
+from woodfrog.snapshot.manifest import Manifest
+from woodfrog.spec import function_key, split_tag, to_dict
+from woodfrog.store.content import ContentStore
+from woodfrog.telemetry import counters
+
+__all__ = ["TokenAuth", "build"]
+
+_MAX_WAIT_S = 300.0
+_MAX_BODY = 8 << 30
+_EXEC_TIMEOUT_S = 60.0
+_PAGE = 200
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+def _status_of(error: WoodfrogError) -> int:
+    for kind, status in ((NotFoundError, 404), (SpecError, 400), (StoreError, 507), (HostError, 503), (IntegrityError, 409)):
+        if isinstance(error, kind):
+            return status
+    return 500
+
+
+class TokenAuth:
+    """ASGI wrapper for TCP: nothing without the bearer token."""
+
+    def __init__(self, app: FastAPI, token: str) -> None:
+        self._app = app
+        self._expected = b"Bearer " + token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                error = DaemonError("wrong or missing token; set WOODFROG_TOKEN", code="unauthorized").to_dict()
+                await JSONResponse({"error": error}, status_code=401)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+async def _body(request: Request, spool: Path) -> Payload:
+    """The request's body: in memory while small, else on disk."""
+    parts: list[bytes] = []
+    size = 0
+    file = None
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > _MAX_BODY:
+                raise SpecError(f"a payload of over {_MAX_BODY >> 30} GiB; use a Volume for data of this size", code="too-large")
+            if file is None and size > protocol.SPOOL_BYTES:
+                fd, name = tempfile.mkstemp(prefix=".body-", dir=spool)
+                file = (os.fdopen(fd, "wb"), Path(name))
+                file[0].writelines(parts)
+                parts.clear()
+            if file is None:
+                parts.append(chunk)
+            else:
+                file[0].write(chunk)
+        if file is None:
+            return Payload(data=b"".join(parts))
+        file[0].close()
+        return Payload(path=file[1])
+    except BaseException as e:
+        if file is not None:
+            file[0].close()
+            file[1].unlink(missing_ok=True)
+        if isinstance(e, OSError):
+            raise StoreError(f"cannot take the payload: {e.strerror}", code="disk-full") from e
+        raise
+
+
+def _answer(record: CallRecord) -> Response:
+    headers = {"Woodfrog-Call": record.row.id, "Woodfrog-Status": record.outcome or "pending"}
+    if record.outcome is None:
+        return Response(status_code=202, headers=headers)
+    if record.outcome in ("success", "exception"):
+        if record.row.encoding == "json":
+            if record.outcome == "exception":
+                return JSONResponse({"error": record.error}, headers=headers)
+            return Response(record.result.read(), media_type="application/json", headers=headers)
+        if record.result.path is not None:
+            return FileResponse(record.result.path, media_type="application/octet-stream", headers=headers)
+        return Response(record.result.data, media_type="application/octet-stream", headers=headers)
+    return JSONResponse({"error": failure_of(record).to_dict()}, headers=headers)
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    if not event.is_set() and seconds > 0:
+        try:
+            await asyncio.wait_for(event.wait(), min(seconds, _MAX_WAIT_S))
+        except TimeoutError:
+            return
+
+
+def _snapshot_row(catalogue: Catalogue, manifest: Manifest, worker_class: str) -> dict[str, Any]:
+    retired = catalogue.retired(manifest.id)
+    state = "retired" if retired else "ready" if manifest.worker_class == worker_class else "other-host"
+    return {
+        "id": manifest.id,
+        "app": manifest.app,
+        "function": manifest.tag,
+        "state": state,
+        "why": retired,
+        "created": manifest.created,
+        "memory_bytes": manifest.pages_bytes,
+        "files_bytes": manifest.fs_bytes,
+        "tasks": manifest.tasks,
+        "function_key": manifest.function_key,
+        "worker_class": manifest.worker_class,
+    }
+
+
+def build(
+    controller: Controller, *, content: ContentStore, catalogue: Catalogue, worker_class: str, shutdown: Callable[[], None]
+) -> FastAPI:
+    """The application over one controller."""
+    api = FastAPI(title="woodfrog", version=woodfrog.__version__, docs_url=None, redoc_url=None)
+    settings = controller.settings
+    spool = settings.home / "calls"
+    begun = time.monotonic()
+
+    @api.exception_handler(WoodfrogError)
+    async def _on_error(request: Request, error: WoodfrogError) -> JSONResponse:
+        return JSONResponse({"error": error.to_dict()}, status_code=_status_of(error))
+
+    def call_of(call_id: str) -> CallRecord:
+        record = controller.find_call(call_id)
+        if record is None:
+            raise NotFoundError(f"no call {call_id!r}; results are kept for {settings.keep_results_s:.0f} s", call=call_id)
+        return record
+
+    # The daemon
+
+    @api.get("/v1/health")
+    async def health() -> dict[str, Any]:
+        return {
+            "version": woodfrog.__version__,
+            "protocol": protocol.VERSION,
+            "pid": os.getpid(),
+            "state_dir": str(settings.home),
+            "uptime_s": round(time.monotonic() - begun, 1),
+            "worker_class": worker_class,
+            "counters": dict(counters),
+        }
+
+    @api.post("/v1/shutdown")
+    async def shut_down() -> dict[str, Any]:
+        shutdown()
+        return {"stopping": True}
+
+    @api.get("/v1/state")
+    async def state() -> dict[str, Any]:
+        """The control machine's own view."""
+        return controller.state.snapshot_view()
+
+    # Code, blobs, secrets
+
+    @api.head("/v1/code/{digest}")
+    async def has_code(digest: str) -> Response:
+        return Response(status_code=200 if content.has_code(digest) else 404)
+
+    @api.put("/v1/code/{digest}")
+    async def put_code(digest: str, request: Request) -> dict[str, Any]:
+        data = await request.body()
+        await asyncio.to_thread(content.put_code, digest, data)
+        return {"digest": digest}
+
+    @api.head("/v1/blobs/{digest}")
+    async def has_blob(digest: str) -> Response:
+        return Response(status_code=200 if content.has_blob(digest) else 404)
+
+    @api.put("/v1/blobs/{digest}")
+    async def put_blob(digest: str, request: Request) -> dict[str, Any]:
+        data = await request.body()
+        await asyncio.to_thread(content.put_blob, digest, data)
+        return {"digest": digest}
+
+    @api.put("/v1/secrets/{name}")
+    async def put_secret(name: str, values: dict[str, str]) -> dict[str, Any]:
+        controller.resources.put_secret(name, values)
+        return {"name": name, "keys": sorted(values)}
+
+    @api.get("/v1/secrets")
+    async def secrets() -> dict[str, Any]:
+        return {"secrets": controller.resources.secret_names()}
+
+    # Apps
+
+    @api.post("/v1/apps/{app}/deploy")
+    async def deploy(app: str, body: dict[str, Any]) -> dict[str, Any]:
+        spec = body.get("spec")
+        if not isinstance(spec, dict) or spec.get("name") != app:
+            raise SpecError(f"deploy of {app!r}: the body has no spec of that name", code="bad-request")
+        client = body.get("client")
+        return controller.deploy(
+            spec,
+            ephemeral=bool(body.get("ephemeral")),
+            client=client if isinstance(client, dict) else {},
+            capture=bool(body.get("snapshot")),
+        )
+
+    def app_row(name: str) -> dict[str, Any]:
+        version = controller.active[name]
+        row, spec = controller.apps[name, version]
+        instances = [i for i in controller.instances.values() if i.request.app == name]
+        return {
+            "app": name,
+            "version": version,
+            "ephemeral": row.ephemeral,
+            "deployed": row.deployed,
+            "description": spec.description,
+            "functions": [f.tag for f in spec.functions],
+            "containers": len(instances),
+        }
+
+    @api.get("/v1/apps")
+    async def apps() -> dict[str, Any]:
+        return {"apps": [app_row(name) for name in sorted(controller.active)]}
+
+    @api.get("/v1/apps/{app}")
+    async def app_detail(app: str) -> dict[str, Any]:
+        _, spec = controller.app(app)
+        functions = []
+        for f in spec.functions:
+            plain = to_dict(f)
+            plain["secrets"] = [{"name": s.name, "keys": sorted(s.values)} for s in f.secrets]
+            plain["key"] = function_key(f, spec.runtime)
+            functions.append(plain)
+        return {**app_row(app), "functions": functions, "runtime": to_dict(spec.runtime)}
+
+    @api.post("/v1/apps/{app}/stop")
+    async def stop_app(app: str) -> dict[str, Any]:
+        controller.stop_app(app)
+        return {"app": app, "stopped": True}
+
+    @api.get("/v1/apps/{app}/history")
+    async def history(app: str) -> dict[str, Any]:
+        rows = controller.journal.deploys(app)
+        if not rows:
+            raise NotFoundError(f"no app {app!r} was ever deployed here", app=app)
+        active = controller.active.get(app)
+        return {
+            "app": app,
+            "versions": [
+                {
+                    "version": r.version,
+                    "deployed": r.deployed,
+                    "stopped": r.stopped,
+                    "active": r.version == active,
+                    "ephemeral": r.ephemeral,
+                    "client": r.client,
+                    "functions": [f["tag"] for f in r.spec.get("functions", [])],
+                }
+                for r in rows
+            ],
+        }
+
+    @api.get("/v1/apps/{app}/logs")
+    async def app_logs(app: str, follow: bool = False, since: float = 0.0) -> StreamingResponse:
+        if app not in controller.active and not controller.journal.deploys(app):
+            raise NotFoundError(f"no app {app!r} was ever deployed here", app=app)
+        lines = controller.logs.app(app).read(since=since, follow=follow)
+        return StreamingResponse(lines, media_type="application/x-ndjson")
+
+    # Calls
+
+    @api.post("/v1/apps/{app}/calls/{tag}")
+    async def submit(app: str, tag: str, request: Request, wait: float = 0.0) -> Response:
+        encoding = request.headers.get("woodfrog-encoding", "")
+        if not encoding:
+            encoding = "json" if request.headers.get("content-type", "").startswith("application/json") else "pickle"
+        if encoding not in ("json", "pickle"):
+            raise SpecError(f"encoding {encoding!r} is not json or pickle", code="bad-request")
+        call_id = request.headers.get("woodfrog-call") or uuid.uuid4().hex
+        if not call_id.isalnum() or len(call_id) > 64:
+            raise SpecError(f"call id {call_id[:80]!r}: letters and digits only, at most 64", code="bad-request")
+        try:
+            params = base64.b64decode(request.headers.get("woodfrog-params", ""), validate=True)
+        except (binascii.Error, ValueError):
+            raise SpecError("Woodfrog-Params is not base64", code="bad-request") from None
+        service, method = split_tag(tag)
+        payload = await _body(request, spool)
+        record = controller.submit(
+            call_id,
+            app=app,
+            service=service,
+            method=method,
+            params=params,
+            digest=hashlib.sha256(params).hexdigest() if params else "",
+            encoding=encoding,
+            payload=payload,
+        )
+        await _wait(record.done, wait)
+        return _answer(record)
+
+    @api.get("/v1/calls")
+    async def recent_calls(limit: int = Query(50, ge=1, le=1000)) -> dict[str, Any]:
+        return {"calls": [to_dict(row) | {"trace": None} for row in controller.journal.recent(limit)]}
+
+    @api.get("/v1/calls/{call_id}")
+    async def get_call(call_id: str, wait: float = 0.0) -> Response:
+        record = call_of(call_id)
+        await _wait(record.done, wait)
+        return _answer(record)
+
+    @api.get("/v1/calls/{call_id}/items")
+    async def items(call_id: str, after: int = Query(0, ge=0), wait: float = 0.0) -> Response:
+        """A generator's items from number `after` on, at least one unless the wait runs out."""
+        record = call_of(call_id)
+        deadline = time.monotonic() + min(wait, _MAX_WAIT_S)
+        while len(record.items) <= after and not record.done.is_set() and time.monotonic() < deadline:
+            record.changed.clear()
+            await _wait(record.changed, deadline - time.monotonic())
+        out = [(kind, payload.read()) for kind, payload in record.items[after : after + _PAGE]]
+        if record.done.is_set() and after + len(out) >= len(record.items):
+            if record.outcome == "success":
+                out.append((b"d", b""))
+            elif record.outcome == "exception":
+                out.append((b"e", record.result.read()))
+            else:
+                out.append((b"f", json.dumps(failure_of(record).to_dict()).encode()))
+        headers = {"Woodfrog-Call": call_id, "Woodfrog-Status": record.outcome or "pending"}
+        return Response(protocol.pack_items(out), media_type="application/octet-stream", headers=headers)
+
+    @api.post("/v1/calls/{call_id}/cancel")
+    async def cancel(call_id: str) -> dict[str, Any]:
+        record = call_of(call_id)
+        controller.cancel(call_id)
+        return {"call": call_id, "finished": record.outcome}
+
+    @api.get("/v1/calls/{call_id}/trace")
+    async def trace(call_id: str) -> dict[str, Any]:
+        record = call_of(call_id)
+        stage = None
+        if record.outcome is None and record.instance_id is None:
+            starting = [
+                controller.backend.describe(i)
+                for i, info in controller.instances.items()
+                if info.request.app == record.row.app and info.request.spec.tag == record.row.tag and not info.ready
+            ]
+            stage = next((d["stage"] for d in starting if d), "queued")
+        return {
+            "call": call_id,
+            "app": record.row.app,
+            "function": f"{record.row.tag}.{record.row.method}" if record.row.method != record.row.tag else record.row.tag,
+            "status": record.outcome or "pending",
+            "stage": stage,
+            "instance": record.instance_id,
+            "start": record.mode,
+            "phases": record.trace(),
+        }
+
+    # Containers
+
+    def container(instance_id: str) -> str:
+        if instance_id in controller.instances:
+            return instance_id
+        found = [i for i in controller.instances if i.startswith(instance_id)]
+        if len(found) != 1:
+            raise NotFoundError(f"no container {instance_id!r}; `woodfrog container list` shows them", container=instance_id)
+        return found[0]
+
+    def container_row(instance_id: str) -> dict[str, Any]:
+        info = controller.instances[instance_id]
+        described = controller.backend.describe(instance_id) or {"id": instance_id, "stage": "starting"}
+        return {**described, "call": info.call_id, "served": info.served}
+
+    @api.get("/v1/containers")
+    async def containers() -> dict[str, Any]:
+        rows = [container_row(i) for i in controller.instances]
+        return {"containers": [{k: v for k, v in row.items() if k != "phases"} for row in rows]}
+
+    @api.get("/v1/containers/{instance_id}")
+    async def container_detail(instance_id: str) -> dict[str, Any]:
+        return container_row(container(instance_id))
+
+    @api.post("/v1/containers/{instance_id}/stop")
+    async def stop_container(instance_id: str) -> dict[str, Any]:
+        found = container(instance_id)
+        controller.stop_instance(found)
+        return {"container": found, "stopping": True}
+
+    @api.get("/v1/containers/{instance_id}/logs")
+    async def container_logs(instance_id: str, follow: bool = False) -> StreamingResponse:
+        found = container(instance_id)
+        source = controller.logs.app(controller.instances[found].request.app)
+        needle = json.dumps(found).encode()
+
+        async def only() -> AsyncIterator[bytes]:
+            async for chunk in source.read(since=0.0, follow=follow):
+                for line in chunk.splitlines(keepends=True):
+                    if needle in line:
+                        yield line
+
+        return StreamingResponse(only(), media_type="application/x-ndjson")
+
+    @api.post("/v1/containers/{instance_id}/exec")
+    async def execute(instance_id: str, body: dict[str, Any]) -> dict[str, Any]:
+        argv = body.get("argv")
+        if not isinstance(argv, list) or not argv or not all(isinstance(a, str) for a in argv):
+            raise SpecError("exec wants argv: a list of at least one text", code="bad-request")
+        timeout = min(float(body.get("timeout") or _EXEC_TIMEOUT_S), 600.0)
+        return await controller.backend.execute(container(instance_id), argv, timeout)
+
+    # Snapshots
+
+    @api.get("/v1/snapshots")
+    async def snapshots() -> dict[str, Any]:
+        rows = [_snapshot_row(catalogue, m, worker_class) for m in catalogue.list()]
+        damaged = [{"id": i, "state": "damaged", "why": why} for i, why in sorted(catalogue.damaged.items())]
+        return {"snapshots": rows + damaged}
+
+    @api.get("/v1/snapshots/{snapshot_id}")
+    async def snapshot_detail(snapshot_id: str, log: bool = False) -> dict[str, Any]:
+        manifest = catalogue.get(snapshot_id)
+        out = _snapshot_row(catalogue, manifest, worker_class)
+        out["host"] = manifest.host
+        out["root_pid"] = manifest.root_pid
+        out["phases"] = [dict(zip(("name", "ms"), p.split("="), strict=True)) for p in manifest.phases]
+        out["files"] = [to_dict(f) for f in manifest.files]
+        out["external_files"] = len(manifest.external)
+        if log:
+            folder = catalogue.path(manifest.id) / "log"
+            out["log"] = {p.name: p.read_text(errors="replace") for p in sorted(folder.glob("*.log"))}
+        return out
+
+    @api.post("/v1/snapshots/create")
+    async def create_snapshot(body: dict[str, str]) -> dict[str, Any]:
+        app, tag = body.get("app", ""), body.get("tag", "")
+        controller.request_snapshot(app, tag)
+        return {"app": app, "function": tag, "requested": True}
+
+    @api.post("/v1/snapshots/{snapshot_id}/invalidate")
+    async def invalidate(snapshot_id: str) -> dict[str, Any]:
+        found = snapshot_id if snapshot_id in catalogue.damaged else catalogue.get(snapshot_id).id
+        controller.invalidate(found)
+        await asyncio.to_thread(catalogue.remove, found)
+        return {"snapshot": found, "removed": True}
+
+    return api

@@ -1,0 +1,591 @@
+"""The loop around the pure machine: events in, actions carried out, everything recorded."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from woodfrog.backends.base import Answer, Backend, CallRequest, StartRequest
+from woodfrog.backends.connection import Payload
+from woodfrog.control import events as ev
+from woodfrog.control.machine import handle
+from woodfrog.control.state import Config, State
+from woodfrog.daemon.journal import CallRow, DeployRow, Journal
+from woodfrog.daemon.logs import LogBook
+from woodfrog.daemon.resources import Resources
+from woodfrog.errors import (
+    CallCancelled,
+    HostError,
+    NotFoundError,
+    SpecError,
+    StartupError,
+    StoreError,
+    WoodfrogError,
+    error_from_dict,
+)
+from woodfrog.settings import Settings
+from woodfrog.spec import AppSpec, FunctionSpec, from_dict, function_key, to_dict
+from woodfrog.telemetry import Phase, counters
+
+__all__ = ["CallRecord", "Controller"]
+
+log = logging.getLogger("woodfrog")
+
+_JOURNAL_LIMIT = 64 << 20
+_EPHEMERAL_TTL_S = 300.0
+_ITEM_LIMIT = 256 << 20
+
+
+@dataclass(eq=False)
+class CallRecord:
+    """A call in memory: who waits for it and what has come of it."""
+
+    row: CallRow
+    payload: Payload
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    items: list[tuple[bytes, Payload]] = field(default_factory=list)
+    answer: Answer | None = None
+    outcome: str | None = None
+    error: dict[str, Any] | None = None
+    result: Payload = field(default_factory=lambda: Payload(data=b""))
+    phases: list[Phase] = field(default_factory=list)
+    submitted: float = field(default_factory=time.monotonic)
+    instance_id: str | None = None
+    mode: str = ""
+
+    def trace(self) -> list[dict[str, Any]]:
+        return [{"name": p.name, "start_ms": p.start_ms, "ms": p.ms, "parent": p.parent} for p in self.phases]
+
+
+@dataclass
+class InstanceInfo:
+    """What the daemon remembers of an instance beyond what the backend does."""
+
+    request: StartRequest
+    begun: float
+    call_id: str | None = None
+    served: int = 0
+    ready: bool = False
+
+
+class Controller:
+    """Feeds the machine and does what it says. Implements `backends.base.Observer`. One event loop, no locks."""
+
+    def __init__(self, settings: Settings, *, journal: Journal, logs: LogBook, resources: Resources, run_id: str) -> None:
+        self.settings = settings
+        self.journal = journal
+        self.logs = logs
+        self.resources = resources
+        self.backend: Backend
+        self.retire_snapshot: Callable[[str, str], None]
+        self.state = State(Config(snapshot_failures=settings.snapshot_failures, capture_attempts=settings.capture_attempts), run_id)
+        self.calls: dict[str, CallRecord] = {}
+        self.instances: dict[str, InstanceInfo] = {}
+        self.apps: dict[tuple[str, int], tuple[DeployRow, AppSpec]] = {}
+        self.active: dict[str, int] = {}
+        self.touched: dict[str, float] = {}
+        self._known_groups: set[tuple[str, int, str, str]] = set()
+        self._events: deque[ev.Event] = deque()
+        self._running = False
+        self._wake: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.shutting_down = False
+        self.quiet = asyncio.Event()
+        folder = settings.home / "events"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for old in sorted(folder.glob("*.ndjson"))[:-4]:
+            old.unlink(missing_ok=True)
+        self._record_path: Path | None = folder / f"{time.strftime('%Y%m%dT%H%M%S')}-{run_id}.ndjson"
+        self._record = open(self._record_path, "w", buffering=1 << 16)
+        self._record_path.chmod(0o600)
+        self._recorded = 0
+
+    # The loop
+
+    @staticmethod
+    def now() -> float:
+        return time.monotonic()
+
+    def emit(self, event: ev.Event) -> None:
+        """Give the machine an event and carry out what it answers; events of the way are queued."""
+        self._events.append(event)
+        if self._running:
+            return
+        self._running = True
+        try:
+            while self._events:
+                current = self._events.popleft()
+                actions = handle(self.state, current)
+                self._note(current, actions)
+                for action in actions:
+                    self._do(action)
+        finally:
+            self._running = False
+        if self.shutting_down and not self.state.instances:
+            self.quiet.set()
+
+    def _note(self, event: ev.Event, actions: tuple[ev.Action, ...]) -> None:
+        """Append to the run's event journal; beyond its limit the run is no longer recorded, which is said in it."""
+        if self._record_path is None:
+            return
+        line = json.dumps({"event": event.to_dict(), "actions": [a.to_dict() for a in actions]}, separators=(",", ":"))
+        self._recorded += len(line)
+        try:
+            if self._recorded > _JOURNAL_LIMIT:
+                self._record.write('{"truncated": true}\n')
+                self._record.close()
+                self._record_path = None
+                return
+            self._record.write(line + "\n")
+        except OSError as e:
+            log.warning("the event journal ends here: %s", e)
+            self._record_path = None
+
+    def _do(self, action: ev.Action) -> None:
+        match action:
+            case ev.StartInstance():
+                self._start_instance(action)
+            case ev.RunCall():
+                self._task(self._run_call(action))
+            case ev.StopInstance():
+                self.backend.stop(action.instance_id, graceful=action.graceful, reason=action.reason)
+            case ev.KillInstance():
+                self.backend.stop(action.instance_id, graceful=False, reason=action.reason)
+            case ev.FinishCall():
+                self._finish_call(action)
+            case ev.RetireSnapshot():
+                log.warning("snapshot %s retired: %s", action.snapshot_id, action.reason)
+                self.retire_snapshot(action.snapshot_id, action.reason)
+            case ev.WakeAt():
+                self._schedule(action.time)
+
+    def _task(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("internal error", exc_info=error)
+
+    def _schedule(self, at: float) -> None:
+        if self._wake is not None:
+            self._wake.cancel()
+        self._wake = asyncio.get_running_loop().call_later(max(0.0, at - self.now()), self._tick)
+
+    def _tick(self) -> None:
+        self._wake = None
+        self.emit(ev.Tick(now=self.now()))
+
+    # Apps
+
+    def recover(self) -> None:
+        """Take up where the last daemon was stopped or killed: deployed apps and unfinished calls."""
+        unfinished: dict[tuple[str, int], list[CallRow]] = {}
+        for row in self.journal.unfinished():
+            unfinished.setdefault((row.app, row.version), []).append(row)
+        newest: dict[str, int] = {}
+        live = [d for d in self.journal.deploys() if d.stopped is None]
+        for deploy in live:
+            newest[deploy.app] = max(deploy.version, newest.get(deploy.app, 0))
+        for deploy in live:
+            key = (deploy.app, deploy.version)
+            if deploy.version != newest[deploy.app] and key not in unfinished:
+                continue
+            self._take_deploy(deploy)
+            for row in unfinished.pop(key, []):
+                self._take_call(row, self.journal.payload(row.id))
+        for rows in unfinished.values():
+            for row in rows:
+                error = CallCancelled(f"app {row.app!r} was stopped").to_dict()
+                self.journal.finish_call(row.id, outcome="cancelled", error=error, result=Payload(data=b""), trace=[])
+
+    def deploy(self, raw: dict[str, Any], *, ephemeral: bool, client: dict[str, Any], capture: bool) -> dict[str, Any]:
+        """A new version of an app.
+
+        Raises:
+            SpecError: the spec is not usable here; nothing has changed.
+        """
+        spec = from_dict(AppSpec, raw)
+        self.resources.check(spec)
+        row = self.journal.add_deploy(spec.name, to_dict(spec), ephemeral=ephemeral, client=client)
+        self._take_deploy(row)
+        self.logs.note(spec.name, f"deployed version {row.version}: {', '.join(f.tag for f in spec.functions) or 'no functions'}")
+        if capture:
+            for function in spec.functions:
+                if function.snapshot.enabled and not function.parameters:
+                    self.request_snapshot(spec.name, function.tag)
+        functions = [{"tag": f.tag, "key": function_key(f, spec.runtime)} for f in spec.functions]
+        return {"app": spec.name, "version": row.version, "functions": functions}
+
+    def _take_deploy(self, row: DeployRow) -> None:
+        spec = from_dict(AppSpec, row.spec)
+        self.apps[row.app, row.version] = (row, spec)
+        self.active[row.app] = row.version
+        self.touched[row.app] = self.now()
+        keys = {f.tag: function_key(f, spec.runtime) for f in spec.functions}
+        # Snapshots that fit are told right behind the deploy, before anything is started for it: the machine takes
+        # the events one after the other, and min_containers must thaw rather than boot.
+        self.emit(
+            ev.AppDeployed(now=self.now(), app=row.app, version=row.version, specs=spec.functions, keys=keys, ephemeral=row.ephemeral)
+        )
+        for function in spec.functions:
+            self._tell_snapshot(row.app, row.version, function, "")
+
+    def _tell_snapshot(self, app: str, version: int, function: FunctionSpec, params_digest: str) -> None:
+        group = (app, version, function.tag, params_digest)
+        if not function.snapshot.enabled or group in self._known_groups:
+            return
+        self._known_groups.add(group)
+        runtime = self.apps[app, version][1].runtime
+        found = self.backend.find_snapshot(function_key(function, runtime, params_digest))
+        if found is not None:
+            self.emit(
+                ev.SnapshotAvailable(
+                    now=self.now(), app=app, tag=function.tag, snapshot_id=found, params_digest=params_digest, version=version
+                )
+            )
+
+    def app(self, name: str) -> tuple[DeployRow, AppSpec]:
+        """The active version of an app.
+
+        Raises:
+            NotFoundError: no such app runs.
+        """
+        version = self.active.get(name)
+        if version is None:
+            names = ", ".join(sorted(n for n, v in self.active.items() if not self.apps[n, v][0].ephemeral)) or "none"
+            raise NotFoundError(f"no app {name!r} is deployed; deployed: {names}", app=name)
+        self.touched[name] = self.now()
+        return self.apps[name, version]
+
+    def stop_app(self, name: str) -> None:
+        self.app(name)
+        self.journal.stop_app(name)
+        self.emit(ev.AppStopped(now=self.now(), app=name))
+        self.active.pop(name, None)
+        self.touched.pop(name, None)
+        for key in [k for k in self.apps if k[0] == name]:
+            del self.apps[key]
+        self._known_groups = {g for g in self._known_groups if g[0] != name}
+        self.logs.note(name, "stopped")
+
+    def request_snapshot(self, app: str, tag: str) -> None:
+        """Capture without waiting for a call.
+
+        Raises:
+            SpecError: the function has snapshots off.
+        """
+        _, spec = self.app(app)
+        function = spec.function(tag)
+        if function is None:
+            raise NotFoundError(f"app {app!r} has no function {tag!r}", app=app, tag=tag)
+        if not function.snapshot.enabled:
+            raise SpecError(f"{tag!r} does not have enable_memory_snapshot=True", code="no-snapshot")
+        self.emit(ev.SnapshotRequested(now=self.now(), app=app, tag=tag))
+
+    # Calls
+
+    def submit(
+        self, call_id: str, *, app: str, service: str, method: str | None, params: bytes, digest: str, encoding: str, payload: Payload
+    ) -> CallRecord:
+        """Take a call; the same id again is the same call.
+
+        Raises:
+            NotFoundError: no such app, function or method.
+        """
+        known = self.find_call(call_id)
+        if known is not None:
+            return known
+        row, spec = self.app(app)
+        function = spec.function(service)
+        if function is None:
+            names = ", ".join(f.tag for f in spec.functions) or "none"
+            raise NotFoundError(f"app {app!r} has no function {service!r}; it has: {names}", app=app, tag=service)
+        if function.kind == "class" and method is None:
+            names = ", ".join(m.name for m in function.methods)
+            raise NotFoundError(f"{service!r} is a class: name one of its methods ({names})", app=app, tag=service)
+        name = method or function.methods[0].name
+        if function.method(name) is None:
+            names = ", ".join(m.name for m in function.methods)
+            raise NotFoundError(f"{service!r} has no method {name!r}; it has: {names}", app=app, tag=service)
+        if params:
+            self.journal.add_params(digest, params)
+        call = self.journal.add_call(
+            call_id, app=app, version=row.version, tag=service, method=name, params_digest=digest, encoding=encoding, payload=payload
+        )
+        # A large body was moved beside the journal.
+        return self._take_call(call, payload if payload.data is not None else self.journal.payload(call_id))
+
+    def _take_call(self, row: CallRow, payload: Payload) -> CallRecord:
+        record = CallRecord(row, payload)
+        self.calls[row.id] = record
+        _, spec = self.apps[row.app, row.version]
+        function = spec.function(row.tag)
+        if function is not None:
+            self._tell_snapshot(row.app, row.version, function, row.params_digest)
+        self.emit(
+            ev.CallSubmitted(
+                now=self.now(),
+                call_id=row.id,
+                app=row.app,
+                tag=row.tag,
+                method=row.method,
+                params_digest=row.params_digest,
+                version=row.version,
+            )
+        )
+        return record
+
+    def find_call(self, call_id: str) -> CallRecord | None:
+        """A call in memory, or a finished one from the journal."""
+        record = self.calls.get(call_id)
+        if record is not None:
+            return record
+        row = self.journal.call(call_id)
+        if row is None or row.outcome is None:
+            return None
+        record = CallRecord(row, Payload(data=b""))
+        record.outcome, record.error, record.result = row.outcome, row.error, self.journal.result(call_id)
+        record.phases = [Phase(str(p["name"]), float(p["start_ms"]), float(p["ms"]), p.get("parent")) for p in row.trace]
+        record.done.set()
+        return record
+
+    def cancel(self, call_id: str) -> None:
+        self.emit(ev.CallCancelled(now=self.now(), call_id=call_id))
+
+    async def _run_call(self, action: ev.RunCall) -> None:
+        record = self.calls[action.call_id]
+        info = self.instances[action.instance_id]
+        info.call_id = action.call_id
+        record.instance_id = action.instance_id
+        record.items.clear()
+        waited = (self.now() - record.submitted) * 1e3
+        record.phases = [Phase("queue", 0.0, round(waited, 3))]
+        if info.served == 0 and info.begun >= record.submitted - 0.001:
+            record.mode = "restore" if info.request.mode == "restore" else "cold"
+            described = self.backend.describe(action.instance_id) or {}
+            offset = (info.begun - record.submitted) * 1e3
+            for p in described.get("phases", []):
+                record.phases.append(Phase(p["name"], round(p["start_ms"] + offset, 3), p["ms"], p["parent"] or "queue"))
+        else:
+            record.mode = "warm"
+        info.served += 1
+
+        def on_item(payload: Payload) -> None:
+            record.items.append((b"i", payload))
+            record.changed.set()
+
+        request = CallRequest(action.call_id, record.row.method, record.row.encoding, record.payload, on_item)
+        answer = await self.backend.call(action.instance_id, request)
+        if info.call_id == action.call_id:
+            info.call_id = None
+        total = (self.now() - record.submitted) * 1e3
+        record.phases.append(Phase("run", round(total - answer.ms, 3), round(answer.ms, 3)))
+        if answer.outcome == "lost":
+            return  # the instance's end is reported by itself, with its reason
+        record.answer = answer
+        error = answer.error if answer.outcome == "exception" else None
+        self.emit(
+            ev.CallFinished(
+                now=self.now(), call_id=action.call_id, instance_id=action.instance_id, outcome=answer.outcome, error=error
+            )
+        )
+
+    def _finish_call(self, action: ev.FinishCall) -> None:
+        record = self.calls.get(action.call_id)
+        if record is None or record.outcome is not None:
+            return
+        record.outcome = action.outcome
+        answer = record.answer
+        if action.outcome in ("success", "exception") and answer is not None:
+            record.error, record.result = answer.error, answer.payload
+        else:
+            record.error = action.error
+        counters[f"call.{action.outcome}"] += 1
+        try:
+            self.journal.finish_call(
+                action.call_id, outcome=action.outcome, error=record.error, result=record.result, trace=record.trace()
+            )
+            if record.result.path is not None:
+                record.result = self.journal.result(action.call_id)
+        except StoreError as e:
+            # Without a durable answer the caller gets the truth rather than a result that a restart would lose.
+            log.error("call %s: %s", action.call_id, e.message)
+            record.outcome, record.error = "failure", e.to_dict()
+        record.payload = Payload(data=b"")
+        record.done.set()
+        record.changed.set()
+
+    # Instances
+
+    def _start_instance(self, action: ev.StartInstance) -> None:
+        name, _, rest = action.service_id.partition("/")
+        tag, _, version = rest.rpartition("@")
+        row, spec = self.apps[name, int(version)]
+        function = spec.function(tag)
+        assert function is not None
+        request = StartRequest(
+            instance_id=action.instance_id,
+            app=name,
+            spec=function,
+            runtime=spec.runtime,
+            function_key=function_key(function, spec.runtime, action.params_digest),
+            mode=action.mode,
+            snapshot_id=action.snapshot_id,
+            capture=action.capture,
+            env=self.resources.environment(function),
+            volumes=self.resources.mounts(function),
+            params=self.journal.params(action.params_digest) if action.params_digest else b"",
+            params_digest=action.params_digest,
+        )
+        self.instances[action.instance_id] = InstanceInfo(request, self.now())
+        counters[f"start.{action.mode}"] += 1
+        if function.resources.gpu and "none" not in (self.settings.gpu, row.client.get("gpu")):
+            wanted = ", ".join(function.resources.gpu)
+            error = HostError(
+                f"{tag} asks for gpu={wanted}, and this machine has none woodfrog can use; "
+                "set WOODFROG_GPU=none to run it without",
+                code="no-gpu",
+            )
+            self.on_start_failed(action.instance_id, error, user_fault=True)
+            return
+        try:
+            self.backend.start(request)
+        except WoodfrogError as e:
+            self.on_start_failed(action.instance_id, e, user_fault=False)
+
+    def _forget(self, instance_id: str) -> None:
+        info = self.instances.pop(instance_id, None)
+        if info is not None:
+            self.logs.end(info.request.app, instance_id, info.request.spec.tag)
+
+    def _say(self, instance_id: str, text: str) -> None:
+        info = self.instances.get(instance_id)
+        if info is not None:
+            self.logs.note(info.request.app, text, instance=instance_id, function=info.request.spec.tag)
+        log.info("%s: %s", instance_id, text)
+
+    def on_stage(self, instance_id: str, stage: str) -> None:
+        self.emit(ev.InstanceStage(now=self.now(), instance_id=instance_id, stage=stage))
+
+    def on_ready(self, instance_id: str) -> None:
+        info = self.instances[instance_id]
+        info.ready = True
+        how = "thawed" if info.request.mode == "restore" else "started"
+        self._say(instance_id, f"{how} in {(self.now() - info.begun) * 1e3:.0f} ms")
+        self.emit(ev.InstanceReady(now=self.now(), instance_id=instance_id))
+
+    def on_captured(self, request: StartRequest, snapshot_id: str) -> None:
+        self.logs.note(
+            request.app, f"snapshot {snapshot_id} captured", instance=request.instance_id, function=request.spec.tag
+        )
+        if request.instance_id in self.instances:
+            self.emit(ev.SnapshotCaptured(now=self.now(), instance_id=request.instance_id, snapshot_id=snapshot_id))
+            return
+        # The instance went before its snapshot was on disk; what it leaves behind is still good.
+        version = self.active.get(request.app)
+        if version is not None:
+            self._known_groups.discard((request.app, version, request.spec.tag, request.params_digest))
+            self._tell_snapshot(request.app, version, request.spec, request.params_digest)
+
+    def on_capture_failed(self, instance_id: str, error: WoodfrogError, *, alive: bool) -> None:
+        what = "it runs on without a snapshot" if alive else "starting anew"
+        self._say(instance_id, f"no snapshot: {error.message} ({what})")
+        if not alive:
+            self._forget(instance_id)
+        self.emit(ev.CaptureFailed(now=self.now(), instance_id=instance_id, reason=error.message, alive=alive))
+
+    def on_restore_failed(self, instance_id: str, snapshot_id: str, error: WoodfrogError, *, at_fault: bool) -> None:
+        self._say(instance_id, f"snapshot {snapshot_id} did not thaw: {error.message} (cold start instead)")
+        self._forget(instance_id)
+        self.emit(
+            ev.RestoreFailed(
+                now=self.now(), instance_id=instance_id, snapshot_id=snapshot_id, reason=error.message, at_fault=at_fault
+            )
+        )
+
+    def on_start_failed(self, instance_id: str, error: WoodfrogError, *, user_fault: bool) -> None:
+        self._say(instance_id, f"start failed: {error.message}")
+        trace = error.fields.get("traceback") if isinstance(error, StartupError) else None
+        info = self.instances.get(instance_id)
+        if trace and info is not None:
+            data = str(trace).rstrip("\n").encode() + b"\n"
+            self.logs.feed(
+                info.request.app, instance=instance_id, function=info.request.spec.tag, stream="stderr", call=None, data=data
+            )
+        self._forget(instance_id)
+        self.emit(ev.StartFailed(now=self.now(), instance_id=instance_id, error=error.to_dict(), user_fault=user_fault))
+
+    def on_exited(self, instance_id: str, error: WoodfrogError) -> None:
+        self._say(instance_id, error.message)
+        self._forget(instance_id)
+        self.emit(ev.InstanceExited(now=self.now(), instance_id=instance_id, error=error.to_dict()))
+
+    def on_stopped(self, instance_id: str) -> None:
+        self._say(instance_id, "stopped")
+        self._forget(instance_id)
+        self.emit(ev.InstanceStopped(now=self.now(), instance_id=instance_id))
+
+    def on_log(self, instance_id: str, stream: str, data: bytes) -> None:
+        info = self.instances.get(instance_id)
+        if info is not None:
+            spec = info.request
+            self.logs.feed(spec.app, instance=instance_id, function=spec.spec.tag, stream=stream, call=info.call_id, data=data)
+
+    def stop_instance(self, instance_id: str) -> None:
+        """A person's wish; a call in it goes back to the queue."""
+        self.emit(ev.InstanceStopRequested(now=self.now(), instance_id=instance_id))
+
+    def invalidate(self, snapshot_id: str) -> None:
+        """The snapshot is about to be removed: starts must not use it any more."""
+        self.emit(ev.SnapshotInvalidated(now=self.now(), snapshot_id=snapshot_id))
+
+    # Housekeeping
+
+    def tidy(self) -> None:
+        """Forget old answers and ephemeral apps whose client is gone. Called every so often."""
+        for call_id in self.journal.prune(time.time() - self.settings.keep_results_s):
+            self.calls.pop(call_id, None)
+        for call_id, record in list(self.calls.items()):
+            # The journal has it: memory is for what somebody may be waiting for.
+            if record.done.is_set() and not record.items and self.now() - record.submitted > 60:
+                del self.calls[call_id]
+        busy = {r.row.app for r in self.calls.values() if not r.done.is_set()}
+        for name, touched in list(self.touched.items()):
+            row, _ = self.apps[name, self.active[name]]
+            if row.ephemeral and name not in busy and self.now() - touched > _EPHEMERAL_TTL_S:
+                self.stop_app(name)
+        if self._record_path is not None:
+            self._record.flush()
+
+    async def shutdown(self, grace: float = 30.0) -> None:
+        """Let running calls finish, stop every instance; unfinished calls are for the next daemon."""
+        if not self.shutting_down:
+            self.shutting_down = True
+            self.emit(ev.ShutdownRequested(now=self.now()))
+        try:
+            await asyncio.wait_for(self.quiet.wait(), grace)
+        except TimeoutError:
+            log.warning("shutdown: instances left after %.0f s are killed", grace)
+        if self._wake is not None:
+            self._wake.cancel()
+        await self.backend.close()
+        for task in list(self._tasks):
+            task.cancel()
+        if self._record_path is not None:
+            self._record.close()
+
+
+def failure_of(record: CallRecord) -> WoodfrogError:
+    """The error of a call that ended without an answer of the user's."""
+    return error_from_dict(record.error or {"message": "the call ended without an answer"})

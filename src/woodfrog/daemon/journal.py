@@ -1,0 +1,210 @@
+"""The daemon's durable state: deployed apps, calls and their answers, in SQLite (WAL).
+
+A committed row survives `kill -9`. Bodies over `INLINE_BYTES` live in files beside the database; a row is written only
+when its file is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from woodfrog.backends.connection import Payload
+from woodfrog.errors import StoreError
+
+__all__ = ["INLINE_BYTES", "CallRow", "DeployRow", "Journal"]
+
+INLINE_BYTES = 256 << 10
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS deploys (
+    app TEXT NOT NULL, version INTEGER NOT NULL, spec TEXT NOT NULL, ephemeral INTEGER NOT NULL,
+    client TEXT NOT NULL, deployed REAL NOT NULL, stopped REAL, PRIMARY KEY (app, version)
+);
+CREATE TABLE IF NOT EXISTS params (digest TEXT PRIMARY KEY, data BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS calls (
+    id TEXT PRIMARY KEY, app TEXT NOT NULL, version INTEGER NOT NULL, tag TEXT NOT NULL, method TEXT NOT NULL,
+    params_digest TEXT NOT NULL, encoding TEXT NOT NULL, payload BLOB, submitted REAL NOT NULL,
+    finished REAL, outcome TEXT, error TEXT, result BLOB, trace TEXT
+);
+CREATE INDEX IF NOT EXISTS calls_open ON calls (finished) WHERE finished IS NULL;
+CREATE INDEX IF NOT EXISTS calls_finished ON calls (finished) WHERE finished IS NOT NULL;
+"""
+
+
+@dataclass(frozen=True)
+class DeployRow:
+    app: str
+    version: int
+    spec: dict[str, Any]
+    ephemeral: bool
+    client: dict[str, Any]
+    deployed: float
+    stopped: float | None
+
+
+@dataclass(frozen=True)
+class CallRow:
+    id: str
+    app: str
+    version: int
+    tag: str
+    method: str
+    params_digest: str
+    encoding: str
+    submitted: float
+    finished: float | None
+    outcome: str | None
+    error: dict[str, Any] | None
+    trace: list[dict[str, Any]]
+
+
+class Journal:
+    """SQLite behind a few named operations. Used from the event loop's thread alone.
+
+    Raises (every method):
+        StoreError: the database cannot be read or written (disk full).
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.bodies = home / "calls"
+        self.bodies.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = home / "journal.sqlite"
+        try:
+            old_mask = os.umask(0o077)
+            try:
+                self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+                self._db.execute("PRAGMA journal_mode=WAL")
+            finally:
+                os.umask(old_mask)
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.executescript(_SCHEMA)
+        except sqlite3.Error as e:
+            raise StoreError(f"{path}: {e}; move it away to begin with an empty state", path=str(path)) from e
+        self._sweep()
+
+    def _execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        try:
+            return self._db.execute(sql, values)
+        except sqlite3.Error as e:
+            raise StoreError(f"the daemon's journal cannot be used: {e}", code="journal") from e
+
+    def _sweep(self) -> None:
+        """Remove body files that no row owns (half-written when the daemon was killed)."""
+        known = {row[0] for row in self._execute("SELECT id FROM calls")}
+        for path in self.bodies.iterdir():
+            if path.stem not in known:
+                path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._db.close()
+
+    # Apps
+
+    def add_deploy(self, app: str, spec: dict[str, Any], *, ephemeral: bool, client: dict[str, Any]) -> DeployRow:
+        """Record a deploy as the app's next version."""
+        last = self._execute("SELECT coalesce(max(version), 0) FROM deploys WHERE app = ?", app).fetchone()[0]
+        now = time.time()
+        self._execute(
+            "INSERT INTO deploys VALUES (?, ?, ?, ?, ?, ?, NULL)",
+            *(app, last + 1, json.dumps(spec), int(ephemeral), json.dumps(client), now),
+        )
+        return DeployRow(app, last + 1, spec, ephemeral, client, now, None)
+
+    def stop_app(self, app: str) -> None:
+        self._execute("UPDATE deploys SET stopped = ? WHERE app = ? AND stopped IS NULL", time.time(), app)
+
+    def deploys(self, app: str | None = None) -> list[DeployRow]:
+        """All deploys, or those of one app, oldest first."""
+        where, values = ("WHERE app = ?", (app,)) if app is not None else ("", ())
+        rows = self._execute(f"SELECT * FROM deploys {where} ORDER BY deployed, version", *values)
+        return [DeployRow(a, v, json.loads(s), bool(e), json.loads(c), d, x) for a, v, s, e, c, d, x in rows]
+
+    # Calls
+
+    def add_params(self, digest: str, data: bytes) -> None:
+        self._execute("INSERT OR IGNORE INTO params VALUES (?, ?)", digest, data)
+
+    def params(self, digest: str) -> bytes:
+        row = self._execute("SELECT data FROM params WHERE digest = ?", digest).fetchone()
+        return bytes(row[0]) if row else b""
+
+    def _keep(self, call_id: str, kind: str, payload: Payload) -> bytes | None:
+        """The inline form of a body, or None after moving it into its file."""
+        if payload.size <= INLINE_BYTES:
+            return payload.read()
+        path = self.bodies / f"{call_id}.{kind}"
+        try:
+            if payload.path is not None:
+                os.rename(payload.path, path)
+            else:
+                path.write_bytes(payload.read())
+        except OSError as e:
+            raise StoreError(f"cannot keep a call's {kind}: {e.strerror}: {path}", code="disk-full") from e
+        return None
+
+    def add_call(
+        self, call_id: str, *, app: str, version: int, tag: str, method: str, params_digest: str, encoding: str, payload: Payload
+    ) -> CallRow:
+        now = time.time()
+        data = self._keep(call_id, "in", payload)
+        self._execute(
+            "INSERT INTO calls (id, app, version, tag, method, params_digest, encoding, payload, submitted)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            *(call_id, app, version, tag, method, params_digest, encoding, data, now),
+        )
+        return CallRow(call_id, app, version, tag, method, params_digest, encoding, now, None, None, None, [])
+
+    def _body(self, call_id: str, column: str, kind: str) -> Payload:
+        row = self._execute(f"SELECT {column} FROM calls WHERE id = ?", call_id).fetchone()
+        if row is not None and row[0] is not None:
+            return Payload(data=bytes(row[0]))
+        path = self.bodies / f"{call_id}.{kind}"
+        return Payload(path=path) if path.exists() else Payload(data=b"")
+
+    def payload(self, call_id: str) -> Payload:
+        return self._body(call_id, "payload", "in")
+
+    def result(self, call_id: str) -> Payload:
+        return self._body(call_id, "result", "out")
+
+    def finish_call(
+        self, call_id: str, *, outcome: str, error: dict[str, Any] | None, result: Payload, trace: list[dict[str, Any]]
+    ) -> None:
+        """Record the answer; the arguments are dropped, since nothing can ask for them any more."""
+        data = self._keep(call_id, "out", result)
+        self._execute(
+            "UPDATE calls SET finished = ?, outcome = ?, error = ?, result = ?, trace = ?, payload = NULL WHERE id = ?",
+            *(time.time(), outcome, json.dumps(error) if error else None, data, json.dumps(trace), call_id),
+        )
+        (self.bodies / f"{call_id}.in").unlink(missing_ok=True)
+
+    def call(self, call_id: str) -> CallRow | None:
+        return next(iter(self._calls("WHERE id = ?", call_id)), None)
+
+    def unfinished(self) -> list[CallRow]:
+        return self._calls("WHERE finished IS NULL ORDER BY submitted")
+
+    def recent(self, limit: int) -> list[CallRow]:
+        return self._calls("ORDER BY submitted DESC LIMIT ?", limit)
+
+    def _calls(self, where: str, *values: Any) -> list[CallRow]:
+        rows = self._execute(
+            "SELECT id, app, version, tag, method, params_digest, encoding, submitted, finished, outcome, error, trace"
+            f" FROM calls {where}",
+            *values,
+        )
+        return [CallRow(*r[:10], json.loads(r[10]) if r[10] else None, json.loads(r[11]) if r[11] else []) for r in rows]
+
+    def prune(self, before: float) -> list[str]:
+        """Forget calls finished before `before` (Unix time); returns their ids."""
+        ids = [r[0] for r in self._execute("SELECT id FROM calls WHERE finished < ?", before)]
+        for call_id in ids:
+            self._execute("DELETE FROM calls WHERE id = ?", call_id)
+            (self.bodies / f"{call_id}.out").unlink(missing_ok=True)
+        return ids

@@ -1,0 +1,128 @@
+"""What functions refer to by name and the daemon keeps: secrets and volumes; and checks of a spec against this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from woodfrog.errors import NotFoundError, SpecError
+from woodfrog.linux import rootplan
+from woodfrog.settings import Settings
+from woodfrog.spec import AppSpec, FunctionSpec, SecretSpec, VolumeMount
+from woodfrog.store.content import ContentStore
+from woodfrog.store.files import write_atomic
+
+__all__ = ["Resources"]
+
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+_TAKEN_MOUNTS = ("/app", "/proc", "/sys", "/dev", "/run", "/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc")
+
+
+def check_name(kind: str, name: str) -> str:
+    if not _NAME.match(name):
+        raise SpecError(f"{kind} name {name!r}: letters, digits, '.', '_' and '-' only, at most 64", code="bad-name")
+    return name
+
+
+class Resources:
+    """Secrets in `<home>/secrets` (mode 0600), volumes in `<home>/volumes` (owned by the worker uid)."""
+
+    def __init__(self, settings: Settings, content: ContentStore) -> None:
+        self._uid = settings.worker_uid
+        self._content = content
+        self._secrets = settings.home / "secrets"
+        self._volumes = settings.home / "volumes"
+        self._secrets.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._volumes.mkdir(mode=0o711, parents=True, exist_ok=True)
+
+    # Secrets
+
+    def put_secret(self, name: str, values: dict[str, str]) -> None:
+        write_atomic(self._secrets / f"{check_name('secret', name)}.json", json.dumps(values).encode())
+
+    def secret_names(self) -> list[str]:
+        return sorted(p.stem for p in self._secrets.glob("*.json"))
+
+    def _secret(self, spec: SecretSpec) -> dict[str, str]:
+        if spec.name is None:
+            return dict(spec.values)
+        path = self._secrets / f"{check_name('secret', spec.name)}.json"
+        if not path.is_file():
+            raise NotFoundError(f"no secret {spec.name!r}; make it with `woodfrog secret create {spec.name} KEY=VALUE ...`")
+        values: dict[str, str] = {**json.loads(path.read_text()), **spec.values}
+        missing = [k for k in spec.required_keys if k not in values]
+        if missing:
+            raise SpecError(f"secret {spec.name!r} lacks the required key {missing[0]!r}", code="secret-key")
+        return values
+
+    def environment(self, function: FunctionSpec) -> dict[str, str]:
+        """The user's variables as they are now: image, then secrets, then the function's own.
+
+        A secret that was removed since the deploy is left out: the function meets a missing variable, not a dead start.
+        """
+        env = dict(function.image.env)
+        for secret in function.secrets:
+            try:
+                env.update(self._secret(secret))
+            except NotFoundError:
+                continue
+        env.update(function.env)
+        return env
+
+    # Volumes
+
+    def volume_path(self, mount: VolumeMount) -> Path:
+        """The directory behind a volume, made on first use.
+
+        Raises:
+            NotFoundError: it does not exist and may not be created.
+        """
+        path = self._volumes / check_name("volume", mount.name)
+        if not path.is_dir():
+            if not (mount.create or mount.ephemeral):
+                raise NotFoundError(f"no volume {mount.name!r}; use Volume.from_name({mount.name!r}, create_if_missing=True)")
+            path.mkdir(mode=0o755, exist_ok=True)
+            os.chown(path, self._uid, self._uid)
+        return path
+
+    def mounts(self, function: FunctionSpec) -> tuple[rootplan.VolumeMount, ...]:
+        """What a sandbox of this function gets mounted."""
+        return tuple(rootplan.VolumeMount(self.volume_path(v), v.path, v.read_only) for v in function.volumes)
+
+    # Specs
+
+    def check(self, spec: AppSpec) -> None:
+        """Everything a deploy can know beforehand.
+
+        Raises:
+            SpecError: with the function and what is wrong.
+        """
+        check_name("app", spec.name)
+        seen: set[str] = set()
+        for name in (spec.runtime.executable, spec.runtime.prefix, spec.runtime.base_prefix):
+            if not os.path.exists(name):
+                raise SpecError(f"the Python environment {name} does not exist on the daemon's machine", code="runtime")
+        for function in spec.functions:
+            where = f"{spec.name}.{function.tag}"
+            check_name("function", function.tag)
+            if function.tag in seen:
+                raise SpecError(f"{where}: two functions of this name", code="duplicate-function")
+            seen.add(function.tag)
+            if not function.methods:
+                raise SpecError(f"{where}: has no methods", code="bad-spec")
+            source = function.source
+            if source.code_digest and not self._content.has_code(source.code_digest):
+                raise SpecError(f"{where}: its source was not sent; deploy again", code="missing-code")
+            if source.blob_digest and not self._content.has_blob(source.blob_digest):
+                raise SpecError(f"{where}: its pickled object was not sent; deploy again", code="missing-blob")
+            for secret in function.secrets:
+                self._secret(secret)
+            for mount in function.volumes:
+                path = os.path.normpath(mount.path)
+                if not os.path.isabs(mount.path) or path == "/":
+                    raise SpecError(f"{where}: volume path {mount.path!r} must be absolute and not /", code="bad-volume")
+                if any(path == taken or path.startswith(taken + "/") for taken in _TAKEN_MOUNTS):
+                    raise SpecError(f"{where}: volume path {mount.path!r} is the system's; mount it elsewhere", code="bad-volume")
+                self.volume_path(mount)

@@ -1,0 +1,278 @@
+"""Every failure woodfrog reports, as one tree of exceptions with stable codes.
+
+    WoodfrogError
+    ├── SpecError               the program's own: a decorator, a deploy, an argument
+    │   ├── SerializationError  an argument or a result cannot be pickled
+    │   └── NotFoundError       no such app, function, call, container or snapshot
+    ├── HostError               the machine lacks something (root, CRIU, a kernel feature)
+    ├── DaemonError             the daemon cannot be reached, or broke off
+    ├── SandboxError            a sandbox could not be set up or died
+    ├── SnapshotError
+    │   ├── IncompatibleSnapshot   made on a host that differs: cold start
+    │   ├── CaptureError           the freeze failed
+    │   ├── RestoreError           the thaw failed: cold start
+    │   └── IntegrityError         altered, truncated or unsigned: never restored
+    ├── StoreError              reading or writing state on disk
+    └── ExecutionError          the call did not come to an answer
+        ├── FunctionTimeoutError   it ran past its timeout
+        ├── StartupError           import or enter() failed or ran past startup_timeout
+        ├── OutOfMemoryError       the sandbox hit its memory limit
+        ├── InstanceCrashed        the process ended in the middle of a call
+        ├── CallCancelled          cancelled by the user, or its app stopped
+        └── OutputExpired          the result is no longer kept
+
+`code` is stable and safe to test for; `fields` holds plain JSON values; `retryable` says whether the same
+request may succeed when it is simply tried again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+__all__ = [
+    "CallCancelled",
+    "CaptureError",
+    "DaemonError",
+    "ExecutionError",
+    "FunctionTimeoutError",
+    "HostError",
+    "IncompatibleSnapshot",
+    "InstanceCrashed",
+    "IntegrityError",
+    "NotFoundError",
+    "OutOfMemoryError",
+    "OutputExpired",
+    "RestoreError",
+    "SandboxError",
+    "SerializationError",
+    "SnapshotError",
+    "SpecError",
+    "StartupError",
+    "StoreError",
+    "WoodfrogError",
+    "error_from_dict",
+]
+
+
+class WoodfrogError(Exception):
+    """Base of all of woodfrog's errors.
+
+    Args:
+        message: one line: what, where, what to do.
+        code: a more particular stable code than the class's own.
+        retryable: whether trying the same again may succeed.
+        fields: plain JSON values for programs (pid, phase, digest, ...).
+    """
+
+    code: str = "error"
+    retryable: bool = False
+    _registry: ClassVar[dict[str, type[WoodfrogError]]] = {}
+
+    def __init__(self, message: str, *, code: str | None = None, retryable: bool | None = None, **fields: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        if code is not None:
+            self.code = code
+        if retryable is not None:
+            self.retryable = retryable
+        self.fields: dict[str, Any] = fields
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        WoodfrogError._registry[cls.__name__] = cls
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (error_from_dict, (self.to_dict(),))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form that travels as JSON: type, code, message, retryable, fields."""
+        return {
+            "type": type(self).__name__,
+            "code": self.code,
+            "message": self.message,
+            "retryable": self.retryable,
+            "fields": self.fields,
+        }
+
+
+def error_from_dict(data: dict[str, Any]) -> WoodfrogError:
+    """Rebuild an error from `to_dict`'s form; an unknown type becomes a plain `WoodfrogError`."""
+    cls = WoodfrogError._registry.get(str(data.get("type")), WoodfrogError)
+    error = cls(str(data.get("message", "unknown error")), code=data.get("code"), retryable=data.get("retryable"))
+    error.fields = dict(data.get("fields") or {})
+    return error
+
+
+class SpecError(WoodfrogError):
+    """The program or request is wrong; the message says where and what to change."""
+
+    code = "spec"
+
+
+class SerializationError(SpecError):
+    """An argument or a result could not be pickled or unpickled."""
+
+    code = "serialization"
+
+
+class NotFoundError(SpecError):
+    """No app, function, call, container or snapshot of that name."""
+
+    code = "not-found"
+
+
+class HostError(WoodfrogError):
+    """The machine lacks something woodfrog needs; the message names the remedy."""
+
+    code = "host"
+
+
+class DaemonError(WoodfrogError):
+    """The daemon cannot be reached, could not be started, or broke off."""
+
+    code = "daemon"
+
+
+class SandboxError(WoodfrogError):
+    """A sandbox could not be prepared, assembled or used."""
+
+    code = "sandbox"
+
+
+class SnapshotError(WoodfrogError):
+    """Base of the snapshot failures."""
+
+    code = "snapshot"
+
+
+class IncompatibleSnapshot(SnapshotError):
+    """The snapshot was made on a host that differs in what matters: cold start, and a new snapshot."""
+
+    code = "snapshot-incompatible"
+
+
+class CaptureError(SnapshotError):
+    """The freeze failed. `alive` says whether the process runs on unharmed.
+
+    Args:
+        alive: True when the process was left running, False when it is known dead.
+        phase: the named phase that failed.
+        remedy: what the user can do.
+        log_tail: the last lines of the engine's log.
+    """
+
+    code = "capture-failed"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        alive: bool = False,
+        phase: str = "",
+        remedy: str = "",
+        log_tail: str = "",
+        code: str | None = None,
+        retryable: bool | None = None,
+        **fields: Any,
+    ) -> None:
+        super().__init__(
+            message, code=code, retryable=retryable, alive=alive, phase=phase, remedy=remedy, log_tail=log_tail, **fields
+        )
+
+    @property
+    def alive(self) -> bool:
+        return bool(self.fields.get("alive"))
+
+
+class RestoreError(SnapshotError):
+    """The thaw failed; the call falls back to a cold start.
+
+    Args:
+        snapshot_at_fault: True when the snapshot itself is bad, so that it must be retired.
+    """
+
+    code = "restore-failed"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        snapshot_at_fault: bool = False,
+        phase: str = "",
+        remedy: str = "",
+        log_tail: str = "",
+        code: str | None = None,
+        retryable: bool | None = None,
+        **fields: Any,
+    ) -> None:
+        super().__init__(
+            message,
+            code=code,
+            retryable=retryable,
+            snapshot_at_fault=snapshot_at_fault,
+            phase=phase,
+            remedy=remedy,
+            log_tail=log_tail,
+            **fields,
+        )
+
+    @property
+    def snapshot_at_fault(self) -> bool:
+        return bool(self.fields.get("snapshot_at_fault"))
+
+
+class IntegrityError(SnapshotError):
+    """Something stored was altered, truncated or is unsigned; it is never restored."""
+
+    code = "integrity"
+
+
+class StoreError(WoodfrogError):
+    """State on disk could not be read or written (disk full, permissions)."""
+
+    code = "store"
+
+
+class ExecutionError(WoodfrogError):
+    """The call did not come to an answer, for a reason that is not an exception of the user's code."""
+
+    code = "execution"
+
+
+class FunctionTimeoutError(ExecutionError, TimeoutError):
+    """The call ran past the function's `timeout`."""
+
+    code = "timeout"
+
+
+class StartupError(ExecutionError):
+    """The function's import or `enter` failed, or ran past `startup_timeout`."""
+
+    code = "startup"
+
+
+class OutOfMemoryError(ExecutionError, MemoryError):
+    """The sandbox hit its memory limit and the kernel killed a process in it."""
+
+    code = "out-of-memory"
+
+
+class InstanceCrashed(ExecutionError):
+    """The process ended in the middle of the call (exit, signal, segmentation fault)."""
+
+    code = "crashed"
+
+
+class CallCancelled(ExecutionError):
+    """The call was cancelled, or its app was stopped."""
+
+    code = "cancelled"
+
+
+class OutputExpired(ExecutionError):
+    """The result existed but is no longer kept."""
+
+    code = "expired"

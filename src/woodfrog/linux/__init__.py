@@ -1,0 +1,1 @@
+"""What woodfrog needs of Linux: sandboxes, cgroups, network, /proc. Knows errors and telemetry only."""

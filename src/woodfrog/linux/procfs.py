@@ -1,0 +1,263 @@
+"""Typed readers of /proc. The `parse_*` functions are pure; the others read one process's files.
+
+A process that is gone raises `ProcessLookupError`, whichever way the kernel says so.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = [
+    "MapEntry",
+    "MountEntry",
+    "Stat",
+    "Status",
+    "children",
+    "descriptors",
+    "maps",
+    "mountinfo",
+    "parse_maps",
+    "parse_mountinfo",
+    "parse_stat",
+    "parse_status",
+    "stat",
+    "status",
+    "tree",
+]
+
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """/proc/PID/stat, the fields that identify a process."""
+
+    pid: int
+    name: str
+    state: str
+    parent: int
+    start_ticks: int
+    """When it started, in clock ticks since boot: with the pid, this names one process for good."""
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """/proc/PID/status."""
+
+    name: str
+    state: str
+    pid: int
+    parent: int
+    ns_pids: tuple[int, ...]
+    """Its pid in each pid namespace, the reader's own first, the innermost last."""
+    uids: tuple[int, int, int, int]
+    gids: tuple[int, int, int, int]
+    groups: tuple[int, ...]
+    threads: int
+    cap_inheritable: int
+    cap_permitted: int
+    cap_effective: int
+    cap_bounding: int
+    cap_ambient: int
+    no_new_privs: bool
+    seccomp: int
+    rss_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MapEntry:
+    """One line of /proc/PID/maps."""
+
+    start: int
+    end: int
+    read: bool
+    write: bool
+    execute: bool
+    shared: bool
+    offset: int
+    device: tuple[int, int]
+    inode: int
+    path: str
+    """Empty for anonymous memory; `[heap]` and the like; ` (deleted)` is kept."""
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class MountEntry:
+    """One line of /proc/PID/mountinfo."""
+
+    id: int
+    parent: int
+    device: tuple[int, int]
+    root: str
+    target: str
+    options: frozenset[str]
+    propagation: tuple[str, ...]
+    kind: str
+    source: str
+    super_options: frozenset[str]
+
+
+def _octal(text: str) -> str:
+    """Undo the kernel's \\040 for blanks in paths."""
+    if "\\" not in text:
+        return text
+    return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8) & 0xFF), text)
+
+
+def parse_stat(text: str) -> Stat:
+    """The name may hold blanks and brackets: it ends at the last bracket."""
+    head, _, tail = text.rpartition(")")
+    pid, _, name = head.partition(" (")
+    fields = tail.split()
+    return Stat(int(pid), name, fields[0], int(fields[1]), int(fields[19]))
+
+
+def parse_status(text: str) -> Status:
+    values: dict[str, str] = {}
+    for line in text.split("\n"):
+        key, colon, value = line.partition(":")
+        if colon:
+            values.setdefault(key, value.strip())
+
+    def numbers(key: str) -> tuple[int, ...]:
+        return tuple(int(x) for x in values.get(key, "").split())
+
+    def four(key: str) -> tuple[int, int, int, int]:
+        a, b, c, d = numbers(key)
+        return a, b, c, d
+
+    pid = int(values["Pid"])
+    return Status(
+        name=values.get("Name", ""),
+        state=values["State"][:1],
+        pid=pid,
+        parent=int(values["PPid"]),
+        ns_pids=numbers("NSpid") or (pid,),
+        uids=four("Uid"),
+        gids=four("Gid"),
+        groups=numbers("Groups"),
+        threads=int(values.get("Threads", "0")),
+        cap_inheritable=int(values["CapInh"], 16),
+        cap_permitted=int(values["CapPrm"], 16),
+        cap_effective=int(values["CapEff"], 16),
+        cap_bounding=int(values["CapBnd"], 16),
+        cap_ambient=int(values.get("CapAmb", "0"), 16),
+        no_new_privs=values.get("NoNewPrivs", "0") == "1",
+        seccomp=int(values.get("Seccomp", "0")),
+        rss_bytes=int(values["VmRSS"].split()[0]) * 1024 if "VmRSS" in values else 0,
+    )
+
+
+def _device(text: str, base: int) -> tuple[int, int]:
+    major, _, minor = text.partition(":")
+    return int(major, base), int(minor, base)
+
+
+def parse_maps(text: str) -> tuple[MapEntry, ...]:
+    entries = []
+    for line in text.split("\n"):
+        if not line:
+            continue
+        fields = line.split(None, 5)
+        span, flags, offset, device, inode = fields[:5]
+        start, _, end = span.partition("-")
+        # The kernel writes a newline in a path as \012 and nothing else.
+        path = fields[5].replace("\\012", "\n") if len(fields) > 5 else ""
+        entries.append(
+            MapEntry(
+                int(start, 16), int(end, 16), flags[0] == "r", flags[1] == "w", flags[2] == "x", flags[3] == "s",
+                int(offset, 16), _device(device, 16), int(inode), path,
+            )  # fmt: skip
+        )
+    return tuple(entries)
+
+
+def parse_mountinfo(text: str) -> tuple[MountEntry, ...]:
+    entries = []
+    for line in text.split("\n"):
+        if not line:
+            continue
+        fields = line.split(" ")
+        dash = fields.index("-", 6)
+        kind, source, super_options = fields[dash + 1 : dash + 4]
+        entries.append(
+            MountEntry(
+                int(fields[0]), int(fields[1]), _device(fields[2], 10), _octal(fields[3]), _octal(fields[4]),
+                frozenset(fields[5].split(",")), tuple(fields[6:dash]), kind, _octal(source),
+                frozenset(super_options.split(",")),
+            )  # fmt: skip
+        )
+    return tuple(entries)
+
+
+@contextmanager
+def _of(pid: int) -> Iterator[Path]:
+    try:
+        yield PROC / str(pid)
+    except FileNotFoundError:
+        raise ProcessLookupError(f"no process {pid}") from None
+
+
+def _read(pid: int, name: str) -> str:
+    with _of(pid) as path:
+        return (path / name).read_bytes().decode(errors="surrogateescape")
+
+
+def stat(pid: int) -> Stat:
+    return parse_stat(_read(pid, "stat"))
+
+
+def status(pid: int) -> Status:
+    return parse_status(_read(pid, "status"))
+
+
+def maps(pid: int) -> tuple[MapEntry, ...]:
+    return parse_maps(_read(pid, "maps"))
+
+
+def mountinfo(pid: int) -> tuple[MountEntry, ...]:
+    return parse_mountinfo(_read(pid, "mountinfo"))
+
+
+def children(pid: int) -> tuple[int, ...]:
+    """The children of all the process's threads (needs CONFIG_PROC_CHILDREN, as CRIU does)."""
+    found: list[int] = []
+    with _of(pid) as path:
+        for thread in os.listdir(path / "task"):
+            try:
+                found += map(int, (path / "task" / thread / "children").read_text().split())
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # that thread ended meanwhile
+    return tuple(sorted(found))
+
+
+def tree(pid: int) -> tuple[int, ...]:
+    """The process and all below it, parents first. Those that end meanwhile are left out."""
+    found = [pid]
+    for process in found:
+        try:
+            found += children(process)
+        except ProcessLookupError:
+            continue
+    return tuple(found)
+
+
+def descriptors(pid: int) -> dict[int, str]:
+    """Open descriptors and what each link says (`/path`, `socket:[1]`, `anon_inode:[eventpoll]`)."""
+    found = {}
+    with _of(pid) as path:
+        for name in os.listdir(path / "fd"):
+            try:
+                found[int(name)] = os.readlink(path / "fd" / name)
+            except FileNotFoundError:
+                continue  # closed meanwhile
+    return found

@@ -1,0 +1,380 @@
+"""What a sandbox's file system is made of, as a pure computation.
+
+A plan is a tuple of operations that the sandbox's init carries out in order. It comes in two parts:
+`base_plan` needs nothing of the function that will run and is carried out when a sandbox is prepared;
+`root_plan` is on the path of every start and is short.
+
+Nothing here touches the machine: what the host looks like comes in as a `HostRoot`
+(`woodfrog.linux.skeleton.read_host_root`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from woodfrog.errors import SandboxError
+
+__all__ = [
+    "MASKED",
+    "HostEntry",
+    "HostRoot",
+    "Op",
+    "RootPlan",
+    "RootRequest",
+    "SkeletonEntry",
+    "VolumeMount",
+    "base_plan",
+    "etc_files",
+    "is_visible",
+    "root_plan",
+    "skeleton_entries",
+]
+
+OWN = frozenset({"proc", "sys", "dev", "run", "tmp", "etc"})
+"""Top-level directories every sandbox has of its own."""
+MASKED = frozenset({"home", "root", "boot", "media", "mnt", "lost+found"})
+"""Top-level directories of the host that stay empty inside: homes and secrets."""
+PROC_MASKS = (
+    "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
+    "/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats", "/proc/vmallocinfo",
+    "/sys/firmware", "/sys/devices/virtual/powercap", "/sys/kernel/notes",
+)  # fmt: skip
+"""What tells about the host and helps nobody inside."""
+PROC_READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+NS_LAST_PID = "/proc/sys/kernel/ns_last_pid"
+VAR_TMP = "/.var-tmp"
+"""Where /var/tmp's files live: /var itself is the host's, read-only."""
+HOME = "/home/woodfrog"
+DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One operation of init, by name; see the table in native/init.c."""
+
+    name: str
+    args: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if any("\0" in a for a in (self.name, *self.args)):
+            raise SandboxError(f"a NUL byte in the sandbox operation {self.name}", code="sandbox-plan")
+
+
+@dataclass(frozen=True, slots=True)
+class HostEntry:
+    """A top-level directory or symlink of the host."""
+
+    name: str
+    kind: Literal["directory", "symlink"]
+    target: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HostRoot:
+    """What of the host decides how a root is made."""
+
+    entries: tuple[HostEntry, ...]
+    masks: tuple[tuple[str, bool], ...] = ()
+    """The existing ones of `PROC_MASKS`, and whether each is a directory."""
+    read_only: tuple[str, ...] = ()
+    ns_last_pid: bool = True
+    var_tmp: bool = True
+    passwd: str = ""
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeMount:
+    """A host directory at a path inside, writable unless said otherwise."""
+
+    source: Path
+    target: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SkeletonEntry:
+    """One directory or symlink of the lowest layer."""
+
+    path: str
+    mode: int = 0o755
+    uid: int = 0
+    gid: int = 0
+    link: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RootRequest:
+    """What one sandbox's root is to hold.
+
+    Args:
+        scratch: an empty host directory; the sandbox mounts its private tmpfs there, in its own namespace only.
+        skeleton: the lowest layer, from `woodfrog.linux.skeleton.make_skeleton`.
+        layers: file system layers of snapshots, the topmost first.
+        shm_layer: what /dev/shm holds at first; copied.
+        code: host directory of the user's code, mounted read-only at `code_mount`.
+        prefixes: directories needed at their own path, read-only (interpreter, virtual environment, woodfrog itself).
+        hidden: host directories that appear empty inside (woodfrog's state).
+        etc: files of /etc that are the sandbox's own: name and text; see `etc_files`.
+        disk_bytes: how much the sandbox may write; it is memory, and counts against the memory limit.
+    """
+
+    scratch: Path
+    skeleton: Path
+    disk_bytes: int
+    hostname: str
+    worker_uid: int
+    layers: tuple[Path, ...] = ()
+    shm_layer: Path | None = None
+    code: Path | None = None
+    code_mount: str = "/app"
+    prefixes: tuple[Path, ...] = ()
+    volumes: tuple[VolumeMount, ...] = ()
+    hidden: tuple[Path, ...] = ()
+    etc: tuple[tuple[str, str], ...] = ()
+    kdat_dir: Path | None = None
+    network: bool = True
+    """False takes the prepared network device away (`block_network`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RootPlan:
+    """The operations that turn a prepared sandbox into one with this root."""
+
+    ops: tuple[Op, ...]
+    shm_layer: Path | None = None
+
+
+def _mkdir(path: str | PurePosixPath, mode: int = 0o755, uid: int = 0, gid: int = 0) -> Op:
+    return Op("mkdir", (str(path), f"{mode:o}", str(uid), str(gid)))
+
+
+def _bind(source: str | PurePosixPath, target: str | PurePosixPath, attributes: str) -> Op:
+    return Op("bind", (str(source), str(target), attributes))
+
+
+def _mount(kind: str, target: str | PurePosixPath, flags: str, options: str = "") -> Op:
+    return Op("mount", (kind, str(target), flags, options))
+
+
+def _below(path: PurePosixPath, above: PurePosixPath) -> bool:
+    return path != above and above in path.parents
+
+
+def _absolute(path: Path | str, what: str) -> PurePosixPath:
+    pure = PurePosixPath(path)
+    if not pure.is_absolute() or ".." in pure.parts:
+        raise SandboxError(f"{what} {path}: not an absolute path without '..'", code="sandbox-plan")
+    return pure
+
+
+def is_visible(path: PurePosixPath, host: HostRoot, hidden: tuple[PurePosixPath, ...]) -> bool:
+    """Whether a host path can be seen inside without a bind of its own."""
+    if any(path == h or h in path.parents for h in hidden) or len(path.parts) < 2:
+        return False
+    top = path.parts[1]
+    if top in OWN or top in MASKED:
+        return False
+    return any(e.name == top and e.kind == "directory" for e in host.entries)
+
+
+def skeleton_entries(host: HostRoot, prefixes: tuple[Path, ...], worker_uid: int) -> tuple[SkeletonEntry, ...]:
+    """The lowest layer: mount points, masked directories, and the writable places, all empty.
+
+    User code may make directories in `/` and `/run` (they are its group's, sticky) but cannot rename or
+    replace what is there: init and CRIU, which have capabilities, resolve paths below them.
+    """
+    gid = worker_uid
+    entries = {
+        "/": SkeletonEntry("/", 0o1775, 0, gid),
+        **{f"/{n}": SkeletonEntry(f"/{n}") for n in ("proc", "sys", "dev", "etc", "home", "root", "app")},
+        "/run": SkeletonEntry("/run", 0o1775, 0, gid),
+        "/run/lock": SkeletonEntry("/run/lock", 0o1777),
+        "/run/woodfrog": SkeletonEntry("/run/woodfrog"),
+        "/run/criu": SkeletonEntry("/run/criu"),
+        "/tmp": SkeletonEntry("/tmp", 0o1777),
+        VAR_TMP: SkeletonEntry(VAR_TMP, 0o1777),
+        HOME: SkeletonEntry(HOME, 0o755, worker_uid, gid),
+    }
+    for entry in host.entries:
+        path = f"/{entry.name}"
+        if path in entries or entry.name == "lost+found":
+            continue
+        entries[path] = SkeletonEntry(path, link=entry.target) if entry.kind == "symlink" else SkeletonEntry(path)
+    for prefix in prefixes:
+        pure = _absolute(prefix, "prefix")
+        if is_visible(pure, host, ()):
+            continue
+        for part in (*reversed(pure.parents), pure):
+            entries.setdefault(str(part), SkeletonEntry(str(part)))
+    return tuple(entries[k] for k in sorted(entries))
+
+
+def etc_files(
+    host: HostRoot, *, hostname: str, worker_uid: int, resolv_conf: str = "", address: str = ""
+) -> tuple[tuple[str, str], ...]:
+    """The sandbox's own files of /etc: hostname, hosts, resolv.conf, passwd, group."""
+
+    def without_ours(text: str) -> str:
+        lines = [x for x in text.splitlines() if x and x.split(":")[0] != "woodfrog"]
+        return "".join(f"{x}\n" for x in lines)
+
+    hosts = f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{address or '127.0.1.1'}\t{hostname}\n"
+    return (
+        ("hostname", f"{hostname}\n"),
+        ("hosts", hosts),
+        ("resolv.conf", resolv_conf),
+        (
+            "passwd",
+            f"{without_ours(host.passwd)}woodfrog:x:{worker_uid}:{worker_uid}:woodfrog:{HOME}:/bin/sh\n",
+        ),
+        ("group", f"{without_ours(host.group)}woodfrog:x:{worker_uid}:\n"),
+    )
+
+
+def base_plan(scratch: Path, host: HostRoot, worker_uid: int) -> tuple[Op, ...]:
+    """/proc, /sys, /dev and /run/woodfrog, made below `scratch` to be moved into the root later."""
+    s = _absolute(scratch, "scratch")
+    uid = worker_uid
+    ops = [_mount("tmpfs", s, "nosuid,nodev", "mode=0700,size=64m")]
+    ops += [_mkdir(s / n) for n in ("disk", "root", "proc", "sys", "dev", "run", "etc", "empty", "mask")]
+
+    ops.append(_mount("proc", s / "proc", "nosuid,nodev,noexec"))
+    ops.append(_mount("sysfs", s / "sys", "ro,nosuid,nodev,noexec"))
+    for path, is_directory in host.masks:
+        source = str(s / "empty") if is_directory else "/dev/null"
+        ops.append(_bind(source, f"{s}{path}", "ro,nosuid,noexec"))
+    for path in host.read_only:
+        ops.append(_bind(f"{s}{path}", f"{s}{path}", "ro,rec"))
+    if host.ns_last_pid and "/proc/sys" in host.read_only:
+        # What CRIU writes where it cannot choose a pid in clone3.
+        ops.append(_bind(f"{s}{NS_LAST_PID}", f"{s}{NS_LAST_PID}", "rw"))
+
+    dev = s / "dev"
+    ops.append(_mount("tmpfs", dev, "nosuid,noexec", "mode=0755,size=64k"))
+    for name, major, minor in DEVICES:
+        ops.append(Op("mknod", (str(dev / name), "c", "666", str(major), str(minor), "0", "0")))
+    for name, target in (
+        ("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"), ("ptmx", "pts/ptmx"),
+    ):  # fmt: skip
+        ops.append(Op("symlink", (target, str(dev / name))))
+    ops += [_mkdir(dev / "pts"), _mkdir(dev / "shm")]
+    ops.append(_mount("devpts", dev / "pts", "nosuid,noexec", "newinstance,ptmxmode=0666,mode=0620,gid=5"))
+    ops.append(_mount("tmpfs", dev / "shm", "nosuid,nodev", "mode=1777"))
+
+    run = s / "run"
+    ops.append(_mount("tmpfs", run, "nosuid,nodev,noexec", "mode=0711,size=64m"))
+    ops += [_mkdir(run / "worker", 0o700, uid, uid), _mkdir(run / "img", 0o700), _mkdir(run / "criu", 0o700)]
+    for name in ("stdout", "stderr"):
+        ops.append(Op("mknod", (str(run / name), "p", "600", "0", "0", str(uid), str(uid))))
+    ops.append(Op("ifup", ("lo",)))
+    return tuple(ops)
+
+
+def _overlay_path(path: PurePosixPath | Path) -> str:
+    text = str(path)
+    for character in ("\\", ":", ","):
+        text = text.replace(character, "\\" + character)
+    return text
+
+
+def _overlay(target: PurePosixPath, lower: list[PurePosixPath | Path], flags: str, rest: str) -> Op:
+    # Layers are copied from one upper directory to another host's store: each must be whole in itself.
+    options = (
+        f"lowerdir={':'.join(map(_overlay_path, lower))}{rest},redirect_dir=off,metacopy=off,index=off,xino=off"
+    )
+    if len(options) > 4000:
+        raise SandboxError(
+            f"{len(lower)} file system layers are too many for one mount; capture the function anew", code="sandbox-plan"
+        )
+    return _mount("overlay", target, flags, options)
+
+
+def root_plan(request: RootRequest, host: HostRoot) -> RootPlan:
+    """The operations that make the root, and make it the only one.
+
+    Raises:
+        SandboxError: a path that is not absolute, or would cover what the sandbox itself needs.
+    """
+    s = _absolute(request.scratch, "scratch")
+    gid = request.worker_uid
+    hidden = tuple(_absolute(h, "hidden directory") for h in request.hidden)
+    disk = s / "disk"
+    ops = [
+        _mount("tmpfs", disk, "nosuid,nodev", f"mode=0700,size={request.disk_bytes}"),
+        # The merged root has the upper directory's owner and mode.
+        _mkdir(disk / "upper", 0o1775, 0, gid),
+        _mkdir(disk / "work"),
+        _overlay(
+            s / "root",
+            [*request.layers, request.skeleton],
+            "nosuid,nodev",
+            f",upperdir={_overlay_path(disk / 'upper')},workdir={_overlay_path(disk / 'work')}",
+        ),
+        Op("hold", (str(disk / "upper"),)),
+    ]
+    ops += [
+        Op("write", (str(s / "etc" / name), "644", "0", "0", text)) for name, text in sorted(request.etc)
+    ]
+    # Masks with a needed prefix below need the mount point in them: each has its own directory, made before it is bound.
+    prefixes = sorted({_absolute(p, "prefix") for p in request.prefixes}, key=lambda p: (len(p.parts), str(p)))
+    bound = [p for p in prefixes if not is_visible(p, host, hidden)]
+    bound = [p for p in bound if not any(_below(p, q) and not _between(p, q, hidden) for q in bound)]
+    masks: dict[PurePosixPath, PurePosixPath] = {}
+    for index, path in enumerate(hidden):
+        if not (is_visible(path, host, ()) or any(q == path or _below(path, q) for q in bound)):
+            continue
+        masks[path] = s / "mask" / str(index)
+        ops.append(_mkdir(masks[path]))
+        ops += [_mkdir(masks[path] / p.relative_to(path)) for p in bound if _below(p, path)]
+
+    ops.append(Op("enter", (str(s / "root"),)))
+    for entry in host.entries:
+        if entry.kind == "directory" and entry.name not in OWN and entry.name not in MASKED:
+            ops.append(_bind(f"/{entry.name}", f"/{entry.name}", "ro,nosuid,nodev,rec"))
+    if request.etc:
+        # Laid over, not bound over: /etc/resolv.conf is often a symlink into /run.
+        ops.append(_overlay(PurePosixPath("/etc"), [s / "etc", PurePosixPath("/etc")], "ro,nosuid,nodev", ""))
+    else:
+        ops.append(_bind("/etc", "/etc", "ro,nosuid,nodev,rec"))
+    if host.var_tmp:
+        ops.append(_bind(f"={VAR_TMP}", "/var/tmp", "nosuid,nodev"))
+    ops += [Op("move", (str(s / n), f"/{n}")) for n in ("proc", "sys", "dev")]
+    ops.append(Op("move", (str(s / "run"), "/run/woodfrog")))
+    if request.kdat_dir is not None:
+        ops.append(_bind(_absolute(request.kdat_dir, "kdat directory"), "/run/criu", "nosuid,nodev,noexec"))
+
+    for path in sorted({*masks, *bound}, key=lambda p: (len(p.parts), str(p))):
+        if path in masks:
+            ops.append(_bind(masks[path], path, "ro,nosuid,nodev,noexec"))
+        else:
+            if not any(_below(path, m) for m in masks):
+                ops.append(_mkdir(path))
+            ops.append(_bind(path, path, "ro,nosuid,nodev,rec"))
+    if request.code is not None:
+        target = _user_target(request.code_mount, "code")
+        ops += [_mkdir(target), _bind(_absolute(request.code, "code"), target, "ro,nosuid,nodev")]
+    for volume in sorted(request.volumes, key=lambda v: v.target):
+        target = _user_target(volume.target, "volume")
+        attributes = "nosuid,nodev" + (",ro" if volume.read_only else "")
+        ops += [_mkdir(target), _bind(_absolute(volume.source, "volume source"), target, attributes)]
+    ops.append(Op("pivot"))
+    if not request.network:
+        ops.append(Op("linkdel", ("eth0",)))
+    ops.append(Op("hostname", (request.hostname,)))
+    return RootPlan(tuple(ops), request.shm_layer)
+
+
+def _between(path: PurePosixPath, above: PurePosixPath, hidden: tuple[PurePosixPath, ...]) -> bool:
+    """Whether a mask lies between a directory and one above it."""
+    return any((h == path or _below(path, h)) and _below(h, above) for h in hidden)
+
+
+def _user_target(path: str, what: str) -> PurePosixPath:
+    pure = _absolute(path, what)
+    if len(pure.parts) < 2 or pure.parts[1] in {"proc", "sys", "dev", "etc", "run"}:
+        raise SandboxError(f"{what} cannot be mounted at {path}; choose a path such as /data", code="bad-mount-path")
+    return pure

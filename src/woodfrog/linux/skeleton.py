@@ -1,0 +1,61 @@
+"""The host as `rootplan` needs to see it, and the lowest layer of every sandbox's root on disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from hashlib import sha256
+from pathlib import Path
+
+from woodfrog.linux.rootplan import NS_LAST_PID, PROC_MASKS, PROC_READ_ONLY, HostEntry, HostRoot, skeleton_entries
+
+__all__ = ["make_skeleton", "read_host_root"]
+
+
+def read_host_root(root: Path = Path("/")) -> HostRoot:
+    """Look at the host once; a daemon keeps the answer."""
+    entries = []
+    with os.scandir(root) as listing:
+        for entry in sorted(listing, key=lambda e: e.name):
+            if entry.is_symlink():
+                entries.append(HostEntry(entry.name, "symlink", os.readlink(entry.path)))
+            elif entry.is_dir():
+                entries.append(HostEntry(entry.name, "directory"))
+    return HostRoot(
+        entries=tuple(entries),
+        masks=tuple((p, os.path.isdir(p)) for p in PROC_MASKS if os.path.lexists(p)),
+        read_only=tuple(p for p in PROC_READ_ONLY if os.path.lexists(p)),
+        ns_last_pid=os.path.exists(NS_LAST_PID),
+        var_tmp=(root / "var/tmp").is_dir() and not (root / "var").is_symlink(),
+        passwd=(root / "etc/passwd").read_text(errors="replace"),
+        group=(root / "etc/group").read_text(errors="replace"),
+    )
+
+
+def make_skeleton(parent: Path, host: HostRoot, prefixes: tuple[Path, ...], worker_uid: int) -> Path:
+    """Make the lowest layer below `parent` unless it is there, and return its path.
+
+    Its name is the digest of its content: a layer that sandboxes have mounted must not change.
+    """
+    entries = skeleton_entries(host, prefixes, worker_uid)
+    path = parent / sha256(repr(entries).encode()).hexdigest()[:16]
+    if path.is_dir():
+        return path
+    staging = parent / f".{path.name}.{os.getpid()}"
+    staging.mkdir(parents=True)
+    try:
+        for entry in entries:
+            at = f"{staging}{entry.path}"
+            if entry.link:
+                os.symlink(entry.link, at)
+                continue
+            if entry.path != "/":
+                os.mkdir(at)
+            os.chown(at, entry.uid, entry.gid)
+            os.chmod(at, entry.mode)
+        os.rename(staging, path)
+    except OSError:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not path.is_dir():
+            raise
+    return path

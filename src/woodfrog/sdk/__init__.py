@@ -1,0 +1,1 @@
+"""Decorators, handles and the client. Import them from `woodfrog` itself."""

@@ -1,0 +1,121 @@
+"""Checks of what a program hands to the SDK, and the notes it prints. Messages are one line and say what to change."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from woodfrog.errors import SpecError
+from woodfrog.sdk.hooks import in_worker
+
+__all__ = ["caller", "environment", "name", "nearest", "note", "number", "text_dict", "whole"]
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_noted: set[str] = set()
+
+
+def caller() -> str:
+    """`file:line` of the nearest frame outside woodfrog."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame = frame.f_back
+    return f"{short(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+def short(path: str) -> str:
+    """`path` relative to the working directory where that is shorter."""
+    try:
+        relative = os.path.relpath(path)
+    except (OSError, ValueError):
+        return path
+    return relative if os.path.isabs(path) and not relative.startswith("..") else path
+
+
+def note(key: str, text: str) -> None:
+    """Print a note to stderr, once in a process for each `key`; never inside a container."""
+    if key in _noted or in_worker():
+        return
+    _noted.add(key)
+    print(f"woodfrog: note: {text}", file=sys.stderr)
+
+
+def nearest(word: str, known: Any) -> str:
+    """`; did you mean 'x'?`, or nothing."""
+    from difflib import get_close_matches
+
+    found = get_close_matches(word, list(known), 1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def name(value: Any, what: str) -> str:
+    """A name as it may stand in a URL and in a file system.
+
+    Raises:
+        SpecError: anything else.
+    """
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise SpecError(
+            f"{what}: {value!r} is not a name (letters, digits, '.', '_' and '-', beginning with a letter or digit, "
+            "at most 63)",
+            code="bad-name",
+        )
+    return value
+
+
+def number(value: Any, *, above: float | None = None, least: float | None = None, most: float | None = None) -> float:
+    """A finite number within bounds.
+
+    Raises:
+        TypeError, ValueError: with the words to put behind the parameter's name.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"expected a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"expected a finite number, got {value!r}")
+    if above is not None and value <= above:
+        raise ValueError(f"must be more than {above}, got {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"must be at least {least}, got {value!r}")
+    if most is not None and value > most:
+        raise ValueError(f"must be at most {most}, got {value!r}")
+    return value
+
+
+def whole(value: Any, *, least: int = 0, most: int | None = None) -> int:
+    """A whole number within bounds.
+
+    Raises:
+        TypeError, ValueError: with the words to put behind the parameter's name.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"expected a whole number, got {value!r}")
+    return int(number(value, least=least, most=most))
+
+
+def text_dict(value: Any) -> dict[str, str]:
+    """Names and texts of an environment.
+
+    Raises:
+        TypeError, ValueError: with the words to put behind the parameter's name.
+    """
+    if not isinstance(value, Mapping):
+        raise TypeError(f"expected a dict of str to str, got {type(value).__name__}")
+    for key, text in value.items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise TypeError(f"expected str to str, got {key!r}: {type(text).__name__}")
+        if not key or "=" in key or "\0" in key or "\0" in text:
+            raise ValueError(f"{key!r} cannot stand in an environment")
+    return dict(value)
+
+
+def environment(value: Any, where: str) -> dict[str, str]:
+    """`text_dict` with a SpecError that names `where`."""
+    try:
+        return text_dict(value)
+    except (TypeError, ValueError) as e:
+        raise SpecError(f"{where}: {e}") from None

@@ -1,0 +1,377 @@
+"""The client of woodfrog's daemon: one HTTP connection pool, waits that survive a restart, and starting the daemon."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+
+from woodfrog import errors, protocol
+from woodfrog.errors import DaemonError, HostError, WoodfrogError
+from woodfrog.settings import Settings, load
+
+__all__ = ["Client", "Reply", "connect", "segment", "start_daemon"]
+
+RECONNECT_S = 60.0
+"""How long a lost daemon is waited for."""
+START_S = 30.0
+"""How long a daemon may take from its start to its first answer."""
+_TEMPORARY = (httpx.TransportError,)
+
+
+def segment(text: str) -> str:
+    """A name as one segment of a URL path."""
+    return quote(text, safe="")
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    headers: Mapping[str, str]
+    body: io.BytesIO
+
+    def json(self) -> Any:
+        try:
+            return json.loads(self.body.getvalue() or b"null")
+        except ValueError:
+            raise DaemonError(
+                f"the daemon answered {self.status} with something that is not JSON: {self.body.getvalue()[:200]!r}"
+            ) from None
+
+
+def _code_table() -> dict[str, type[WoodfrogError]]:
+    table: dict[str, type[WoodfrogError]] = {}
+    for cls in WoodfrogError._registry.values():
+        table.setdefault(cls.code, cls)
+    return table
+
+
+def error_from_answer(data: Any, fallback: str) -> WoodfrogError:
+    """The error in `{"error": {...}}`: by its type, or by its code where no type is given."""
+    error = data.get("error") if isinstance(data, dict) else None
+    if not isinstance(error, dict):
+        return DaemonError(fallback)
+    if not error.get("type"):
+        cls = _code_table().get(str(error.get("code")), WoodfrogError)
+        error = {**error, "type": cls.__name__}
+    return errors.error_from_dict(error)
+
+
+class Client:
+    """Speaks to one daemon. Safe to use from many threads.
+
+    Args:
+        settings: where the daemon is (`host` and `token`, or the socket in `home`).
+        reconnect_s: seconds to wait for a daemon that went away in the middle of something.
+    """
+
+    def __init__(self, settings: Settings, *, reconnect_s: float = RECONNECT_S) -> None:
+        self.settings = settings
+        self.reconnect_s = reconnect_s
+        self.where = settings.host or str(settings.socket)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30)
+        headers = {"accept-encoding": "identity", "user-agent": "woodfrog"}
+        if settings.host:
+            if settings.token:
+                headers["authorization"] = f"Bearer {settings.token}"
+            base = settings.host if "://" in settings.host else f"http://{settings.host}"
+            transport = httpx.HTTPTransport(limits=limits, trust_env=False)
+        else:
+            base, transport = "http://woodfrog", httpx.HTTPTransport(uds=str(settings.socket), limits=limits, trust_env=False)
+        self._http = httpx.Client(transport=transport, base_url=base, headers=headers, trust_env=False)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def _send(
+        self, method: str, path: str, params: Any, headers: Any, content: bytes | None, wait: float, patience: float = 60.0
+    ) -> Reply:
+        timeout = httpx.Timeout(connect=5, read=wait + patience, write=120, pool=None)
+        with self._http.stream(method, path, params=params, headers=headers, content=content, timeout=timeout) as r:
+            # One buffer, however large the body: it is read and unpickled in place.
+            body = io.BytesIO()
+            for chunk in r.iter_raw():
+                body.write(chunk)
+            expected = r.headers.get("content-length")
+            if expected is not None and body.tell() != int(expected) and method != "HEAD":
+                raise httpx.RemoteProtocolError("the answer broke off")
+            body.seek(0)
+            return Reply(r.status_code, r.headers, body)
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        content: bytes | None = None,
+        data: Any = None,
+        wait: float = 0.0,
+        kept: str = "",
+    ) -> Reply:
+        """One request under `/v1`; repeated while the daemon is away, so it must do no harm twice.
+
+        Args:
+            data: sent as JSON, instead of `content`.
+            wait: seconds the daemon may hold the answer back.
+            kept: words for the error when the daemon stays away.
+
+        Raises:
+            DaemonError: the daemon went away and did not come back in `reconnect_s`.
+            WoodfrogError: what the daemon answered.
+        """
+        if data is not None:
+            content, headers = json.dumps(data).encode(), {**(headers or {}), "content-type": "application/json"}
+        if wait:
+            params = {**(params or {}), "wait": f"{wait:g}"}
+        lost: float | None = None
+        delay = 0.05
+        while True:
+            trouble: Exception | None = None
+            try:
+                reply = self._send(method, "/v1" + path, params, headers, content, wait)
+                if reply.status != 503:
+                    break
+                failure = error_from_answer(_json_or_none(reply), "the daemon is not ready")
+                if not failure.retryable and "error" in (_json_or_none(reply) or {}):
+                    raise failure
+                trouble = failure
+            except _TEMPORARY as e:
+                trouble = e
+                if _denied(e):
+                    raise _no_permission(self.where) from None
+            now = time.monotonic()
+            lost = lost or now
+            if now - lost > self.reconnect_s:
+                raise DaemonError(
+                    f"woodfrog's daemon at {self.where} went away and did not come back in {self.reconnect_s:g} s "
+                    f"({type(trouble).__name__}: {trouble}){kept and '; ' + kept}",
+                    code="daemon-lost",
+                    retryable=True,
+                ) from None
+            time.sleep(delay)
+            delay = min(1.0, delay * 1.6)
+        if reply.status >= 400 and method != "HEAD":
+            raise error_from_answer(_json_or_none(reply), f"the daemon answered {reply.status} to {method} {path}")
+        return reply
+
+    def exists(self, path: str) -> bool:
+        """Whether the daemon has what `path` names."""
+        reply = self.request("HEAD", path)
+        if reply.status not in (200, 204, 404):
+            raise DaemonError(f"the daemon answered {reply.status} to HEAD {path}")
+        return reply.status != 404
+
+    def health(self, timeout: float = 5.0) -> dict[str, Any] | None:
+        """What the daemon says of itself; None when none answers.
+
+        Raises:
+            HostError: this user may not use the socket.
+            DaemonError: a daemon that speaks another protocol, or refuses the token.
+        """
+        try:
+            reply = self._send("GET", "/v1/health", None, None, None, 0.0, timeout)
+        except _TEMPORARY as e:
+            if _denied(e):
+                raise _no_permission(self.where) from None
+            return None
+        if reply.status == 503:
+            return None
+        if reply.status != 200:
+            raise error_from_answer(_json_or_none(reply), f"{self.where} answered {reply.status} to a health check")
+        found = reply.json()
+        if not isinstance(found, dict) or found.get("protocol", protocol.VERSION) != protocol.VERSION:
+            raise DaemonError(
+                f"the daemon at {self.where} is woodfrog {found.get('version')} and speaks protocol {found.get('protocol')}, "
+                f"this client speaks {protocol.VERSION}: restart it with `woodfrog daemon stop`",
+                code="daemon-version",
+            )
+        return found
+
+    def lines(self, path: str, params: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+        """An NDJSON answer line by line, for as long as the daemon sends (logs)."""
+        timeout = httpx.Timeout(connect=5, read=None, write=30, pool=None)
+        try:
+            with self._http.stream("GET", "/v1" + path, params=params, timeout=timeout) as r:
+                if r.status_code >= 400:
+                    r.read()
+                    raise error_from_answer(_or_none(r.content), f"the daemon answered {r.status_code} to GET {path}")
+                for line in r.iter_lines():
+                    if line.strip():
+                        yield json.loads(line)
+        except _TEMPORARY:
+            return
+
+    def logs(self, app: str, *, follow: bool = False, since: float | None = None) -> Iterator[dict[str, Any]]:
+        """Log lines of an app: {t, instance, function, stream, line, call}."""
+        params: dict[str, Any] = {"follow": "1"} if follow else {}
+        if since is not None:
+            params["since"] = since
+        return self.lines(f"/apps/{segment(app)}/logs", params)
+
+
+def _or_none(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        return None
+
+
+def _json_or_none(reply: Reply) -> Any:
+    return _or_none(reply.body.getvalue())
+
+
+def _denied(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, PermissionError) or getattr(error, "errno", None) in (errno.EACCES, errno.EPERM):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _no_permission(where: str) -> HostError:
+    return HostError(
+        f"this user may not use woodfrog's socket {where}: run the program with sudo, or let the daemon's "
+        "setting `socket_group` name a group of yours",
+        code="no-permission",
+    )
+
+
+_clients: dict[tuple[int, Settings], Client] = {}
+_lock = threading.Lock()
+
+
+def connect(settings: Settings | None = None, *, start: bool = True) -> Client:
+    """The client of the daemon named by the settings; starts a local daemon when none runs.
+
+    Raises:
+        HostError: no daemon runs and starting one needs root, or this user may not use its socket.
+        DaemonError: the daemon does not answer, or could not be started; with the end of its log.
+    """
+    settings = settings or load()
+    key = (os.getpid(), settings)  # A forked child must not share its parent's connections.
+    with _lock:
+        client = _clients.get(key)
+        if client is not None:
+            return client
+        client = Client(settings)
+        if client.health() is None:
+            if settings.host:
+                raise DaemonError(f"no woodfrog daemon answers at {settings.host} (WOODFROG_HOST)", code="no-daemon")
+            if not start:
+                raise DaemonError(
+                    f"woodfrog's daemon is not running (no answer at {settings.socket}): start it with `woodfrog daemon start`",
+                    code="no-daemon",
+                )
+            start_daemon(client)
+        _clients[key] = client
+        return client
+
+
+def start_daemon(client: Client, *, command: list[str] | None = None, timeout: float = START_S) -> None:
+    """Start a daemon for the client's settings, and wait until it answers. Several at once start one.
+
+    Raises:
+        HostError: not root.
+        DaemonError: it died or did not answer in time; with the end of its log.
+    """
+    settings = client.settings
+    if os.geteuid() != 0:
+        raise HostError(
+            "woodfrog's daemon is not running and starting it needs root: run `sudo woodfrog daemon start`", code="not-root"
+        )
+    log = settings.home / "daemon.log"
+    deadline = time.monotonic() + timeout
+    with _start_lock(settings.home, deadline):
+        if client.health() is not None:
+            return
+        command = command or [sys.executable, "-P", "-m", "woodfrog.daemon"]
+        with open(log, "ab") as out:
+            begin = out.tell()
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                cwd="/",
+                env={**_daemon_environ(), "WOODFROG_HOME": str(settings.home)},
+                start_new_session=True,
+            )
+        ended: float | None = None
+        while client.health(timeout=1.0) is None:
+            now = time.monotonic()
+            status = process.poll()
+            if status is not None:
+                # It gives way when another one was started some other way; that one answers soon.
+                ended = ended or now
+                if now - ended > 2.0:
+                    raise DaemonError(
+                        f"woodfrog's daemon ended with status {status} while starting; the end of {log}:\n{_tail(log, begin)}",
+                        code="daemon-start",
+                    )
+            if now > deadline:
+                raise DaemonError(
+                    f"woodfrog's daemon (pid {process.pid}) did not answer within {timeout:g} s; "
+                    f"the end of {log}:\n{_tail(log, begin)}",
+                    code="daemon-start",
+                )
+            time.sleep(0.05)
+    # The daemon outlives this process, and is reaped by init then; until then a thread takes note of its end.
+    threading.Thread(target=process.wait, daemon=True, name="woodfrog-daemon").start()
+
+
+@contextmanager
+def _start_lock(home: Path, deadline: float) -> Iterator[None]:
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(home / "start.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as e:
+        raise HostError(f"woodfrog's state directory {home} cannot be used: {e.strerror}") from None
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise DaemonError(
+                        "another program has been starting woodfrog's daemon for too long: see "
+                        f"{home / 'daemon.log'}", code="daemon-start"
+                    ) from None
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _daemon_environ() -> dict[str, str]:
+    """What the daemon needs of this environment; the rest (the user's keys and tokens) is none of its business."""
+    keep = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_HOME")
+    return {
+        k: v for k, v in os.environ.items() if k in keep or k.startswith(("WOODFROG_", "PYTHON", "LC_"))
+    }
+
+
+def _tail(log: Path, begin: int, lines: int = 15) -> str:
+    try:
+        with open(log, "rb") as f:
+            f.seek(begin)
+            text = f.read().decode(errors="replace")
+    except OSError as e:
+        return f"({e.strerror})"
+    return "\n".join(text.splitlines()[-lines:]) or "(it wrote nothing)"

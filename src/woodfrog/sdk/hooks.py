@@ -1,0 +1,97 @@
+"""What user code and the worker share inside one process: snapshot hooks, and where this process came from.
+
+The worker and the SDK meet here and by three attributes, so that neither imports the other:
+
+- `__woodfrog_wrapped__` on a handle (`Function`, `Cls`): the user's own function or class;
+- `__woodfrog_role__` on a function in a class: `{"kind": "enter", "snap": bool}` or `{"kind": "exit"}`;
+- `raw_f` on what `method()` leaves in a class: the plain function.
+
+Imports nothing but sys, so that it may be loaded into every worker. What the worker knows (restored, the snapshot's
+id) is read from `woodfrog.worker.state`, a module of plain values that is loaded in workers only.
+"""
+
+from __future__ import annotations
+
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeVar
+
+    F = TypeVar("F", bound=Callable[..., Any])
+
+__all__ = [
+    "in_worker",
+    "is_local",
+    "register_after_restore",
+    "register_before_snapshot",
+    "restored",
+    "snapshot_id",
+]
+
+_before_snapshot: list[Callable[[], Any]] = []
+"""In order of registration; the worker runs them in reverse."""
+_after_restore: list[Callable[[], Any]] = []
+"""In order of registration; the worker runs them in this order."""
+
+
+def in_worker() -> bool:
+    """True inside a container. The worker's own state module is loaded there and nowhere else."""
+    return "woodfrog.worker.state" in sys.modules
+
+
+def register_before_snapshot(function: F) -> F:
+    """Have `function()` called before this process is frozen. Works as a decorator too.
+
+    Functions registered later run earlier. Close what must not be frozen (connections, temporary files) here.
+
+    Example:
+        >>> import woodfrog
+        >>> @woodfrog.register_before_snapshot
+        ... def close_pool():
+        ...     pool.close()
+
+    Raises:
+        TypeError: `function` cannot be called.
+    """
+    if not callable(function):
+        raise TypeError(f"register_before_snapshot needs a function, got {type(function).__name__}")
+    _before_snapshot.append(function)
+    return function
+
+
+def register_after_restore(function: F) -> F:
+    """Have `function()` called in every copy thawed from the snapshot, before it serves. Works as a decorator too.
+
+    Functions run in the order in which they were registered. Make anew here what must differ between copies: a
+    random generator of your own, an identifier, a connection.
+
+    Example:
+        >>> import woodfrog
+        >>> @woodfrog.register_after_restore
+        ... def reseed():
+        ...     rng.seed()
+
+    Raises:
+        TypeError: `function` cannot be called.
+    """
+    if not callable(function):
+        raise TypeError(f"register_after_restore needs a function, got {type(function).__name__}")
+    _after_restore.append(function)
+    return function
+
+
+def restored() -> bool:
+    """True in a process that was thawed from a snapshot, False in one that was started, and on the client."""
+    return bool(getattr(sys.modules.get("woodfrog.worker.state"), "restored", False))
+
+
+def snapshot_id() -> str | None:
+    """Id of the snapshot this process was thawed from; None where it was not."""
+    return getattr(sys.modules.get("woodfrog.worker.state"), "snapshot_id", None)
+
+
+def is_local() -> bool:
+    """True on the client, False inside a container."""
+    return not in_worker()

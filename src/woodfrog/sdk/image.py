@@ -1,0 +1,226 @@
+"""Images: what a program asks of its environment. Recorded step by step; packages are checked against the host's."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from woodfrog.errors import SpecError
+from woodfrog.sdk import checks
+from woodfrog.sdk.hooks import in_worker
+from woodfrog.spec import ImageSpec
+
+__all__ = ["Image"]
+
+
+class Image:
+    """A recipe for an environment. Immutable: every method gives a new one.
+
+    Functions run in the Python environment that deploys them. `pip_install` is checked against it, `env` is set, and
+    the other steps are recorded without being run.
+
+    Example:
+        >>> import woodfrog
+        >>> image = woodfrog.Image.debian_slim().pip_install("numpy>=2").env({"OMP_NUM_THREADS": "1"})
+        >>> image.spec.packages
+        ('numpy>=2',)
+    """
+
+    def __init__(self, spec: ImageSpec = ImageSpec()) -> None:
+        self.spec = spec
+
+    def _step(self, text: str, packages: Iterable[str] = (), env: Mapping[str, str] | None = None) -> Image:
+        return Image(
+            ImageSpec(
+                packages=(*self.spec.packages, *packages),
+                env={**self.spec.env, **(env or {})},
+                steps=(*self.spec.steps, text),
+            )
+        )
+
+    # Where an image begins.
+
+    @classmethod
+    def debian_slim(cls, python_version: str | None = None, force_build: bool = False) -> Image:
+        """The ordinary beginning. `python_version` should be that of the environment which deploys."""
+        del force_build
+        _check_python(python_version, "Image.debian_slim")
+        return cls()._step("debian_slim" + (f" {python_version}" if python_version else ""))
+
+    @classmethod
+    def micromamba(cls, python_version: str | None = None, force_build: bool = False) -> Image:
+        """Recorded; packages still come from the environment that deploys."""
+        del force_build
+        _check_python(python_version, "Image.micromamba")
+        return cls()._step("micromamba")
+
+    @classmethod
+    def from_registry(cls, tag: str, secret: Any = None, *, add_python: str | None = None, **options: Any) -> Image:
+        """Recorded; functions run on the host's own files."""
+        del secret, options
+        _check_python(add_python, "Image.from_registry")
+        return cls()._step(f"from_registry {tag}")
+
+    @classmethod
+    def from_dockerfile(cls, path: str | Path, **options: Any) -> Image:
+        """Recorded; functions run on the host's own files."""
+        del options
+        return cls()._step(f"from_dockerfile {path}")
+
+    # Python packages: checked at deploy.
+
+    def pip_install(self, *packages: str | list[str], **options: Any) -> Image:
+        """Python packages the functions need, as requirements (`"torch>=2"`). Checked when the app is deployed.
+
+        Raises:
+            SpecError: something that is not a requirement.
+        """
+        names = _requirements(packages, "pip_install")
+        return self._step(_words("pip_install", *names, env=options.pop("env", None)), names)
+
+    def uv_pip_install(self, *packages: str | list[str], **options: Any) -> Image:
+        """As `pip_install`."""
+        return self.pip_install(*packages, **options)
+
+    def pip_install_from_requirements(self, requirements_txt: str | Path, **options: Any) -> Image:
+        """The packages of a requirements file, as `pip_install`.
+
+        Raises:
+            SpecError: the file cannot be read.
+        """
+        del options
+        if in_worker():  # The file is the client's.
+            return self._step(f"pip_install_from_requirements {requirements_txt}")
+        try:
+            lines = Path(requirements_txt).read_text().splitlines()
+        except OSError as e:
+            raise SpecError(f"Image.pip_install_from_requirements: {requirements_txt}: {e.strerror}") from None
+        names = [line.split(" #")[0].strip() for line in lines]
+        names = [n for n in names if n and not n.startswith(("#", "-"))]
+        return self._step(f"pip_install_from_requirements {requirements_txt}", _requirements(names, str(requirements_txt)))
+
+    # Everything else: recorded.
+
+    def env(self, vars: Mapping[str, str]) -> Image:
+        """Environment variables of the functions.
+
+        Raises:
+            SpecError: names or values that cannot stand in an environment.
+        """
+        values = checks.environment(vars, "Image.env")
+        return self._step(_words("env", *sorted(values)), env=values)
+
+    def apt_install(self, *packages: str | list[str], **options: Any) -> Image:
+        """Recorded, not run: install system packages on the host."""
+        del options
+        return self._step(_words("apt_install", *_flat(packages)))
+
+    def micromamba_install(self, *packages: str | list[str], **options: Any) -> Image:
+        """Recorded, not run."""
+        del options
+        return self._step(_words("micromamba_install", *_flat(packages)))
+
+    def run_commands(self, *commands: str | list[str], **options: Any) -> Image:
+        """Recorded, not run."""
+        del options
+        return self._step(_words("run_commands", *_flat(commands)))
+
+    def dockerfile_commands(self, *commands: str | list[str], **options: Any) -> Image:
+        """Recorded, not run."""
+        del options
+        return self._step(_words("dockerfile_commands", *_flat(commands)))
+
+    def run_function(self, raw_f: Callable[..., Any], **options: Any) -> Image:
+        """Recorded, not run."""
+        del options
+        return self._step(_words("run_function", getattr(raw_f, "__qualname__", repr(raw_f))))
+
+    def add_local_file(self, local_path: str | Path, remote_path: str, *, copy: bool = False) -> Image:
+        """Recorded, not carried out: files beside the program reach the function with its code, at /app."""
+        del copy
+        return self._step(_words("add_local_file", str(local_path), remote_path))
+
+    def add_local_dir(self, local_path: str | Path, remote_path: str, *, copy: bool = False, ignore: Any = ()) -> Image:
+        """Recorded, not carried out: directories beside the program reach the function with its code, at /app."""
+        del copy, ignore
+        return self._step(_words("add_local_dir", str(local_path), remote_path))
+
+    def add_local_python_source(self, *modules: str, copy: bool = False, ignore: Any = ()) -> Image:
+        """Recorded. Modules beside the program reach the function with its code; installed ones are there anyway."""
+        del copy, ignore
+        return self._step(_words("add_local_python_source", *modules))
+
+    def workdir(self, path: str | Path) -> Image:
+        """Recorded, not carried out: functions start in /app."""
+        return self._step(_words("workdir", str(path)))
+
+    def entrypoint(self, entrypoint_commands: list[str]) -> Image:
+        """Recorded, not carried out."""
+        return self._step(_words("entrypoint", *entrypoint_commands))
+
+    def cmd(self, cmd: list[str]) -> Image:
+        """Recorded, not carried out."""
+        return self._step(_words("cmd", *cmd))
+
+    def shell(self, shell_commands: list[str]) -> Image:
+        """Recorded, not carried out."""
+        return self._step(_words("shell", *shell_commands))
+
+    @contextmanager
+    def imports(self) -> Iterator[None]:
+        """Imports that need only succeed inside a container: a missing module is ignored on the client.
+
+        Example:
+            >>> with image.imports():
+            ...     import torch
+        """
+        try:
+            yield
+        except ImportError:
+            if in_worker():
+                raise
+        except Exception as e:
+            if in_worker():
+                raise
+            checks.note(f"imports:{type(e).__name__}:{e}", f"ignored in image.imports() on the client: {e!r}")
+
+    def __repr__(self) -> str:
+        return f"<Image {' | '.join(self.spec.steps)}>"
+
+
+def _flat(values: Iterable[Any]) -> list[str]:
+    found: list[str] = []
+    for value in values:
+        found += _flat(value) if isinstance(value, (list, tuple)) else [str(value)]
+    return found
+
+
+def _words(*words: str, env: Any = None) -> str:
+    return " ".join(str(w) for w in words) + (f" (env {', '.join(sorted(env))})" if env else "")
+
+
+def _requirements(values: Iterable[Any], where: str) -> list[str]:
+    found: list[str] = []
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            found += _requirements(value, where)
+        elif not isinstance(value, str) or not re.match(r"\s*[A-Za-z0-9./~]", value):
+            raise SpecError(f"Image.{where}: {value!r} is not a package requirement such as 'numpy>=2'")
+        else:
+            found.append(value.strip())
+    return found
+
+
+def _check_python(wanted: str | None, where: str) -> None:
+    if wanted is None:
+        return
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if ".".join(str(wanted).split(".")[:2]) != here:
+        checks.note(
+            f"python:{wanted}",
+            f"{where} asks for Python {wanted}; functions run on Python {here}, the one that deploys ({checks.caller()})",
+        )

@@ -1,0 +1,110 @@
+"""Secrets: environment variables that reach a function without standing in its code."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from woodfrog.errors import SpecError
+from woodfrog.sdk.checks import environment
+from woodfrog.spec import SecretSpec
+
+__all__ = ["Secret"]
+
+_LINE = re.compile(
+    r"""\s*(?:export\s+)?(?P<key>[A-Za-z_]\w*)\s*=\s*
+        (?: '(?P<single>[^']*)' | "(?P<double>(?:\\.|[^"\\])*)" | (?P<bare>[^#\n]*?) ) \s*(?:\#.*)?$""",
+    re.VERBOSE,
+)
+_ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
+
+
+class Secret:
+    """Environment variables for functions. Made by one of the `from_...` methods.
+
+    Example:
+        >>> import woodfrog
+        >>> app = woodfrog.App("example", secrets=[woodfrog.Secret.from_dict({"TOKEN": "s3cret"})])
+    """
+
+    def __init__(self, spec: SecretSpec) -> None:
+        self._spec = spec
+
+    @classmethod
+    def from_dict(cls, env_dict: Mapping[str, str | None] | None = None) -> Secret:
+        """A secret with these values. Names with the value None are left out.
+
+        Raises:
+            SpecError: a name or value that cannot stand in an environment.
+        """
+        values = {k: v for k, v in (env_dict or {}).items() if v is not None}
+        return cls(SecretSpec(values=environment(values, "Secret.from_dict")))
+
+    @classmethod
+    def from_name(
+        cls, name: str, *, environment_name: str | None = None, required_keys: Iterable[str] = ()
+    ) -> Secret:
+        """The secret that the daemon keeps under `name`; it is looked up when a container starts."""
+        del environment_name
+        if not isinstance(name, str) or not name:
+            raise SpecError(f"Secret.from_name needs a name, got {name!r}")
+        return cls(SecretSpec(name=name, required_keys=tuple(required_keys)))
+
+    @classmethod
+    def from_local_environ(cls, env_keys: Iterable[str]) -> Secret:
+        """A secret with the values that these environment variables have now, on the client.
+
+        Raises:
+            SpecError: a variable that is not set.
+        """
+        from woodfrog.sdk.hooks import in_worker
+
+        if in_worker():  # The values arrived with the container; the client's environment is not here.
+            return cls(SecretSpec())
+        keys = list(env_keys)
+        missing = [k for k in keys if k not in os.environ]
+        if missing:
+            raise SpecError(f"Secret.from_local_environ: {', '.join(missing)} is not set in this environment")
+        return cls(SecretSpec(values={k: os.environ[k] for k in keys}))
+
+    @classmethod
+    def from_dotenv(cls, path: str | Path | None = None, *, filename: str = ".env") -> Secret:
+        """A secret with the values of the nearest `.env` file at or above `path` (default: the working directory).
+
+        Raises:
+            SpecError: no such file, or a line that is not `NAME=value`.
+        """
+        from woodfrog.sdk.hooks import in_worker
+
+        if in_worker():
+            return cls(SecretSpec())
+        start = Path(path) if path is not None else Path.cwd()
+        start = start.resolve()
+        if start.is_file():
+            start = start.parent
+        for folder in (start, *start.parents):
+            if (folder / filename).is_file():
+                return cls(SecretSpec(values=_parse_dotenv(folder / filename)))
+        raise SpecError(f"Secret.from_dotenv: no {filename} in {start} or any directory above it")
+
+    def __repr__(self) -> str:
+        keys = sorted(self._spec.values)
+        return f"Secret.from_name({self._spec.name!r})" if self._spec.name else f"<Secret with {', '.join(keys) or 'no keys'}>"
+
+
+def _parse_dotenv(path: Path) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        found = _LINE.match(line)
+        if not found:
+            raise SpecError(f"{path}:{number}: not a line of the form NAME=value")
+        if found["double"] is not None:
+            value = re.sub(r"\\(.)", lambda m: _ESCAPES.get(m[1], m[1]), found["double"])
+        else:
+            value = found["single"] if found["single"] is not None else found["bare"]
+        values[found["key"]] = value
+    return values

@@ -1,0 +1,346 @@
+"""Finds the program's code and packs it, so that a container imports the same modules as the client.
+
+A module of a package is shipped with its top package; a plain module or script with the directory that holds it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from woodfrog.errors import SpecError
+from woodfrog.spec import RuntimeSpec
+
+__all__ = ["IGNORE_FILE", "Archive", "Root", "import_program", "main_name", "merge_roots", "pack", "root_of", "runtime"]
+
+IGNORE_FILE = ".woodfrogignore"
+MAX_BYTES = 256 << 20
+MAX_FILES = 20_000
+_SCAN_FILES = 10 * MAX_FILES
+"""Past the limit scanning goes on a while, to name what is large."""
+
+
+@dataclass(frozen=True, order=True)
+class Root:
+    """What to ship: `directory`, or of it only `only` (a package's directory or a single file)."""
+
+    directory: Path
+    only: str | None = None
+
+
+@dataclass(frozen=True)
+class Archive:
+    data: bytes
+    """A plain tar."""
+    digest: str
+    """sha256 of `data`, in hex."""
+    files: int
+
+
+def main_name() -> str | None:
+    """The name under which the module running as `__main__` is imported in a container; None if it has no file."""
+    main = sys.modules.get("__main__")
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        return str(spec.name)
+    file = getattr(main, "__file__", None)
+    if not file or not os.path.isfile(file):
+        return None
+    return Path(file).stem
+
+
+def module_name(obj: object) -> str | None:
+    """The importable name of the module that defines `obj`; None for a REPL, a notebook or `exec`."""
+    name = getattr(obj, "__module__", None)
+    if name == "__main__":
+        return main_name()
+    module = sys.modules.get(name or "")
+    file = getattr(module, "__file__", None)
+    return name if file and os.path.exists(file) else None
+
+
+def loaded(name: str) -> ModuleType | None:
+    """The module of that name in this process: `__main__` when it is the one shipped under `name`."""
+    if name == main_name():
+        return sys.modules["__main__"]
+    return sys.modules.get(name)
+
+
+def import_program(target: str) -> ModuleType:
+    """Import the program `target` (`path/app.py`, or a dotted module name) under its real module name.
+
+    Raises:
+        SpecError: no such file or module, a syntax error, or another module of the same name is already imported.
+    """
+    import importlib
+
+    if target.endswith(".py") or os.sep in target:
+        path = Path(target).resolve()
+        if not path.is_file():
+            raise SpecError(f"{target}: no such file", code="no-such-file")
+        directory, parts = path.parent, [path.stem]
+        while (directory / "__init__.py").is_file():
+            parts.insert(0, directory.name)
+            directory = directory.parent
+        if parts[-1] == "__init__":
+            parts.pop()
+        if any("." in p for p in parts):
+            raise SpecError(f"{target}: a file name with a '.' in its stem cannot be imported: rename it", code="bad-name")
+        name = ".".join(parts)
+    else:
+        path, directory, name = None, Path.cwd(), target
+    if str(directory) not in sys.path:
+        sys.path.insert(0, str(directory))
+    try:
+        module = importlib.import_module(name)
+    except SyntaxError as e:
+        raise SpecError(f"{e.filename or target}:{e.lineno}: syntax error: {e.msg}", code="syntax-error") from None
+    except ModuleNotFoundError as e:
+        if e.name and (name == e.name or name.startswith(e.name + ".")):
+            raise SpecError(f"{target}: no such module", code="no-such-file") from None
+        raise
+    found = getattr(module, "__file__", None)
+    if path is not None and (not found or Path(found).resolve() != path):
+        raise SpecError(f"{target}: its module name {name!r} is taken by {found or 'a built-in module'}: rename it")
+    return module
+
+
+def root_of(name: str, file: str) -> Root:
+    """Where the code of module `name` (at `file`) is to be taken from."""
+    path = Path(file).resolve()
+    parts = name.split(".")
+    if path.name == "__init__.py":
+        parts.append("__init__")
+    if len(parts) > 1 and len(path.parents) >= len(parts):
+        return Root(path.parents[len(parts) - 1], parts[0])
+    if _shared(path.parent):
+        return Root(path.parent, path.name)
+    return Root(path.parent)
+
+
+def merge_roots(roots: Iterable[Root]) -> dict[Root, Root]:
+    """For every root the one to ship: a package beside the program's own files goes with all of them."""
+    wanted = set(roots)
+    whole = {r.directory for r in wanted if r.only is None}
+    return {r: Root(r.directory) if r.directory in whole else r for r in wanted}
+
+
+def _shared(directory: Path) -> bool:
+    """A directory that holds more than one program's files."""
+    homes = {Path("/root"), Path("/home")}
+    try:
+        homes.add(Path.home())
+    except RuntimeError:
+        pass
+    return (
+        directory in homes
+        or directory in {Path(p) for p in ("/", "/tmp", "/var/tmp", "/dev/shm", "/opt", "/srv", "/mnt", "/usr", "/var")}
+        or directory.parent == Path("/home")
+        or directory.name in ("site-packages", "dist-packages")
+        or directory == Path(os.__file__).parent
+    )
+
+
+def pack(root: Root) -> Archive:
+    """The files of `root` as a tar that is the same byte for byte whenever the files are.
+
+    Left out: hidden files, caches, virtual environments, node_modules, build artefacts, and what `.woodfrogignore`
+    names (patterns as in .gitignore).
+
+    Raises:
+        SpecError: too many or too large files, an unreadable one, or a symbolic link that leaves the directory.
+    """
+    import io
+    import tarfile
+    from hashlib import sha256
+
+    entries = _scan(root)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for relative in sorted(entries):
+            path = root.directory / relative
+            info = tarfile.TarInfo(relative)
+            kind = entries[relative]
+            if kind == "link":
+                info.type, info.mode, info.linkname = tarfile.SYMTYPE, 0o777, _link(root, path)
+                tar.addfile(info)
+            elif kind == "dir":
+                info.type, info.mode = tarfile.DIRTYPE, 0o755
+                tar.addfile(info)
+            else:
+                try:
+                    data = path.read_bytes()
+                    executable = path.stat().st_mode & 0o111
+                except OSError as e:
+                    raise SpecError(f"{path}: {e.strerror}: it is part of the program's code (see {IGNORE_FILE})") from None
+                info.size, info.mode = len(data), 0o755 if executable else 0o644
+                tar.addfile(info, io.BytesIO(data))
+    data = buffer.getvalue()
+    return Archive(data, sha256(data).hexdigest(), sum(1 for k in entries.values() if k == "file"))
+
+
+def _link(root: Root, path: Path) -> str:
+    base = root.directory.resolve()
+    target = Path(os.path.normpath(path.parent.resolve() / os.readlink(path)))
+    if not target.is_relative_to(base) or not Path(os.path.realpath(target)).is_relative_to(base):
+        raise SpecError(
+            f"{path}: the symbolic link leads out of the program's directory, to {os.path.realpath(target)}: "
+            f"replace it by what it points to, or name it in {base / IGNORE_FILE}",
+            code="link-outside",
+        )
+    return os.path.relpath(target, path.parent.resolve())
+
+
+def _scan(root: Root) -> dict[str, str]:
+    """Relative path to "file", "dir" or "link"."""
+    ignored = _ignore_rules(root.directory / IGNORE_FILE)
+    found: dict[str, str] = {}
+    sizes: Counter[str] = Counter()
+    files = 0
+    if root.only is not None and (root.directory / root.only).is_file():
+        return {root.only: "file"}
+    todo = [root.only or ""]
+    while todo and files <= _SCAN_FILES:
+        folder = todo.pop()
+        if folder:
+            found[folder] = "dir"
+        try:
+            children = sorted(os.scandir(root.directory / folder), key=lambda e: e.name)
+        except OSError as e:
+            raise SpecError(f"{root.directory / folder}: {e.strerror}: it is part of the program's code") from None
+        for child in children:
+            relative = f"{folder}/{child.name}" if folder else child.name
+            is_dir = child.is_dir(follow_symlinks=False)
+            if _never(child, is_dir) or ignored(relative, is_dir):
+                continue
+            if child.is_symlink():
+                found[relative] = "link"
+            elif is_dir:
+                todo.append(relative)
+            elif child.is_file(follow_symlinks=False):
+                found[relative] = "file"
+                files += 1
+                depth = 2 if root.only else 1
+                sizes["/".join(relative.split("/")[:depth])] += child.stat(follow_symlinks=False).st_size
+    total = sum(sizes.values())
+    if total > MAX_BYTES or files > MAX_FILES:
+        largest = ", ".join(f"{name} ({size / (1 << 20):.1f} MiB)" for name, size in sizes.most_common(3))
+        raise SpecError(
+            f"{root.directory}: the program's directory holds {files}{'+' if files > _SCAN_FILES else ''} files of "
+            f"{total / (1 << 20):.0f} MiB, over the limit of {MAX_FILES} files or {MAX_BYTES >> 20} MiB; largest: {largest}; "
+            f"name what is not code in {root.directory / IGNORE_FILE}, or move the program into a directory of its own",
+            code="source-too-large",
+        )
+    return found
+
+
+def _never(entry: os.DirEntry[str], is_dir: bool) -> bool:
+    name = entry.name
+    if name.startswith(".") or name.endswith((".pyc", ".pyo", ".egg-info")):
+        return True
+    if not is_dir:
+        return False
+    if name in ("__pycache__", "node_modules"):
+        return True
+    if name in ("build", "dist") and not os.path.exists(os.path.join(entry.path, "__init__.py")):
+        return True
+    return os.path.exists(os.path.join(entry.path, "pyvenv.cfg"))
+
+
+def _ignore_rules(path: Path) -> Callable[[str, bool], bool]:
+    """The last matching pattern decides, `!` takes back; a directory left out takes all below with it."""
+    rules: list[tuple[re.Pattern[str], bool, bool]] = []
+    try:
+        lines = path.read_text().splitlines() if path.is_file() else []
+    except (OSError, UnicodeDecodeError) as e:
+        raise SpecError(f"{path}: {e}") from None
+    for line in lines:
+        pattern = line.strip()
+        if not pattern or pattern.startswith("#"):
+            continue
+        negated = pattern.startswith("!")
+        pattern = pattern.removeprefix("!")
+        only_dirs = pattern.endswith("/")
+        pattern = pattern.rstrip("/")
+        anchored = "/" in pattern
+        body = _glob(pattern.lstrip("/"))
+        rules.append((re.compile(body if anchored else rf"(?:.*/)?{body}"), negated, only_dirs))
+
+    def ignored(relative: str, is_dir: bool) -> bool:
+        verdict = False
+        for pattern, negated, only_dirs in rules:
+            if (is_dir or not only_dirs) and pattern.fullmatch(relative):
+                verdict = not negated
+        return verdict
+
+    return ignored
+
+
+def _glob(pattern: str) -> str:
+    out, i = "", 0
+    while i < len(pattern):
+        if pattern.startswith("**/", i):
+            out, i = out + "(?:.*/)?", i + 3
+        elif pattern.startswith("**", i):
+            out, i = out + ".*", i + 2
+        elif pattern[i] == "*":
+            out, i = out + "[^/]*", i + 1
+        elif pattern[i] == "?":
+            out, i = out + "[^/]", i + 1
+        elif pattern[i] == "[" and (end := pattern.find("]", i + 2)) > 0:
+            inner = pattern[i + 1 : end].replace("\\", "\\\\")
+            out, i = out + "[" + ("^" + inner[1:] if inner[0] in "!^" else inner) + "]", end + 1
+        else:
+            out, i = out + re.escape(pattern[i]), i + 1
+    return out
+
+
+def runtime(roots: Iterable[Root]) -> RuntimeSpec:
+    """The Python environment of this process, without the program's own directories on the import path."""
+    own = {str(r.directory) for r in roots} | {"", os.getcwd(), os.path.dirname(os.path.abspath(sys.executable))}
+    main = getattr(sys.modules.get("__main__"), "__file__", None)
+    if main and not getattr(sys.modules["__main__"], "__spec__", None):
+        own.add(os.path.dirname(os.path.abspath(main)))
+    # An environment's own directories stay, even when the program was started from within one of them.
+    installed = {p for p in sys.path if Path(p).name in ("site-packages", "dist-packages") or p == str(Path(os.__file__).parent)}
+    path = dict.fromkeys(os.path.abspath(p) for p in sys.path if p and (p in installed or os.path.abspath(p) not in own))
+    return RuntimeSpec(
+        executable=sys.executable,
+        prefix=sys.prefix,
+        base_prefix=sys.base_prefix,
+        version=".".join(map(str, sys.version_info[:3])),
+        sys_path=tuple(p for p in path if os.path.exists(p)),
+        packages_digest=_packages_digest(),
+    )
+
+
+def installed_packages() -> dict[str, str]:
+    """Normalised name to version of every installed distribution; the first on the path counts, as in an import."""
+    from importlib.metadata import distributions
+
+    found: dict[str, str] = {}
+    for d in distributions():
+        name = d.metadata["Name"]
+        if name:
+            found.setdefault(normalise(name), d.version or "")
+    return found
+
+
+def normalise(name: str) -> str:
+    """A distribution's name as PEP 503 compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _packages_digest() -> str:
+    from hashlib import sha256
+
+    text = "".join(f"{name}=={version}\n" for name, version in sorted(installed_packages().items()))
+    return sha256(text.encode()).hexdigest()
+
+

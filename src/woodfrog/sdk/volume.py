@@ -1,0 +1,88 @@
+"""Volumes: directories that outlive containers and are shared between them."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from uuid import uuid4
+
+from woodfrog.sdk import checks
+from woodfrog.spec import VolumeMount
+
+__all__ = ["Volume", "mounts"]
+
+_TAKEN = ("/app", "/bin", "/dev", "/etc", "/lib", "/lib64", "/proc", "/run", "/sbin", "/sys", "/usr", "/var")
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A directory kept by the daemon. Made by `from_name` or `ephemeral`.
+
+    What one container writes is visible to the others at once: all of them see the same directory.
+
+    Example:
+        >>> import woodfrog
+        >>> models = woodfrog.Volume.from_name("models", create_if_missing=True)
+        >>> app = woodfrog.App("example", volumes={"/models": models})
+    """
+
+    name: str
+    read_only: bool = False
+    create: bool = False
+    is_ephemeral: bool = False
+
+    @classmethod
+    def from_name(
+        cls, name: str, *, create_if_missing: bool = False, environment_name: str | None = None, version: Any = None
+    ) -> Volume:
+        """The volume called `name`; without `create_if_missing` it must exist when a container starts.
+
+        Raises:
+            SpecError: not a name.
+        """
+        del environment_name, version
+        return cls(checks.name(name, "Volume.from_name"), create=bool(create_if_missing))
+
+    @classmethod
+    @contextmanager
+    def ephemeral(cls) -> Iterator[Volume]:
+        """A volume for the time of a `with` block, removed with the app that used it."""
+        yield cls(f"ephemeral-{uuid4().hex[:12]}", create=True, is_ephemeral=True)
+
+    def with_mount_options(self, *, read_only: bool = False) -> Volume:
+        """The same volume, mounted read-only or not."""
+        return replace(self, read_only=bool(read_only))
+
+    def commit(self) -> None:
+        """Does nothing: writes are shared as they happen. Here for programs written for Modal."""
+
+    def reload(self) -> None:
+        """Does nothing: writes are seen as they happen. Here for programs written for Modal."""
+
+
+def mounts(value: Any) -> tuple[VolumeMount, ...]:
+    """The `volumes=` parameter as mounts in the order of their paths.
+
+    Raises:
+        TypeError, ValueError: with the words to put behind the parameter's name.
+    """
+    if not isinstance(value, Mapping):
+        raise TypeError(f"expected a dict of path to Volume, got {type(value).__name__}")
+    found: dict[str, VolumeMount] = {}
+    for path, volume in value.items():
+        if not isinstance(volume, Volume):
+            raise TypeError(f"{path}: expected a woodfrog.Volume, got {type(volume).__name__}")
+        text = posixpath.normpath(str(path))
+        if not text.startswith("/") or text.startswith("//") or text == "/":
+            raise ValueError(f"{str(path)!r} is not an absolute path below /")
+        if text in _TAKEN or text.startswith(("/proc/", "/sys/", "/dev/", "/run/", "/app/")):
+            raise ValueError(f"{text} is taken by the container itself: choose another path")
+        if text in found:
+            raise ValueError(f"two volumes at {text}")
+        found[text] = VolumeMount(
+            name=volume.name, path=text, read_only=volume.read_only, create=volume.create, ephemeral=volume.is_ephemeral
+        )
+    return tuple(found[k] for k in sorted(found))

@@ -1,0 +1,113 @@
+"""The one reader of environment variables and the configuration file.
+
+Order: environment variable, then `config.toml` in the state directory, then the default.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from woodfrog.errors import SpecError
+
+__all__ = ["Settings", "load"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that can be tuned. Each field `x` is read from `WOODFROG_X` or from `x = ...` in config.toml."""
+
+    home: Path = Path("/var/lib/woodfrog")
+    """State directory: socket, journal, code, snapshots, logs, volumes."""
+    host: str = ""
+    """Client: address of a daemon on TCP (`http://host:port`); empty = the Unix socket in `home`."""
+    token: str = ""
+    """Bearer token for TCP, both sides."""
+    listen: str = ""
+    """Daemon: also listen on this TCP `address:port` (needs `token`)."""
+    socket_group: str = ""
+    """Daemon: group that may use the Unix socket beside root. Members can run code as the worker uid and read world-readable files."""
+    criu: str = ""
+    """Path of the criu binary; empty = look in the usual places."""
+    gpu: str = ""
+    """`none` runs functions that ask for a GPU without one."""
+    worker_uid: int = 64646
+    """Uid and gid that user code runs as."""
+    pool_size: int = 2
+    """Prepared sandboxes kept waiting."""
+    network_subnet: str = "10.231.0.0/16"
+    """Addresses of the sandboxes."""
+    network_bridge: str = "wf0"
+    disk_mib: int = 0
+    """Default size limit of what a sandbox may write, in MiB; 0 = a quarter of the machine's memory."""
+    keep_results_s: float = 3600.0
+    """How long a finished call's result can be fetched, in seconds."""
+    log_mib: int = 64
+    """Log kept per app, in MiB."""
+    snapshot_failures: int = 3
+    """Restore failures after which a snapshot is retired."""
+    capture_attempts: int = 3
+    """Failed captures after which a function version runs without snapshots."""
+    idle_exit_s: float = 0.0
+    """Daemon: exit after so many idle seconds without deployed apps; 0 = never."""
+    faults: str = ""
+    """Fault injection for tests: `point=action[,point=action]`."""
+
+    @property
+    def socket(self) -> Path:
+        return self.home / "woodfrogd.sock"
+
+    @property
+    def tag(self) -> str:
+        """Short name of this state directory, for cgroups, bridges and tmpfs names: two daemons never meet."""
+        return sha256(str(self.home).encode()).hexdigest()[:8]
+
+    @property
+    def kdat_dir(self) -> Path:
+        """CRIU's run-time directory; on tmpfs, or CRIU probes the kernel again at every start (10-15 ms)."""
+        return Path("/dev/shm") / f"woodfrog-{self.tag}" / "criu"
+
+
+def _convert(name: str, kind: str, raw: Any) -> Any:
+    try:
+        if kind == "int":
+            return int(raw)
+        if kind == "float":
+            return float(raw)
+        if kind == "Path":
+            return Path(str(raw)).absolute()
+        return str(raw)
+    except ValueError:
+        raise SpecError(f"setting {name}: {raw!r} is not of type {kind}", code="bad-setting") from None
+
+
+def load(environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
+    """Read the settings. Keyword arguments win over everything.
+
+    Raises:
+        SpecError: a value of the wrong type, an unknown key, or an unreadable config file.
+    """
+    env = os.environ if environ is None else environ
+    kinds = {f.name: str(f.type) for f in fields(Settings)}
+    values: dict[str, Any] = {}
+    home = overrides.get("home") or env.get("WOODFROG_HOME") or Settings.home
+    config = Path(home) / "config.toml"
+    try:
+        table = tomllib.loads(config.read_text()) if config.is_file() else {}
+    except (OSError, tomllib.TOMLDecodeError) as e:
+        raise SpecError(f"{config}: {e}", code="bad-config") from None
+    for key, value in table.items():
+        if key not in kinds:
+            raise SpecError(f"{config}: unknown setting {key!r}; known: {', '.join(sorted(kinds))}", code="bad-config")
+        values[key] = _convert(key, kinds[key], value)
+    for key, kind in kinds.items():
+        raw = env.get("WOODFROG_" + key.upper())
+        if raw is not None:
+            values[key] = _convert("WOODFROG_" + key.upper(), kind, raw)
+    values.update({k: v for k, v in overrides.items() if v is not None})
+    return replace(Settings(), **values)

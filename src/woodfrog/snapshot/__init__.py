@@ -1,0 +1,1 @@
+"""Snapshots: manifest, compatibility, catalogue; capture and materialise, where engine and store meet."""

@@ -1,0 +1,92 @@
+"""From a frozen-still worker to a snapshot in staging: the engine's images, then the sandbox's private files."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from woodfrog.criu.binary import Criu
+from woodfrog.engine.engine import dump
+from woodfrog.errors import CaptureError, StoreError
+from woodfrog.faults import fault
+from woodfrog.linux.sandbox import Sandbox
+from woodfrog.snapshot.catalogue import Staging
+from woodfrog.snapshot.compat import WorkerClass
+from woodfrog.snapshot.manifest import FORMAT, Manifest
+from woodfrog.telemetry import Phases
+
+__all__ = ["SnapshotIdentity", "capture"]
+
+
+@dataclass(frozen=True)
+class SnapshotIdentity:
+    """What a new snapshot will be found by."""
+
+    id: str
+    function_key: str
+    worker_class: WorkerClass
+    app: str
+    tag: str
+    params_digest: str
+
+
+async def copy_tree(source: Path, target: Path, what: str) -> None:
+    """Copy a directory's content with owners, times, extended attributes, holes, devices and hard links.
+
+    Raises:
+        StoreError: anything could not be copied.
+    """
+    process = await asyncio.create_subprocess_exec(
+        "cp", "-a", "--sparse=auto", f"{source}/.", f"{target}/", stderr=asyncio.subprocess.PIPE
+    )
+    _, err = await process.communicate()
+    if process.returncode:
+        lines = err.decode(errors="replace").strip().splitlines()
+        full = any("No space left" in line for line in lines)
+        raise StoreError(f"{what}: {lines[0] if lines else 'cp failed'}", code="disk-full" if full else "copy-failed")
+
+
+async def capture(
+    sandbox: Sandbox, *, root_pid: int, staging: Staging, identity: SnapshotIdentity, criu: Criu, phases: Phases
+) -> Manifest:
+    """Freeze the tree of `root_pid` (a pid inside the sandbox) into `staging`.
+
+    On success the processes are dead and the sandbox is only good for being destroyed.
+
+    Returns:
+        The manifest to commit, still without its files' digests.
+
+    Raises:
+        CaptureError: with `alive` telling whether the processes run on unharmed.
+    """
+    with phases("dump"):
+        result = await dump(sandbox, root_pid=root_pid, images=staging.images, criu=criu, phases=phases)
+    fault("capture.files")
+    try:
+        with phases("files"):
+            await copy_tree(sandbox.upper_path(), staging.fs, "cannot store the sandbox's files")
+            await copy_tree(sandbox.path("/dev/shm"), staging.shm, "cannot store the sandbox's shared memory")
+    except StoreError as e:
+        raise CaptureError(e.message, alive=False, phase="files", code=e.code) from e
+    for log in staging.images.glob("*.log"):
+        log.rename(staging.log / log.name)
+    return Manifest(
+        format=FORMAT,
+        id=identity.id,
+        function_key=identity.function_key,
+        worker_class=identity.worker_class.digest,
+        host=dict(identity.worker_class.parts),
+        app=identity.app,
+        tag=identity.tag,
+        params_digest=identity.params_digest,
+        created=time.time(),
+        root_pid=root_pid,
+        tasks=result.tasks,
+        pages_bytes=result.pages_bytes,
+        fs_bytes=0,
+        files=(),
+        external=tuple(f"{path}|{size}|{mtime}" for path, size, mtime in result.files),
+        phases=tuple(f"{p.name}={p.ms:.1f}" for p in phases.items),
+    )

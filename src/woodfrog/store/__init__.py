@@ -1,0 +1,1 @@
+"""Bytes at rest: durable writes, content-addressed blobs and source trees."""

@@ -1,0 +1,87 @@
+"""Durable file operations: nothing half-written is ever visible under its final name."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from woodfrog.errors import StoreError
+
+__all__ = ["fsync_dir", "fsync_tree", "remove_tree", "sha256_file", "store_error", "write_atomic"]
+
+
+def store_error(what: str, path: Path, error: OSError) -> StoreError:
+    """One line that says what could not be stored, where and why."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreError(
+            f"{what}: no space left at {path.parent}; free some or set WOODFROG_HOME to a larger disk",
+            code="disk-full",
+            path=str(path),
+        )
+    return StoreError(f"{what}: {path}: {error.strerror or error}", path=str(path))
+
+
+def fsync_dir(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fsync_tree(root: Path) -> None:
+    """Make every file and directory below `root` durable."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            path = os.path.join(folder, name)
+            if not os.path.isfile(path) or os.path.islink(path):
+                continue
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        fsync_dir(Path(folder))
+
+
+def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Write `data` so that `path` holds either its old content or all of the new, also after a power loss.
+
+    Raises:
+        StoreError: the disk is full or the directory cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        try:
+            with os.fdopen(fd, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.rename(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_dir(path.parent)
+    except OSError as e:
+        raise store_error("cannot write", path, e) from e
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's content, in hex."""
+    with open(path, "rb", buffering=0) as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory and all below it; one that is gone already is fine."""
+    shutil.rmtree(path, ignore_errors=False, onerror=_ignore_missing)
+
+
+def _ignore_missing(function: object, path: str, info: tuple[type, BaseException, object]) -> None:
+    if not isinstance(info[1], FileNotFoundError):
+        raise info[1]

@@ -1,0 +1,273 @@
+"""The user's code in this process: import it, construct, run the hooks, call it. No socket, no frames."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import AsyncGeneratorType, GeneratorType
+from typing import Any
+
+from woodfrog.errors import NotFoundError, SpecError
+from woodfrog.worker import codec, renew, state
+
+__all__ = ["Runtime", "StageError"]
+
+_NO_GPU = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "HIP_VISIBLE_DEVICES": "",
+    "ROCR_VISIBLE_DEVICES": "",
+    # torch then answers is_available() from this list and never initialises CUDA, which would cache "none" for good.
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+}
+
+
+class StageError(Exception):
+    """The user's code failed before it could serve; `stage` is one of protocol.py's, `cause` what it raised."""
+
+    def __init__(self, stage: str, cause: BaseException) -> None:
+        super().__init__(stage)
+        self.stage = stage
+        self.cause = cause
+
+
+class Runtime:
+    """One booted function or class."""
+
+    def __init__(self) -> None:
+        self._boot: dict[str, Any] = {}
+        self._target: Any = None
+        self._instance: Any = None
+        self._loop: Any = None
+        self._methods: dict[str, bool] = {}
+        self._hidden_gpu = False
+        self.phases: dict[str, float] = {}
+
+    @contextmanager
+    def _stage(self, stage: str, phase: str) -> Iterator[None]:
+        """Time a phase and turn whatever the user's code raises in it into a StageError."""
+        begin = time.perf_counter()
+        try:
+            yield
+        except BaseException as e:
+            raise StageError(stage, e) from None
+        finally:
+            self.phases[phase] = round((time.perf_counter() - begin) * 1e3, 3)
+
+    def boot(self, boot: dict[str, Any], body: bytearray) -> dict[str, float]:
+        """Import, construct, run enter(snap=True).
+
+        Raises:
+            StageError: "import" or "enter".
+        """
+        self._boot, self.phases = boot, {}
+        self._methods = {m["name"]: bool(m.get("generator")) for m in boot["methods"]}
+        self._hidden_gpu = bool(boot.get("hide_gpu"))
+        with self._stage("import", "import"):
+            renew.set_environ({**boot["env"], **(_NO_GPU if self._hidden_gpu else {})})
+            sys.argv = list(boot["argv"])
+            sys.path[:] = boot["sys_path"]
+            try:
+                os.chdir(boot["cwd"])
+            except OSError as e:
+                raise SpecError(f"the working directory {boot['cwd']} cannot be entered: {e.strerror}") from None
+            self._target = self._load(bytes(body[boot.get("params_len", 0) :]))
+        if boot["kind"] == "class":
+            with self._stage("enter", "construct"):
+                self._instance = self._construct(body[: boot.get("params_len", 0)])
+            with self._stage("enter", "enter"):
+                self._run_hooks("enter", snap=True)
+        return self.phases
+
+    def _load(self, blob: bytes) -> Any:
+        module, qualname, tag = self._boot["module"], self._boot["qualname"], self._boot["tag"]
+        if self._boot["source_kind"] == "serialized":
+            target = codec.cloudpickle().loads(blob)
+        else:
+            target = importlib.import_module(module)
+            for part in qualname.split("."):
+                try:
+                    target = getattr(target, part)
+                except AttributeError:
+                    raise SpecError(
+                        f"module {module} has no {qualname!r} to serve {tag!r} from: "
+                        "define it at the module's top level, or deploy with serialized=True"
+                    ) from None
+        target = getattr(target, "__woodfrog_wrapped__", target)
+        if not callable(target):
+            raise SpecError(f"{module}.{qualname}, which should serve {tag!r}, is a {type(target).__name__}")
+        return target
+
+    def _construct(self, params: bytearray) -> Any:
+        args, kwargs = pickle.loads(params) if params else ((), {})
+        if getattr(self._target, "__woodfrog_parameters__", None):
+            return importlib.import_module("woodfrog.sdk.cls").construct(self._target, args, kwargs)
+        return self._target(*args, **kwargs)
+
+    def freeze(self) -> dict[str, float]:
+        """Run the before-snapshot hooks and leave the process as small and as ready as it gets.
+
+        Raises:
+            StageError: "before-snapshot".
+        """
+        self.phases = {}
+        with self._stage("before-snapshot", "before_snapshot"):
+            for hook in reversed(_registered("_before_snapshot")):
+                self._settle(hook())
+            codec.preload()
+            renew.prepare()
+            gc.collect()
+            renew.trim_heap()
+        return self.phases
+
+    def start(self, context: dict[str, Any]) -> tuple[dict[str, float], list[str]]:
+        """Take on the identity of this instance; phases and warnings.
+
+        Raises:
+            StageError: "after-restore" or "enter-restore".
+        """
+        self.phases = {}
+        warnings: list[str] = []
+        restored = bool(context["restored"])
+        state.restored, state.instance_id = restored, context["instance_id"]
+        state.snapshot_id = context["snapshot_id"] if restored else None
+        with self._stage("after-restore", "reseed"):
+            renew.set_environ(context["env"])
+            if restored:
+                families, warnings = renew.renew(bytes.fromhex(context["entropy"]))
+                self.phases.update({f"reseed.{name}": ms for name, ms in families.items()})
+            if self._hidden_gpu:
+                warnings += renew.forget_missing_gpu()
+        if restored:
+            with self._stage("after-restore", "after_restore"):
+                for hook in list(_registered("_after_restore")):
+                    self._settle(hook())
+        if self._boot["kind"] == "class":
+            with self._stage("enter-restore", "enter_restore"):
+                self._run_hooks("enter", snap=False)
+        return self.phases, warnings
+
+    def stop(self) -> None:
+        """Run the exit hooks and end the event loop.
+
+        Raises:
+            StageError: "exit".
+        """
+        with self._stage("exit", "exit"):
+            try:
+                if self._instance is not None:
+                    self._run_hooks("exit")
+            finally:
+                self._end_loop()
+
+    def is_generator(self, method: str) -> bool:
+        return self._methods.get(method, False)
+
+    def function(self, method: str) -> Callable[..., Any]:
+        """What a call of `method` calls.
+
+        Raises:
+            NotFoundError: not one of the deployed methods.
+        """
+        if method not in self._methods:
+            known = ", ".join(sorted(self._methods)) or "none"
+            raise NotFoundError(f"{self._boot['tag']} has no method {method!r}; it has: {known}")
+        return self._target if self._instance is None else _bound(self._instance, method)
+
+    def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run it to its end and return its value; a generator is returned unstarted."""
+        return self._settle(self.function(method)(*args, **kwargs))
+
+    def items(self, value: Any) -> Iterator[Any]:
+        """The items of a generator, sync or async.
+
+        Raises:
+            TypeError: not something that gives items.
+        """
+        if isinstance(value, GeneratorType) or not hasattr(value, "__anext__"):
+            yield from value
+            return
+        try:
+            while True:
+                try:
+                    item = self._settle(value.__anext__())
+                except StopAsyncIteration:
+                    return
+                yield item
+        finally:
+            if isinstance(value, AsyncGeneratorType):
+                self._settle(value.aclose())
+
+    def _settle(self, value: Any) -> Any:
+        """Await what is awaitable, on the one event loop that lives as long as the worker."""
+        if not hasattr(value, "__await__"):
+            return value
+        if self._loop is None:
+            import asyncio
+
+            self._loop = asyncio.new_event_loop()
+
+        async def settle() -> Any:
+            return await value
+
+        return self._loop.run_until_complete(settle())
+
+    def _end_loop(self) -> None:
+        if self._loop is None or self._loop.is_closed():
+            return
+        import asyncio
+
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            self._loop.run_until_complete(asyncio.wait(tasks, timeout=5))
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+    def _run_hooks(self, kind: str, **wanted: bool) -> None:
+        for function in _hooks(type(self._instance), kind, wanted):
+            self._settle(function.__get__(self._instance)())
+
+
+def _role(entry: Any) -> dict[str, Any] | None:
+    for part in (entry, getattr(entry, "raw_f", None)):
+        role = getattr(part, "__woodfrog_role__", None)
+        if isinstance(role, dict):
+            return role
+    return None
+
+
+def _hooks(cls: type, kind: str, wanted: dict[str, bool]) -> list[Any]:
+    """Hooks of a class, bases first and in order of definition; an overridden one keeps its place and runs once."""
+    entries: dict[str, Any] = {}
+    for klass in reversed(cls.__mro__):
+        for name, entry in vars(klass).items():
+            if name in entries or _role(entry) is not None:
+                entries[name] = entry
+    found = []
+    for entry in entries.values():
+        role = _role(entry)
+        if role is not None and role.get("kind") == kind and all(bool(role.get(k)) == v for k, v in wanted.items()):
+            found.append(getattr(entry, "raw_f", None) or entry)
+    return found
+
+
+def _bound(instance: Any, name: str) -> Callable[..., Any]:
+    for klass in type(instance).__mro__:
+        raw = getattr(vars(klass).get(name), "raw_f", None)
+        if raw is not None:
+            return raw.__get__(instance, type(instance))  # type: ignore[no-any-return]
+        if name in vars(klass):
+            break
+    return getattr(instance, name)  # type: ignore[no-any-return]
+
+
+def _registered(name: str) -> list[Callable[[], Any]]:
+    """The user's snapshot hooks; the module is there only if the user's code imported it."""
+    return getattr(sys.modules.get("woodfrog.sdk.hooks"), name, [])

