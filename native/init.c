@@ -17,6 +17,7 @@
  *             N (RESOURCE SOFT HARD)*N  N (TARGET SOURCE)*N  N ARGV*N  N ENV*N
  *   SEQ signal PID SIGNAL
  *   SEQ pidfd PID
+ *   SEQ lastpid PID                              the next pid is a higher one
  *   SEQ ping
  *
  * and answers are "ok SEQ VALUE..." or "err SEQ ERRNO WHAT". Every child's end, also that of re-parented
@@ -1062,6 +1063,22 @@ static const char *parse_spawn(struct message *m, struct spawn *s)
     return take(m) ? "trailing fields" : NULL;
 }
 
+/* A chosen pid does not move the kernel's cursor. Where it stands, a worker's threads would get the pids that CRIU
+ * needs for itself when it restores them. From 300 on the kernel never goes back below 300. */
+enum { FIRST_PLAIN_PID = 300 };
+
+static int set_last_pid(pid_t pid)
+{
+    int fd = open("/proc/sys/kernel/ns_last_pid", O_WRONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -1;
+    char text[16];
+    int length = snprintf(text, sizeof text, "%d", pid);
+    int result = write(fd, text, (size_t)length) == length ? 0 : -1;
+    close_keeping_errno(fd);
+    return result;
+}
+
 static void spawn(unsigned long sequence, struct message *m)
 {
     struct spawn s = {0};
@@ -1072,6 +1089,10 @@ static void spawn(unsigned long sequence, struct message *m)
     }
     if (pending_count == MAX_PENDING) {
         answer_error(sequence, EAGAIN, "spawn: too many at once");
+        goto done;
+    }
+    if (s.pid && set_last_pid(s.pid < FIRST_PLAIN_PID ? FIRST_PLAIN_PID : s.pid)) {
+        answer_error(sequence, errno, "spawn: ns_last_pid");
         goto done;
     }
     int ends[2];
@@ -1167,6 +1188,13 @@ static void handle(struct message *m)
             answer_ok((unsigned long)sequence, fd);
             close(fd);
         }
+    } else if (!strcmp(command, "lastpid")) {
+        if (take_number(m, 1, 4194304, &pid) || take(m))
+            answer_error((unsigned long)sequence, EINVAL, "lastpid");
+        else if (set_last_pid((pid_t)pid))
+            answer_error((unsigned long)sequence, errno, "lastpid %lld", pid);
+        else
+            answer_ok((unsigned long)sequence, -1);
     } else if (!strcmp(command, "ping")) {
         answer_ok((unsigned long)sequence, -1);
     } else {
@@ -1398,6 +1426,10 @@ int main(int argc, char **argv)
     /* A daemon that died before this line has closed the socket: the loop sees that. */
     if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0))
         fail("parent death signal");
+    /* /proc/1/cmdline is readable inside: no host paths there. */
+    char *arguments_end = argv[argc - 1] + strlen(argv[argc - 1]);
+    memset(argv[0], 0, (size_t)(arguments_end - argv[0]));
+    memcpy(argv[0], "woodfrog-init", sizeof "woodfrog-init");
     prctl(PR_SET_NAME, "woodfrog-init", 0, 0, 0);
     for (int i = 0; i < cgroup_count; i++)
         if (write(cgroups[i], "0", 1) != 1)

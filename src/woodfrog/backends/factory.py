@@ -84,9 +84,10 @@ class SandboxFactory:
 
     async def _prepare(self, *, network: bool) -> Sandbox:
         self._count += 1
-        lease = await self._network.lease() if network else None
+        name = f"{os.getpid()}-{self._count}"
+        lease = await self._network.lease(name) if network else None
         sandbox = await Sandbox.prepare(
-            f"{os.getpid()}-{self._count}",
+            name,
             init_binary=init_binary_path(),
             scratch=self._scratch,
             host=self._host,
@@ -148,7 +149,7 @@ class SandboxFactory:
                 self._host,
                 hostname=hostname,
                 worker_uid=settings.worker_uid,
-                resolv_conf=lease.resolv_conf if lease is not None else "",
+                resolv_conf=self._network.resolver().text if lease is not None else "",
                 address=lease.address if lease is not None and not spec.block_network else "",
             ),
             kdat_dir=settings.kdat_dir,
@@ -184,7 +185,9 @@ class SandboxFactory:
     async def execute(self, sandbox: Sandbox, argv: list[str], env: dict[str, str], timeout: float) -> dict[str, Any]:
         """Run a command as the worker's user, beside the worker."""
         uid = self._settings.worker_uid
-        done = await sandbox.run(ProcessSpec(tuple(argv), env=env, uid=uid, gid=uid, cwd="/app"), timeout, limit=_EXEC_LIMIT)
+        done = await sandbox.run(
+            ProcessSpec(tuple(argv), env=env, uid=uid, gid=uid, cwd="/app"), timeout, limit=_EXEC_LIMIT
+        )
         return {
             "exit_code": done.status,
             "stdout": done.stdout.decode(errors="replace"),
@@ -206,4 +209,4 @@ class SandboxFactory:
             self._filling.cancel()
             await asyncio.wait([self._filling])
         await asyncio.gather(*(self.release(s) for s in list(self._all)))
-        await self._network.close()
+        await self._network.teardown()

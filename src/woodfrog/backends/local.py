@@ -215,7 +215,12 @@ class LocalBackend:
             instance.process = await self._factory.spawn_worker(
                 sandbox,
                 [request.runtime.executable, "-P", "-m", "woodfrog.worker"],
-                {"PATH": "/usr/bin:/bin", "HOME": _HOME, "LANG": "C.UTF-8", "PYTHONPATH": str(self._factory.package_root)},
+                {
+                    "PATH": "/usr/bin:/bin",
+                    "HOME": _HOME,
+                    "LANG": "C.UTF-8",
+                    "PYTHONPATH": str(self._factory.package_root),
+                },
             )
         with phases("connect"):
             await self._connect(instance, sandbox)
@@ -249,7 +254,10 @@ class LocalBackend:
         gone = asyncio.ensure_future(instance.process.wait())
         try:
             instance.connection = await WorkerConnection.open(
-                lambda: sandbox.connect(protocol.WORKER_SOCKET), timeout=_CONNECT_TIMEOUT_S, spool=self._config.spool, gone=gone
+                lambda: sandbox.connect(protocol.WORKER_SOCKET),
+                timeout=_CONNECT_TIMEOUT_S,
+                spool=self._config.spool,
+                gone=gone,
             )
         finally:
             gone.cancel()
@@ -307,7 +315,9 @@ class LocalBackend:
         assert instance.connection is not None and instance.sandbox is not None
         self._stage(instance, "capturing")
         with phases("freeze"):
-            reply = await asyncio.wait_for(instance.connection.request({"type": "freeze"}, expect="frozen"), _FREEZE_TIMEOUT_S)
+            reply = await asyncio.wait_for(
+                instance.connection.request({"type": "freeze"}, expect="frozen"), _FREEZE_TIMEOUT_S
+            )
             self._check_failed(reply.header)
             await instance.connection.wait_closed_by_worker(10.0)
             await instance.connection.close()
@@ -463,7 +473,9 @@ class LocalBackend:
                 await asyncio.wait_for(asyncio.shield(asyncio.ensure_future(instance.process.wait())), 2.0)
                 return
         if instance.stopping is None and instance.exit_error is None:
-            instance.exit_error = InstanceCrashed("the worker closed its connection in the middle of a call", code="worker-gone")
+            instance.exit_error = InstanceCrashed(
+                "the worker closed its connection in the middle of a call", code="worker-gone"
+            )
         if instance.sandbox is not None:
             await instance.sandbox.destroy()
 
@@ -496,7 +508,9 @@ class LocalBackend:
         """A connection that broke in a start says little; why the process died says more."""
         if isinstance(error, InstanceCrashed) and instance.process is not None:
             status = instance.process.status
-            if status is not None or (instance.sandbox is not None and instance.sandbox.oom_kills() > instance.oom_before):
+            if status is not None or (
+                instance.sandbox is not None and instance.sandbox.oom_kills() > instance.oom_before
+            ):
                 death = self._death(instance, status)
                 death.fields["stage"] = instance.stage
                 death.args = (f"{death.message} while {instance.stage}",)
@@ -534,7 +548,9 @@ class LocalBackend:
                 await instance.start_task
         elif graceful and instance.connection is not None:
             try:
-                reply = await asyncio.wait_for(instance.connection.request({"type": "stop"}, expect="stopped"), _STOP_GRACE_S)
+                reply = await asyncio.wait_for(
+                    instance.connection.request({"type": "stop"}, expect="stopped"), _STOP_GRACE_S
+                )
                 if reply.type == "failed":
                     text = str((reply.header.get("error") or {}).get("traceback") or reply.header.get("error"))
                     self._observer.on_log(instance.id, "system", f"exit hook failed: {text}\n".encode())

@@ -165,7 +165,13 @@ async def serve(settings: Settings) -> None:
 
     controller.recover()
     factory.start_filling()
-    log.info("woodfrogd %s ready: home %s, criu %s, class %s", woodfrog.__version__, settings.home, criu.path, cls.digest[:12])
+    log.info(
+        "woodfrogd %s ready: home %s, criu %s, class %s",
+        woodfrog.__version__,
+        settings.home,
+        criu.path,
+        cls.digest[:12],
+    )
     running = [asyncio.ensure_future(s.serve(sockets=[sock])) for s, sock in servers]
     tidy = asyncio.ensure_future(_tidy(controller))
     try:
@@ -194,7 +200,9 @@ async def _tidy(controller: Controller) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `woodfrogd`."""
-    parser = argparse.ArgumentParser(prog="woodfrogd", description="woodfrog's daemon; configured by WOODFROG_* variables.")
+    parser = argparse.ArgumentParser(
+        prog="woodfrogd", description="woodfrog's daemon; configured by WOODFROG_* variables."
+    )
     parser.add_argument("--home", help="state directory (default: WOODFROG_HOME or /var/lib/woodfrog)")
     parser.add_argument("--version", action="version", version=woodfrog.__version__)
     options = parser.parse_args(argv)

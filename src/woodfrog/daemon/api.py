@@ -51,7 +51,13 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 def _status_of(error: WoodfrogError) -> int:
-    for kind, status in ((NotFoundError, 404), (SpecError, 400), (StoreError, 507), (HostError, 503), (IntegrityError, 409)):
+    for kind, status in (
+        (NotFoundError, 404),
+        (SpecError, 400),
+        (StoreError, 507),
+        (HostError, 503),
+        (IntegrityError, 409),
+    ):
         if isinstance(error, kind):
             return status
     return 500
@@ -83,7 +89,9 @@ async def _body(request: Request, spool: Path) -> Payload:
         async for chunk in request.stream():
             size += len(chunk)
             if size > _MAX_BODY:
-                raise SpecError(f"a payload of over {_MAX_BODY >> 30} GiB; use a Volume for data of this size", code="too-large")
+                raise SpecError(
+                    f"a payload of over {_MAX_BODY >> 30} GiB; use a Volume for data of this size", code="too-large"
+                )
             if file is None and size > protocol.SPOOL_BYTES:
                 fd, name = tempfile.mkstemp(prefix=".body-", dir=spool)
                 file = (os.fdopen(fd, "wb"), Path(name))
@@ -148,7 +156,12 @@ def _snapshot_row(catalogue: Catalogue, manifest: Manifest, worker_class: str) -
 
 
 def build(
-    controller: Controller, *, content: ContentStore, catalogue: Catalogue, worker_class: str, shutdown: Callable[[], None]
+    controller: Controller,
+    *,
+    content: ContentStore,
+    catalogue: Catalogue,
+    worker_class: str,
+    shutdown: Callable[[], None],
 ) -> FastAPI:
     """The application over one controller."""
     api = FastAPI(title="woodfrog", version=woodfrog.__version__, docs_url=None, redoc_url=None)
@@ -163,7 +176,9 @@ def build(
     def call_of(call_id: str) -> CallRecord:
         record = controller.find_call(call_id)
         if record is None:
-            raise NotFoundError(f"no call {call_id!r}; results are kept for {settings.keep_results_s:.0f} s", call=call_id)
+            raise NotFoundError(
+                f"no call {call_id!r}; results are kept for {settings.keep_results_s:.0f} s", call=call_id
+            )
         return record
 
     # The daemon
@@ -379,7 +394,9 @@ def build(
         return {
             "call": call_id,
             "app": record.row.app,
-            "function": f"{record.row.tag}.{record.row.method}" if record.row.method != record.row.tag else record.row.tag,
+            "function": f"{record.row.tag}.{record.row.method}"
+            if record.row.method != record.row.tag
+            else record.row.tag,
             "status": record.outcome or "pending",
             "stage": stage,
             "instance": record.instance_id,
@@ -394,7 +411,9 @@ def build(
             return instance_id
         found = [i for i in controller.instances if i.startswith(instance_id)]
         if len(found) != 1:
-            raise NotFoundError(f"no container {instance_id!r}; `woodfrog container list` shows them", container=instance_id)
+            raise NotFoundError(
+                f"no container {instance_id!r}; `woodfrog container list` shows them", container=instance_id
+            )
         return found[0]
 
     def container_row(instance_id: str) -> dict[str, Any]:
@@ -443,7 +462,7 @@ def build(
 
     @api.get("/v1/snapshots")
     async def snapshots() -> dict[str, Any]:
-        rows = [_snapshot_row(catalogue, m, worker_class) for m in catalogue.list()]
+        rows = [_snapshot_row(catalogue, m, worker_class) for m in catalogue.manifests()]
         damaged = [{"id": i, "state": "damaged", "why": why} for i, why in sorted(catalogue.damaged.items())]
         return {"snapshots": rows + damaged}
 

@@ -79,14 +79,18 @@ class InstanceInfo:
 class Controller:
     """Feeds the machine and does what it says. Implements `backends.base.Observer`. One event loop, no locks."""
 
-    def __init__(self, settings: Settings, *, journal: Journal, logs: LogBook, resources: Resources, run_id: str) -> None:
+    def __init__(
+        self, settings: Settings, *, journal: Journal, logs: LogBook, resources: Resources, run_id: str
+    ) -> None:
         self.settings = settings
         self.journal = journal
         self.logs = logs
         self.resources = resources
         self.backend: Backend
         self.retire_snapshot: Callable[[str, str], None]
-        self.state = State(Config(snapshot_failures=settings.snapshot_failures, capture_attempts=settings.capture_attempts), run_id)
+        self.state = State(
+            Config(snapshot_failures=settings.snapshot_failures, capture_attempts=settings.capture_attempts), run_id
+        )
         self.calls: dict[str, CallRecord] = {}
         self.instances: dict[str, InstanceInfo] = {}
         self.apps: dict[tuple[str, int], tuple[DeployRow, AppSpec]] = {}
@@ -219,7 +223,9 @@ class Controller:
         self.resources.check(spec)
         row = self.journal.add_deploy(spec.name, to_dict(spec), ephemeral=ephemeral, client=client)
         self._take_deploy(row)
-        self.logs.note(spec.name, f"deployed version {row.version}: {', '.join(f.tag for f in spec.functions) or 'no functions'}")
+        self.logs.note(
+            spec.name, f"deployed version {row.version}: {', '.join(f.tag for f in spec.functions) or 'no functions'}"
+        )
         if capture:
             for function in spec.functions:
                 if function.snapshot.enabled and not function.parameters:
@@ -236,7 +242,14 @@ class Controller:
         # Snapshots that fit are told right behind the deploy, before anything is started for it: the machine takes
         # the events one after the other, and min_containers must thaw rather than boot.
         self.emit(
-            ev.AppDeployed(now=self.now(), app=row.app, version=row.version, specs=spec.functions, keys=keys, ephemeral=row.ephemeral)
+            ev.AppDeployed(
+                now=self.now(),
+                app=row.app,
+                version=row.version,
+                specs=spec.functions,
+                keys=keys,
+                ephemeral=row.ephemeral,
+            )
         )
         for function in spec.functions:
             self._tell_snapshot(row.app, row.version, function, "")
@@ -251,7 +264,12 @@ class Controller:
         if found is not None:
             self.emit(
                 ev.SnapshotAvailable(
-                    now=self.now(), app=app, tag=function.tag, snapshot_id=found, params_digest=params_digest, version=version
+                    now=self.now(),
+                    app=app,
+                    tag=function.tag,
+                    snapshot_id=found,
+                    params_digest=params_digest,
+                    version=version,
                 )
             )
 
@@ -296,7 +314,16 @@ class Controller:
     # Calls
 
     def submit(
-        self, call_id: str, *, app: str, service: str, method: str | None, params: bytes, digest: str, encoding: str, payload: Payload
+        self,
+        call_id: str,
+        *,
+        app: str,
+        service: str,
+        method: str | None,
+        params: bytes,
+        digest: str,
+        encoding: str,
+        payload: Payload,
     ) -> CallRecord:
         """Take a call; the same id again is the same call.
 
@@ -321,7 +348,14 @@ class Controller:
         if params:
             self.journal.add_params(digest, params)
         call = self.journal.add_call(
-            call_id, app=app, version=row.version, tag=service, method=name, params_digest=digest, encoding=encoding, payload=payload
+            call_id,
+            app=app,
+            version=row.version,
+            tag=service,
+            method=name,
+            params_digest=digest,
+            encoding=encoding,
+            payload=payload,
         )
         # A large body was moved beside the journal.
         return self._take_call(call, payload if payload.data is not None else self.journal.payload(call_id))
@@ -356,7 +390,9 @@ class Controller:
             return None
         record = CallRecord(row, Payload(data=b""))
         record.outcome, record.error, record.result = row.outcome, row.error, self.journal.result(call_id)
-        record.phases = [Phase(str(p["name"]), float(p["start_ms"]), float(p["ms"]), p.get("parent")) for p in row.trace]
+        record.phases = [
+            Phase(str(p["name"]), float(p["start_ms"]), float(p["ms"]), p.get("parent")) for p in row.trace
+        ]
         record.done.set()
         return record
 
@@ -376,7 +412,9 @@ class Controller:
             described = self.backend.describe(action.instance_id) or {}
             offset = (info.begun - record.submitted) * 1e3
             for p in described.get("phases", []):
-                record.phases.append(Phase(p["name"], round(p["start_ms"] + offset, 3), p["ms"], p["parent"] or "queue"))
+                record.phases.append(
+                    Phase(p["name"], round(p["start_ms"] + offset, 3), p["ms"], p["parent"] or "queue")
+                )
         else:
             record.mode = "warm"
         info.served += 1
@@ -397,7 +435,11 @@ class Controller:
         error = answer.error if answer.outcome == "exception" else None
         self.emit(
             ev.CallFinished(
-                now=self.now(), call_id=action.call_id, instance_id=action.instance_id, outcome=answer.outcome, error=error
+                now=self.now(),
+                call_id=action.call_id,
+                instance_id=action.instance_id,
+                outcome=answer.outcome,
+                error=error,
             )
         )
 
@@ -510,7 +552,11 @@ class Controller:
         self._forget(instance_id)
         self.emit(
             ev.RestoreFailed(
-                now=self.now(), instance_id=instance_id, snapshot_id=snapshot_id, reason=error.message, at_fault=at_fault
+                now=self.now(),
+                instance_id=instance_id,
+                snapshot_id=snapshot_id,
+                reason=error.message,
+                at_fault=at_fault,
             )
         )
 
@@ -521,7 +567,12 @@ class Controller:
         if trace and info is not None:
             data = str(trace).rstrip("\n").encode() + b"\n"
             self.logs.feed(
-                info.request.app, instance=instance_id, function=info.request.spec.tag, stream="stderr", call=None, data=data
+                info.request.app,
+                instance=instance_id,
+                function=info.request.spec.tag,
+                stream="stderr",
+                call=None,
+                data=data,
             )
         self._forget(instance_id)
         self.emit(ev.StartFailed(now=self.now(), instance_id=instance_id, error=error.to_dict(), user_fault=user_fault))
@@ -540,7 +591,9 @@ class Controller:
         info = self.instances.get(instance_id)
         if info is not None:
             spec = info.request
-            self.logs.feed(spec.app, instance=instance_id, function=spec.spec.tag, stream=stream, call=info.call_id, data=data)
+            self.logs.feed(
+                spec.app, instance=instance_id, function=spec.spec.tag, stream=stream, call=info.call_id, data=data
+            )
 
     def stop_instance(self, instance_id: str) -> None:
         """A person's wish; a call in it goes back to the queue."""

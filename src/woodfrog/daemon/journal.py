@@ -149,7 +149,16 @@ class Journal:
         return None
 
     def add_call(
-        self, call_id: str, *, app: str, version: int, tag: str, method: str, params_digest: str, encoding: str, payload: Payload
+        self,
+        call_id: str,
+        *,
+        app: str,
+        version: int,
+        tag: str,
+        method: str,
+        params_digest: str,
+        encoding: str,
+        payload: Payload,
     ) -> CallRow:
         now = time.time()
         data = self._keep(call_id, "in", payload)
@@ -199,7 +208,10 @@ class Journal:
             f" FROM calls {where}",
             *values,
         )
-        return [CallRow(*r[:10], json.loads(r[10]) if r[10] else None, json.loads(r[11]) if r[11] else []) for r in rows]
+        return [
+            CallRow(*r[:10], error=json.loads(r[10]) if r[10] else None, trace=json.loads(r[11]) if r[11] else [])
+            for r in rows
+        ]
 
     def prune(self, before: float) -> list[str]:
         """Forget calls finished before `before` (Unix time); returns their ids."""

@@ -23,7 +23,9 @@ class AppLog:
     def __init__(self, path: Path, budget: int) -> None:
         self._path = path
         self._limit = max(budget // 2, 1 << 16)
-        self._file = open(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600), "ab", buffering=1 << 16)
+        self._file = open(
+            os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600), "ab", buffering=1 << 16
+        )
         self._size = os.fstat(self._file.fileno()).st_size
         self._followers: set[deque[bytes]] = set()
         self._changed = asyncio.Event()
@@ -41,7 +43,9 @@ class AppLog:
         if self._size > self._limit:
             self._file.close()
             os.replace(self._path, self._path.with_suffix(".old"))
-            self._file = open(os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600), "ab", 1 << 16)
+            self._file = open(
+                os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600), "ab", 1 << 16
+            )
             self._size = 0
         for follower in self._followers:
             follower.append(data)

@@ -50,7 +50,9 @@ class Resources:
             return dict(spec.values)
         path = self._secrets / f"{check_name('secret', spec.name)}.json"
         if not path.is_file():
-            raise NotFoundError(f"no secret {spec.name!r}; make it with `woodfrog secret create {spec.name} KEY=VALUE ...`")
+            raise NotFoundError(
+                f"no secret {spec.name!r}; make it with `woodfrog secret create {spec.name} KEY=VALUE ...`"
+            )
         values: dict[str, str] = {**json.loads(path.read_text()), **spec.values}
         missing = [k for k in spec.required_keys if k not in values]
         if missing:
@@ -82,7 +84,9 @@ class Resources:
         path = self._volumes / check_name("volume", mount.name)
         if not path.is_dir():
             if not (mount.create or mount.ephemeral):
-                raise NotFoundError(f"no volume {mount.name!r}; use Volume.from_name({mount.name!r}, create_if_missing=True)")
+                raise NotFoundError(
+                    f"no volume {mount.name!r}; use Volume.from_name({mount.name!r}, create_if_missing=True)"
+                )
             path.mkdir(mode=0o755, exist_ok=True)
             os.chown(path, self._uid, self._uid)
         return path
@@ -122,7 +126,11 @@ class Resources:
             for mount in function.volumes:
                 path = os.path.normpath(mount.path)
                 if not os.path.isabs(mount.path) or path == "/":
-                    raise SpecError(f"{where}: volume path {mount.path!r} must be absolute and not /", code="bad-volume")
+                    raise SpecError(
+                        f"{where}: volume path {mount.path!r} must be absolute and not /", code="bad-volume"
+                    )
                 if any(path == taken or path.startswith(taken + "/") for taken in _TAKEN_MOUNTS):
-                    raise SpecError(f"{where}: volume path {mount.path!r} is the system's; mount it elsewhere", code="bad-volume")
+                    raise SpecError(
+                        f"{where}: volume path {mount.path!r} is the system's; mount it elsewhere", code="bad-volume"
+                    )
                 self.volume_path(mount)

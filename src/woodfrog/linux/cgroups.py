@@ -85,6 +85,17 @@ def _write(path: Path, text: str) -> None:
         raise SandboxError(f"cgroup: cannot write {text!r} to {path}: {e.strerror}", code="cgroup") from e
 
 
+def _make(directory: Path, *, exist_ok: bool = False) -> None:
+    try:
+        directory.mkdir(exist_ok=exist_ok)
+    except FileExistsError:
+        raise SandboxError(
+            f"cgroup: {directory} is there already: a leftover to sweep, or the sandbox's name is not unique", code="cgroup"
+        ) from None
+    except OSError as e:
+        raise SandboxError(f"cgroup: cannot make {directory}: {e.strerror}", code="cgroup") from e
+
+
 def _read_int(path: Path) -> int:
     try:
         text = path.read_text().strip()
@@ -276,11 +287,9 @@ class _CgroupsV2:
 
     def create(self, name: str, limits: Limits) -> Cgroup:
         group = _CgroupV2(name, self.root / GROUP / f"{self.tag}-{_check_name(name)}")
-        try:
-            group.directory.mkdir()
-        except FileNotFoundError:
+        if not (self.root / GROUP).is_dir():
             self.enable()
-            group.directory.mkdir()
+        _make(group.directory)
         group.set_limits(limits)
         return group
 
@@ -300,16 +309,14 @@ class _CgroupsV1:
     version: int = 1
 
     def _group(self, name: str) -> _CgroupV1:
-        # Controllers mounted together share a directory.
-        directories: dict[str, Path] = {}
-        for controller, root in self.roots.items():
-            directories[controller] = root / GROUP / f"{self.tag}-{_check_name(name)}"
-        return _CgroupV1(name, directories)
+        _check_name(name)
+        return _CgroupV1(name, {c: root / GROUP / f"{self.tag}-{name}" for c, root in self.roots.items()})
 
     def create(self, name: str, limits: Limits) -> Cgroup:
         group = self._group(name)
-        for directory in dict.fromkeys(group.directories.values()):
-            directory.mkdir(parents=True)
+        for controller, directory in group.directories.items():
+            _make(self.roots[controller] / GROUP, exist_ok=True)
+            _make(directory)
         group.set_limits(limits)
         return group
 

@@ -593,6 +593,14 @@ class Sandbox:
         """Signal a process, a process group (negative), or everything but PID 1 (-1)."""
         await self._channel.request("signal", str(inner_pid), str(number))
 
+    async def set_last_pid(self, pid: int) -> None:
+        """Let the next process get a higher pid than this.
+
+        Before a restore, set it to the highest pid in the images: then neither CRIU's own processes nor what the
+        restored ones start later can take, or be confused with, a pid of the images.
+        """
+        await self._channel.request("lastpid", str(pid))
+
     async def run(
         self, spec: ProcessSpec, timeout: float, *, limit: int = CAPTURE_BYTES, on_spawn: Callable[[SandboxProcess], None] | None = None
     ) -> Completed:

@@ -30,7 +30,7 @@ RECONNECT_S = 60.0
 """How long a lost daemon is waited for."""
 START_S = 30.0
 """How long a daemon may take from its start to its first answer."""
-_TEMPORARY = (httpx.TransportError,)
+_TEMPORARY = (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError)
 
 
 def segment(text: str) -> str:
@@ -266,10 +266,7 @@ def connect(settings: Settings | None = None, *, start: bool = True) -> Client:
     settings = settings or load()
     key = (os.getpid(), settings)  # A forked child must not share its parent's connections.
     with _lock:
-        client = _clients.get(key)
-        if client is not None:
-            return client
-        client = Client(settings)
+        client = _clients.get(key) or Client(settings)
         if client.health() is None:
             if settings.host:
                 raise DaemonError(f"no woodfrog daemon answers at {settings.host} (WOODFROG_HOST)", code="no-daemon")

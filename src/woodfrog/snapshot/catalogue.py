@@ -133,7 +133,7 @@ class Catalogue:
     def path(self, snapshot_id: str) -> Path:
         return self.root / snapshot_id
 
-    def list(self) -> list[Manifest]:
+    def manifests(self) -> list[Manifest]:
         return sorted(self._manifests.values(), key=lambda m: m.created)
 
     def get(self, snapshot_id: str) -> Manifest:
@@ -146,7 +146,9 @@ class Catalogue:
             return self._manifests[snapshot_id]
         found = [m for i, m in self._manifests.items() if snapshot_id and i.startswith(snapshot_id)]
         if len(found) != 1:
-            raise NotFoundError(f"no snapshot {snapshot_id!r}; `woodfrog snapshot list` shows them", snapshot=snapshot_id)
+            raise NotFoundError(
+                f"no snapshot {snapshot_id!r}; `woodfrog snapshot list` shows them", snapshot=snapshot_id
+            )
         return found[0]
 
     def retired(self, snapshot_id: str) -> str | None:
@@ -164,7 +166,9 @@ class Catalogue:
 
     def other_hosts(self, function_key: str, worker_class: str) -> list[Manifest]:
         """Snapshots of this function that were made on another kind of host."""
-        return [m for m in self._manifests.values() if m.function_key == function_key and m.worker_class != worker_class]
+        return [
+            m for m in self._manifests.values() if m.function_key == function_key and m.worker_class != worker_class
+        ]
 
     def begin(self, snapshot_id: str) -> Staging:
         """A place for a new snapshot.
@@ -267,7 +271,9 @@ class Catalogue:
             return
         self._retired[snapshot_id] = reason
         try:
-            write_atomic(self.root / snapshot_id / _RETIRED, f"{time.strftime('%FT%TZ', time.gmtime())} {reason}\n".encode())
+            write_atomic(
+                self.root / snapshot_id / _RETIRED, f"{time.strftime('%FT%TZ', time.gmtime())} {reason}\n".encode()
+            )
         except StoreError:
             return  # it stays retired in this daemon; a restart may try it once more
 

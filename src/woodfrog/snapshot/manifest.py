@@ -108,7 +108,9 @@ class SigningKey:
             write_atomic(path, private.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption()))
             return cls(private)
         if os.stat(path).st_mode & 0o077:
-            raise IntegrityError(f"{path}: others may read the signing key; chmod 600 it, or remove it and its snapshots")
+            raise IntegrityError(
+                f"{path}: others may read the signing key; chmod 600 it, or remove it and its snapshots"
+            )
         try:
             return cls(Ed25519PrivateKey.from_private_bytes(path.read_bytes()))
         except ValueError:
@@ -126,4 +128,6 @@ class SigningKey:
         try:
             self._public.verify(signature, data)
         except InvalidSignature:
-            raise IntegrityError(f"{what}: signature does not match; it was altered or made elsewhere", code="bad-signature") from None
+            raise IntegrityError(
+                f"{what}: signature does not match; it was altered or made elsewhere", code="bad-signature"
+            ) from None

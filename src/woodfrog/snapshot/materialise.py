@@ -26,12 +26,16 @@ def check_external(manifest: Manifest) -> None:
         try:
             info = os.stat(path)
         except OSError as e:
-            raise IncompatibleSnapshot(f"{path} is gone since the snapshot was made ({e.strerror})", path=path) from None
+            raise IncompatibleSnapshot(
+                f"{path} is gone since the snapshot was made ({e.strerror})", path=path
+            ) from None
         if info.st_size != int(size) or info.st_mtime_ns != int(mtime):
             raise IncompatibleSnapshot(f"{path} was changed since the snapshot was made", path=path)
 
 
-async def materialise(sandbox: Sandbox, *, manifest: Manifest, images: Path, criu: Criu, phases: Phases) -> SandboxProcess:
+async def materialise(
+    sandbox: Sandbox, *, manifest: Manifest, images: Path, criu: Criu, phases: Phases
+) -> SandboxProcess:
     """Thaw the snapshot in a sandbox whose root is assembled already.
 
     Raises:

@@ -1,0 +1,435 @@
+"""Calls: sending them, waiting for them over lost connections, many at once, and generators."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextvars
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from woodfrog.errors import CallCancelled, DaemonError, SpecError
+from woodfrog.protocol import unpack_items
+from woodfrog.sdk import payload
+from woodfrog.sdk.client import Client, Reply, connect, error_from_answer, segment
+from woodfrog.sdk.dual import Dual
+
+__all__ = ["Call", "FunctionCall", "Target", "aio_iterate", "in_thread", "map_calls"]
+
+T = TypeVar("T")
+
+WAIT_S = 55.0
+"""Longest single wait for an answer; below the idle limits of usual proxies."""
+WINDOW = 100
+"""Inputs of one map that are under way at a time."""
+MAX_PARAMS = 32 << 10
+_END: Any = object()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is called: a function or method of a running or deployed app."""
+
+    client: Client
+    app: str
+    tag: str
+    params: bytes | None = None
+    """Pickled constructor arguments of a class."""
+
+    def __post_init__(self) -> None:
+        if self.params is not None and len(self.params) > MAX_PARAMS:
+            raise SpecError(
+                f"{self.tag}: the constructor's arguments take {len(self.params)} bytes, the limit is {MAX_PARAMS}: "
+                "pass large data to a method"
+            )
+
+
+class Call:
+    """One call with an id made here, so that sending it again never runs it twice."""
+
+    def __init__(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.id = uuid4().hex
+        self.target = target
+        self._body = payload.dumps_arguments(args, kwargs, target.tag)
+
+    def send(self, wait: float = 0.0) -> Reply:
+        """Hand the call to the daemon; its answer if there is one within `wait` seconds."""
+        headers = {"woodfrog-call": self.id, "woodfrog-encoding": "pickle", "content-type": "application/octet-stream"}
+        if self.target.params is not None:
+            headers["woodfrog-params"] = base64.b64encode(self.target.params).decode()
+        t = self.target
+        return t.client.request(
+            "POST",
+            f"/apps/{segment(t.app)}/calls/{segment(t.tag)}",
+            headers=headers,
+            content=self._body,
+            wait=wait,
+            kept=f"the call may have been taken on as {self.id!r}",
+        )
+
+    def run(self) -> Any:
+        """Send, wait, and return the result or raise what the call raised. Ctrl-C cancels the call."""
+        try:
+            reply = self.send(WAIT_S)
+            self._body = b""
+            return outcome(wait_for(self.target.client, self.id, reply), self.target.tag)
+        except KeyboardInterrupt:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        cancel(self.target.client, self.id)
+
+    def items(self) -> Iterator[Any]:
+        """The items of a generator, as they come. Leaving early cancels the call."""
+        client, tag = self.target.client, self.target.tag
+        ended = False
+        try:
+            first = self.send()
+            if first.headers.get("woodfrog-status", "pending") not in ("pending", "success"):
+                ended = True
+                outcome(first, tag)
+            self._body, after = b"", 0
+            while True:
+                reply = client.request(
+                    "GET", f"/calls/{self.id}/items", params={"after": str(after)}, wait=WAIT_S, kept=_kept(self.id)
+                )
+                for kind, body in unpack_items(reply.body.getvalue()):
+                    if kind == b"i":
+                        after += 1
+                        yield payload.load_result(body, tag)
+                        continue
+                    ended = True
+                    if kind == b"e":
+                        raise payload.remote_exception(body, tag)
+                    if kind == b"f":
+                        raise error_from_answer(_json(body), f"{tag} failed")
+                    return
+                status = reply.headers.get("woodfrog-status", "pending")
+                if status != "pending" and not reply.body.getvalue():
+                    ended = True
+                    if status != "success":
+                        outcome(wait_for(client, self.id, None), tag)
+                    return
+        finally:
+            if not ended:
+                self.cancel()
+
+
+def _json(body: bytes) -> Any:
+    import json
+
+    try:
+        return json.loads(body)
+    except ValueError:
+        return None
+
+
+def _kept(call_id: str) -> str:
+    return f"the call is kept: woodfrog.FunctionCall.from_id({call_id!r}).get() asks for it again"
+
+
+def cancel(client: Client, call_id: str) -> None:
+    """Cancel a call; nothing happens when it is already over, or was never taken on."""
+    from woodfrog.errors import NotFoundError
+
+    try:
+        client.request("POST", f"/calls/{call_id}/cancel")
+    except NotFoundError:
+        pass
+
+
+def wait_for(client: Client, call_id: str, reply: Reply | None, deadline: float | None = None) -> Reply:
+    """Poll until the call is over, however often the daemon is restarted meanwhile.
+
+    Raises:
+        TimeoutError: `deadline` (monotonic seconds) has passed.
+    """
+    while reply is None or reply.status == 202 or reply.headers.get("woodfrog-status") == "pending":
+        wait = WAIT_S
+        if deadline is not None:
+            wait = max(0.0, min(WAIT_S, deadline - time.monotonic()))
+            if wait == 0.0 and reply is not None:
+                raise TimeoutError(f"call {call_id} is not over yet")
+        reply = client.request("GET", f"/calls/{call_id}", wait=wait, kept=_kept(call_id))
+    return reply
+
+
+def outcome(reply: Reply, tag: str) -> Any:
+    """The value of an answer.
+
+    Raises:
+        Exception: the user's own, as it was raised; or an ExecutionError where the call came to no answer.
+    """
+    status = reply.headers.get("woodfrog-status")
+    if status == "success":
+        return payload.load_result(reply.body, tag)
+    if status == "exception":
+        raise payload.remote_exception(reply.body, tag)
+    if status == "failure":
+        raise error_from_answer(_json(reply.body.getvalue()), f"{tag} failed")
+    if status == "cancelled":
+        error = error_from_answer(_json(reply.body.getvalue()), f"{tag}: the call was cancelled")
+        raise error if isinstance(error, CallCancelled) else CallCancelled(f"{tag}: {error.message.removeprefix(tag + ': ')}")
+    raise DaemonError(f"{tag}: the daemon answered {reply.status} with status {status!r}, which this client does not know")
+
+
+class FunctionCall:
+    """A call that was started with `.spawn`.
+
+    Example:
+        >>> call = square.spawn(3)  # doctest: +SKIP
+        >>> call.get(timeout=10)  # doctest: +SKIP
+        9
+    """
+
+    def __init__(self, object_id: str, client: Client | None = None, tag: str = "the call") -> None:
+        self.object_id = object_id
+        self._known_client = client
+        self._tag = tag
+
+    @classmethod
+    def from_id(cls, function_call_id: str, client: Any = None) -> FunctionCall:
+        """The call of that id (`object_id`), also from another program. Asks nothing of the daemon yet."""
+        if not isinstance(function_call_id, str) or not function_call_id:
+            raise SpecError(f"FunctionCall.from_id needs the id of a call, got {function_call_id!r}")
+        return cls(function_call_id, client if isinstance(client, Client) else None)
+
+    def _client(self) -> Client:
+        if self._known_client is None:
+            self._known_client = connect()
+        return self._known_client
+
+    def _get(self, timeout: float | None = None) -> Any:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        return outcome(wait_for(self._client(), self.object_id, None, deadline), self._tag)
+
+    def _cancel(self, terminate_containers: bool = False) -> None:
+        del terminate_containers
+        cancel(self._client(), self.object_id)
+
+    @property
+    def get(self) -> Dual[..., Any, Awaitable[Any]]:
+        """`get(timeout=None)`: the result. `timeout` in seconds; 0 asks once.
+
+        Raises:
+            TimeoutError: no result within `timeout`; the call goes on.
+            Exception: what the call raised.
+        """
+        return Dual(self._get, in_thread(self._get))
+
+    @property
+    def cancel(self) -> Dual[..., None, Awaitable[None]]:
+        """`cancel()`: stop the call; its `get` raises CallCancelled."""
+        return Dual(self._cancel, in_thread(self._cancel))
+
+    @staticmethod
+    def gather(*function_calls: FunctionCall) -> list[Any]:
+        """The results of several calls, in their order; the first exception is raised."""
+        return [call._get() for call in function_calls]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FunctionCall, (self.object_id, None, self._tag)
+
+    def __repr__(self) -> str:
+        return f"FunctionCall.from_id({self.object_id!r})"
+
+
+# Waiting without blocking an event loop: threads of our own, since the loop's default pool has a handful only.
+
+_aio_pool: ThreadPoolExecutor | None = None
+
+
+def _threads() -> ThreadPoolExecutor:
+    global _aio_pool
+    if _aio_pool is None:
+        _aio_pool = ThreadPoolExecutor(256, thread_name_prefix="woodfrog-aio")
+    return _aio_pool
+
+
+async def _run_in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    context = contextvars.copy_context()
+    return await asyncio.get_running_loop().run_in_executor(
+        _threads(), lambda: context.run(function, *args, **kwargs)
+    )
+
+
+def in_thread(function: Callable[..., T]) -> Callable[..., Awaitable[T]]:
+    """`function` as one that can be awaited."""
+
+    def start(*args: Any, **kwargs: Any) -> Awaitable[T]:
+        return _run_in_thread(function, *args, **kwargs)
+
+    return start
+
+
+async def run_aio(call: Callable[[], Call]) -> Any:
+    """Make, send and await a call; cancelling the task cancels the call."""
+    made = await _run_in_thread(call)
+    try:
+        return await _run_in_thread(made.run)
+    except asyncio.CancelledError:
+        _threads().submit(made.cancel)
+        raise
+
+
+def _guarded(iterator: Iterator[T]) -> T:
+    # A StopIteration cannot pass through a future.
+    return next(iterator, _END)
+
+
+async def aio_iterate(iterator: Iterator[T], close: Callable[[], None]) -> AsyncIterator[T]:
+    """The items of a blocking iterator; `close` is called when it is left early, from another thread."""
+    over = False
+    try:
+        while True:
+            item = await _run_in_thread(_guarded, iterator)
+            if item is _END:
+                over = True
+                return
+            yield item
+    except Exception:
+        over = True
+        raise
+    finally:
+        if not over:
+            _threads().submit(close)
+
+
+class MapRun:
+    """Many calls of one target: a bounded number under way, inputs taken as they are needed."""
+
+    def __init__(
+        self,
+        target: Target,
+        inputs: Iterable[tuple[tuple[Any, ...], dict[str, Any]]],
+        *,
+        order_outputs: bool,
+        return_exceptions: bool,
+        window: int = WINDOW,
+    ) -> None:
+        self._target, self._inputs = target, inputs
+        self._ordered, self._keep_exceptions = order_outputs, return_exceptions
+        self._slots = threading.Semaphore(window)
+        self._pool = ThreadPoolExecutor(window, thread_name_prefix="woodfrog-map")
+        self._ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._active: dict[str, Call] = {}
+        self._context = contextvars.copy_context()
+
+    def _one(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = Call(self._target, args, kwargs)
+        with self._lock:
+            if self._stop.is_set():
+                raise CallCancelled(f"{self._target.tag}: the map was left early")
+            self._active[call.id] = call
+        try:
+            return call.run()
+        finally:
+            with self._lock:
+                self._active.pop(call.id, None)
+
+    def _feed(self) -> None:
+        count = 0
+        try:
+            for args, kwargs in self._inputs:
+                self._slots.acquire()
+                if self._stop.is_set():
+                    return
+                future = self._pool.submit(self._one, args, kwargs)
+                count += 1
+                if self._ordered:
+                    self._ready.put(future)
+                else:
+                    future.add_done_callback(self._ready.put)
+        except BaseException as e:
+            self._ready.put(e)
+        else:
+            self._ready.put(count)
+
+    def __iter__(self) -> Iterator[Any]:
+        threading.Thread(target=self._context.run, args=(self._feed,), daemon=True, name="woodfrog-map-inputs").start()
+        total, seen = None, 0
+        try:
+            while total is None or seen < total:
+                ready = self._ready.get()
+                if ready is _END:
+                    return
+                if isinstance(ready, int):
+                    total = ready
+                    continue
+                if isinstance(ready, BaseException):
+                    raise ready
+                future: Future[Any] = ready
+                try:
+                    value = future.result()
+                except Exception as e:
+                    if not self._keep_exceptions:
+                        raise
+                    value = e
+                seen += 1
+                self._slots.release()
+                del ready, future
+                yield value
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Cancel what is under way. Safe from any thread, and twice."""
+        with self._lock:
+            already = self._stop.is_set()
+            self._stop.set()
+            active = list(self._active.values())
+        if already:
+            return
+        self._slots.release()
+        self._ready.put(_END)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for call in active:
+            try:
+                call.cancel()
+            except DaemonError:
+                return
+
+
+def map_calls(target: Target, inputs: Iterable[tuple[tuple[Any, ...], dict[str, Any]]], **options: Any) -> Iterator[Any]:
+    """The results of many calls; see MapRun."""
+    yield from MapRun(target, inputs, **options)
+
+
+def zipped(
+    iterators: Sequence[Iterable[Any]], kwargs: dict[str, Any], loop: asyncio.AbstractEventLoop | None = None
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Inputs of `.map`; asynchronous iterables are drained on `loop`."""
+    for args in zip(*(_blocking(i, loop) for i in iterators), strict=False):
+        yield args, kwargs
+
+
+def starred(
+    iterable: Iterable[Any], kwargs: dict[str, Any], loop: asyncio.AbstractEventLoop | None = None
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Inputs of `.starmap`."""
+    for args in _blocking(iterable, loop):
+        yield tuple(args), kwargs
+
+
+def _blocking(iterable: Any, loop: asyncio.AbstractEventLoop | None) -> Iterator[Any]:
+    if loop is None or not hasattr(iterable, "__aiter__"):
+        yield from iterable
+        return
+    source = iterable.__aiter__()
+
+    async def following() -> Any:
+        return await anext(source, _END)
+
+    for item in iter(lambda: asyncio.run_coroutine_threadsafe(following(), loop).result(), _END):
+        yield item
+
+

@@ -1,0 +1,464 @@
+"""Random life of the control machine against a model of the backend: what must hold whatever happens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from woodfrog.control.events import (
+    Action,
+    AppDeployed,
+    AppStopped,
+    CallCancelled,
+    CallFinished,
+    CallSubmitted,
+    CaptureFailed,
+    Event,
+    FinishCall,
+    InstanceExited,
+    InstanceReady,
+    InstanceStage,
+    InstanceStopped,
+    InstanceStopRequested,
+    KillInstance,
+    RestoreFailed,
+    RetireSnapshot,
+    RunCall,
+    ShutdownRequested,
+    SnapshotAvailable,
+    SnapshotCaptured,
+    SnapshotInvalidated,
+    SnapshotRequested,
+    StartFailed,
+    StartInstance,
+    StopInstance,
+    Tick,
+    WakeAt,
+)
+from woodfrog.control.machine import handle
+from woodfrog.control.replay import journal_header, journal_line, replay
+from woodfrog.control.state import Config, State
+from woodfrog.spec import FunctionSpec, MethodSpec, RetryPolicy, ScalingPolicy, SnapshotPolicy, SourceSpec
+
+ERROR = {"type": "InstanceCrashed", "code": "crashed", "message": "gone", "retryable": False, "fields": {}}
+APPS = ("a", "b")
+TAGS = ("f", "C")
+
+policies = st.builds(
+    ScalingPolicy,
+    min_containers=st.integers(0, 1),
+    max_containers=st.sampled_from([None, 1, 2]),
+    buffer_containers=st.integers(0, 1),
+    scaledown_window=st.sampled_from([0.0, 2.0, 60.0]),
+    single_use=st.booleans(),
+)
+retries = st.builds(
+    RetryPolicy, max_retries=st.integers(0, 2), initial_delay=st.sampled_from([0.0, 1.0]), max_delay=st.just(3.0)
+)
+specs = st.tuples(
+    *[
+        st.builds(
+            FunctionSpec,
+            tag=st.just(tag),
+            kind=st.just("function" if tag == "f" else "class"),
+            source=st.just(SourceSpec("module", "m", tag)),
+            methods=st.just((MethodSpec("f"),) if tag == "f" else (MethodSpec("run"), MethodSpec("gen", True))),
+            snapshot=st.builds(SnapshotPolicy, enabled=st.booleans()),
+            scaling=policies,
+            retries=retries,
+            timeout=st.sampled_from([5.0, 300.0]),
+            startup_timeout=st.sampled_from([5.0, 300.0]),
+        )
+        for tag in TAGS
+    ]
+)
+configs = st.builds(
+    Config,
+    max_instances=st.integers(1, 6),
+    max_starting=st.integers(1, 3),
+    snapshot_failures=st.integers(1, 3),
+    capture_attempts=st.integers(1, 3),
+    start_attempts=st.integers(1, 3),
+)
+
+
+@dataclass
+class Box:
+    """An instance as the backend sees it."""
+
+    id: str
+    service: str
+    group: tuple[str, str]
+    mode: str
+    snapshot: str | None
+    capturing: bool
+    up: bool = False
+    ending: bool = False
+    call: str | None = None
+
+
+@dataclass
+class Backend:
+    """Carries out the machine's actions and checks that they make sense."""
+
+    state: State
+    now: float = 0.0
+    wake: float = float("inf")
+    boxes: dict[str, Box] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
+    open: set[str] = field(default_factory=set)
+    """Submitted calls that have not ended."""
+    journal: list[str] = field(default_factory=list)
+    snapshots: int = 0
+    retired: set[str] = field(default_factory=set)
+    shutdown: bool = False
+
+    def send(self, event: Event) -> tuple[Action, ...]:
+        if isinstance(event, CallSubmitted):
+            self.open.add(event.call_id)
+        if isinstance(event, Tick):
+            self.wake = float("inf")
+        actions = handle(self.state, event)
+        self.journal.append(journal_line(event, actions))
+        for action in actions:
+            self.carry_out(action)
+        assert not any(isinstance(a, WakeAt) for a in actions[:-1])
+        return actions
+
+    def carry_out(self, action: Action) -> None:
+        match action:
+            case StartInstance():
+                assert not self.shutdown
+                assert action.instance_id not in self.seen
+                assert (action.snapshot_id is not None) == (action.mode == "restore")
+                assert action.snapshot_id not in self.retired
+                assert not (action.capture and action.mode == "restore")
+                service = self.state.services[action.service_id]
+                self.seen.add(action.instance_id)
+                self.boxes[action.instance_id] = Box(
+                    action.instance_id,
+                    action.service_id,
+                    (service.key, action.params_digest),
+                    action.mode,
+                    action.snapshot_id,
+                    action.capture,
+                )
+            case RunCall():
+                box = self.boxes[action.instance_id]
+                assert box.up and not box.ending and box.call is None and not self.shutdown
+                assert action.call_id in self.open
+                assert all(b.call != action.call_id or b.ending for b in self.boxes.values())
+                box.call = action.call_id
+            case StopInstance():
+                box = self.boxes[action.instance_id]
+                assert box.up and not box.ending and (box.call is None or box.call not in self.open)
+                box.ending = True
+            case KillInstance():
+                self.boxes[action.instance_id].ending = True
+            case FinishCall():
+                assert action.call_id in self.open
+                assert (action.error is None) == (action.outcome == "success")
+                self.open.remove(action.call_id)
+            case RetireSnapshot():
+                self.retired.add(action.snapshot_id)
+            case WakeAt():
+                self.wake = action.time
+
+    def check(self) -> None:
+        config = self.state.config
+        assert len(self.boxes) <= config.max_instances
+        cold = [b for b in self.boxes.values() if b.mode == "cold" and not b.up and not b.ending]
+        assert len(cold) <= config.max_starting
+        capturing = [b.group for b in self.boxes.values() if b.capturing]
+        assert len(capturing) == len(set(capturing))
+        for service in self.state.services.values():
+            limit = service.spec.scaling.max_containers
+            assert limit is None or sum(b.service == service.id for b in self.boxes.values()) <= limit
+        self.check_books()
+
+    def check_books(self) -> None:
+        """The machine's counters against what they count."""
+        state = self.state
+        assert set(state.instances) == set(self.boxes)
+        assert set(state.calls) == self.open
+        assert state.stopping == sum(i.state == "stopping" for i in state.instances.values())
+        assert set(state.idle) == {i.id for i in state.instances.values() if i.state == "idle"}
+        assert state.cold_starting == sum(
+            i.state in ("starting", "capturing") and i.mode == "cold" for i in state.instances.values()
+        )
+        for service in state.services.values():
+            mine = [i for i in state.instances.values() if i.group.service is service]
+            assert service.instances == len(mine)
+            assert service.stopping == sum(i.state == "stopping" for i in mine)
+            assert service.calls == sum(c.group.service is service for c in state.calls.values())
+            for group in service.groups.values():
+                states = [i.state for i in group.instances.values()]
+                assert group.starting == states.count("starting") + states.count("capturing")
+                assert (group.running, group.stopping) == (states.count("running"), states.count("stopping"))
+                assert set(group.idle) == {i.id for i in group.instances.values() if i.state == "idle"}
+                assert not (group.queue and group.idle)
+                assert group.calls == sum(c.group is group for c in state.calls.values())
+        assert sum(s.instances for s in state.services.values()) == len(state.instances)
+
+    # One step of the backend for one box; `fate` chooses among what may happen.
+
+    def step(self, box: Box, fate: int) -> None:
+        now = self.now
+        if box.ending:
+            if fate % 4 == 3 and box.call is not None:
+                # What was under way when it was killed still comes in.
+                self.send(CallFinished(now=now, call_id=box.call, instance_id=box.id, outcome="success"))
+                return
+            if fate % 4 == 2 and not box.up:
+                self.send(InstanceReady(now=now, instance_id=box.id))
+                return
+            self.gone(box)
+            if fate % 4 == 1:
+                self.send(InstanceExited(now=now, instance_id=box.id, error=ERROR))
+            else:
+                self.send(InstanceStopped(now=now, instance_id=box.id))
+        elif box.call is not None:
+            call, outcome = box.call, ("success", "success", "exception", "failure", "exit", "bad")[fate % 6]
+            if outcome == "exit":
+                self.gone(box)
+                self.send(InstanceExited(now=now, instance_id=box.id, error=ERROR))
+                return
+            box.call = None
+            self.send(
+                CallFinished(
+                    now=now,
+                    call_id=call,
+                    instance_id=box.id,
+                    outcome="success" if outcome == "bad" else outcome,  # type: ignore[arg-type]
+                    error=None if outcome in ("success", "bad") else ERROR,
+                    instance_ok=outcome != "bad",
+                )
+            )
+        elif box.up:
+            if fate % 4 == 3:
+                self.gone(box)
+                self.send(InstanceExited(now=now, instance_id=box.id, error=ERROR))
+        else:
+            self.start_step(box, fate)
+
+    def start_step(self, box: Box, fate: int) -> None:
+        now = self.now
+        match fate % 8:
+            case 4:
+                self.gone(box)
+                self.send(StartFailed(now=now, instance_id=box.id, error=ERROR, user_fault=bool(fate & 8)))
+            case 5:
+                self.gone(box)
+                self.send(InstanceExited(now=now, instance_id=box.id, error=ERROR))
+            case 6 if box.snapshot:
+                self.gone(box)
+                event = RestoreFailed(
+                    now=now, instance_id=box.id, snapshot_id=box.snapshot, reason="x", at_fault=bool(fate & 8)
+                )
+                self.send(event)
+            case 6 if box.capturing:
+                box.capturing = False
+                alive = bool(fate & 8)
+                if not alive:
+                    self.gone(box)
+                self.send(CaptureFailed(now=now, instance_id=box.id, reason="x", alive=alive))
+            case 7:
+                stage = "capturing" if box.capturing else "restoring" if box.snapshot else "enter"
+                self.send(InstanceStage(now=now, instance_id=box.id, stage=stage))
+            case _ if box.capturing:
+                box.capturing = False
+                self.snapshots += 1
+                box.snapshot = f"s{self.snapshots}"
+                self.send(SnapshotCaptured(now=now, instance_id=box.id, snapshot_id=box.snapshot))
+            case _:
+                box.up = True
+                self.send(InstanceReady(now=now, instance_id=box.id))
+
+    def gone(self, box: Box) -> None:
+        del self.boxes[box.id]
+
+    def settle(self, until: float) -> None:
+        """Everything succeeds from here on, until nothing is under way and no timer is left before `until`."""
+        for _ in range(5000):
+            busy = [b for b in self.boxes.values() if b.ending or b.call or not b.up]
+            if busy:
+                self.step(busy[0], 0)
+            elif self.wake <= until:
+                self.now = max(self.now, self.wake)
+                self.send(Tick(now=self.now))
+            else:
+                self.now = until
+                return
+            self.check()
+        raise AssertionError("never comes to rest")
+
+
+class Life(RuleBasedStateMachine):
+    backend: Backend
+    versions: dict[str, int]
+    calls: int
+
+    @initialize(config=configs, specs=specs)
+    def begin(self, config: Config, specs: tuple[FunctionSpec, ...]) -> None:
+        self.config = config
+        self.backend = Backend(State(config, "t"))
+        self.versions = {}
+        self.calls = 0
+        self.deploy("a", specs, False)
+
+    @rule(app=st.sampled_from(APPS), specs=specs, shared=st.booleans())
+    def deploy(self, app: str, specs: tuple[FunctionSpec, ...], shared: bool) -> None:
+        version = self.versions[app] = self.versions.get(app, 0) + 1
+        keys = {t: f"{t}-shared" if shared else f"{app}-{t}-{version}" for t in TAGS}
+        self.backend.send(AppDeployed(now=self.backend.now, app=app, version=version, specs=specs, keys=keys))
+
+    @rule(app=st.sampled_from(APPS))
+    def stop_app(self, app: str) -> None:
+        self.backend.send(AppStopped(now=self.backend.now, app=app))
+        assert not any(c.group.service.app == app for c in self.backend.state.calls.values())
+
+    @rule(
+        app=st.sampled_from(APPS),
+        what=st.sampled_from([("f", "f", ""), ("C", "run", ""), ("C", "run", "p"), ("C", "gen", "q"), ("x", "y", "")]),
+        count=st.integers(1, 4),
+    )
+    def submit(self, app: str, what: tuple[str, str, str], count: int) -> None:
+        for _ in range(count):
+            self.calls += 1
+            tag, method, digest = what
+            self.backend.send(
+                CallSubmitted(
+                    now=self.backend.now,
+                    call_id=f"c{self.calls}",
+                    app=app,
+                    tag=tag,
+                    method=method,
+                    params_digest=digest,
+                )
+            )
+
+    @precondition(lambda self: self.calls)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        call = f"c{data.draw(st.integers(1, self.calls))}"
+        self.backend.send(CallCancelled(now=self.backend.now, call_id=call))
+        assert call not in self.backend.open
+
+    @precondition(lambda self: self.backend.boxes)
+    @rule(data=st.data(), steps=st.integers(1, 6))
+    def progress(self, data: st.DataObject, steps: int) -> None:
+        for _ in range(steps):
+            if not self.backend.boxes:
+                return
+            box = self.backend.boxes[data.draw(st.sampled_from(list(self.backend.boxes)))]
+            self.backend.step(box, data.draw(st.integers(0, 15)))
+            self.backend.check()
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 10.0, 100.0]))
+    def time_passes(self, seconds: float) -> None:
+        until = self.backend.now + seconds
+        for _ in range(500):
+            if self.backend.wake > until:
+                break
+            self.backend.now = max(self.backend.now, self.backend.wake)
+            self.backend.send(Tick(now=self.backend.now))
+            self.backend.check()
+        else:
+            raise AssertionError("wakes for ever")
+        self.backend.now = until
+
+    @rule(app=st.sampled_from(APPS), tag=st.sampled_from(TAGS), digest=st.sampled_from(["", "p"]))
+    def request_snapshot(self, app: str, tag: str, digest: str) -> None:
+        self.backend.send(SnapshotRequested(now=self.backend.now, app=app, tag=tag, params_digest=digest))
+
+    @rule(app=st.sampled_from(APPS), tag=st.sampled_from(TAGS), digest=st.sampled_from(["", "p"]))
+    def snapshot_found(self, app: str, tag: str, digest: str) -> None:
+        self.backend.snapshots += 1
+        self.backend.send(
+            SnapshotAvailable(
+                now=self.backend.now,
+                app=app,
+                tag=tag,
+                params_digest=digest,
+                snapshot_id=f"s{self.backend.snapshots}",
+            )
+        )
+
+    @precondition(lambda self: self.backend.snapshots)
+    @rule(data=st.data())
+    def invalidate(self, data: st.DataObject) -> None:
+        number = data.draw(st.integers(1, self.backend.snapshots))
+        self.backend.send(SnapshotInvalidated(now=self.backend.now, snapshot_id=f"s{number}"))
+        self.backend.retired.add(f"s{number}")
+
+    @precondition(lambda self: self.backend.boxes)
+    @rule(data=st.data())
+    def stop_by_hand(self, data: st.DataObject) -> None:
+        box = data.draw(st.sampled_from(list(self.backend.boxes)))
+        self.backend.send(InstanceStopRequested(now=self.backend.now, instance_id=box))
+
+    @precondition(lambda self: self.backend.seen)
+    @rule(data=st.data())
+    def late_event(self, data: st.DataObject) -> None:
+        gone = sorted(self.backend.seen - set(self.backend.boxes))
+        if gone:
+            inst = data.draw(st.sampled_from(gone))
+            event = data.draw(
+                st.sampled_from(
+                    [
+                        InstanceReady(now=self.backend.now, instance_id=inst),
+                        InstanceStopped(now=self.backend.now, instance_id=inst),
+                        SnapshotCaptured(now=self.backend.now, instance_id=inst, snapshot_id="s0"),
+                        CallFinished(now=self.backend.now, instance_id=inst, call_id="c1", outcome="success"),
+                    ]
+                )
+            )
+            actions = self.backend.send(event)
+            assert all(isinstance(a, WakeAt) for a in actions)
+
+    @invariant()
+    def sound(self) -> None:
+        if hasattr(self, "backend"):
+            self.backend.check()
+            json.dumps(self.backend.state.snapshot_view())
+
+    def teardown(self) -> None:
+        if not hasattr(self, "backend"):
+            return
+        backend, state = self.backend, self.backend.state
+        # Half of the runs end by a shutdown, the others by coming to rest.
+        if self.calls % 2:
+            backend.shutdown = True
+            backend.send(ShutdownRequested(now=backend.now))
+            backend.settle(backend.now + 10_000)
+            assert not state.instances
+        else:
+            backend.settle(backend.now + 10_000)
+            assert not backend.open
+            floors = {
+                s.id: min(s.spec.scaling.min_containers, s.spec.scaling.max_containers or 1)
+                for s in state.services.values()
+                if s.active
+            }
+            assert all(s.active for s in state.services.values())
+            if sum(floors.values()) <= self.config.max_instances:
+                assert {s.id: s.instances for s in state.services.values()} == floors
+            assert len(backend.boxes) <= sum(floors.values())
+        for app in APPS:
+            backend.send(AppStopped(now=backend.now, app=app))
+        backend.settle(backend.now + 10_000)
+        assert not backend.boxes and not backend.open
+        assert not state.apps and not state.services and not state.knowledge and not state.starved and not state.idle
+        _, count, difference = replay([journal_header(self.config, "t"), *backend.journal])
+        assert difference is None, str(difference)
+        assert count == len(backend.journal)
+
+
+Life.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestLife = Life.TestCase
