@@ -65,13 +65,17 @@ _HOME = {
     "snapshot_id": "hooks",
 }
 
-_NOT_YET = frozenset(
-    "Client CloudBucketMount ClusterInfo ContainerProcess Cron Dict Environment Error FilePatternMatcher Mount "
-    "NetworkFileSystem Period Probe Proxy Queue Sandbox SandboxSnapshot SchedulerPlacement Server Tunnel Workspace "
-    "asgi_app batched billing build clustered concurrent config current_function_call_id current_input_id exception "
-    "experimental fastapi_endpoint forward get_cluster_info gpu interact io_streams web_endpoint web_server "
-    "wsgi_app".split()
-)
+# fmt: off
+_NOT_YET = frozenset((
+    "Client", "CloudBucketMount", "ClusterInfo", "ContainerProcess", "Cron", "Dict", "Environment", "Error",
+    "FilePatternMatcher", "Mount", "NetworkFileSystem", "Period", "Probe", "Proxy", "Queue", "Sandbox",
+    "SandboxSnapshot", "SchedulerPlacement", "Server", "Tunnel", "Workspace", "asgi_app", "batched", "billing", "build",
+    "clustered", "concurrent", "config", "current_function_call_id", "current_input_id", "exception", "experimental",
+    "fastapi_endpoint", "forward", "get_cluster_info", "gpu", "interact", "io_streams", "web_endpoint", "web_server",
+    "wsgi_app",
+))
+# fmt: on
+"""Names that Modal has."""
 
 __all__ = list(_HOME)
 

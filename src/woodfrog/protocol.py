@@ -30,6 +30,7 @@ from woodfrog.errors import WoodfrogError
 __all__ = [
     "HEAD",
     "MAGIC",
+    "MAX_BODY",
     "MAX_HEADER",
     "SPOOL_BYTES",
     "VERSION",
@@ -52,6 +53,7 @@ MAGIC = b"wfrg"
 VERSION = 1
 HEAD = struct.Struct("!4sIIQ")
 MAX_HEADER = 16 << 20
+MAX_BODY = 8 << 30
 SPOOL_BYTES = 4 << 20
 """Bodies larger than this are spooled to disk by the daemon instead of being held in memory."""
 WORKER_PID = 100
@@ -89,7 +91,7 @@ def parse_head(data: bytes) -> tuple[int, int]:
     """Lengths of header and body from the fixed head.
 
     Raises:
-        ProtocolError: wrong magic, another version, or an oversized header.
+        ProtocolError: wrong magic, another version, or an oversized header or body.
     """
     magic, version, header_len, body_len = HEAD.unpack(data)
     if magic != MAGIC:
@@ -98,6 +100,8 @@ def parse_head(data: bytes) -> tuple[int, int]:
         raise ProtocolError(f"message of protocol version {version}, this side speaks {VERSION}")
     if header_len > MAX_HEADER:
         raise ProtocolError(f"message header of {header_len} bytes is over the limit of {MAX_HEADER}")
+    if body_len > MAX_BODY:
+        raise ProtocolError(f"message body of {body_len} bytes is over the limit of {MAX_BODY}; use a Volume")
     return header_len, body_len
 
 
@@ -109,7 +113,10 @@ def parse_header(data: bytes) -> dict[str, Any]:
     """
     try:
         header = json.loads(data)
-    except ValueError as e:
+        if b"\\ud" in data.lower():
+            # Half a surrogate pair could not be encoded again anywhere behind this.
+            header = json.loads(json.dumps(header, ensure_ascii=False).encode("utf-8", "replace"))
+    except (ValueError, RecursionError) as e:
         raise ProtocolError(f"message header is not JSON: {e}") from None
     if not isinstance(header, dict) or not isinstance(header.get("type"), str):
         raise ProtocolError("message header is not an object with a type")

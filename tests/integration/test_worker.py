@@ -40,7 +40,12 @@ class Worker:
         self.root = root
         (root / "prog.py").write_text(MARK + textwrap.dedent(source))
         self.path = root / "w.sock"
-        env = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "PYTHONPATH": PACKAGE_ROOT, "PYTHONDONTWRITEBYTECODE": "1"}
+        env = {
+            "PATH": os.environ["PATH"],
+            "LANG": "C.UTF-8",
+            "PYTHONPATH": PACKAGE_ROOT,
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
         self.stdout, self.stderr = root / "stdout", root / "stderr"
         with self.stdout.open("wb") as out, self.stderr.open("wb") as err:
             self.process = subprocess.Popen(
@@ -70,7 +75,8 @@ class Worker:
 
     def send(self, header: dict[str, Any], body: bytes = b"") -> None:
         self.conn.sendall(protocol.pack(header, len(body)))
-        self.conn.sendall(body)
+        if body:
+            self.conn.sendall(body)
 
     def read(self, size: int) -> bytes:
         data = bytearray(size)
@@ -298,7 +304,12 @@ def test_frozen_worker_holds_nothing_but_its_listener(worker: Callable[[str], Wo
         ("f = 3", {}, "import", "is a int"),
         ("def f(): pass", {"cwd": "/nonexistent"}, "import", "working directory /nonexistent"),
         ("class f:\n    def __init__(self): raise KeyError('k')", {"kind": "class"}, "enter", "KeyError: 'k'"),
-        ("class f:\n    @enter(snap=True)\n    def e(self): raise OSError('no')", {"kind": "class"}, "enter", "OSError"),
+        (
+            "class f:\n    @enter(snap=True)\n    def e(self): raise OSError('no')",
+            {"kind": "class"},
+            "enter",
+            "OSError",
+        ),
     ],
 )
 def test_failed_boot(worker: Callable[[str], Worker], source: str, boot: dict[str, Any], stage: str, text: str) -> None:
@@ -414,7 +425,8 @@ def test_unpicklable_results_unknown_methods_and_bad_arguments(worker: Callable[
     w = worker(
         """
         import threading
-        def f(kind): return {"lock": threading.Lock, "gen": lambda: (i for i in "ab"), "fn": lambda: (lambda: 5)}[kind]()
+        kinds = {"lock": threading.Lock, "gen": lambda: (i for i in "ab"), "fn": lambda: (lambda: 5)}
+        def f(kind): return kinds[kind]()
         """
     ).serve("f")
     with pytest.raises(Failed, match=r"f\(\) returned _thread.lock, which cannot be pickled") as caught:

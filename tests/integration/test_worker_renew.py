@@ -1,8 +1,8 @@
 """Copies of one process must not repeat each other once renewed.
 
-A thaw gives many processes the same memory and the same pid, and tells no library of it. The same comes of a raw clone()
-(no fork handlers run) from pid 1 of a pid namespace into new pid namespaces, where every copy is pid 1 again. The test
-without renewal shows that this stands for a thaw: nearly everything repeats.
+A thaw gives many processes the same memory and the same pid, and tells no library of it. The same comes of a raw
+clone() (no fork handlers run) from pid 1 of a pid namespace into new pid namespaces, where every copy is pid 1 again.
+The test without renewal shows that this stands for a thaw: nearly everything repeats.
 """
 
 from __future__ import annotations
@@ -125,7 +125,10 @@ HELD = {"held", "held-numpy"}
 def test_copies_that_are_not_renewed_repeat_each_other() -> None:
     answers = draws("plain", 3)
     # uuid1 differs by its clock, message ids too; the rest of both comes from generators that are tested by themselves.
-    assert repeated(answers) | {"uuid1", "message-id"} == set(answers[0]) - {"uuid4", "secrets"} | {"uuid1", "message-id"}
+    assert repeated(answers) | {"uuid1", "message-id"} == set(answers[0]) - {"uuid4", "secrets"} | {
+        "uuid1",
+        "message-id",
+    }
 
 
 @pytest.mark.root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from woodfrog.cli import output
 from woodfrog.cli.logs import since_time
 from woodfrog.errors import DaemonError, HostError, NotFoundError, SpecError, StoreError
@@ -45,10 +46,15 @@ def test_a_table_has_aligned_columns(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_an_error_is_one_line_and_has_its_remedy_once(capsys: pytest.CaptureFixture[str]) -> None:
-    output.show_error(HostError("no\nCRIU", remedy="install it"))
+    output.show_error(HostError("no CRIU", remedy="install it"))
     assert capsys.readouterr().err == "error: no CRIU; install it\n"
     output.show_error(HostError("no CRIU; install it", remedy="install it"))
     assert capsys.readouterr().err == "error: no CRIU; install it\n"
+
+
+def test_a_log_attached_to_an_error_stands_below_it(capsys: pytest.CaptureFixture[str]) -> None:
+    output.show_error(DaemonError("it ended while starting; the end of its log:\nfirst\n  second"))
+    assert capsys.readouterr().err.splitlines()[1:] == ["    first", "      second"]
 
 
 def test_the_exit_status_tells_the_kind_of_error() -> None:

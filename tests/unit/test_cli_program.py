@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 import pytest
+
 from woodfrog.cli.program import Reference, arguments_from, load, parse_reference, pick
 from woodfrog.errors import SpecError
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from typer.testing import CliRunner
+
 from woodfrog import cli
 from woodfrog.cli import doctor
 from woodfrog.errors import DaemonError, HostError

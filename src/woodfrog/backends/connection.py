@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from woodfrog.errors import InstanceCrashed
+from woodfrog.errors import InstanceCrashed, StoreError
 from woodfrog.protocol import HEAD, SPOOL_BYTES, ProtocolError, pack, parse_head, parse_header
 
 __all__ = ["Payload", "Reply", "WorkerConnection"]
@@ -94,9 +94,14 @@ class WorkerConnection:
 
         Raises:
             InstanceCrashed: the worker is gone.
+            StoreError: a body's file is gone.
         """
         try:
-            self._writer.write(pack(header, sum(b.size for b in bodies)))
+            head = pack(header, sum(b.size for b in bodies))
+        except OSError as e:
+            raise StoreError(f"a payload is gone: {e.strerror}: {e.filename}", code="payload-gone") from e
+        try:
+            self._writer.write(head)
             for body in bodies:
                 async for chunk in body.chunks():
                     self._writer.write(chunk)
@@ -112,6 +117,7 @@ class WorkerConnection:
         Raises:
             InstanceCrashed: the connection ended.
             ProtocolError: what came is not of the protocol.
+            StoreError: the body was received whole but could not be kept; the connection is usable.
         """
         try:
             header_len, body_len = parse_head(await self._reader.readexactly(HEAD.size))
@@ -123,19 +129,37 @@ class WorkerConnection:
             raise InstanceCrashed("the worker closed its connection", code="worker-gone") from e
 
     async def _to_disk(self, length: int) -> Payload:
-        fd, name = tempfile.mkstemp(prefix=".body-", dir=self._spool)
+        """Take a body into a file. A full disk costs this body, not the worker: the rest is read and dropped."""
+        name: str | None = None
+        failure: OSError | None = None
         try:
-            with os.fdopen(fd, "wb") as f:
-                while length:
-                    chunk = await self._reader.read(min(length, _CHUNK))
-                    if not chunk:
-                        raise asyncio.IncompleteReadError(b"", length)
-                    f.write(chunk)
-                    length -= len(chunk)
-        except BaseException:
-            os.unlink(name)
-            raise
-        return Payload(path=Path(name))
+            fd, name = tempfile.mkstemp(prefix=".body-", dir=self._spool)
+        except OSError as e:
+            fd, failure = -1, e
+        complete = False
+        try:
+            while length:
+                chunk = await self._reader.read(min(length, _CHUNK))
+                if not chunk:
+                    raise asyncio.IncompleteReadError(b"", length)
+                length -= len(chunk)
+                rest = memoryview(chunk)
+                while rest and failure is None:
+                    try:
+                        rest = rest[os.write(fd, rest) :]
+                    except OSError as e:
+                        failure = e
+                        os.ftruncate(fd, 0)
+            if name is None or failure is not None:
+                why = failure.strerror if failure else ""
+                raise StoreError(f"cannot keep what the worker sent: {why}: {self._spool}", code="disk-full")
+            complete = True
+            return Payload(path=Path(name))
+        finally:
+            if name is not None:
+                os.close(fd)
+                if not complete:
+                    os.unlink(name)
 
     async def request(self, header: dict[str, Any], *bodies: Payload, expect: str) -> Reply:
         """Send, and take the one answer: `expect` or `failed`.
@@ -165,7 +189,8 @@ class WorkerConnection:
             raise ProtocolError("worker sent data after it froze")
 
     async def close(self) -> None:
-        self._writer.close()
+        """Close at once; what a worker that does not read has not taken is dropped."""
+        self._writer.transport.abort()
         try:
             await self._writer.wait_closed()
         except (ConnectionError, OSError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +22,8 @@ class _Commands(typer.core.TyperGroup):
             return super().invoke(ctx)
         except WoodfrogError as e:
             if output.debugging():
+                import traceback
+
                 traceback.print_exc()
             output.show_error(e)
             raise typer.Exit(output.exit_code(e)) from None
@@ -36,6 +37,7 @@ app = typer.Typer(
     help="Freeze warmed-up Python functions and thaw copies of them in milliseconds.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -6,21 +6,20 @@ import json
 import os
 import stat
 import sys
-import urllib.parse
+import uuid
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from woodfrog.cli import output
-from woodfrog.cli.remote import connect, split_target
-from woodfrog.errors import DaemonError, SpecError, WoodfrogError, error_from_dict
+from woodfrog.cli.remote import connect, get, segment, split_target
+from woodfrog.errors import NotFoundError, SpecError
 from woodfrog.protocol import unpack_items
 
 if TYPE_CHECKING:
-    from woodfrog.sdk.client import Client
+    from woodfrog.sdk.client import Client, Reply
 
-T = TypeVar("T")
 QUICK_S = 0.5
 """A call that takes longer says what it is waiting for."""
 POLL_S = 2.0
@@ -69,68 +68,41 @@ def stdin_text() -> str:
     return "" if stat.S_ISCHR(mode) else sys.stdin.read()
 
 
-def raise_failure(answer: Answer) -> None:
-    """Turn the two ways in which a call fails into an exit and an exception.
+def show_remote_error(error: dict[str, Any]) -> None:
+    """The remote traceback as it was written there, or one line when there is none."""
+    traceback = str(error.get("traceback") or "").rstrip("\n")
+    output.note(traceback or f"{error.get('type', 'Exception')}: {error.get('message', '')}")
+
+
+def raise_failure(status: str, body: bytes) -> None:
+    """What became of a call that did not succeed.
 
     Raises:
         typer.Exit: the function raised; its traceback has been printed.
         WoodfrogError: woodfrog could not bring the call to an answer.
     """
-    if answer.status in ("success", "pending"):
-        return
-    error = answer.error()
-    if answer.status == "exception":
-        show_remote_error(error)
-        raise typer.Exit(output.USER_ERROR)
-    raise error_from_dict(error) if error else WoodfrogError(f"call {answer.call} ended as {answer.status!r}")
+    from woodfrog.sdk.client import error_from_answer
 
-
-def show_remote_error(error: dict[str, Any]) -> None:
-    """The remote traceback as it was written there, or the one line when there is none."""
-    traceback = str(error.get("traceback") or "").rstrip("\n")
-    output.note(traceback or f"{error.get('type', 'Exception')}: {error.get('message', '')}")
-
-
-def interruptible(client: Client, call: Callable[[], str], work: Callable[[], T]) -> T:
-    """Do `work`; Ctrl-C cancels the call, if there is one already, and goes on."""
     try:
-        return work()
-    except KeyboardInterrupt:
-        if call():
-            try:
-                client.json("POST", f"/v1/calls/{call()}/cancel")
-                output.note(f"cancelled call {call()}")
-            except WoodfrogError as e:
-                output.show_error(e)
-        raise
-
-
-def stage_of(trace: dict[str, Any]) -> str:
-    """What a call is waiting for, in words."""
-    words = {
-        "queued": "waiting for a container",
-        "cold": "cold start",
-        "boot": "cold start",
-        "start": "cold start",
-        "capture": "capturing a snapshot",
-        "freeze": "capturing a snapshot",
-        "restore": "restoring a snapshot",
-        "thaw": "restoring a snapshot",
-        "call": "running",
-    }
-    phases = trace.get("phases") or []
-    stage = str(trace.get("stage") or (phases[-1].get("name") if phases else "") or "waiting")
-    return words.get(stage, stage)
+        answer = json.loads(body or b"null")
+    except ValueError:
+        answer = None
+    if status == "exception":
+        show_remote_error((answer.get("error") if isinstance(answer, dict) else None) or {})
+        raise typer.Exit(output.USER_ERROR)
+    raise error_from_answer(answer, f"the call ended with status {status!r}")
 
 
 def call(
     target: Annotated[str, typer.Argument(metavar="APP.FUNC", help="Deployed function, or APP.CLASS.METHOD.")],
     pairs: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Named arguments; a value is JSON, else text.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Named arguments; a value is JSON, else text.")
     ] = None,
     arg: Annotated[
         str | None,
-        typer.Option("--arg", metavar="JSON", help="Arguments: an array, an object of names, or one value."),
+        typer.Option(
+            "--arg", metavar="JSON", help="Arguments, else from stdin: an array, an object of names, or the only one."
+        ),
     ] = None,
     trace: Annotated[bool, typer.Option("--trace", help="Show where the time went.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print result, call id and phases in one object.")] = False,
@@ -139,71 +111,107 @@ def call(
 
     Exit status: 0, 1 when the function raised (its traceback is printed), 2 when woodfrog could not carry the call out.
     """
-    payload = payload_from(arg, pairs or [], stdin_text)
+    content = payload_from(arg, pairs or [], stdin_text)
     client = connect()
     app, tag = split_target(client, target)
-    path = f"/v1/apps/{urllib.parse.quote(app)}/calls/{urllib.parse.quote(tag)}"
-    headers = {"Woodfrog-Encoding": "json"}
-    current = ""
-
-    def work() -> tuple[Answer, list[Any]]:
-        nonlocal current
-        with output.Progress() as progress:
-            answer = exchange(client, "POST", path, wait=QUICK_S, content=payload, headers=headers)
-            current = answer.call
-            if answer.generator:
-                return _collect(client, answer, progress, as_json=as_json)
-            while answer.status == "pending":
-                progress.say(stage_of(_trace(client, current)))
-                answer = exchange(client, "GET", f"/v1/calls/{current}", wait=POLL_S, headers=headers)
-            return answer, []
-
-    answer, items = interruptible(client, lambda: current, work)
-    phases = _trace(client, current).get("phases") or [] if trace or as_json else []
-    if trace and not as_json:
-        output.show_trace(phases)
-    raise_failure(answer)
-    if as_json:
-        result = items if answer.generator else answer.value()
-        output.show_json({"call": current, "result": result, "phases": phases})
-    elif not answer.generator:
-        print(answer.body.decode(errors="replace").rstrip("\n"))
-
-
-def _trace(client: Client, call_id: str) -> dict[str, Any]:
+    run = _Run(client, uuid.uuid4().hex, app, tag, content)
+    phases: list[Any] = []
     try:
-        answer = client.json("GET", f"/v1/calls/{call_id}/trace")
-    except DaemonError:
+        result = run.items(show=not as_json) if _is_generator(client, app, tag) else run.value()
+    except KeyboardInterrupt:
+        from woodfrog.sdk.call import cancel
+
+        cancel(client, run.id)
+        output.note(f"cancelled call {run.id}")
         raise
-    except WoodfrogError:
-        # Where the time went is an extra: the answer counts.
-        return {}
-    return answer if isinstance(answer, dict) else {}
+    finally:
+        if trace or as_json:
+            phases = run.trace().get("phases") or []
+        if trace and not as_json:
+            output.show_trace(phases)
+    if as_json:
+        output.show_json({"call": run.id, "result": result, "phases": phases})
+    elif not isinstance(result, _Printed):
+        print(json.dumps(result, ensure_ascii=False))
 
 
-def _collect(client: Client, answer: Answer, progress: output.Progress, *, as_json: bool) -> tuple[Answer, list[Any]]:
-    """A generator's items: one JSON value a line as they come, or all of them for `--json`."""
-    items: list[Any] = []
-    seen = 0
-    while True:
-        part = exchange(
-            client,
-            "GET",
-            f"/v1/calls/{answer.call}/items",
-            wait=POLL_S,
-            params={"after": seen},
-            headers={"Woodfrog-Encoding": "json"},
-        )
-        for kind, data in unpack_items(part.body):
-            if kind == b"i":
-                seen += 1
-                if as_json:
-                    items.append(json.loads(data))
-                else:
-                    progress.write(data.decode(errors="replace").rstrip("\n") + "\n")
-            elif kind == b"d":
-                return Answer("success", answer.call, b"null", True), items
-            else:
-                return Answer("exception" if kind == b"e" else "failure", answer.call, data, True), items
-        if not part.body:
-            progress.say(stage_of(_trace(client, answer.call)))
+class _Printed(list[Any]):
+    """Items of a generator that have been printed as they came."""
+
+
+def _is_generator(client: Client, app: str, tag: str) -> bool:
+    service, _, method = tag.partition(".")
+    for function in get(client, f"/apps/{segment(app)}")["functions"]:
+        if function["tag"] == service:
+            return any(m["generator"] for m in function["methods"] if m["name"] == (method or m["name"]))
+    return False
+
+
+class _Run:
+    """One call on its way. Its id is made here, so that it can be cancelled before its first answer."""
+
+    def __init__(self, client: Client, call_id: str, app: str, tag: str, content: bytes) -> None:
+        self.id = call_id
+        self._client = client
+        self._path = f"/apps/{segment(app)}/calls/{segment(tag)}"
+        self._content = content
+
+    def _send(self, wait: float = 0.0) -> Reply:
+        headers = {"woodfrog-call": self.id, "woodfrog-encoding": "json", "content-type": "application/json"}
+        return self._client.request("POST", self._path, headers=headers, content=self._content, wait=wait)
+
+    def value(self) -> Any:
+        """The result.
+
+        Raises:
+            typer.Exit, WoodfrogError: see `raise_failure`.
+        """
+        with output.Progress() as progress:
+            reply = self._send(QUICK_S)
+            while (status := reply.headers.get("woodfrog-status", "pending")) == "pending":
+                progress.say(self._stage())
+                reply = self._client.request("GET", f"/calls/{self.id}", wait=POLL_S)
+        if status != "success":
+            raise_failure(status, reply.body.getvalue())
+        return reply.json()
+
+    def items(self, *, show: bool) -> list[Any]:
+        """A generator's items: printed as they come, one JSON value a line, or collected.
+
+        Raises:
+            typer.Exit, WoodfrogError: see `raise_failure`.
+        """
+        found: list[Any] = _Printed() if show else []
+        seen = 0
+        with output.Progress() as progress:
+            self._send()
+            wait = QUICK_S
+            while True:
+                reply = self._client.request("GET", f"/calls/{self.id}/items", params={"after": seen}, wait=wait)
+                for kind, data in unpack_items(reply.body.getvalue()):
+                    if kind == b"i":
+                        seen += 1
+                        if show:
+                            progress.write(data.decode(errors="replace").rstrip("\n") + "\n")
+                        else:
+                            found.append(json.loads(data))
+                    elif kind == b"d":
+                        return found
+                    else:
+                        progress.clear()
+                        # The whole answer: an item of this kind holds a pickled exception.
+                        whole = self._client.request("GET", f"/calls/{self.id}")
+                        raise_failure(whole.headers.get("woodfrog-status", ""), whole.body.getvalue())
+                if not reply.body.getvalue():
+                    progress.say(self._stage())
+                    wait = POLL_S
+
+    def trace(self) -> dict[str, Any]:
+        try:
+            return get(self._client, f"/calls/{self.id}/trace")
+        except NotFoundError:
+            # Where the time went is an extra: a call that was refused has none.
+            return {}
+
+    def _stage(self) -> str:
+        return output.stage_words(self.trace().get("stage"))

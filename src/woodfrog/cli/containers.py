@@ -9,7 +9,7 @@ import typer
 
 from woodfrog.cli import output
 from woodfrog.cli.logs import show_logs
-from woodfrog.cli.remote import connect, listing
+from woodfrog.cli.remote import connect, get, post, segment
 
 app = typer.Typer(help="List, inspect and enter running containers.", no_args_is_help=True)
 
@@ -22,45 +22,48 @@ def list_containers(
     of_app: Annotated[str, typer.Option("--app", help="Only this app's.")] = "", as_json: Json = False
 ) -> None:
     """Show the containers that exist now."""
-    containers = [c for c in listing(connect(), "/v1/containers", "containers") if of_app in ("", c.get("app"))]
+    containers = [c for c in get(connect(), "/containers")["containers"] if of_app in ("", c.get("app"))]
     if as_json:
         output.show_json(containers)
         return
     rows = [
         (
-            c.get("id"),
+            c["id"],
             c.get("app"),
             c.get("function"),
-            c.get("state"),
-            "thawed" if c.get("restored") else "cold",
-            c.get("calls"),
-            output.ago(c.get("started_at")),
+            "busy" if c.get("call") else c["stage"],
+            {"restore": "thawed", "cold": "cold"}.get(str(c.get("mode"))),
+            c.get("served"),
+            output.size(c.get("memory_bytes")),
+            output.ago(c.get("started")),
         )
         for c in containers
     ]
-    output.table(["container", "app", "function", "state", "start", "calls", "started"], rows, empty="no containers")
+    headers = ["container", "app", "function", "state", "start", "calls", "memory", "started"]
+    output.table(headers, rows, empty="no containers")
 
 
 @app.command()
 def logs(
     container: Id,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more.")] = False,
-    since: Annotated[str, typer.Option(help="Only what is younger: 30s, 10m, 2h, 1d, or a Unix time.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
-    """Print what one container wrote."""
-    show_logs(connect(), f"/v1/containers/{container}/logs", follow=follow, since=since, as_json=as_json)
+    """Print what one container wrote, and what became of it."""
+    path = f"/containers/{segment(container)}/logs"
+    show_logs(connect().lines(path, {"follow": "1"} if follow else None), as_json=as_json)
 
 
 @app.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def execute(
     container: Id,
     command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="Program and its arguments.")],
+    timeout: Annotated[float, typer.Option(help="Seconds it may run.")] = 60.0,
     as_json: Json = False,
 ) -> None:
-    """Run a program inside a container, as its user, and print what it wrote."""
+    """Run a program inside a container, as its user, and print what it wrote. Options go before CONTAINER."""
     argv = command[1:] if command[:1] == ["--"] else command
-    answer = connect().json("POST", f"/v1/containers/{container}/exec", body={"argv": argv})
+    answer = post(connect(), f"/containers/{segment(container)}/exec", {"argv": argv, "timeout": timeout}, wait=timeout)
     if as_json:
         output.show_json(answer)
     else:
@@ -73,18 +76,18 @@ def execute(
 
 @app.command()
 def stop(container: Id, as_json: Json = False) -> None:
-    """End a container after the calls that it is serving."""
-    answer = connect().json("POST", f"/v1/containers/{container}/stop")
+    """End a container."""
+    answer = post(connect(), f"/containers/{segment(container)}/stop")
     if as_json:
         output.show_json(answer)
     else:
-        output.note(f"stopped {container}")
+        output.note(f"stopping {answer.get('container', container)}")
 
 
 @app.command()
 def inspect(container: Id, as_json: Json = False) -> None:
     """Show all about one container, with the phases of its start."""
-    answer = connect().json("GET", f"/v1/containers/{container}")
+    answer = get(connect(), f"/containers/{segment(container)}")
     if as_json:
         output.show_json(answer)
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,43 +22,63 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command()
 def start(as_json: Json = False) -> None:
     """Start the daemon, when none runs yet."""
-    try:
-        health, fresh = connect(start=False).json("GET", "/v1/health"), False
-    except DaemonError:
+    health = _health()
+    fresh = health is None
+    if health is None:
         with output.Progress(quiet=as_json) as progress:
             progress.say("starting the daemon")
-            health, fresh = connect(start=True).json("GET", "/v1/health"), True
+            health = connect().health() or {}
     if as_json:
-        output.show_json({**health, "started": fresh})
+        output.show_json({"running": True, "started": fresh, **health})
     else:
         output.note(f"{'started' if fresh else 'already running'}: pid {health.get('pid')}, {health.get('state_dir')}")
+
+
+def _health() -> dict[str, Any] | None:
+    """What the daemon says of itself; None when none runs."""
+    try:
+        return connect(start=False).health()
+    except DaemonError as e:
+        if e.code != "no-daemon":
+            raise
+        return None
 
 
 @app.command()
 def stop(
     timeout: Annotated[float, typer.Option(help="Seconds to wait until it has ended.")] = 60.0, as_json: Json = False
 ) -> None:
-    """Stop the daemon. Deployed apps and finished results are kept; running containers end."""
-    try:
-        client = connect(start=False)
-        health = client.json("GET", "/v1/health")
-    except DaemonError:
+    """Stop the daemon. Deployed apps and finished results are kept; running calls may finish, containers end."""
+    health = _health()
+    if health is None:
         if as_json:
-            output.show_json({"stopped": False, "running": False})
+            output.show_json({"running": False, "stopped": False})
         else:
             output.note("the daemon is not running")
         return
-    client.json("POST", "/v1/shutdown")
     pid = health.get("pid")
+    _ask_to_stop()
     deadline = time.monotonic() + timeout
-    while isinstance(pid, int) and Path(f"/proc/{pid}").exists() and not _is_zombie(pid):
-        if time.monotonic() > deadline:
-            raise DaemonError(f"the daemon (pid {pid}) has not ended within {timeout:.0f} s", code="daemon-stuck")
-        time.sleep(0.05)
+    with output.Progress(quiet=as_json) as progress:
+        while isinstance(pid, int) and Path(f"/proc/{pid}").exists() and not _is_zombie(pid):
+            if time.monotonic() > deadline:
+                raise DaemonError(f"the daemon (pid {pid}) has not ended within {timeout:.0f} s", code="daemon-stuck")
+            if time.monotonic() > deadline - timeout + 1.0:
+                progress.say("waiting for running calls and containers")
+            time.sleep(0.05)
     if as_json:
-        output.show_json({"stopped": True, "running": False, "pid": pid})
+        output.show_json({"running": False, "stopped": True, "pid": pid})
     else:
         output.note(f"stopped: pid {pid}")
+
+
+def _ask_to_stop() -> None:
+    try:
+        connect(start=False).request("POST", "/shutdown", reconnect_s=0.0)
+    except DaemonError as e:
+        # It may be gone before its answer is out.
+        if e.code not in ("daemon-lost", "no-daemon"):
+            raise
 
 
 def _is_zombie(pid: int) -> bool:
@@ -71,13 +91,13 @@ def _is_zombie(pid: int) -> bool:
 @app.command()
 def status(as_json: Json = False) -> None:
     """Tell whether the daemon runs. Exit status 3 when it does not."""
-    try:
-        health = connect(start=False).json("GET", "/v1/health")
-    except DaemonError as e:
-        if not as_json:
-            raise
-        output.show_json({"running": False, "error": e.message})
-        raise typer.Exit(output.DAEMON_ERROR) from None
+    health = _health()
+    if health is None:
+        if as_json:
+            output.show_json({"running": False})
+        else:
+            output.note(f"the daemon is not running (state directory {settings.load().home})")
+        raise typer.Exit(output.DAEMON_ERROR)
     if as_json:
         output.show_json({"running": True, **health})
     else:
@@ -90,7 +110,7 @@ def logs(
     lines: Annotated[int, typer.Option("--lines", "-n", help="Only the last so many; 0 = all.")] = 0,
 ) -> None:
     """Print the daemon's own log."""
-    path = settings.load().home / "woodfrogd.log"
+    path = settings.load().home / "daemon.log"
     try:
         with path.open(errors="replace") as file:
             text = file.readlines()

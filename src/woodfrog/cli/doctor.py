@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,10 +24,9 @@ MARKS = {True: "ok", False: "FAIL", None: "?"}
 
 
 def own_version() -> str:
-    try:
-        return version("woodfrog")
-    except PackageNotFoundError:
-        return "unknown"
+    import woodfrog
+
+    return str(getattr(woodfrog, "__version__", "unknown"))
 
 
 def find_criu(explicit: str) -> CriuState:
@@ -52,10 +50,11 @@ def probe_host() -> Host:
 def daemon_health() -> dict[str, Any] | None:
     """What the running daemon says of itself; None when none runs."""
     try:
-        health = connect(start=False).json("GET", "/v1/health")
-    except DaemonError:
+        return connect(start=False).health()
+    except DaemonError as e:
+        if e.code != "no-daemon":
+            raise
         return None
-    return health if isinstance(health, dict) else {}
 
 
 def judge_daemon(health: dict[str, Any] | None, expected: str) -> Check:
@@ -90,7 +89,10 @@ def run_checks(
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Check all that woodfrog needs of this machine. Exit status 1 when something required is missing."""
+    """Check all that woodfrog needs of this machine.
+
+    Exit status: 0, or 1 when something required is missing.
+    """
     checks = run_checks()
     bad = [c for c in checks if c.required and c.ok is False]
     if as_json:

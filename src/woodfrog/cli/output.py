@@ -48,10 +48,12 @@ def note(text: str) -> None:
 
 
 def show_error(error: WoodfrogError) -> None:
-    """`error: …` on stderr, in one line, then the remedy where the message does not hold it."""
-    message = " ".join(str(error).split())
+    """`error: …` on stderr in one line, with the remedy where the message lacks it; an attached log below it."""
+    message, _, rest = str(error).strip().partition("\n")
     remedy = " ".join(str(error.fields.get("remedy") or "").split())
     note(f"error: {message}" + (f"; {remedy}" if remedy and remedy not in message else ""))
+    for line in rest.splitlines():
+        note(f"    {line}")
 
 
 def show_json(value: Any) -> None:
@@ -177,6 +179,22 @@ def show_trace(phases: Iterable[Mapping[str, Any]]) -> None:
     encoding = (sys.stderr.encoding or "ascii").lower()
     for line in trace_lines(phases, full="█" if "utf" in encoding else "#"):
         note(line)
+
+
+STAGES = {
+    "queued": "waiting for a container",
+    "starting": "cold start",
+    "importing": "cold start: importing",
+    "entering": "cold start: enter()",
+    "capturing": "capturing a snapshot",
+    "restoring": "restoring a snapshot",
+    "ready": "running",
+}
+
+
+def stage_words(stage: str | None) -> str:
+    """What a call or a container is at, in words."""
+    return STAGES.get(stage or "ready", stage or "")
 
 
 # --- progress --------------------------------------------------------------------------------------------------------

@@ -82,13 +82,13 @@ def _importing(what: str) -> Iterator[None]:
     try:
         yield
     except WoodfrogError as e:
-        frames = _user_frames(e)
+        frames = user_frames(e)
         if frames and f"{frames[-1].filename}:" not in e.message:
             e.message = f"{_short(frames[-1].filename)}:{frames[-1].lineno}: {e.message}"
         e.message = e.message.removeprefix(os.getcwd() + "/")
         raise
     except (Exception, SystemExit) as e:
-        frames = _user_frames(e)
+        frames = user_frames(e)
         if frames:
             sys.stderr.write("Traceback (most recent call last):\n" + "".join(traceback.format_list(frames)))
         where = f" ({_short(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
@@ -98,7 +98,7 @@ def _importing(what: str) -> Iterator[None]:
         raise SpecError(f"cannot import {what}: {problem}{where}", code="import-failed") from e
 
 
-def _user_frames(error: BaseException) -> list[traceback.FrameSummary]:
+def user_frames(error: BaseException) -> list[traceback.FrameSummary]:
     """The frames of the traceback that are neither ours, nor the import system's, nor an installed library's."""
     frames = []
     for frame in traceback.extract_tb(error.__traceback__):

@@ -17,11 +17,23 @@ def connect(*, start: bool = True) -> Client:
     return client.connect(start=start)
 
 
-def listing(client: Client, path: str, key: str) -> list[dict[str, Any]]:
-    """A collection of the API: `{"apps": [...]}` or the bare list."""
-    answer = client.json("GET", path)
-    items = answer.get(key, []) if isinstance(answer, dict) else answer
-    return [item for item in items if isinstance(item, dict)]
+def get(client: Client, path: str, **params: Any) -> dict[str, Any]:
+    """A JSON object of the API."""
+    answer = client.request("GET", path, params=params).json()
+    return answer if isinstance(answer, dict) else {}
+
+
+def post(client: Client, path: str, data: Any = None, *, wait: float = 0.0) -> dict[str, Any]:
+    """Ask for something; `wait` adds to the seconds the answer may take."""
+    answer = client.request("POST", path, data={} if data is None else data, wait=wait).json()
+    return answer if isinstance(answer, dict) else {}
+
+
+def segment(name: str) -> str:
+    """A name as one segment of a path."""
+    from woodfrog.sdk.client import segment as quoted
+
+    return quoted(name)
 
 
 def split_target(client: Client, target: str) -> tuple[str, str]:
@@ -37,7 +49,7 @@ def split_target(client: Client, target: str) -> tuple[str, str]:
     if len(parts) < 2 or not all(parts):
         raise NotFoundError(f"{target!r} names no function: write APP.FUNC or APP.CLASS.METHOD", code="bad-target")
     if len(parts) > 2:
-        apps = {str(item.get("app")) for item in listing(client, "/v1/apps", "apps")}
+        apps = {item["app"] for item in get(client, "/apps")["apps"]}
         for cut in range(len(parts) - 1, 0, -1):
             if ".".join(parts[:cut]) in apps:
                 return ".".join(parts[:cut]), ".".join(parts[cut:])

@@ -1,5 +1,323 @@
-from typing import Any
+"""`woodfrog run` and `woodfrog deploy`: programs from a file or module."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from woodfrog.cli import output
+from woodfrog.cli.logs import line_text
+from woodfrog.cli.remote import get, segment
+from woodfrog.errors import DaemonError, NotFoundError, SpecError, WoodfrogError
+
+if TYPE_CHECKING:
+    from woodfrog.sdk.app import App
+    from woodfrog.sdk.client import Client
+
+Module = Annotated[bool, typer.Option("-m", help="TARGET is a module's dotted name instead of a file.")]
+DRAIN_S = 10.0
+"""How long the last output is waited for once the app has been stopped."""
+POLL_S = 0.25
+SNAPSHOT_S = 600.0
+"""How long `deploy --snapshot` waits for each."""
 
 
-def run(x: str) -> None: ...
-def deploy(x: str) -> None: ...
+@dataclass(frozen=True)
+class Runnable:
+    """Something of the program that `run` can start."""
+
+    app: App
+    tag: str
+    raw: Callable[..., Any]
+    start: Callable[..., Any]
+    local: bool
+    """A local entrypoint: runs here, not in a container."""
+    generator: bool = False
+    method: bool = False
+
+
+def apps_of(module: types.ModuleType) -> dict[str, App]:
+    """The program's apps by the name of their variable."""
+    from woodfrog.sdk.app import App
+
+    found: dict[int, tuple[str, App]] = {}
+    for name, value in vars(module).items():
+        if isinstance(value, App):
+            found.setdefault(id(value), (name, value))
+    return dict(found.values())
+
+
+def runnables(apps: dict[str, App]) -> dict[str, Runnable]:
+    """What can be run, by name; `VARIABLE.NAME` where two apps have one of the same name."""
+    lists = {variable: _of_one(app) for variable, app in apps.items()}
+    names = [r.tag for found in lists.values() for r in found]
+    return {
+        f"{variable}.{r.tag}" if names.count(r.tag) > 1 else r.tag: r
+        for variable, found in lists.items()
+        for r in found
+    }
+
+
+def _of_one(app: App) -> list[Runnable]:
+    found = [Runnable(app, e.name, e.raw_f, e.raw_f, True) for e in app.registered_entrypoints.values()]
+    for function in app.registered_functions.values():
+        generator = bool(function.is_generator)
+        start = function.remote_gen if generator else function.remote
+        found.append(Runnable(app, function.tag, function.get_raw_f(), start, False, generator))
+    for cls in app.registered_classes.values():
+        for method in cls.spec.methods if cls.spec else ():
+            found.append(_of_method(app, cls, method.name, method.generator))
+    return found
+
+
+def _of_method(app: App, cls: Any, name: str, generator: bool) -> Runnable:
+    def start(*args: Any, **kwargs: Any) -> Any:
+        handle = getattr(cls(), name)
+        return (handle.remote_gen if generator else handle.remote)(*args, **kwargs)
+
+    raw = inspect.getattr_static(cls.__woodfrog_wrapped__, name)
+    return Runnable(app, f"{cls.tag}.{name}", getattr(raw, "raw_f", raw), start, False, generator, method=True)
+
+
+def choose(module: types.ModuleType, source: str, name: str | None) -> Runnable:
+    """What `FILE::NAME` means; without a name the only local entrypoint, else the only function.
+
+    Raises:
+        SpecError: no app, no such name, or several and none named.
+    """
+    from woodfrog.cli.program import pick
+
+    apps = apps_of(module)
+    if not apps:
+        raise SpecError(f"{source}: no app in it: it needs a global `app = woodfrog.App(...)`", code="no-app")
+    found = runnables(apps)
+    if name is not None and name not in found:
+        # A class with one method stands for that method.
+        methods = [n for n in found if n.startswith(name + ".")]
+        name = methods[0] if len(methods) == 1 else name
+    local = [n for n, r in found.items() if r.local]
+    chosen: Runnable = pick(found, name, what="function", source=source, prefer=local)
+    return chosen
+
+
+def run(
+    context: typer.Context,
+    target: Annotated[str, typer.Argument(metavar="FILE[::NAME]", help="Program, and the function or method in it.")],
+    module: Module = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Run a function of a program, with the program's app running meanwhile.
+
+    Without NAME the only local entrypoint is run, else the only function. What follows FILE are the function's own
+    arguments, as options: `woodfrog run app.py::train --epochs 3`; `woodfrog run app.py::train --help` lists them.
+    What the containers print appears here. Ctrl-C cancels.
+    """
+    from woodfrog.cli.program import arguments_from, load, parse_reference
+
+    reference = parse_reference(target, module=module)
+    chosen = choose(load(reference), reference.source, reference.name)
+    label = f"{reference.source}::{chosen.tag}"
+    args, kwargs = arguments_from(chosen.raw, context.args, label=label, skip_self=chosen.method)
+    if chosen.local:
+        # What the program reads of its own command line is what was meant for it.
+        sys.argv = [reference.source, *context.args]
+    try:
+        with _running(chosen.app) as progress:
+            result = _start(chosen, args, kwargs, progress, as_json=as_json)
+    except (Exception, SystemExit) as e:
+        if isinstance(e, SystemExit) or (isinstance(e, WoodfrogError) and _remote_text(e) is None):
+            raise
+        show_user_error(e)
+        raise typer.Exit(output.USER_ERROR) from None
+    if as_json:
+        print(_json(result, label))
+    elif result is not None and not chosen.local:
+        print(result)
+
+
+def _start(
+    chosen: Runnable, args: tuple[Any, ...], kwargs: dict[str, Any], progress: output.Progress, *, as_json: bool
+) -> Any:
+    result = chosen.start(*args, **kwargs)
+    if inspect.iscoroutine(result):
+        import asyncio
+
+        return asyncio.run(result)
+    if not chosen.generator:
+        return result
+    items = []
+    for item in result:
+        if as_json:
+            items.append(item)
+        else:
+            progress.write(f"{item}\n")
+    return items if as_json else None
+
+
+def _json(value: Any, label: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as e:
+        raise SpecError(f"{label}: its result cannot be written as JSON: {e}", code="not-json") from None
+
+
+@contextmanager
+def _running(app: App) -> Iterator[output.Progress]:
+    """The app runs within this block, and what its containers print appears."""
+    with output.Progress() as progress:
+        progress.say("deploying")
+        follower = None
+        try:
+            with app.run():
+                progress.clear()
+                follower = Follower(*app.reach("run"), progress)
+                follower.start()
+                yield progress
+        finally:
+            if follower is not None:
+                follower.finish()
+
+
+class Follower:
+    """Shows an app's output as it comes, and on a terminal what its containers are at."""
+
+    def __init__(self, client: Client, app: str, progress: output.Progress) -> None:
+        self._client, self._app, self._progress = client, app, progress
+        self._lock = threading.Lock()
+        self._shown = 0
+        self._over = threading.Event()
+
+    def start(self) -> None:
+        work = [self._follow, *([self._watch] if sys.stderr.isatty() else [])]
+        for target in work:
+            threading.Thread(target=target, daemon=True, name="woodfrog-output").start()
+
+    def _follow(self) -> None:
+        try:
+            for entry in self._client.logs(self._app, follow=True):
+                with self._lock:
+                    if self._over.is_set():
+                        return
+                    self._show(entry)
+        except WoodfrogError:
+            # The call itself tells what is wrong with the daemon, and `finish` fetches the rest.
+            return
+
+    def _watch(self) -> None:
+        while not self._over.wait(POLL_S):
+            try:
+                busy = [c for c in self._containers() if c.get("stage") != "ready"]
+            except WoodfrogError:
+                continue
+            if busy and not self._over.is_set():
+                self._progress.say(f"{busy[0].get('function')}: {output.stage_words(busy[0].get('stage'))}")
+            else:
+                self._progress.clear()
+
+    def _containers(self) -> list[dict[str, Any]]:
+        return [c for c in get(self._client, "/containers")["containers"] if c.get("app") == self._app]
+
+    def _show(self, entry: dict[str, Any]) -> None:
+        self._shown += 1
+        # Lines of no container tell of the app's own beginning and end.
+        if entry.get("stream") != "system" or entry.get("instance"):
+            self._progress.write(line_text(entry), error=entry.get("stream") != "stdout")
+
+    def finish(self) -> None:
+        """Show what was printed up to the end of the last container."""
+        try:
+            deadline = time.monotonic() + DRAIN_S
+            while self._containers() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            entries = list(self._client.logs(self._app))
+            with self._lock:
+                self._over.set()
+                for entry in entries[self._shown :]:
+                    self._show(entry)
+        except (NotFoundError, DaemonError) as e:
+            output.note(f"the end of the output is missing: {e.message}")
+        finally:
+            self._over.set()
+            self._progress.clear()
+
+
+def _remote_text(error: BaseException) -> str | None:
+    """The traceback of the container that an exception came from."""
+    from woodfrog.sdk.payload import RemoteTraceback
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, RemoteTraceback):
+            return seen.text
+        seen = seen.__cause__
+    return None
+
+
+def show_user_error(error: BaseException) -> None:
+    """An exception of the user's code: the remote traceback, then the program's own frames that led there."""
+    import traceback
+
+    from woodfrog.cli.program import user_frames
+
+    remote = _remote_text(error)
+    frames = user_frames(error)
+    if remote is not None:
+        output.note(remote.rstrip("\n"))
+        if frames:
+            output.note("\nraised in a container, called from:\n" + "".join(traceback.format_list(frames)).rstrip("\n"))
+        return
+    if frames:
+        output.note("Traceback (most recent call last):\n" + "".join(traceback.format_list(frames)).rstrip("\n"))
+    output.note("".join(traceback.format_exception_only(error)).rstrip("\n"))
+
+
+def deploy(
+    target: Annotated[str, typer.Argument(metavar="FILE[::APP]", help="Program, and the variable of the app in it.")],
+    module: Module = False,
+    name: Annotated[str, typer.Option("--name", help="Name to deploy under instead of the app's own.")] = "",
+    snapshot: Annotated[bool, typer.Option("--snapshot", help="Take the snapshots now and wait for them.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Deploy a program's app, so that its functions can be called from anywhere on this machine."""
+    from woodfrog.cli.program import load, parse_reference, pick
+    from woodfrog.cli.snapshots import wait_for
+
+    reference = parse_reference(target, module=module)
+    apps = apps_of(load(reference))
+    if not apps:
+        raise SpecError(f"{reference.source}: no app in it: it needs a global `app = woodfrog.App(...)`", code="no-app")
+    app: App = pick(apps, reference.name, what="app", source=reference.source)
+    with output.Progress(quiet=as_json) as progress:
+        progress.say(f"deploying {name or app.name or reference.source}")
+        app.deploy(name=name or None, snapshot=snapshot)
+    client, deployed = app.reach("deploy")
+    found = get(client, f"/apps/{segment(deployed)}")
+    functions = found["functions"]
+    answer = {
+        "app": deployed,
+        "version": found["version"],
+        "functions": [{"tag": f["tag"], "key": f["key"]} for f in functions],
+    }
+    if snapshot:
+        # A class with parameters has a snapshot for each set of them, taken at its first call.
+        wanted = [f for f in functions if f["snapshot"]["enabled"] and not f["parameters"]]
+        taken = [wait_for(client, deployed, f["tag"], f["key"], SNAPSHOT_S, quiet=as_json) for f in wanted]
+        answer["snapshots"] = [{"id": s["id"], "function": s["function"]} for s in taken]
+    if as_json:
+        output.show_json(answer)
+        return
+    output.note(f"deployed {deployed}, version {found['version']}")
+    for f in functions:
+        tags = [f["tag"]] if f["kind"] == "function" else [f"{f['tag']}.{m['name']}" for m in f["methods"]]
+        for tag in tags:
+            output.note(f"  woodfrog call {deployed}.{tag}")

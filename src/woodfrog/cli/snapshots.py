@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+import time
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from woodfrog.cli import output
-from woodfrog.cli.remote import connect, listing, split_target
+from woodfrog.cli.remote import connect, get, post, segment, split_target
+from woodfrog.errors import CaptureError, NotFoundError
 
+if TYPE_CHECKING:
+    from woodfrog.sdk.client import Client
+
+GRACE_S = 2.0
 app = typer.Typer(help="List, look into, make and retire snapshots.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -21,39 +27,44 @@ def list_snapshots(
     of_app: Annotated[str, typer.Option("--app", help="Only this app's.")] = "", as_json: Json = False
 ) -> None:
     """Show the snapshots kept on this machine."""
-    snapshots = [s for s in listing(connect(), "/v1/snapshots", "snapshots") if of_app in ("", s.get("app"))]
+    snapshots = [s for s in get(connect(), "/snapshots")["snapshots"] if of_app in ("", s.get("app"))]
     if as_json:
         output.show_json(snapshots)
         return
     rows = [
         (
-            s.get("id"),
+            s["id"],
             s.get("app"),
             s.get("function"),
-            s.get("state"),
-            output.size(s.get("bytes")),
-            output.ago(s.get("created_at")),
+            s["state"],
+            output.size(s.get("memory_bytes")),
+            output.size(s.get("files_bytes")),
+            output.ago(s.get("created")),
+            s.get("why"),
         )
         for s in snapshots
     ]
-    output.table(["snapshot", "app", "function", "state", "size", "made"], rows, empty="no snapshots")
+    headers = ["snapshot", "app", "function", "state", "memory", "files", "made", "why"]
+    output.table(headers, rows, empty="no snapshots")
 
 
 @app.command()
 def inspect(
     snapshot: Id,
-    log: Annotated[bool, typer.Option("--log", help="Print the whole log of the capture instead.")] = False,
+    log: Annotated[bool, typer.Option("--log", help="Print the whole logs of the capture instead.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show all about one snapshot: what it was made of and for, its size, the phases of its capture."""
-    answer = connect().json("GET", f"/v1/snapshots/{snapshot}", params={"log": 1} if log else None)
+    params = {"log": 1} if log else {}
+    answer = get(connect(), f"/snapshots/{segment(snapshot)}", **params)
     if as_json:
         output.show_json(answer)
     elif log:
-        logged = str(answer.get("log") or "")
-        sys.stdout.write(logged if logged.endswith("\n") or not logged else logged + "\n")
+        for name, text in (answer.get("log") or {}).items():
+            output.note(f"== {name}")
+            sys.stdout.write(text if text.endswith("\n") or not text else text + "\n")
     else:
-        output.fields({k: v for k, v in answer.items() if k not in ("phases", "log")})
+        output.fields({k: v for k, v in answer.items() if k not in ("phases", "log", "files")})
         for line in output.trace_lines(answer.get("phases") or []):
             print(line)
 
@@ -61,25 +72,69 @@ def inspect(
 @app.command()
 def create(
     target: Annotated[str, typer.Argument(metavar="APP.FUNC", help="A deployed function with snapshots enabled.")],
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for it.")] = 600.0,
     as_json: Json = False,
 ) -> None:
-    """Boot and freeze a function now, instead of at its first call."""
+    """Boot and freeze a function now, instead of at its first call, and print the snapshot's id."""
     client = connect()
-    name, tag = split_target(client, target)
-    with output.Progress(quiet=as_json) as progress:
-        progress.say(f"capturing {target}")
-        answer = client.json("POST", "/v1/snapshots/create", body={"app": name, "tag": tag}, timeout=None)
+    app_name, tag = split_target(client, target)
+    key = _key_of(client, app_name, tag)
+    found = _ready(client, key)
+    if found is None:
+        post(client, "/snapshots/create", {"app": app_name, "tag": tag})
+        found = wait_for(client, app_name, tag, key, timeout, quiet=as_json)
     if as_json:
-        output.show_json(answer)
+        output.show_json(found)
     else:
-        print(answer.get("id", ""))
+        print(found["id"])
+
+
+def _key_of(client: Client, app_name: str, tag: str) -> str:
+    functions = {f["tag"]: f["key"] for f in get(client, f"/apps/{segment(app_name)}")["functions"]}
+    if tag not in functions:
+        raise NotFoundError(f"app {app_name!r} has no function {tag!r}; it has: {', '.join(functions) or 'none'}")
+    return str(functions[tag])
+
+
+def _ready(client: Client, key: str) -> dict[str, Any] | None:
+    snapshots = get(client, "/snapshots")["snapshots"]
+    return next((s for s in snapshots if s.get("function_key") == key and s["state"] == "ready"), None)
+
+
+def wait_for(client: Client, app_name: str, tag: str, key: str, timeout: float, *, quiet: bool) -> dict[str, Any]:
+    """The snapshot of that function key, as soon as there is one.
+
+    Raises:
+        CaptureError: nothing is booting any more, or not within `timeout` seconds.
+    """
+    begin = time.monotonic()
+    with output.Progress(quiet=quiet) as progress:
+        while time.monotonic() - begin < timeout:
+            found = _ready(client, key)
+            if found is not None:
+                return found
+            booting = [
+                c["stage"]
+                for c in get(client, "/containers")["containers"]
+                if (c.get("app"), c.get("function")) == (app_name, tag) and c["stage"] != "ready"
+            ]
+            # Between the request and the first container, and from one attempt to the next, there is a short gap.
+            if not booting and time.monotonic() - begin > GRACE_S:
+                raise CaptureError(f"{target_of(app_name, tag)} was not captured: see `woodfrog app logs {app_name}`")
+            progress.say(f"{target_of(app_name, tag)}: {output.stage_words(booting[0] if booting else 'queued')}")
+            time.sleep(0.2)
+    raise CaptureError(f"{target_of(app_name, tag)} was not captured within {timeout:.0f} s", code="capture-timeout")
+
+
+def target_of(app_name: str, tag: str) -> str:
+    return f"{app_name}.{tag}"
 
 
 @app.command()
 def invalidate(snapshot: Id, as_json: Json = False) -> None:
-    """Retire a snapshot: the function's next start is cold, and makes a new one."""
-    answer = connect().json("POST", f"/v1/snapshots/{snapshot}/invalidate")
+    """Remove a snapshot: the function's next start is cold, and makes a new one."""
+    answer = post(connect(), f"/snapshots/{segment(snapshot)}/invalidate")
     if as_json:
         output.show_json(answer)
     else:
-        output.note(f"retired {snapshot}")
+        output.note(f"removed {answer.get('snapshot', snapshot)}")

@@ -233,7 +233,7 @@ class InstanceStopRequested(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotCaptured(Event):
-    """The snapshot is committed; the same instance goes on through the restore path."""
+    """The snapshot is committed. The instance goes on through the restore path and may be ready before that."""
 
     instance_id: str
     snapshot_id: str

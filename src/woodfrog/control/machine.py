@@ -287,10 +287,7 @@ def _instance_ready(st: State, ev: InstanceReady) -> None:
         raise _invalid(ev, "but it has come up already", inst.id, inst.history)
     group = inst.group
     knowledge = st.knows(group.service, group.digest)
-    if knowledge.capturer == inst.id:
-        # It was not frozen after all, and nobody said why: no reason to try again by itself.
-        knowledge.capturer = None
-        inst.capture = group.capture_wanted = False
+    # With a capture still on its way to disk, `SnapshotCaptured` or `CaptureFailed` follows while it serves already.
     if inst.snapshot_id is not None and knowledge.snapshot_id == inst.snapshot_id:
         knowledge.failures = 0
         if inst.mode == "restore":
@@ -376,7 +373,9 @@ def _snapshot_captured(st: State, ev: SnapshotCaptured) -> None:
     knowledge.capturer = None
     inst.capture = False
     _learn(st, inst.group.service, inst.group.digest, ev.snapshot_id)
-    if inst.state != "stopping":
+    if inst.state in ("idle", "running"):
+        inst.snapshot_id = ev.snapshot_id
+    elif inst.state != "stopping":
         inst.snapshot_id = ev.snapshot_id
         _move(st, inst, "starting")
         inst.stage = "restoring"
@@ -395,7 +394,7 @@ def _capture_failed(st: State, ev: CaptureFailed) -> None:
         _gone(st, inst)
     if not stopping:
         _capture_broke(st, inst, ev.reason)
-    if ev.alive and not stopping:
+    if ev.alive and inst.state in ("starting", "capturing"):
         _move(st, inst, "starting")
         inst.stage = "capture failed"
         _deadline(st, inst, st.now + inst.group.service.spec.startup_timeout)
@@ -828,10 +827,14 @@ def _wanted(st: State, group: Group) -> tuple[int, int]:
 def _schedule(st: State, group: Group) -> None:
     """Start what the group needs, as far as the limits allow; the rest waits in `starved` for `_feed`."""
     urgent, spare = _wanted(st, group)
-    while urgent and _start(st, group):
-        urgent -= 1
-    while spare and not urgent and _start(st, group):
-        spare -= 1
+    if st.starved:
+        # Others wait too: who comes first is not for this group to say.
+        st.freed = st.freed or len(st.instances) < st.config.max_instances
+    else:
+        while urgent and _start(st, group):
+            urgent -= 1
+        while spare and not urgent and _start(st, group):
+            spare -= 1
     if urgent:
         _make_room(st, group, urgent)
     _mark_starved(st, group, urgent, spare)
@@ -855,7 +858,7 @@ def _feed(st: State) -> None:
     st.freed = False
     for reserves in (False, True):
         pending = list(st.starved.values())
-        while pending:
+        while pending and len(st.instances) < st.config.max_instances:
             group = min(pending, key=lambda g: g.live)
             if not _wanted(st, group)[reserves] or not _start(st, group):
                 pending.remove(group)

@@ -6,6 +6,8 @@ when its file is complete.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import sqlite3
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from woodfrog.backends.connection import Payload
-from woodfrog.errors import StoreError
+from woodfrog.errors import OutputExpired, StoreError
 
 __all__ = ["INLINE_BYTES", "CallRow", "DeployRow", "Journal"]
 
@@ -145,8 +147,18 @@ class Journal:
             else:
                 path.write_bytes(payload.read())
         except OSError as e:
-            raise StoreError(f"cannot keep a call's {kind}: {e.strerror}: {path}", code="disk-full") from e
+            self._drop(path)
+            full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise StoreError(
+                f"cannot keep a call's {kind}: {e.strerror}: {path}", code="disk-full" if full else None
+            ) from e
         return None
+
+    @staticmethod
+    def _drop(path: Path) -> None:
+        """Remove a body; what cannot be removed now is swept at the next start."""
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
     def add_call(
         self,
@@ -162,11 +174,16 @@ class Journal:
     ) -> CallRow:
         now = time.time()
         data = self._keep(call_id, "in", payload)
-        self._execute(
-            "INSERT INTO calls (id, app, version, tag, method, params_digest, encoding, payload, submitted)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            *(call_id, app, version, tag, method, params_digest, encoding, data, now),
-        )
+        try:
+            self._execute(
+                "INSERT INTO calls (id, app, version, tag, method, params_digest, encoding, payload, submitted)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                *(call_id, app, version, tag, method, params_digest, encoding, data, now),
+            )
+        except StoreError:
+            if data is None and self.call(call_id) is None:
+                self._drop(self.bodies / f"{call_id}.in")
+            raise
         return CallRow(call_id, app, version, tag, method, params_digest, encoding, now, None, None, None, [])
 
     def _body(self, call_id: str, column: str, kind: str) -> Payload:
@@ -180,7 +197,17 @@ class Journal:
         return self._body(call_id, "payload", "in")
 
     def result(self, call_id: str) -> Payload:
-        return self._body(call_id, "result", "out")
+        """The answer's body.
+
+        Raises:
+            OutputExpired: it was kept in a file, and that is gone.
+        """
+        payload = self._body(call_id, "result", "out")
+        if payload.path is None and self._execute(
+            "SELECT 1 FROM calls WHERE id = ? AND finished IS NOT NULL AND result IS NULL", call_id
+        ).fetchone():
+            raise OutputExpired(f"the result of call {call_id} is gone from {self.bodies}", call=call_id)
+        return payload
 
     def finish_call(
         self, call_id: str, *, outcome: str, error: dict[str, Any] | None, result: Payload, trace: list[dict[str, Any]]
@@ -191,7 +218,7 @@ class Journal:
             "UPDATE calls SET finished = ?, outcome = ?, error = ?, result = ?, trace = ?, payload = NULL WHERE id = ?",
             *(time.time(), outcome, json.dumps(error) if error else None, data, json.dumps(trace), call_id),
         )
-        (self.bodies / f"{call_id}.in").unlink(missing_ok=True)
+        self._drop(self.bodies / f"{call_id}.in")
 
     def call(self, call_id: str) -> CallRow | None:
         return next(iter(self._calls("WHERE id = ?", call_id)), None)
@@ -218,5 +245,8 @@ class Journal:
         ids = [r[0] for r in self._execute("SELECT id FROM calls WHERE finished < ?", before)]
         for call_id in ids:
             self._execute("DELETE FROM calls WHERE id = ?", call_id)
-            (self.bodies / f"{call_id}.out").unlink(missing_ok=True)
+            for kind in ("in", "out"):
+                self._drop(self.bodies / f"{call_id}.{kind}")
+        if ids:
+            self._execute("DELETE FROM params WHERE digest NOT IN (SELECT params_digest FROM calls)")
         return ids

@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
 import time
 from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 __all__ = ["AppLog", "LogBook"]
 
 _LINE_LIMIT = 64 << 10
+_BLOCK = 64 << 10
+_BACKLOG = 4 << 20
+
+
+@dataclass(eq=False)
+class _Follower:
+    """Lines on their way to one reader. One that reads too slowly misses some, and is told so."""
+
+    chunks: deque[bytes] = field(default_factory=deque)
+    size: int = 0
+    missed: int = 0
+
+    def put(self, data: bytes, lines: int) -> None:
+        if self.size + len(data) > _BACKLOG:
+            self.missed += lines
+            return
+        self.chunks.append(data)
+        self.size += len(data)
+
+    def take(self) -> bytes:
+        data = b"".join(self.chunks)
+        self.chunks.clear()
+        self.size = 0
+        if self.missed:
+            data += _encode([_own(f"{self.missed} lines left out: read too slowly")])
+            self.missed = 0
+        return data
 
 
 class AppLog:
@@ -22,59 +51,98 @@ class AppLog:
 
     def __init__(self, path: Path, budget: int) -> None:
         self._path = path
+        self._old = path.with_suffix(".old")
         self._limit = max(budget // 2, 1 << 16)
-        self._file = open(
-            os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600), "ab", buffering=1 << 16
-        )
-        self._size = os.fstat(self._file.fileno()).st_size
-        self._followers: set[deque[bytes]] = set()
+        self._fd = -1
+        self._size = 0
+        self._open()
+        self._followers: set[_Follower] = set()
         self._changed = asyncio.Event()
         self.dropped = 0
+        """Lines that the disk had no room for; said in the log as soon as it has."""
+
+    def _open(self) -> None:
+        self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._size = os.fstat(self._fd).st_size
+        if self._size and os.pread(self._fd, 1, self._size - 1) != b"\n":
+            self._size += os.write(self._fd, b"\n")  # the daemon was killed in the middle of a line
 
     def write(self, records: list[dict[str, Any]]) -> None:
-        data = b"".join(json.dumps(r, separators=(",", ":")).encode() + b"\n" for r in records)
-        try:
-            self._file.write(data)
-            self._file.flush()
-        except OSError:
-            self.dropped += len(records)  # a full disk must not take the functions down
-            return
-        self._size += len(data)
-        if self._size > self._limit:
-            self._file.close()
-            os.replace(self._path, self._path.with_suffix(".old"))
-            self._file = open(
-                os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600), "ab", 1 << 16
-            )
-            self._size = 0
+        """Append; a full disk must not take the functions down, so this never fails."""
+        data = _encode(records)
         for follower in self._followers:
-            follower.append(data)
+            follower.put(data, len(records))
         self._changed.set()
+        try:
+            if self.dropped:
+                self._append(_encode([_own(f"{self.dropped} lines lost: the disk was full")]))
+                self.dropped = 0
+            self._append(data)
+            if self._size > self._limit:
+                os.replace(self._path, self._old)
+                os.close(self._fd)
+                self._fd = -1
+                self._open()
+        except OSError:
+            self.dropped += len(records)
+
+    def _append(self, data: bytes) -> None:
+        """All of `data`, or nothing of it."""
+        if self._fd < 0:
+            self._open()
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+        except OSError:
+            os.ftruncate(self._fd, self._size)
+            raise
+        self._size += len(data)
 
     async def read(self, *, since: float, follow: bool) -> AsyncIterator[bytes]:
-        """NDJSON from `since` (Unix time) on; with `follow`, on and on."""
-        queue: deque[bytes] = deque(maxlen=10_000)
+        """NDJSON from `since` (Unix time) on, whole lines; with `follow`, on and on."""
+        follower = _Follower()
+        files: list[tuple[BinaryIO, int]] = []
+        # One moment for both: what is in the files now is read there, what comes later goes to the follower.
+        for path in (self._old, self._path):
+            with contextlib.suppress(FileNotFoundError):
+                file = open(path, "rb")
+                files.append((file, os.fstat(file.fileno()).st_size))
         if follow:
-            self._followers.add(queue)
+            self._followers.add(follower)
         try:
-            for path in (self._path.with_suffix(".old"), self._path):
-                if not path.exists():
-                    continue
-                with open(path, "rb") as f:
-                    for line in f:
-                        if not since or _time_of(line) >= since:
-                            yield line
+            for file, size in files:
+                while size and (lines := file.readlines(min(size, _BLOCK))):
+                    read = sum(map(len, lines))
+                    if read > size:  # appended to since
+                        lines = b"".join(lines)[:size].splitlines(keepends=True)
+                    size -= min(read, size)
+                    block = b"".join(line for line in lines if not since or _time_of(line) >= since)
+                    if block:
+                        yield block
             while follow:
-                while queue:
-                    yield queue.popleft()
+                while follower.chunks or follower.missed:
+                    yield follower.take()
                 self._changed.clear()
-                if not queue:
-                    await self._changed.wait()
+                await self._changed.wait()
         finally:
-            self._followers.discard(queue)
+            self._followers.discard(follower)
+            for file, _ in files:
+                file.close()
 
     def close(self) -> None:
-        self._file.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _encode(records: list[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(r, separators=(",", ":")).encode() + b"\n" for r in records)
+
+
+def _own(text: str) -> dict[str, Any]:
+    now = round(time.time(), 3)
+    return {"t": now, "instance": "", "function": "", "stream": "system", "call": None, "line": text}
 
 
 def _time_of(line: bytes) -> float:
@@ -102,9 +170,9 @@ class LogBook:
         key = (instance, stream)
         data = self._partial.pop(key, b"") + data
         *lines, rest = data.split(b"\n")
-        if len(rest) > _LINE_LIMIT:
-            lines.append(rest)
-            rest = b""
+        while len(rest) > _LINE_LIMIT:
+            lines.append(rest[:_LINE_LIMIT])
+            rest = rest[_LINE_LIMIT:]
         if rest:
             self._partial[key] = rest
         self._emit(app, instance, function, stream, call, lines)
@@ -118,7 +186,7 @@ class LogBook:
 
     def note(self, app: str, text: str, *, instance: str = "", function: str = "") -> None:
         """A line of the system's own."""
-        self._emit(app, instance, function, "system", None, [text.encode()])
+        self._emit(app, instance, function, "system", None, [text.encode(errors="replace")])
 
     def _emit(self, app: str, instance: str, function: str, stream: str, call: str | None, lines: list[bytes]) -> None:
         if not lines:

@@ -47,7 +47,8 @@ class Limits:
 class Cgroup(Protocol):
     """One sandbox's group, in whatever hierarchies there are."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def attach_paths(self) -> tuple[Path, ...]:
         """The `cgroup.procs` files a process writes `0` to in order to join."""
@@ -68,7 +69,10 @@ class Cgroup(Protocol):
 class Cgroups(Protocol):
     """Makes groups for one daemon."""
 
-    version: int
+    @property
+    def version(self) -> int:
+        """Of the cgroup interface: 1 or 2."""
+        ...
 
     def create(self, name: str, limits: Limits) -> Cgroup: ...
 
@@ -90,7 +94,8 @@ def _make(directory: Path, *, exist_ok: bool = False) -> None:
         directory.mkdir(exist_ok=exist_ok)
     except FileExistsError:
         raise SandboxError(
-            f"cgroup: {directory} is there already: a leftover to sweep, or the sandbox's name is not unique", code="cgroup"
+            f"cgroup: {directory} is there already: a leftover to sweep, or the sandbox's name is not unique",
+            code="cgroup",
         ) from None
     except OSError as e:
         raise SandboxError(f"cgroup: cannot make {directory}: {e.strerror}", code="cgroup") from e
@@ -273,8 +278,8 @@ class _CgroupsV2:
         except OSError as e:
             if e.errno != errno.EBUSY:
                 raise HostError(
-                    f"cgroup: cannot enable {text} in {directory}: {e.strerror}; delegate these controllers to woodfrogd "
-                    "(systemd: Delegate=yes)",
+                    f"cgroup: cannot enable {text} in {directory}: {e.strerror}; delegate these controllers to "
+                    "woodfrogd (systemd: Delegate=yes)",
                     code="cgroup",
                 ) from e
         # A delegated group that has processes of its own (a container's root): they move to a leaf.
@@ -330,10 +335,9 @@ class _CgroupsV1:
 
 
 def _leftovers(roots: tuple[Path, ...], tag: str) -> list[str]:
-    found = set()
+    found: set[str] = set()
     for root in roots:
-        with suppress(FileNotFoundError):
-            found.update(p.name.removeprefix(f"{tag}-") for p in (root / GROUP).iterdir() if p.name.startswith(f"{tag}-"))
+        found.update(p.name.removeprefix(f"{tag}-") for p in (root / GROUP).glob(f"{tag}-*"))
     return sorted(found)
 
 

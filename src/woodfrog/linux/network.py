@@ -116,9 +116,7 @@ async def _command(*argv: str, input: str) -> None:
     _, complaint = await process.communicate(input.encode())
     if process.returncode:
         lines = [x.strip() for x in complaint.decode(errors="replace").splitlines() if x.strip()]
-        raise HostError(
-            f"network: `{' '.join(argv)}` failed: {'; '.join(lines) or process.returncode}", code="network"
-        )
+        raise HostError(f"network: `{' '.join(argv)}` failed: {'; '.join(lines) or process.returncode}", code="network")
 
 
 class Network:

@@ -174,9 +174,17 @@ def parse_maps(text: str) -> tuple[MapEntry, ...]:
         path = fields[5].replace("\\012", "\n") if len(fields) > 5 else ""
         entries.append(
             MapEntry(
-                int(start, 16), int(end, 16), flags[0] == "r", flags[1] == "w", flags[2] == "x", flags[3] == "s",
-                int(offset, 16), _device(device, 16), int(inode), path,
-            )  # fmt: skip
+                start=int(start, 16),
+                end=int(end, 16),
+                read=flags[0] == "r",
+                write=flags[1] == "w",
+                execute=flags[2] == "x",
+                shared=flags[3] == "s",
+                offset=int(offset, 16),
+                device=_device(device, 16),
+                inode=int(inode),
+                path=path,
+            )
         )
     return tuple(entries)
 
@@ -191,10 +199,17 @@ def parse_mountinfo(text: str) -> tuple[MountEntry, ...]:
         kind, source, super_options = fields[dash + 1 : dash + 4]
         entries.append(
             MountEntry(
-                int(fields[0]), int(fields[1]), _device(fields[2], 10), _octal(fields[3]), _octal(fields[4]),
-                frozenset(fields[5].split(",")), tuple(fields[6:dash]), kind, _octal(source),
-                frozenset(super_options.split(",")),
-            )  # fmt: skip
+                id=int(fields[0]),
+                parent=int(fields[1]),
+                device=_device(fields[2], 10),
+                root=_octal(fields[3]),
+                target=_octal(fields[4]),
+                options=frozenset(fields[5].split(",")),
+                propagation=tuple(fields[6:dash]),
+                kind=kind,
+                source=_octal(source),
+                super_options=frozenset(super_options.split(",")),
+            )
         )
     return tuple(entries)
 

@@ -34,6 +34,8 @@ OLDEST_PYTHON = (3, 11)
 MIN_FREE_BYTES = 1 << 30
 LOW_FREE_BYTES = 10 << 30
 MIN_MEMORY_BYTES = 512 << 20
+MAX_STATE_DIR = 90
+"""A Unix socket's path has at most 107 bytes."""
 OLDEST_CLOCK = 1_735_689_600.0
 """2025-01-01: no machine that runs this can rightly show an earlier time."""
 
@@ -544,6 +546,8 @@ def _overlay_known(kernel: str) -> bool:
 
 def probe_state_dir(path: Path, *, owner: int = 0) -> str:
     """What is wrong with the state directory; empty = nothing. It need not exist yet."""
+    if len(os.fsencode(path)) > MAX_STATE_DIR:
+        return f"{path}: the path has over {MAX_STATE_DIR} bytes, too long for the sockets in it"
     try:
         info = path.stat()
     except (FileNotFoundError, NotADirectoryError):

@@ -17,6 +17,7 @@ from typing import Literal
 from woodfrog.errors import SandboxError
 
 __all__ = [
+    "CRIU_KDAT",
     "MASKED",
     "HostEntry",
     "HostRoot",
@@ -47,6 +48,8 @@ NS_LAST_PID = "/proc/sys/kernel/ns_last_pid"
 VAR_TMP = "/.var-tmp"
 """Where /var/tmp's files live: /var itself is the host's, read-only."""
 HOME = "/home/woodfrog"
+CRIU_KDAT = "/run/criu.kdat"
+"""Where CRIU, as root, looks for what it knows of the kernel. It would itself write it there on a tmpfs only."""
 DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0))
 
 
@@ -96,13 +99,14 @@ class VolumeMount:
 
 @dataclass(frozen=True, slots=True)
 class SkeletonEntry:
-    """One directory or symlink of the lowest layer."""
+    """One directory, symlink or empty file of the lowest layer."""
 
     path: str
     mode: int = 0o755
     uid: int = 0
     gid: int = 0
     link: str = ""
+    file: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,10 @@ class RootRequest:
         prefixes: directories needed at their own path, read-only (interpreter, virtual environment, woodfrog itself).
         hidden: host directories that appear empty inside (woodfrog's state).
         etc: files of /etc that are the sandbox's own: name and text; see `etc_files`.
+        kdat_dir: host directory on tmpfs, bound to /run/criu, where CRIU as another user keeps its kernel features
+            (with `XDG_RUNTIME_DIR=/run/criu`).
+        kdat_file: the same for CRIU as root, made once (`CRIU_KDAT` in a sandbox with a tmpfs on /run): without it,
+            every restore probes the kernel anew, for 50 ms.
         disk_bytes: how much the sandbox may write; it is memory, and counts against the memory limit.
     """
 
@@ -135,6 +143,7 @@ class RootRequest:
     hidden: tuple[Path, ...] = ()
     etc: tuple[tuple[str, str], ...] = ()
     kdat_dir: Path | None = None
+    kdat_file: Path | None = None
     network: bool = True
     """False takes the prepared network device away (`block_network`)."""
 
@@ -175,7 +184,7 @@ def is_visible(path: PurePosixPath, host: HostRoot, hidden: tuple[PurePosixPath,
     if any(path == h or h in path.parents for h in hidden) or len(path.parts) < 2:
         return False
     top = path.parts[1]
-    if top in OWN or top in MASKED:
+    if top in OWN or top in MASKED or (host.var_tmp and path.parts[1:3] == ("var", "tmp")):
         return False
     return any(e.name == top and e.kind == "directory" for e in host.entries)
 
@@ -194,6 +203,7 @@ def skeleton_entries(host: HostRoot, prefixes: tuple[Path, ...], worker_uid: int
         "/run/lock": SkeletonEntry("/run/lock", 0o1777),
         "/run/woodfrog": SkeletonEntry("/run/woodfrog"),
         "/run/criu": SkeletonEntry("/run/criu"),
+        CRIU_KDAT: SkeletonEntry(CRIU_KDAT, 0o600, file=True),
         "/tmp": SkeletonEntry("/tmp", 0o1777),
         VAR_TMP: SkeletonEntry(VAR_TMP, 0o1777),
         HOME: SkeletonEntry(HOME, 0o755, worker_uid, gid),
@@ -283,12 +293,11 @@ def _overlay_path(path: PurePosixPath | Path) -> str:
 
 def _overlay(target: PurePosixPath, lower: list[PurePosixPath | Path], flags: str, rest: str) -> Op:
     # Layers are copied from one upper directory to another host's store: each must be whole in itself.
-    options = (
-        f"lowerdir={':'.join(map(_overlay_path, lower))}{rest},redirect_dir=off,metacopy=off,index=off,xino=off"
-    )
+    options = f"lowerdir={':'.join(map(_overlay_path, lower))}{rest},redirect_dir=off,metacopy=off,index=off,xino=off"
     if len(options) > 4000:
         raise SandboxError(
-            f"{len(lower)} file system layers are too many for one mount; capture the function anew", code="sandbox-plan"
+            f"{len(lower)} file system layers are too many for one mount; capture the function anew",
+            code="sandbox-plan",
         )
     return _mount("overlay", target, flags, options)
 
@@ -316,10 +325,8 @@ def root_plan(request: RootRequest, host: HostRoot) -> RootPlan:
         ),
         Op("hold", (str(disk / "upper"),)),
     ]
-    ops += [
-        Op("write", (str(s / "etc" / name), "644", "0", "0", text)) for name, text in sorted(request.etc)
-    ]
-    # Masks with a needed prefix below need the mount point in them: each has its own directory, made before it is bound.
+    ops += [Op("write", (str(s / "etc" / name), "644", "0", "0", text)) for name, text in sorted(request.etc)]
+    # A mask with a needed prefix below holds the mount point for it: each mask has a directory of its own.
     prefixes = sorted({_absolute(p, "prefix") for p in request.prefixes}, key=lambda p: (len(p.parts), str(p)))
     bound = [p for p in prefixes if not is_visible(p, host, hidden)]
     bound = [p for p in bound if not any(_below(p, q) and not _between(p, q, hidden) for q in bound)]
@@ -346,6 +353,8 @@ def root_plan(request: RootRequest, host: HostRoot) -> RootPlan:
     ops.append(Op("move", (str(s / "run"), "/run/woodfrog")))
     if request.kdat_dir is not None:
         ops.append(_bind(_absolute(request.kdat_dir, "kdat directory"), "/run/criu", "nosuid,nodev,noexec"))
+    if request.kdat_file is not None:
+        ops.append(_bind(_absolute(request.kdat_file, "kdat file"), CRIU_KDAT, "ro,nosuid,nodev,noexec"))
 
     for path in sorted({*masks, *bound}, key=lambda p: (len(p.parts), str(p))):
         if path in masks:

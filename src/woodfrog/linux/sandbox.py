@@ -18,12 +18,13 @@ import errno
 import os
 import signal
 import socket
+import stat
 import struct
 import subprocess
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -269,7 +270,10 @@ class _Channel:
                 number, what = int(fields[2]), fields[3].decode(errors="replace")
                 future.set_exception(
                     SandboxError(
-                        f"sandbox: {what}: {os.strerror(number)}", code="sandbox-operation", errno=number, operation=what
+                        f"sandbox: {what}: {os.strerror(number)}",
+                        code="sandbox-operation",
+                        errno=number,
+                        operation=what,
                     )
                 )
             elif fields[1] == b"0":
@@ -319,7 +323,7 @@ class Sandbox:
         network: NetworkLease | None = None,
         time_offsets_ns: tuple[int, int] | None = None,
     ) -> Sandbox:
-        """Make the namespaces, cgroup, network device, /proc, /dev and /run: all that needs no knowledge of what will run.
+        """Make the namespaces, cgroup, network device, /proc, /dev and /run: what any sandbox needs.
 
         Args:
             id: unique within the daemon: letters, digits, `-`.
@@ -475,7 +479,9 @@ class Sandbox:
             try:
                 await asyncio.wait_for(self.wait_dead(), GONE_TIMEOUT_S)
             except TimeoutError:
-                failures.append(SandboxError(f"sandbox {self.id}: PID {self.init_pid} does not die", code="sandbox-stuck"))
+                failures.append(
+                    SandboxError(f"sandbox {self.id}: pid {self.init_pid} does not die", code="sandbox-stuck")
+                )
             self._channel.close()
         for release in (self.network, self.cgroup):
             if release is not None:
@@ -504,16 +510,15 @@ class Sandbox:
         """
         values = await self._ops(plan.ops)
         self._upper_fd = int(values[0]) if values else None
-        if plan.shm_layer is not None and any(os.scandir(plan.shm_layer)):
+        if plan.shm_layer is not None and not _copy_small(plan.shm_layer, self.path("/dev/shm")):
             copy = await asyncio.create_subprocess_exec(
                 "cp", "-a", "--sparse=auto", f"{plan.shm_layer}/.", f"{self.path('/dev/shm')}/",
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             )  # fmt: skip
             _, complaint = await copy.communicate()
             if copy.returncode:
-                raise SandboxError(
-                    f"sandbox {self.id}: cannot copy {plan.shm_layer} to /dev/shm: {complaint.decode(errors='replace').strip()}"
-                )
+                why = complaint.decode(errors="replace").strip()
+                raise SandboxError(f"sandbox {self.id}: cannot copy {plan.shm_layer} to /dev/shm: {why}")
 
     async def set_limits(self, limits: Limits) -> None:
         """Change memory, processor and process limits; `disk_bytes` takes effect in the root plan only."""
@@ -602,12 +607,18 @@ class Sandbox:
         await self._channel.request("lastpid", str(pid))
 
     async def run(
-        self, spec: ProcessSpec, timeout: float, *, limit: int = CAPTURE_BYTES, on_spawn: Callable[[SandboxProcess], None] | None = None
+        self,
+        spec: ProcessSpec,
+        timeout: float,
+        *,
+        limit: int = CAPTURE_BYTES,
+        on_spawn: Callable[[SandboxProcess], None] | None = None,
     ) -> Completed:
         """Start a process, collect what it writes, and wait for its end.
 
         Args:
             timeout: seconds; then its process group is killed.
+            on_spawn: called with the process as soon as it runs.
             limit: bytes kept of each of stdout and stderr; the rest is read and dropped.
 
         Raises:
@@ -616,14 +627,7 @@ class Sandbox:
         out, err = _Capture(limit), _Capture(limit)
         try:
             try:
-                process = await self.spawn(
-                    ProcessSpec(
-                        argv=spec.argv, env=spec.env, cwd=spec.cwd, uid=spec.uid, gid=spec.gid, caps=spec.caps,
-                        no_new_privs=spec.no_new_privs, seccomp=spec.seccomp, inner_pid=spec.inner_pid, stdin=spec.stdin,
-                        stdout=out.write_end, stderr=err.write_end, pass_fds=spec.pass_fds, rlimits=spec.rlimits,
-                        new_session=spec.new_session, umask=spec.umask,
-                    )  # fmt: skip
-                )
+                process = await self.spawn(replace(spec, stdout=out.write_end, stderr=err.write_end))
             finally:
                 out.close_write_end()
                 err.close_write_end()
@@ -656,7 +660,7 @@ class Sandbox:
     def path(self, inner: str) -> Path:
         """The host's way to a path inside.
 
-        Symlinks on the way resolve on the *host*. Below what user code can write (all but /run/woodfrog itself, /usr and
+        Symlinks on the way resolve on the *host*: where user code can write (not in /run/woodfrog itself, /usr and
         other read-only places), use `open_path` or `connect`.
         """
         return Path(f"/proc/{self.init_pid}/root/{inner.lstrip('/')}")
@@ -713,9 +717,7 @@ class Sandbox:
 
     async def bind(self, source: Path, inner: str, *, read_only: bool) -> None:
         """Mount a host directory at an existing directory inside, while it runs."""
-        mount = _libc.syscall(
-            _OPEN_TREE, _AT_FDCWD, os.fsencode(source), _OPEN_TREE_CLONE | os.O_CLOEXEC
-        )
+        mount = _libc.syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(source), _OPEN_TREE_CLONE | os.O_CLOEXEC)
         if mount < 0:
             number = ctypes.get_errno()
             raise SandboxError(f"sandbox {self.id}: cannot bind {source}: {os.strerror(number)}", errno=number)
@@ -729,6 +731,10 @@ class Sandbox:
         """Take away what `bind` mounted."""
         await self._ops([Op("umount", (inner,))])
 
+    async def mount_tmpfs(self, inner: str) -> None:
+        """Mount an empty tmpfs, for root only, at an existing directory inside."""
+        await self._ops([Op("mount", ("tmpfs", inner, "nosuid,nodev", "mode=0700,size=64m"))])
+
     # ------------------------------------------------------------------------------------------- accounting
 
     def oom_kills(self) -> int:
@@ -741,6 +747,25 @@ class Sandbox:
 
     def memory_current(self) -> int:
         return self.cgroup.memory_current() if self.cgroup is not None else 0
+
+
+def _copy_small(source: Path, target: Path) -> bool:
+    """Copy a directory of a few plain small files; False, with nothing done, when there is more to it.
+
+    A process started for that would take longer than all the rest of `assemble`.
+    """
+    files = list(os.scandir(source))
+    about = [f.stat(follow_symlinks=False) for f in files]
+    if not all(stat.S_ISREG(a.st_mode) and a.st_nlink == 1 for a in about) or sum(a.st_size for a in about) > 1 << 20:
+        return False
+    for file, a in zip(files, about, strict=True):
+        fd = os.open(target / file.name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as f:
+            f.write(Path(file.path).read_bytes())
+            os.fchown(fd, a.st_uid, a.st_gid)
+            os.fchmod(fd, stat.S_IMODE(a.st_mode))
+            os.utime(fd, ns=(a.st_atime_ns, a.st_mtime_ns))
+    return True
 
 
 class _Capture:

@@ -49,7 +49,9 @@ def make_skeleton(parent: Path, host: HostRoot, prefixes: tuple[Path, ...], work
             if entry.link:
                 os.symlink(entry.link, at)
                 continue
-            if entry.path != "/":
+            if entry.file:
+                os.close(os.open(at, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC))
+            elif entry.path != "/":
                 os.mkdir(at)
             os.chown(at, entry.uid, entry.gid)
             os.chmod(at, entry.mode)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import contextvars
+import json
 import queue
 import threading
 import time
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from woodfrog.errors import CallCancelled, DaemonError, SpecError
+from woodfrog.errors import CallCancelled, DaemonError, NotFoundError, SpecError
 from woodfrog.protocol import unpack_items
 from woodfrog.sdk import payload
 from woodfrog.sdk.client import Client, Reply, connect, error_from_answer, segment
@@ -26,6 +28,8 @@ T = TypeVar("T")
 
 WAIT_S = 55.0
 """Longest single wait for an answer; below the idle limits of usual proxies."""
+CANCEL_S = 2.0
+"""How long a cancellation waits for a daemon that is away."""
 WINDOW = 100
 """Inputs of one map that are under way at a time."""
 MAX_PARAMS = 32 << 10
@@ -123,8 +127,6 @@ class Call:
 
 
 def _json(body: bytes) -> Any:
-    import json
-
     try:
         return json.loads(body)
     except ValueError:
@@ -136,13 +138,9 @@ def _kept(call_id: str) -> str:
 
 
 def cancel(client: Client, call_id: str) -> None:
-    """Cancel a call; nothing happens when it is already over, or was never taken on."""
-    from woodfrog.errors import NotFoundError
-
-    try:
-        client.request("POST", f"/calls/{call_id}/cancel")
-    except NotFoundError:
-        pass
+    """Cancel a call; nothing happens when it is already over, was never taken on, or the daemon is away."""
+    with contextlib.suppress(NotFoundError, DaemonError):
+        client.request("POST", f"/calls/{call_id}/cancel", reconnect_s=CANCEL_S)
 
 
 def wait_for(client: Client, call_id: str, reply: Reply | None, deadline: float | None = None) -> Reply:
@@ -176,8 +174,14 @@ def outcome(reply: Reply, tag: str) -> Any:
         raise error_from_answer(_json(reply.body.getvalue()), f"{tag} failed")
     if status == "cancelled":
         error = error_from_answer(_json(reply.body.getvalue()), f"{tag}: the call was cancelled")
-        raise error if isinstance(error, CallCancelled) else CallCancelled(f"{tag}: {error.message.removeprefix(tag + ': ')}")
-    raise DaemonError(f"{tag}: the daemon answered {reply.status} with status {status!r}, which this client does not know")
+        raise (
+            error
+            if isinstance(error, CallCancelled)
+            else CallCancelled(f"{tag}: {error.message.removeprefix(tag + ': ')}")
+        )
+    raise DaemonError(
+        f"{tag}: the daemon answered {reply.status} with status {status!r}, which this client does not know"
+    )
 
 
 class FunctionCall:
@@ -255,9 +259,7 @@ def _threads() -> ThreadPoolExecutor:
 
 async def _run_in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     context = contextvars.copy_context()
-    return await asyncio.get_running_loop().run_in_executor(
-        _threads(), lambda: context.run(function, *args, **kwargs)
-    )
+    return await asyncio.get_running_loop().run_in_executor(_threads(), lambda: context.run(function, *args, **kwargs))
 
 
 def in_thread(function: Callable[..., T]) -> Callable[..., Awaitable[T]]:
@@ -393,13 +395,12 @@ class MapRun:
         self._ready.put(_END)
         self._pool.shutdown(wait=False, cancel_futures=True)
         for call in active:
-            try:
-                call.cancel()
-            except DaemonError:
-                return
+            call.cancel()
 
 
-def map_calls(target: Target, inputs: Iterable[tuple[tuple[Any, ...], dict[str, Any]]], **options: Any) -> Iterator[Any]:
+def map_calls(
+    target: Target, inputs: Iterable[tuple[tuple[Any, ...], dict[str, Any]]], **options: Any
+) -> Iterator[Any]:
     """The results of many calls; see MapRun."""
     yield from MapRun(target, inputs, **options)
 
@@ -429,7 +430,5 @@ def _blocking(iterable: Any, loop: asyncio.AbstractEventLoop | None) -> Iterator
     async def following() -> Any:
         return await anext(source, _END)
 
-    for item in iter(lambda: asyncio.run_coroutine_threadsafe(following(), loop).result(), _END):
+    while (item := asyncio.run_coroutine_threadsafe(following(), loop).result()) is not _END:
         yield item
-
-

@@ -91,14 +91,24 @@ class Client:
             base = settings.host if "://" in settings.host else f"http://{settings.host}"
             transport = httpx.HTTPTransport(limits=limits, trust_env=False)
         else:
-            base, transport = "http://woodfrog", httpx.HTTPTransport(uds=str(settings.socket), limits=limits, trust_env=False)
+            base, transport = (
+                "http://woodfrog",
+                httpx.HTTPTransport(uds=str(settings.socket), limits=limits, trust_env=False),
+            )
         self._http = httpx.Client(transport=transport, base_url=base, headers=headers, trust_env=False)
 
     def close(self) -> None:
         self._http.close()
 
     def _send(
-        self, method: str, path: str, params: Any, headers: Any, content: bytes | None, wait: float, patience: float = 60.0
+        self,
+        method: str,
+        path: str,
+        params: Any,
+        headers: Any,
+        content: bytes | None,
+        wait: float,
+        patience: float = 60.0,
     ) -> Reply:
         timeout = httpx.Timeout(connect=5, read=wait + patience, write=120, pool=None)
         with self._http.stream(method, path, params=params, headers=headers, content=content, timeout=timeout) as r:
@@ -123,6 +133,7 @@ class Client:
         data: Any = None,
         wait: float = 0.0,
         kept: str = "",
+        reconnect_s: float | None = None,
     ) -> Reply:
         """One request under `/v1`; repeated while the daemon is away, so it must do no harm twice.
 
@@ -139,6 +150,7 @@ class Client:
             content, headers = json.dumps(data).encode(), {**(headers or {}), "content-type": "application/json"}
         if wait:
             params = {**(params or {}), "wait": f"{wait:g}"}
+        allowed = self.reconnect_s if reconnect_s is None else reconnect_s
         lost: float | None = None
         delay = 0.05
         while True:
@@ -157,9 +169,9 @@ class Client:
                     raise _no_permission(self.where) from None
             now = time.monotonic()
             lost = lost or now
-            if now - lost > self.reconnect_s:
+            if now - lost > allowed:
                 raise DaemonError(
-                    f"woodfrog's daemon at {self.where} went away and did not come back in {self.reconnect_s:g} s "
+                    f"woodfrog's daemon at {self.where} went away and did not come back in {allowed:g} s "
                     f"({type(trouble).__name__}: {trouble}){kept and '; ' + kept}",
                     code="daemon-lost",
                     retryable=True,
@@ -197,8 +209,8 @@ class Client:
         found = reply.json()
         if not isinstance(found, dict) or found.get("protocol", protocol.VERSION) != protocol.VERSION:
             raise DaemonError(
-                f"the daemon at {self.where} is woodfrog {found.get('version')} and speaks protocol {found.get('protocol')}, "
-                f"this client speaks {protocol.VERSION}: restart it with `woodfrog daemon stop`",
+                f"the daemon at {self.where} is woodfrog {found.get('version')} and speaks protocol "
+                f"{found.get('protocol')}, this client {protocol.VERSION}: stop it with `woodfrog daemon stop`",
                 code="daemon-version",
             )
         return found
@@ -272,7 +284,8 @@ def connect(settings: Settings | None = None, *, start: bool = True) -> Client:
                 raise DaemonError(f"no woodfrog daemon answers at {settings.host} (WOODFROG_HOST)", code="no-daemon")
             if not start:
                 raise DaemonError(
-                    f"woodfrog's daemon is not running (no answer at {settings.socket}): start it with `woodfrog daemon start`",
+                    f"woodfrog's daemon is not running (no answer at {settings.socket}): start it with "
+                    "`woodfrog daemon start`",
                     code="no-daemon",
                 )
             start_daemon(client)
@@ -290,7 +303,8 @@ def start_daemon(client: Client, *, command: list[str] | None = None, timeout: f
     settings = client.settings
     if os.geteuid() != 0:
         raise HostError(
-            "woodfrog's daemon is not running and starting it needs root: run `sudo woodfrog daemon start`", code="not-root"
+            "woodfrog's daemon is not running and starting it needs root: run `sudo woodfrog daemon start`",
+            code="not-root",
         )
     log = settings.home / "daemon.log"
     deadline = time.monotonic() + timeout
@@ -318,7 +332,8 @@ def start_daemon(client: Client, *, command: list[str] | None = None, timeout: f
                 ended = ended or now
                 if now - ended > 2.0:
                     raise DaemonError(
-                        f"woodfrog's daemon ended with status {status} while starting; the end of {log}:\n{_tail(log, begin)}",
+                        f"woodfrog's daemon ended with status {status} while starting; the end of {log}:\n"
+                        f"{_tail(log, begin)}",
                         code="daemon-start",
                     )
             if now > deadline:
@@ -347,8 +362,8 @@ def _start_lock(home: Path, deadline: float) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise DaemonError(
-                        "another program has been starting woodfrog's daemon for too long: see "
-                        f"{home / 'daemon.log'}", code="daemon-start"
+                        f"another program has been starting woodfrog's daemon for too long: see {home / 'daemon.log'}",
+                        code="daemon-start",
                     ) from None
                 time.sleep(0.05)
         yield
@@ -359,9 +374,7 @@ def _start_lock(home: Path, deadline: float) -> Iterator[None]:
 def _daemon_environ() -> dict[str, str]:
     """What the daemon needs of this environment; the rest (the user's keys and tokens) is none of its business."""
     keep = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_HOME")
-    return {
-        k: v for k, v in os.environ.items() if k in keep or k.startswith(("WOODFROG_", "PYTHON", "LC_"))
-    }
+    return {k: v for k, v in os.environ.items() if k in keep or k.startswith(("WOODFROG_", "PYTHON", "LC_"))}
 
 
 def _tail(log: Path, begin: int, lines: int = 15) -> str:

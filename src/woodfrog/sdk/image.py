@@ -30,8 +30,8 @@ class Image:
         ('numpy>=2',)
     """
 
-    def __init__(self, spec: ImageSpec = ImageSpec()) -> None:
-        self.spec = spec
+    def __init__(self, spec: ImageSpec | None = None) -> None:
+        self.spec = spec or ImageSpec()
 
     def _step(self, text: str, packages: Iterable[str] = (), env: Mapping[str, str] | None = None) -> Image:
         return Image(
@@ -101,7 +101,9 @@ class Image:
             raise SpecError(f"Image.pip_install_from_requirements: {requirements_txt}: {e.strerror}") from None
         names = [line.split(" #")[0].strip() for line in lines]
         names = [n for n in names if n and not n.startswith(("#", "-"))]
-        return self._step(f"pip_install_from_requirements {requirements_txt}", _requirements(names, str(requirements_txt)))
+        return self._step(
+            f"pip_install_from_requirements {requirements_txt}", _requirements(names, str(requirements_txt))
+        )
 
     # Everything else: recorded.
 
@@ -222,5 +224,6 @@ def _check_python(wanted: str | None, where: str) -> None:
     if ".".join(str(wanted).split(".")[:2]) != here:
         checks.note(
             f"python:{wanted}",
-            f"{where} asks for Python {wanted}; functions run on Python {here}, the one that deploys ({checks.caller()})",
+            f"{where} asks for Python {wanted}; functions run on Python {here}, the one that deploys "
+            f"({checks.caller()})",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
 from woodfrog.errors import SpecError
@@ -263,7 +263,16 @@ PARAMETERS: dict[str, Parameter] = {
     "max_inputs": Parameter(_single, "scaling.single_use", instead="single_use_containers"),
 }
 WITHOUT_MEANING = frozenset(
-    {"cloud", "i6pn", "nonpreemptible", "proxy", "region", "restrict_modal_access", "routing_region", "scheduler_placement"}
+    {
+        "cloud",
+        "i6pn",
+        "nonpreemptible",
+        "proxy",
+        "region",
+        "restrict_modal_access",
+        "routing_region",
+        "scheduler_placement",
+    }
 )
 NOT_YET = {
     "allow_concurrent_inputs": "several inputs at once in one container",
@@ -282,7 +291,7 @@ _GROUPS: dict[str, type[Any]] = {"resources": Resources, "scaling": ScalingPolic
 class Defaults:
     """What an app gives to all its functions."""
 
-    image: ImageSpec = ImageSpec()
+    image: ImageSpec = field(default_factory=ImageSpec)
     secrets: tuple[SecretSpec, ...] = ()
     volumes: tuple[VolumeMount, ...] = ()
     include_source: bool = True
@@ -307,10 +316,14 @@ def parse(decorator: str, options: Mapping[str, Any], where: str) -> dict[str, A
         known = PARAMETERS.get(key)
         if known is None or (key in ("name", "is_generator") and decorator == "cls"):
             if value is not None and key in NOT_YET:
-                raise SpecError(f"@app.{decorator}({key}=...): woodfrog does not have {NOT_YET[key]} yet ({where})", code="not-yet")
+                raise SpecError(
+                    f"@app.{decorator}({key}=...): woodfrog does not have {NOT_YET[key]} yet ({where})", code="not-yet"
+                )
             if key in WITHOUT_MEANING:
                 if value not in (None, False):
-                    checks.note(f"parameter:{key}", f"{key}= has no meaning on your own machine and is ignored ({where})")
+                    checks.note(
+                        f"parameter:{key}", f"{key}= has no meaning on your own machine and is ignored ({where})"
+                    )
             elif key not in NOT_YET:
                 hint = checks.nearest(key, [*PARAMETERS, *WITHOUT_MEANING])
                 raise TypeError(f"@app.{decorator} has no parameter {key!r}{hint} ({where})")
@@ -365,12 +378,12 @@ def build_spec(
             )
     groups: dict[str, dict[str, Any]] = {}
     plain: dict[str, Any] = {"image": defaults.image}
-    for field, value in values.items():
-        group, _, rest = field.partition(".")
+    for path, value in values.items():
+        group, _, rest = path.partition(".")
         if rest:
             groups.setdefault(group, {})[rest] = value
         else:
-            plain[field] = value
+            plain[path] = value
     built = {group: _GROUPS[group](**fields) for group, fields in groups.items()}
     scaling = built.get("scaling", ScalingPolicy())
     if scaling.max_containers is not None and scaling.min_containers > scaling.max_containers:

@@ -10,12 +10,20 @@ from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
-import cloudpickle
+import cloudpickle  # type: ignore[import-untyped]
 
 from woodfrog.errors import ExecutionError, SerializationError
 from woodfrog.sdk.source import main_name
 
-__all__ = ["RemoteTraceback", "dumps", "dumps_arguments", "dumps_by_value", "dumps_parameters", "loads", "remote_exception"]
+__all__ = [
+    "RemoteTraceback",
+    "dumps",
+    "dumps_arguments",
+    "dumps_by_value",
+    "dumps_parameters",
+    "loads",
+    "remote_exception",
+]
 
 _PLAIN = (str, int, float, bool, bytes, type(None))
 
@@ -49,7 +57,7 @@ def _resolve(module: str, qualname: str) -> Any:
     found: Any = sys.modules["__main__"] if module == main_name() else importlib.import_module(module)
     for part in qualname.split("."):
         found = getattr(found, part)
-    return found
+    return getattr(found, "__woodfrog_wrapped__", found)
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
@@ -58,13 +66,14 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, (type, FunctionType)) and obj.__module__ == "__main__":
             name, main = main_name(), sys.modules["__main__"]
-            top, *rest = obj.__qualname__.split(".")
+            qualname = str(obj.__qualname__)
+            top, *rest = qualname.split(".")
             if name and top in _top_level_names(str(getattr(main, "__file__", ""))):
                 found = getattr(main, top, None)
                 for part in rest:
                     found = getattr(found, part, None)
-                if found is obj:
-                    return _resolve, (name, obj.__qualname__)
+                if getattr(found, "__woodfrog_wrapped__", found) is obj:
+                    return _resolve, (name, qualname)
         return super().reducer_override(obj)
 
 
@@ -166,14 +175,19 @@ def remote_exception(body: bytes | io.BytesIO, what: str) -> BaseException:
     try:
         data = loads(body)
     except Exception as e:
-        return ExecutionError(f"{what} raised an exception that cannot be read here: {_one_line(e)}", code="remote-exception")
+        return ExecutionError(
+            f"{what} raised an exception that cannot be read here: {_one_line(e)}", code="remote-exception"
+        )
     kind, message, text = str(data.get("type", "")), str(data.get("message", "")), str(data.get("traceback", ""))
     try:
-        error = _exception(data.get("exception"))
+        original = _exception(data.get("exception"))
     except Exception:
-        error = None
+        original = None
+    error: Exception
     # SystemExit or KeyboardInterrupt from over there must not end this process.
-    if not isinstance(error, Exception):
+    if isinstance(original, Exception):
+        error = original
+    else:
         error = ExecutionError(f"{what} raised {kind}: {message}", code="remote-exception", type=kind, traceback=text)
     if text and error.__cause__ is None:
         error.__cause__ = RemoteTraceback(text)

@@ -43,9 +43,7 @@ class Secret:
         return cls(SecretSpec(values=environment(values, "Secret.from_dict")))
 
     @classmethod
-    def from_name(
-        cls, name: str, *, environment_name: str | None = None, required_keys: Iterable[str] = ()
-    ) -> Secret:
+    def from_name(cls, name: str, *, environment_name: str | None = None, required_keys: Iterable[str] = ()) -> Secret:
         """The secret that the daemon keeps under `name`; it is looked up when a container starts."""
         del environment_name
         if not isinstance(name, str) or not name:
@@ -91,7 +89,11 @@ class Secret:
 
     def __repr__(self) -> str:
         keys = sorted(self._spec.values)
-        return f"Secret.from_name({self._spec.name!r})" if self._spec.name else f"<Secret with {', '.join(keys) or 'no keys'}>"
+        return (
+            f"Secret.from_name({self._spec.name!r})"
+            if self._spec.name
+            else f"<Secret with {', '.join(keys) or 'no keys'}>"
+        )
 
 
 def _parse_dotenv(path: Path) -> dict[str, str]:

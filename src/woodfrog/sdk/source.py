@@ -5,6 +5,7 @@ A module of a package is shipped with its top package; a plain module or script 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -91,7 +92,9 @@ def import_program(target: str) -> ModuleType:
         if parts[-1] == "__init__":
             parts.pop()
         if any("." in p for p in parts):
-            raise SpecError(f"{target}: a file name with a '.' in its stem cannot be imported: rename it", code="bad-name")
+            raise SpecError(
+                f"{target}: a file name with a '.' in its stem cannot be imported: rename it", code="bad-name"
+            )
         name = ".".join(parts)
     else:
         path, directory, name = None, Path.cwd(), target
@@ -134,10 +137,8 @@ def merge_roots(roots: Iterable[Root]) -> dict[Root, Root]:
 def _shared(directory: Path) -> bool:
     """A directory that holds more than one program's files."""
     homes = {Path("/root"), Path("/home")}
-    try:
+    with contextlib.suppress(RuntimeError):
         homes.add(Path.home())
-    except RuntimeError:
-        pass
     return (
         directory in homes
         or directory in {Path(p) for p in ("/", "/tmp", "/var/tmp", "/dev/shm", "/opt", "/srv", "/mnt", "/usr", "/var")}
@@ -178,7 +179,9 @@ def pack(root: Root) -> Archive:
                     data = path.read_bytes()
                     executable = path.stat().st_mode & 0o111
                 except OSError as e:
-                    raise SpecError(f"{path}: {e.strerror}: it is part of the program's code (see {IGNORE_FILE})") from None
+                    raise SpecError(
+                        f"{path}: {e.strerror}: it is part of the program's code (see {IGNORE_FILE})"
+                    ) from None
                 info.size, info.mode = len(data), 0o755 if executable else 0o644
                 tar.addfile(info, io.BytesIO(data))
     data = buffer.getvalue()
@@ -233,8 +236,9 @@ def _scan(root: Root) -> dict[str, str]:
         largest = ", ".join(f"{name} ({size / (1 << 20):.1f} MiB)" for name, size in sizes.most_common(3))
         raise SpecError(
             f"{root.directory}: the program's directory holds {files}{'+' if files > _SCAN_FILES else ''} files of "
-            f"{total / (1 << 20):.0f} MiB, over the limit of {MAX_FILES} files or {MAX_BYTES >> 20} MiB; largest: {largest}; "
-            f"name what is not code in {root.directory / IGNORE_FILE}, or move the program into a directory of its own",
+            f"{total / (1 << 20):.0f} MiB, over the limit of {MAX_FILES} files or {MAX_BYTES >> 20} MiB; "
+            f"largest: {largest}; name what is not code in {root.directory / IGNORE_FILE}, or move the program into a "
+            "directory of its own",
             code="source-too-large",
         )
     return found
@@ -308,8 +312,12 @@ def runtime(roots: Iterable[Root]) -> RuntimeSpec:
     if main and not getattr(sys.modules["__main__"], "__spec__", None):
         own.add(os.path.dirname(os.path.abspath(main)))
     # An environment's own directories stay, even when the program was started from within one of them.
-    installed = {p for p in sys.path if Path(p).name in ("site-packages", "dist-packages") or p == str(Path(os.__file__).parent)}
-    path = dict.fromkeys(os.path.abspath(p) for p in sys.path if p and (p in installed or os.path.abspath(p) not in own))
+    installed = {
+        p for p in sys.path if Path(p).name in ("site-packages", "dist-packages") or p == str(Path(os.__file__).parent)
+    }
+    path = dict.fromkeys(
+        os.path.abspath(p) for p in sys.path if p and (p in installed or os.path.abspath(p) not in own)
+    )
     return RuntimeSpec(
         executable=sys.executable,
         prefix=sys.prefix,
@@ -342,5 +350,3 @@ def _packages_digest() -> str:
 
     text = "".join(f"{name}=={version}\n" for name, version in sorted(installed_packages().items()))
     return sha256(text.encode()).hexdigest()
-
-

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import stat
 import time
@@ -46,13 +48,24 @@ class Staging:
 
 
 def _describe(path: str, info: os.stat_result) -> str:
-    """Kind, mode, owner and target of what is not a regular file."""
+    """Kind, mode, owner, target or device, and extended attributes (overlayfs keeps its marks there)."""
     target = os.readlink(path) if stat.S_ISLNK(info.st_mode) else str(info.st_rdev)
-    return f"{stat.S_IFMT(info.st_mode):o} {stat.S_IMODE(info.st_mode):o} {info.st_uid}:{info.st_gid} {target}"
+    text = f"{stat.S_IFMT(info.st_mode):o} {stat.S_IMODE(info.st_mode):o} {info.st_uid}:{info.st_gid} {target}"
+    try:
+        names = sorted(os.listxattr(path, follow_symlinks=False))
+        return " ".join([text, *(f"{n}={os.getxattr(path, n, follow_symlinks=False).hex()}" for n in names)])
+    except OSError as e:
+        if e.errno != errno.ENOTSUP:
+            raise
+        return text
 
 
 def inventory(root: Path) -> tuple[list[str], dict[str, str]]:
-    """All below `root`'s parts: regular files, and a description of everything else, by relative path."""
+    """All of `root`'s parts: regular files, and what is not a file's content, by relative path.
+
+    The latter are kind, mode, owner and target of directories, links and devices, and of the files that become
+    visible in a sandbox.
+    """
     files: list[str] = []
     others: dict[str, str] = {}
 
@@ -63,13 +76,17 @@ def inventory(root: Path) -> tuple[list[str], dict[str, str]]:
                 info = entry.stat(follow_symlinks=False)
                 if stat.S_ISREG(info.st_mode):
                     files.append(name)
+                    if not name.startswith("img/"):
+                        others[name] = _describe(entry.path, info)
                 else:
                     others[name] = _describe(entry.path, info)
                     if stat.S_ISDIR(info.st_mode):
                         walk(entry.path, name)
 
     for part in _PARTS:
-        walk(str(root / part), part)
+        folder = str(root / part)
+        others[part] = _describe(folder, os.lstat(folder))
+        walk(folder, part)
     return files, others
 
 
@@ -106,7 +123,10 @@ class Catalogue:
     def _load(self) -> None:
         for path in sorted(self.root.iterdir()):
             if path.name.startswith("."):
-                remove_tree(path)  # a capture or a removal that was cut off
+                try:
+                    remove_tree(path)  # a capture or a removal that was cut off
+                except OSError as e:
+                    self.damaged[path.name] = f"cannot be removed: {e.strerror}"
                 continue
             try:
                 self._manifests[path.name] = self._read(path.name)
@@ -144,7 +164,7 @@ class Catalogue:
         """
         if snapshot_id in self._manifests:
             return self._manifests[snapshot_id]
-        found = [m for i, m in self._manifests.items() if snapshot_id and i.startswith(snapshot_id)]
+        found = [m for m in self.manifests() if snapshot_id and m.id.startswith(snapshot_id)]
         if len(found) != 1:
             raise NotFoundError(
                 f"no snapshot {snapshot_id!r}; `woodfrog snapshot list` shows them", snapshot=snapshot_id
@@ -159,16 +179,14 @@ class Catalogue:
         """The newest usable snapshot for this function on this kind of host."""
         found = [
             m
-            for m in self._manifests.values()
+            for m in self.manifests()
             if m.function_key == function_key and m.worker_class == worker_class and m.id not in self._retired
         ]
-        return max(found, key=lambda m: m.created, default=None)
+        return found[-1] if found else None
 
     def other_hosts(self, function_key: str, worker_class: str) -> list[Manifest]:
         """Snapshots of this function that were made on another kind of host."""
-        return [
-            m for m in self._manifests.values() if m.function_key == function_key and m.worker_class != worker_class
-        ]
+        return [m for m in self.manifests() if m.function_key == function_key and m.worker_class != worker_class]
 
     def begin(self, snapshot_id: str) -> Staging:
         """A place for a new snapshot.
@@ -179,13 +197,16 @@ class Catalogue:
         staging = Staging(snapshot_id, self.root / f".staging-{snapshot_id}")
         try:
             staging.path.mkdir(mode=0o700)
+        except OSError as e:
+            raise store_error("cannot begin a snapshot", staging.path, e) from e
+        try:
             for part in (staging.images, staging.fs, staging.shm, staging.log):
                 part.mkdir(mode=0o700)
             # The roots of the two layers become visible inside sandboxes: their modes are the real directories'.
             os.chmod(staging.fs, 0o755)
             os.chmod(staging.shm, 0o1777)
         except OSError as e:
-            remove_tree(staging.path)
+            self.abandon(staging)
             raise store_error("cannot begin a snapshot", staging.path, e) from e
         return staging
 
@@ -201,6 +222,7 @@ class Catalogue:
         try:
             fault("commit.before")
             names, others = inventory(staging.path)
+            stamp = self._stamp(staging.path, names)  # before the digests: a later change is a change
             entries = _hash_all(staging.path, names)
             full = _with_files(manifest, tuple(entries[n] for n in names), others)
             fsync_tree(staging.path)
@@ -210,14 +232,13 @@ class Catalogue:
             write_atomic(staging.path / "manifest.sig", self._key.sign(data))
             fault("commit.manifest")
             final = self.root / full.id
-            stamp = self._stamp(staging.path, names)
             os.rename(staging.path, final)
             fsync_dir(self.root)
         except OSError as e:
-            remove_tree(staging.path)
+            self.abandon(staging)
             raise store_error("cannot store the snapshot", staging.path, e) from e
         except BaseException:
-            remove_tree(staging.path)
+            self.abandon(staging)
             raise
         self._manifests[full.id] = full
         self._verified[full.id] = stamp
@@ -225,7 +246,9 @@ class Catalogue:
 
     @staticmethod
     def abandon(staging: Staging) -> None:
-        remove_tree(staging.path)
+        """Drop what was captured; what cannot be removed now is swept at the next start."""
+        with contextlib.suppress(OSError):
+            remove_tree(staging.path)
 
     @staticmethod
     def _stamp(root: Path, names: Iterable[str]) -> tuple[tuple[int, int, int, int], ...]:
@@ -287,7 +310,7 @@ class Catalogue:
         self._retired.pop(snapshot_id, None)
         self._verified.pop(snapshot_id, None)
         self.damaged.pop(snapshot_id, None)
-        hidden = self.root / f".removed-{snapshot_id}"
+        hidden = self.root / f".removed-{snapshot_id}-{time.time_ns()}"
         try:
             os.rename(self.root / snapshot_id, hidden)
             remove_tree(hidden)

@@ -55,9 +55,9 @@ class Manifest:
     """Bytes of memory in the images."""
     fs_bytes: int
     files: tuple[FileEntry, ...]
-    """Every file of `img/`, `fs/` and `shm/` with its digest."""
+    """Every file of `img/`, `fs/` and `shm/` with its digest, in the order of `catalogue.inventory`."""
     links: dict[str, str] = field(default_factory=dict)
-    """What else `fs/` and `shm/` hold (directories, symlinks, devices), by path: kind, mode, owner and target."""
+    """Kind, mode, owner and target by path: of directories, symlinks and devices, and of the files in `fs/` and `shm/`."""
     external: tuple[str, ...] = ()
     """Files outside the sandbox that are mapped or open: `path|size|mtime_ns`. They must be unchanged at a restore."""
     phases: tuple[str, ...] = ()

@@ -5,10 +5,12 @@ A name is the sha256 of the bytes; what does not match its name is refused, so a
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
 import re
+import shutil
 import tarfile
 import uuid
 from pathlib import Path
@@ -18,7 +20,56 @@ from woodfrog.store.files import fsync_dir, fsync_tree, remove_tree, store_error
 
 __all__ = ["ContentStore"]
 
-_DIGEST = re.compile(r"^[0-9a-f]{64}$")
+_DIGEST = re.compile(r"[0-9a-f]{64}\Z")
+_BAD_NAME = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+
+
+def _unusable(why: object) -> SpecError:
+    return SpecError(f"the source archive is not usable: {why}", code="bad-archive")
+
+
+def _inside(root: Path, name: str) -> Path:
+    parts = Path(name).parts
+    if name.startswith("/") or ".." in parts or "\0" in name:
+        raise _unusable(f"{name!r} leads out of the tree")
+    return root.joinpath(*parts)
+
+
+def _unpack(tar: bytes, root: Path) -> None:
+    """Write the archive's files, then its links: while files are written there is no link to write through.
+
+    `tarfile`'s own extraction is not used: its filters had holes in several releases, and the daemon is root.
+    """
+    links: dict[Path, str] = {}
+    with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
+        for member in archive:
+            path = _inside(root, member.name)
+            if member.isdir():
+                path.mkdir(parents=True, exist_ok=True)
+            elif member.issym():
+                if member.linkname.startswith("/"):
+                    raise _unusable(f"the link {member.name!r} leads out of the tree")
+                links[path] = member.linkname
+            elif member.isreg() and not member.issparse():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                content = archive.extractfile(member)
+                assert content is not None
+                with open(path, "wb") as f:
+                    shutil.copyfileobj(content, f)
+                os.chmod(path, 0o755 if member.mode & 0o100 else 0o644)
+                os.utime(path, (max(member.mtime, 0), max(member.mtime, 0)))
+            else:
+                raise _unusable(f"{member.name!r} is not a file, directory or symbolic link")
+    for path in links:
+        path.parent.mkdir(parents=True, exist_ok=True)  # all before the first link: none can come through another
+    for path, target in links.items():
+        os.symlink(target, path)
+    real = root.resolve()
+    for path in links:
+        if not Path(os.path.realpath(path)).is_relative_to(real):
+            raise _unusable(f"the link {str(path.relative_to(root))!r} leads out of the tree")
+    for folder, _, _ in os.walk(root):
+        os.chmod(folder, 0o755)  # whatever the daemon's umask
 
 
 def _check(digest: str, data: bytes) -> None:
@@ -76,9 +127,7 @@ class ContentStore:
         try:
             try:
                 staging.mkdir()
-                with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
-                    archive.extractall(staging, filter="data")
-                os.chmod(staging, 0o755)
+                _unpack(tar, staging)
                 fsync_tree(staging)
                 os.rename(staging, self.code / digest)
                 fsync_dir(self.code)
@@ -86,9 +135,11 @@ class ContentStore:
                 if self.has_code(digest):  # another deploy of the same tree was first
                     remove_tree(staging)
                     return
+                if e.errno in _BAD_NAME:
+                    raise _unusable(e) from e
                 raise store_error("cannot store the source", self.code / digest, e) from e
-            except tarfile.TarError as e:
-                raise SpecError(f"the source archive is not usable: {e}", code="bad-archive") from e
+            except (tarfile.TarError, ValueError, OverflowError, EOFError) as e:
+                raise _unusable(e) from e
         except BaseException:
             remove_tree(staging)
             raise

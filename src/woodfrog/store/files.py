@@ -35,7 +35,11 @@ def fsync_dir(path: Path) -> None:
 
 def fsync_tree(root: Path) -> None:
     """Make every file and directory below `root` durable."""
-    for folder, _, names in os.walk(root):
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, _, names in os.walk(root, onerror=fail):
         for name in names:
             path = os.path.join(folder, name)
             if not os.path.isfile(path) or os.path.islink(path):
@@ -78,7 +82,14 @@ def sha256_file(path: Path) -> str:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory and all below it; one that is gone already is fine."""
+    """Remove a directory and all below it, or a file; one that is gone already is fine.
+
+    Raises:
+        OSError: something is left.
+    """
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+        return
     shutil.rmtree(path, ignore_errors=False, onerror=_ignore_missing)
 
 

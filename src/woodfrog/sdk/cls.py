@@ -1,0 +1,527 @@
+"""Classes: lifecycle hooks, methods, parameters, and the handles through which instances are called."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, dataclass_transform, get_type_hints
+
+from woodfrog.errors import SpecError
+from woodfrog.sdk import checks, source
+from woodfrog.sdk.functions import Deployed, Function, Owner, method_spec
+from woodfrog.sdk.options import Built, Defaults, build_spec
+from woodfrog.spec import FunctionSpec, MethodSpec
+
+__all__ = ["Cls", "Method", "Obj", "enter", "exit", "make_cls", "method", "parameter"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+_TYPES: tuple[type, ...] = (str, int, bool, float, bytes)
+
+
+def _place(function: Any) -> str:
+    code = getattr(function, "__code__", None)
+    return f"{checks.short(code.co_filename)}:{code.co_firstlineno}" if code else checks.caller()
+
+
+def _in_class(function: Any, decorator: str) -> None:
+    """Check, as far as can be seen yet, that a decorated function stands in a class."""
+    if isinstance(function, Method) or not inspect.isfunction(function):
+        raise SpecError(f"@{decorator}() is for plain functions in a class, got {function!r} ({checks.caller()})")
+    head, _, _ = function.__qualname__.rpartition(".")
+    if not head or head.endswith("<locals>"):
+        raise SpecError(
+            f"@{decorator}() on {function.__name__}: it is for methods of a class that is decorated with @app.cls() "
+            f"({_place(function)})",
+            code="not-a-method",
+        )
+
+
+def enter(_called_without_parentheses: Any = None, *, snap: bool = False) -> Callable[[F], F]:
+    """Marks a method that runs when a container starts.
+
+    Args:
+        snap: True runs it before the snapshot is taken, so that what it builds is frozen with the process; needs
+            `enable_memory_snapshot=True`. False runs it in every container, after a thaw too.
+
+    Example:
+        >>> import woodfrog
+        >>> class Model:
+        ...     @woodfrog.enter(snap=True)
+        ...     def load(self):
+        ...         self.weights = [1, 2, 3]
+
+    Raises:
+        SpecError: not a method, or `snap` is not a bool.
+    """
+    if _called_without_parentheses is not None:
+        raise SpecError(f"write @enter() or @enter(snap=True), with parentheses ({checks.caller()})")
+    if not isinstance(snap, bool):
+        raise SpecError(f"enter(snap=...): expected True or False, got {snap!r} ({checks.caller()})")
+
+    def mark(function: F) -> F:
+        _in_class(function, "enter")
+        function.__woodfrog_role__ = {"kind": "enter", "snap": snap}  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+def exit(_called_without_parentheses: Any = None) -> Callable[[F], F]:
+    """Marks a method that runs when a container is about to end.
+
+    Raises:
+        SpecError: not a method.
+    """
+    if _called_without_parentheses is not None:
+        raise SpecError(f"write @exit(), with parentheses ({checks.caller()})")
+
+    def mark(function: F) -> F:
+        _in_class(function, "exit")
+        function.__woodfrog_role__ = {"kind": "exit"}  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+class Method(Generic[P, R]):
+    """What `method()` leaves in a class: of an instance, `obj.run(x)` and `obj.run.local(x)` are the plain call."""
+
+    def __init__(self, raw_f: Callable[..., R], is_generator: bool | None) -> None:
+        self.raw_f = raw_f
+        self.is_generator = is_generator
+        self.__doc__ = raw_f.__doc__
+        self.__name__ = raw_f.__name__
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None:
+            return self
+        return LocalMethod(self.raw_f.__get__(instance, owner), self.__name__)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> R:
+        return self.raw_f(*args, **kwargs)
+
+    def spec(self, name: str) -> MethodSpec:
+        found = method_spec(self.raw_f, name)
+        return found if self.is_generator is None else MethodSpec(name, self.is_generator, found.is_async)
+
+
+@dataclass(frozen=True)
+class LocalMethod:
+    """A method of an instance in this very process."""
+
+    local: Callable[..., Any]
+    name: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.local(*args, **kwargs)
+
+    def _no(self) -> Any:
+        raise SpecError(
+            f"{self.name}: `self` is an instance in this process: call {self.name}.local(); for a call in a container "
+            "use the class's handle on the client"
+        )
+
+    remote = remote_gen = map = starmap = for_each = spawn = property(_no)
+
+
+def method(
+    _called_without_parentheses: Any = None, *, is_generator: bool | None = None, **options: Any
+) -> Callable[[F], F]:
+    """Marks a method that can be called in a container: `Model().run.remote(x)`.
+
+    Raises:
+        SpecError: not a method.
+        TypeError: an unknown parameter.
+    """
+    if _called_without_parentheses is not None:
+        raise SpecError(f"write @method(), with parentheses ({checks.caller()})")
+    for key in options:
+        raise TypeError(f"method() has no parameter {key!r}{checks.nearest(key, ['is_generator'])} ({checks.caller()})")
+
+    def mark(function: F) -> F:
+        _in_class(function, "method")
+        return Method(function, is_generator)  # type: ignore[return-value]
+
+    return mark
+
+
+class _Unset:
+    def __repr__(self) -> str:
+        return "required"
+
+    def __reduce__(self) -> str:
+        return "_UNSET"
+
+
+_UNSET = _Unset()
+
+
+class Parameter:
+    """A class parameter; made by `parameter()`."""
+
+    def __init__(self, default: Any, init: bool) -> None:
+        self.default, self.init = default, init
+        self.where = checks.caller()
+
+
+def parameter(*, default: Any = _UNSET, init: bool = True) -> Any:
+    """Declares a parameter of a class: an annotation of type str, int, bool, float or bytes with this as its value.
+
+    Args:
+        default: value where none is given; without it the parameter is required.
+        init: False keeps it out of the constructor; it then has its default, or none until the code sets it.
+
+    Example:
+        >>> import woodfrog
+        >>> class Model:
+        ...     size: int = woodfrog.parameter(default=3)
+    """
+    return Parameter(default, init)
+
+
+@dataclass(frozen=True)
+class _Field:
+    name: str
+    type: type
+    parameter: Parameter
+
+    def text(self) -> str:
+        default = self.parameter.default
+        return self.type.__name__ + ("" if default is _UNSET else f" = {default!r}")
+
+
+def _fields(cls: type, where: str) -> dict[str, _Field]:
+    """Parameters of a class and its bases, checked."""
+    found: dict[str, _Field] = {}
+    for klass in reversed(cls.__mro__):
+        for name, value in vars(klass).items():
+            if not isinstance(value, Parameter):
+                continue
+            annotation = inspect.get_annotations(klass).get(name)
+            if isinstance(annotation, str):
+                try:
+                    annotation = get_type_hints(klass).get(name)
+                except Exception:
+                    annotation = {t.__name__: t for t in _TYPES}.get(str(annotation))
+            if annotation not in _TYPES:
+                known = ", ".join(t.__name__ for t in _TYPES)
+                raise SpecError(
+                    f"{cls.__name__}.{name}: a parameter needs a type annotation, one of {known} ({value.where})"
+                )
+            if value.default is not _UNSET:
+                value.default = _typed(annotation, value.default, f"{cls.__name__}.{name}: default", where)
+            elif not value.init:
+                continue
+            found[name] = _Field(name, annotation, value)
+    if found and "__init__" in vars(cls) and not hasattr(vars(cls)["__init__"], "__woodfrog_fields__"):
+        raise SpecError(f"{cls.__name__} has both parameter() and an __init__ of its own: keep one ({where})")
+    return found
+
+
+def _typed(kind: type, value: Any, what: str, where: str) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise SpecError(f"{what} must be of type {kind.__name__}, got {value!r} ({where})", code="bad-parameter")
+    return value
+
+
+def _give_init(cls: type, fields: Mapping[str, _Field]) -> None:
+    """A constructor that takes the parameters by name, here and in containers."""
+
+    def __init__(self: Any, **values: Any) -> None:
+        for name, value in _checked(cls.__name__, fields, values).items():
+            setattr(self, name, value)
+        for field in fields.values():
+            if field.name not in values and field.parameter.default is not _UNSET:
+                setattr(self, field.name, field.parameter.default)
+
+    __init__.__woodfrog_fields__ = True  # type: ignore[attr-defined]
+    setattr(cls, "__init__", __init__)  # noqa: B010
+
+
+def _checked(name: str, fields: Mapping[str, _Field], values: Mapping[str, Any]) -> dict[str, Any]:
+    where = checks.caller()
+    known = {f.name: f for f in fields.values() if f.parameter.init}
+    for key in values:
+        if key not in known:
+            raise TypeError(f"{name} has no parameter {key!r}{checks.nearest(key, known)} ({where})")
+    missing = [f.name for f in known.values() if f.parameter.default is _UNSET and f.name not in values]
+    if missing:
+        raise TypeError(f"{name} needs the parameter{'s' * (len(missing) > 1)} {', '.join(missing)} ({where})")
+    return {k: _typed(known[k].type, v, f"{name}({k}=...)", where) for k, v in values.items()}
+
+
+def hooks(cls: type, kind: Literal["enter", "exit"], snap: bool = False) -> list[Callable[..., Any]]:
+    """Lifecycle hooks, bases first, in order of definition; an overridden one keeps its place."""
+    entries: dict[str, Any] = {}
+    for klass in reversed(cls.__mro__):
+        for name, entry in vars(klass).items():
+            if name in entries or hasattr(entry, "__woodfrog_role__"):
+                entries[name] = entry
+    found = []
+    for entry in entries.values():
+        role = getattr(entry, "__woodfrog_role__", None) or {}
+        if role.get("kind") == kind and bool(role.get("snap")) == snap:
+            found.append(entry)
+    return found
+
+
+def _methods(cls: type) -> dict[str, Method[..., Any]]:
+    found: dict[str, Method[..., Any]] = {}
+    for klass in reversed(cls.__mro__):
+        for name, entry in vars(klass).items():
+            if isinstance(entry, Method):
+                found[name] = entry
+            elif name in found:
+                del found[name]  # Overridden by something that is not marked.
+    return found
+
+
+class Cls:
+    """A class whose instances live in containers. Made by `@app.cls()` or `from_name`; called, it gives an `Obj`.
+
+    Example:
+        >>> import woodfrog
+        >>> Embedder = woodfrog.Cls.from_name("sentence-transformers", "Embedder")
+        >>> Embedder().run.remote(["hello"])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        owner: Owner,
+        tag: str,
+        *,
+        user_cls: type | None = None,
+        spec: FunctionSpec | None = None,
+        where: str = "",
+        include_source: bool = True,
+    ) -> None:
+        self._owner, self._tag, self._user_cls, self.spec = owner, tag, user_cls, spec
+        self._where, self._include_source = where, include_source
+        if user_cls is not None:
+            self.__doc__ = user_cls.__doc__
+            self.__name__, self.__qualname__ = user_cls.__name__, user_cls.__qualname__
+            self.__module__ = user_cls.__module__
+
+    @classmethod
+    def from_name(cls, app_name: str, name: str, *, environment_name: str | None = None) -> Cls:
+        """The class `name` of a deployed app. Asks nothing of the daemon before the first call.
+
+        Raises:
+            SpecError: not names.
+        """
+        del environment_name
+        return cls(Deployed(app_name), checks.name(name, "Cls.from_name"))
+
+    @classmethod
+    def lookup(cls, app_name: str, name: str, **options: Any) -> Cls:
+        """An older name of `from_name`."""
+        del options
+        warnings.warn("Cls.lookup is now called Cls.from_name", DeprecationWarning, stacklevel=2)
+        return cls.from_name(app_name, name)
+
+    @property
+    def tag(self) -> str:
+        return self._tag
+
+    @property
+    def __woodfrog_wrapped__(self) -> type:
+        return self._get_user_cls()
+
+    def _get_user_cls(self) -> type:
+        if self._user_cls is None:
+            raise SpecError(
+                f"{self._tag} was looked up by name: its code is not here, so it can only be called with .remote()"
+            )
+        return self._user_cls
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A handle of the instance with these constructor arguments; nothing runs yet.
+
+        Raises:
+            TypeError: arguments that the class does not take.
+            SpecError: a parameter of the wrong type.
+        """
+        return Obj(self, args, kwargs)
+
+    def with_options(self, **options: Any) -> Cls:
+        """Not in woodfrog yet.
+
+        Raises:
+            SpecError: always.
+        """
+        raise SpecError(
+            f"{self._tag}.with_options({', '.join(options)}): not in woodfrog yet: set the options in @app.cls(...)",
+            code="not-yet",
+        )
+
+    with_concurrency = with_batching = with_options
+
+    def __getattr__(self, name: str) -> Any:
+        user_cls = self.__dict__.get("_user_cls")
+        if user_cls is not None and not name.startswith("__"):
+            value = getattr(user_cls, name)
+            if isinstance(value, Method):
+                raise AttributeError(f"{self._tag}.{name} is a method of instances: write {self._tag}().{name}")
+            return value
+        raise AttributeError(f"{self.__dict__.get('_tag', 'Cls')} has no attribute {name!r}")
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
+        # `class B(A)` with a decorated A inherits from the plain class.
+        return (self._get_user_cls(),)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        name = getattr(self._owner, "app_name", None)
+        if name is None:
+            raise SpecError(f"the handle of {self._tag} cannot be pickled: its app has no name")
+        serialized = self.spec is not None and self.spec.source.kind == "serialized"
+        return _rebuild, (name, self._tag, self._user_cls if serialized else None)
+
+    def __repr__(self) -> str:
+        return f"<Cls {self._tag}>"
+
+
+def _rebuild(app_name: str, tag: str, user_cls: type | None) -> Cls:
+    return Cls(Deployed(app_name), tag, user_cls=user_cls)
+
+
+class Obj:
+    """Handle of an instance: `obj.run.remote(x)` runs in a container, `obj.run.local(x)` on an instance made here."""
+
+    def __init__(self, cls: Cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._cls, self._args, self._kwargs = cls, args, kwargs
+        self._instance: Any = None
+        self._params: bytes | None = None
+        user_cls = cls._user_cls
+        if user_cls is None:
+            return
+        fields = _fields(user_cls, cls._where)
+        if fields:
+            if args:
+                raise TypeError(
+                    f"{cls.tag} takes its parameters by name, as in {cls.tag}({next(iter(fields))}=...) "
+                    f"({checks.caller()})"
+                )
+            values = _checked(user_cls.__name__, fields, kwargs)
+            # What equals its default is left out, so that both ways of saying the same share containers and snapshots.
+            self._kwargs = {k: v for k, v in values.items() if v != fields[k].parameter.default}
+        elif args or kwargs:
+            try:
+                inspect.signature(user_cls).bind(*args, **kwargs)
+            except TypeError as e:
+                raise TypeError(f"{cls.tag}: {e} ({checks.caller()})") from None
+
+    def _pickled(self) -> bytes | None:
+        if not self._args and not self._kwargs:
+            return None
+        if self._params is None:
+            from woodfrog.sdk.payload import dumps_parameters
+
+            self._params = dumps_parameters(self._args, self._kwargs, f"{self._cls.tag}(...)")
+        return self._params
+
+    def _local(self) -> Any:
+        """The instance in this process, made at first need, with its enter hooks run."""
+        if self._instance is None:
+            user_cls = self._cls._get_user_cls()
+            instance = user_cls(*self._args, **self._kwargs)
+            for hook in (*hooks(user_cls, "enter", True), *hooks(user_cls, "enter", False)):
+                _settle(hook.__get__(instance)())
+            self._instance = instance
+        return self._instance
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_cls" not in self.__dict__:
+            raise AttributeError(name)
+        cls = self._cls
+        if cls._user_cls is None:
+            if name.startswith("_"):
+                raise AttributeError(name)
+            return Function(cls._owner, f"{cls.tag}.{name}", params=self._pickled)
+        known = _methods(cls._user_cls)
+        if name not in known:
+            if name.startswith("_") and not hasattr(cls._user_cls, name):
+                raise AttributeError(f"{cls.tag} has no attribute {name!r}")
+            if not hasattr(cls._user_cls, name) and name not in vars(self._local()):
+                raise AttributeError(f"{cls.tag} has no method or attribute {name!r}{checks.nearest(name, known)}")
+            return getattr(self._local(), name)
+
+        def local(*args: Any, **kwargs: Any) -> Any:
+            return known[name].raw_f.__get__(self._local())(*args, **kwargs)
+
+        local.__name__, local.__doc__ = name, known[name].__doc__
+        handle: Function[..., Any] = Function(
+            cls._owner, f"{cls.tag}.{name}", raw=local, method=known[name].spec(name), params=self._pickled
+        )
+        return handle
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Obj, (self._cls, self._args, self._kwargs)
+
+    def __repr__(self) -> str:
+        return f"<{self._cls.tag} object>"
+
+
+def _settle(value: Any) -> None:
+    if not isinstance(value, Awaitable):
+        return
+    import asyncio
+
+    async def settle() -> None:
+        await value
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(settle())
+        return
+    if inspect.iscoroutine(value):
+        value.close()
+    raise SpecError("an asynchronous enter hook cannot run in .local() inside a running event loop")
+
+
+@dataclass_transform(field_specifiers=(parameter,), kw_only_default=True)
+def make_cls(owner: Owner, user_cls: Any, options: Mapping[str, Any], defaults: Defaults, where: str) -> Cls:
+    """The handle for a decorated class.
+
+    Raises:
+        TypeError, SpecError: as `build_spec`, and a class that cannot be served.
+    """
+    if isinstance(user_cls, Cls):
+        raise SpecError(f"{user_cls.tag} is decorated with @app.cls() twice ({where})")
+    if not isinstance(user_cls, type):
+        raise SpecError(f"@app.cls() is for classes, got {user_cls!r}: use @app.function() for a function ({where})")
+    name = user_cls.__name__
+    where = f"{name}, {where}"
+    fields = _fields(user_cls, where)
+    methods = _methods(user_cls)
+    if not methods:
+        raise SpecError(f"{name} has no method to call: mark one with @woodfrog.method() ({where})", code="no-methods")
+    built: Built = build_spec(
+        "class",
+        name=name,
+        module=source.module_name(user_cls),
+        qualname=user_cls.__qualname__,
+        methods=tuple(m.spec(n) for n, m in methods.items()),
+        options=options,
+        defaults=defaults,
+        where=where,
+        parameters={f.name: f.text() for f in fields.values() if f.parameter.init},
+    )
+    snapped = hooks(user_cls, "enter", True)
+    if snapped and not built.spec.snapshot.enabled:
+        raise SpecError(
+            f"{name}.{snapped[0].__name__} is marked enter(snap=True), but {name} takes no snapshots: "
+            f"use @app.cls(enable_memory_snapshot=True), or snap=False ({_place(snapped[0])})",
+            code="snap-without-snapshot",
+        )
+    if fields:
+        _give_init(user_cls, fields)
+    return Cls(owner, name, user_cls=user_cls, spec=built.spec, where=where, include_source=built.include_source)

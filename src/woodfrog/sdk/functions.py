@@ -1,0 +1,402 @@
+"""Handles of functions: how they are called, here and in containers."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
+
+from woodfrog.errors import SpecError
+from woodfrog.sdk import checks
+from woodfrog.sdk.dual import Dual
+from woodfrog.sdk.hooks import in_worker
+from woodfrog.spec import FunctionSpec, MethodSpec
+
+if TYPE_CHECKING:
+    from woodfrog.sdk.call import FunctionCall, Target
+    from woodfrog.sdk.client import Client
+
+__all__ = ["Deployed", "Function", "method_spec"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Owner(Protocol):
+    """What a handle belongs to, and where it finds the daemon."""
+
+    def reach(self, tag: str) -> tuple[Client, str]:
+        """The client, and the app's name over there.
+
+        Raises:
+            SpecError: not running, not deployed, or not to be reached from here.
+        """
+
+
+class Deployed:
+    """An app that was deployed, now or by another program, by its name."""
+
+    def __init__(self, app_name: str) -> None:
+        self.app_name = checks.name(app_name, "app name")
+        self._client: Client | None = None
+
+    def reach(self, tag: str) -> tuple[Client, str]:
+        if in_worker():
+            raise inside(tag)
+        if self._client is None:
+            from woodfrog.sdk.client import connect
+
+            self._client = connect()
+        return self._client, self.app_name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Deployed, (self.app_name,)
+
+
+def inside(tag: str) -> SpecError:
+    return SpecError(
+        f"{tag}: calling other functions from inside a container is not in woodfrog yet: "
+        "call it with .local(), or from the client",
+        code="not-yet",
+    )
+
+
+def method_spec(function: Callable[..., Any], name: str) -> MethodSpec:
+    """Name and kind of a plain function."""
+    is_async_generator = inspect.isasyncgenfunction(function)
+    return MethodSpec(
+        name=name,
+        generator=is_async_generator or inspect.isgeneratorfunction(function),
+        is_async=is_async_generator or inspect.iscoroutinefunction(function),
+    )
+
+
+class Function(Generic[P, R]):
+    """A function, or one method of a class, that runs in containers. Made by `@app.function()` or `from_name`.
+
+    `f.remote(x)` runs it in a container and waits; `f.local(x)` and `f(x)` run it here. Every way of calling that
+    waits has an asynchronous form: `await f.remote.aio(x)`.
+
+    Example:
+        >>> import woodfrog
+        >>> square = woodfrog.Function.from_name("example", "square")
+        >>> square.remote(3)  # doctest: +SKIP
+        9
+    """
+
+    def __init__(
+        self,
+        owner: Owner,
+        tag: str,
+        *,
+        raw: Callable[..., Any] | None = None,
+        method: MethodSpec | None = None,
+        params: Callable[[], bytes | None] | None = None,
+        spec: FunctionSpec | None = None,
+        where: str = "",
+        include_source: bool = True,
+    ) -> None:
+        self._owner, self._tag, self._raw, self._method = owner, tag, raw, method
+        self._params, self.spec, self._where, self._include_source = params, spec, where, include_source
+        if raw is not None:
+            self.__doc__ = raw.__doc__
+            self.__name__ = getattr(raw, "__name__", tag)
+            self.__qualname__ = getattr(raw, "__qualname__", tag)
+            self.__module__ = getattr(raw, "__module__", __name__)
+
+    @classmethod
+    def from_name(cls, app_name: str, name: str, *, environment_name: str | None = None) -> Function[..., Any]:
+        """The function `name` of a deployed app. Asks nothing of the daemon before the first call.
+
+        Raises:
+            SpecError: not names.
+        """
+        del environment_name
+        service, dot, method = str(name).partition(".")
+        checks.name(service, "Function.from_name")
+        if dot and not method.isidentifier():
+            raise SpecError(f"Function.from_name: {name!r} is not the name of a function or of a class's method")
+        return Function(Deployed(app_name), name)
+
+    @classmethod
+    def lookup(cls, app_name: str, name: str, **options: Any) -> Function[..., Any]:
+        """An older name of `from_name`."""
+        del options
+        warnings.warn("Function.lookup is now called Function.from_name", DeprecationWarning, stacklevel=2)
+        return cls.from_name(app_name, name)
+
+    @property
+    def tag(self) -> str:
+        """Name in the app; of a method `Class.method`."""
+        return self._tag
+
+    @property
+    def info(self) -> MethodSpec | None:
+        """Name, generator or not, asynchronous or not; None for a function known by name only."""
+        return self._method
+
+    @property
+    def is_generator(self) -> bool | None:
+        """None where it is not known: the function was named, not defined, by this program."""
+        return self._method.generator if self._method else None
+
+    def get_raw_f(self) -> Callable[P, R]:
+        """The plain function.
+
+        Raises:
+            SpecError: the function was named, not defined, by this program.
+        """
+        if self._raw is None:
+            raise SpecError(
+                f"{self._tag} was looked up by name: its code is not here, so it can only be called with .remote()"
+            )
+        return self._raw
+
+    @property
+    def __woodfrog_wrapped__(self) -> Callable[..., Any]:
+        return self.get_raw_f()
+
+    # Calls.
+
+    def _target(self) -> Target:
+        from woodfrog.sdk.call import Target
+
+        client, app = self._owner.reach(self._tag)
+        return Target(client, app, self._tag, self._params() if self._params else None)
+
+    def _expect(self, generator: bool, verb: str) -> None:
+        if self._method is not None and self._method.generator is not generator:
+            right = "use .remote_gen()" if self._method.generator else "use .remote()"
+            kind = "is a generator" if self._method.generator else "is not a generator"
+            raise SpecError(f"{self._tag} {kind} and cannot be called with .{verb}(): {right}", code="wrong-call")
+
+    def _remote(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        from woodfrog.sdk.call import Call
+
+        self._expect(False, "remote")
+        return Call(self._target(), args, kwargs).run()  # type: ignore[no-any-return]
+
+    async def _remote_aio(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        from woodfrog.sdk.call import Call, run_aio
+
+        self._expect(False, "remote")
+        return await run_aio(lambda: Call(self._target(), args, kwargs))  # type: ignore[no-any-return]
+
+    @property
+    def remote(self) -> Dual[P, R, Awaitable[R]]:
+        """`remote(*args, **kwargs)`: run in a container and wait for the result. Ctrl-C cancels the call.
+
+        Raises:
+            Exception: what the function raised, with its remote traceback.
+            ExecutionError: the call came to no answer (timeout, out of memory, crash, start-up failure).
+            SpecError: the app neither runs nor is deployed, or an argument cannot be pickled.
+        """
+        return Dual(self._remote, self._remote_aio)
+
+    def local(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run here, in this process."""
+        return self.get_raw_f()(*args, **kwargs)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """The same as `.local(...)`."""
+        return self.get_raw_f()(*args, **kwargs)
+
+    def _spawn(self, *args: P.args, **kwargs: P.kwargs) -> FunctionCall:
+        from woodfrog.sdk.call import Call, FunctionCall
+
+        self._expect(False, "spawn")
+        target = self._target()
+        call = Call(target, args, kwargs)
+        call.send()
+        return FunctionCall(call.id, target.client, self._tag)
+
+    async def _spawn_aio(self, *args: P.args, **kwargs: P.kwargs) -> FunctionCall:
+        from woodfrog.sdk.call import in_thread
+
+        return await in_thread(self._spawn)(*args, **kwargs)
+
+    @property
+    def spawn(self) -> Dual[P, FunctionCall, Awaitable[FunctionCall]]:
+        """`spawn(*args, **kwargs)`: start a call and return at once with a FunctionCall."""
+        return Dual(self._spawn, self._spawn_aio)
+
+    def _remote_gen(self, *args: P.args, **kwargs: P.kwargs) -> Iterator[Any]:
+        from woodfrog.sdk.call import Call
+
+        self._expect(True, "remote_gen")
+        yield from Call(self._target(), args, kwargs).items()
+
+    async def _remote_gen_aio(self, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[Any]:
+        from woodfrog.sdk.call import Call, aio_iterate, in_thread
+
+        self._expect(True, "remote_gen")
+        target = await in_thread(self._target)()
+        call = Call(target, args, kwargs)
+        async for item in aio_iterate(call.items(), call.cancel):
+            yield item
+
+    @property
+    def remote_gen(self) -> Dual[P, Iterator[Any], AsyncIterator[Any]]:
+        """`remote_gen(*args, **kwargs)`: the items of a generator as they come. Leaving the loop cancels it."""
+        return Dual(self._remote_gen, self._remote_gen_aio)
+
+    def _map(
+        self,
+        *input_iterators: Iterable[Any],
+        kwargs: dict[str, Any] | None = None,
+        order_outputs: bool = True,
+        return_exceptions: bool = False,
+        wrap_returned_exceptions: bool = False,
+    ) -> Iterator[Any]:
+        from woodfrog.sdk.call import map_calls, zipped
+
+        del wrap_returned_exceptions
+        self._expect(False, "map")
+        inputs = zipped(input_iterators, kwargs or {})
+        yield from map_calls(self._target(), inputs, order_outputs=order_outputs, return_exceptions=return_exceptions)
+
+    async def _map_aio(
+        self,
+        *input_iterators: Any,
+        kwargs: dict[str, Any] | None = None,
+        order_outputs: bool = True,
+        return_exceptions: bool = False,
+        wrap_returned_exceptions: bool = False,
+    ) -> AsyncIterator[Any]:
+        import asyncio
+
+        from woodfrog.sdk.call import zipped
+
+        del wrap_returned_exceptions
+        inputs = zipped(input_iterators, kwargs or {}, asyncio.get_running_loop())
+        async for item in self._many_aio(inputs, order_outputs, return_exceptions):
+            yield item
+
+    async def _many_aio(
+        self, inputs: Iterator[Any], order_outputs: bool, return_exceptions: bool
+    ) -> AsyncIterator[Any]:
+        from woodfrog.sdk.call import MapRun, aio_iterate, in_thread
+
+        self._expect(False, "map")
+        target = await in_thread(self._target)()
+        run = MapRun(target, inputs, order_outputs=order_outputs, return_exceptions=return_exceptions)
+        async for item in aio_iterate(iter(run), run.close):
+            yield item
+
+    @property
+    def map(self) -> Dual[..., Iterator[Any], AsyncIterator[Any]]:
+        """`map(*iterables, kwargs={}, order_outputs=True, return_exceptions=False)`: one call for each input.
+
+        Inputs are taken as they are needed, about a hundred at a time. The first exception ends it and cancels the
+        rest, unless `return_exceptions` hands exceptions out like results. Nothing is called before the first item is
+        asked for.
+
+        Example:
+            >>> list(square.map(range(3)))  # doctest: +SKIP
+            [0, 1, 4]
+        """
+        return Dual(self._map, self._map_aio)
+
+    def _starmap(
+        self,
+        input_iterator: Iterable[Iterable[Any]],
+        *,
+        kwargs: dict[str, Any] | None = None,
+        order_outputs: bool = True,
+        return_exceptions: bool = False,
+        wrap_returned_exceptions: bool = False,
+    ) -> Iterator[Any]:
+        from woodfrog.sdk.call import map_calls, starred
+
+        del wrap_returned_exceptions
+        self._expect(False, "starmap")
+        inputs = starred(input_iterator, kwargs or {})
+        yield from map_calls(self._target(), inputs, order_outputs=order_outputs, return_exceptions=return_exceptions)
+
+    async def _starmap_aio(
+        self,
+        input_iterator: Any,
+        *,
+        kwargs: dict[str, Any] | None = None,
+        order_outputs: bool = True,
+        return_exceptions: bool = False,
+        wrap_returned_exceptions: bool = False,
+    ) -> AsyncIterator[Any]:
+        import asyncio
+
+        from woodfrog.sdk.call import starred
+
+        del wrap_returned_exceptions
+        inputs = starred(input_iterator, kwargs or {}, asyncio.get_running_loop())
+        async for item in self._many_aio(inputs, order_outputs, return_exceptions):
+            yield item
+
+    @property
+    def starmap(self) -> Dual[..., Iterator[Any], AsyncIterator[Any]]:
+        """As `map`, over one iterable whose items are tuples of arguments."""
+        return Dual(self._starmap, self._starmap_aio)
+
+    def _for_each(
+        self, *input_iterators: Iterable[Any], kwargs: dict[str, Any] | None = None, ignore_exceptions: bool = False
+    ) -> None:
+        for _ in self._map(*input_iterators, kwargs=kwargs, order_outputs=False, return_exceptions=ignore_exceptions):
+            pass
+
+    async def _for_each_aio(
+        self, *input_iterators: Any, kwargs: dict[str, Any] | None = None, ignore_exceptions: bool = False
+    ) -> None:
+        async for _ in self._map_aio(
+            *input_iterators, kwargs=kwargs, order_outputs=False, return_exceptions=ignore_exceptions
+        ):
+            pass
+
+    @property
+    def for_each(self) -> Dual[..., None, Awaitable[None]]:
+        """`for_each(*iterables, kwargs={}, ignore_exceptions=False)`: as `map`, without results."""
+        return Dual(self._for_each, self._for_each_aio)
+
+    def _spawn_map(self, *input_iterators: Iterable[Any], kwargs: dict[str, Any] | None = None) -> list[FunctionCall]:
+        return [self._spawn(*args, **(kwargs or {})) for args in zip(*input_iterators, strict=False)]
+
+    async def _spawn_map_aio(
+        self, *input_iterators: Iterable[Any], kwargs: dict[str, Any] | None = None
+    ) -> list[FunctionCall]:
+        from woodfrog.sdk.call import in_thread
+
+        return await in_thread(self._spawn_map)(*input_iterators, kwargs=kwargs)
+
+    @property
+    def spawn_map(self) -> Dual[..., list[FunctionCall], Awaitable[list[FunctionCall]]]:
+        """`spawn_map(*iterables, kwargs={})`: `spawn` for each input; the FunctionCalls in order."""
+        return Dual(self._spawn_map, self._spawn_map_aio)
+
+    def with_options(self, **options: Any) -> Function[P, R]:
+        """Not in woodfrog yet.
+
+        Raises:
+            SpecError: always.
+        """
+        raise SpecError(
+            f"{self._tag}.with_options({', '.join(options)}): not in woodfrog yet: set the options in the decorator",
+            code="not-yet",
+        )
+
+    with_concurrency = with_batching = with_options
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By name: code travels with the deploy. A serialized function's deploy has no other code, so its comes along.
+        name = getattr(self._owner, "app_name", None)
+        if name is None or self._params is not None:
+            raise SpecError(
+                f"the handle of {self._tag} cannot be pickled: its app has no name, or it is an instance's method"
+            )
+        serialized = self.spec is not None and self.spec.source.kind == "serialized"
+        return _rebuild, (name, self._tag, self._raw if serialized else None, self._method)
+
+    def __repr__(self) -> str:
+        return f"<Function {self._tag}>"
+
+
+def _rebuild(app_name: str, tag: str, raw: Callable[..., Any] | None, method: MethodSpec | None) -> Function[..., Any]:
+    return Function(Deployed(app_name), tag, raw=raw, method=method)

@@ -1,0 +1,150 @@
+"""A private daemon for end-to-end tests, the CLI as a user runs it, and a look at what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from woodfrog.settings import Settings
+
+BIN = Path(sys.executable).parent
+
+
+class Daemon:
+    """One woodfrogd with a state directory of its own.
+
+    Example:
+        with Daemon() as daemon:
+            done = daemon.cli("run", str(program))
+    """
+
+    def __init__(self, **env: str) -> None:
+        # Short: a Unix socket's path may have 107 bytes.
+        self.home = Path(tempfile.mkdtemp(prefix="wf-", dir="/var/tmp"))
+        os.chmod(self.home, 0o755)
+        self.env = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("WOODFROG_")},
+            "WOODFROG_HOME": str(self.home),
+            "NO_COLOR": "1",
+            "COLUMNS": "160",
+            **env,
+        }
+        self.settings = Settings(home=self.home)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.log = self.home / "test-daemon.log"
+
+    def start(self, **env: str) -> Daemon:
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "woodfrog.daemon"],
+                env={**self.env, **env},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 60
+        while not self.settings.socket.exists():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"the daemon did not start:\n{self.log.read_text()[-4000:]}")
+            time.sleep(0.02)
+        return self
+
+    def kill(self) -> None:
+        """`kill -9`, as the kernel would."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                raise AssertionError(f"the daemon did not stop:\n{self.log.read_text()[-4000:]}") from None
+
+    def __enter__(self) -> Daemon:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            self.stop()
+        finally:
+            shutil.rmtree(self.home, ignore_errors=True)
+            shutil.rmtree(self.settings.kdat_dir.parent, ignore_errors=True)
+
+    # The CLI
+
+    def cli(
+        self, *args: str, timeout: float = 180, check: bool = True, env: Mapping[str, str] | None = None, **kwargs: Any
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [str(BIN / "woodfrog"), *args],
+            env={**self.env, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            **kwargs,
+        )
+        if check and done.returncode:
+            raise AssertionError(
+                f"woodfrog {' '.join(args)} -> {done.returncode}\n{done.stdout}\n{done.stderr}\n"
+                f"daemon:\n{self.log.read_text()[-4000:]}"
+            )
+        return done
+
+    def json(self, *args: str) -> Any:
+        return json.loads(self.cli(*args, "--json").stdout)
+
+    def program(self, text: str, name: str = "program.py") -> Path:
+        """A user's program in a directory of its own."""
+        folder = Path(tempfile.mkdtemp(prefix="src-", dir=self.home))
+        os.chmod(folder, 0o755)
+        path = folder / name
+        path.write_text(text)
+        return path
+
+    # What is left behind
+
+    def inits(self) -> list[int]:
+        """Host pids of this daemon's sandboxes: those in its cgroups."""
+        found: set[int] = set()
+        for group in self.cgroups():
+            for line in (group / "cgroup.procs").read_text().split():
+                found.add(int(line))
+        return sorted(found)
+
+    def cgroups(self) -> list[Path]:
+        tag = self.settings.tag
+        return [p for p in Path("/sys/fs/cgroup").glob(f"**/woodfrog/{tag}-*") if p.is_dir()]
+
+    def mounts(self) -> list[str]:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        return [line for line in lines if str(self.home) in line]
+
+    def leaks(self) -> dict[str, list[Any]]:
+        """Processes, cgroups and mounts of this daemon's that exist now; {} when it is clean."""
+        found: dict[str, list[Any]] = {
+            "processes": self.inits(),
+            "cgroups": [str(p) for p in self.cgroups()],
+            "mounts": self.mounts(),
+        }
+        return {k: v for k, v in found.items() if v}
+
+    def wait_idle(self, seconds: float = 60) -> None:
+        """Until no container is left."""
+        deadline = time.monotonic() + seconds
+        while self.json("container", "list"):
+            assert time.monotonic() < deadline, self.json("container", "list")
+            time.sleep(0.2)

@@ -1,0 +1,538 @@
+"""The commands against a daemon that answers from a table, over a real Unix socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socketserver
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from woodfrog import cli
+from woodfrog.cli.call import parse_value, payload_from
+from woodfrog.errors import NotFoundError, OutOfMemoryError, SpecError
+from woodfrog.protocol import VERSION, pack_items
+
+
+@dataclass
+class Answer:
+    body: Any = None
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Request:
+    method: str
+    path: str
+    query: str
+    headers: dict[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass
+class Daemon:
+    """`routes` maps "GET /apps" to an answer, or to a function of the request; a list is taken in turn."""
+
+    home: Path
+    routes: dict[str, Any] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
+
+    def seen(self, route: str) -> list[Request]:
+        method, path = route.split(" ")
+        return [r for r in self.requests if r.method == method and r.path == path]
+
+    def answer(self, request: Request) -> Answer:
+        self.requests.append(request)
+        found = self.routes.get(f"{request.method} {request.path}")
+        if isinstance(found, list):
+            found = found.pop(0) if len(found) > 1 else found[0]
+        if callable(found):
+            found = found(request)
+        if found is None:
+            error = NotFoundError(f"nothing at {request.path}").to_dict()
+            return Answer({"error": error}, 404)
+        return found if isinstance(found, Answer) else Answer(found)
+
+
+class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    daemon_threads = True
+    fake: Daemon
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def address_string(self) -> str:
+        return "client"
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def _serve(self) -> None:
+        length = int(self.headers.get("content-length") or 0)
+        path, _, query = self.path.partition("?")
+        headers = {k.lower(): v for k, v in self.headers.items()}
+        request = Request(self.command, path.removeprefix("/v1"), query, headers, self.rfile.read(length))
+        answer = self.server.fake.answer(request)  # type: ignore[attr-defined]
+        body = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST = do_PUT = do_HEAD = _serve
+
+
+HEALTH = {"version": "9.9", "protocol": VERSION, "pid": 1 << 22, "state_dir": "/x", "uptime_s": 1.0}
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    # Short: a socket's path has 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="wf-") as directory:
+        for name in [n for n in os.environ if n.startswith("WOODFROG_")]:
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("WOODFROG_HOME", directory)
+        yield Path(directory)
+
+
+@pytest.fixture
+def daemon(home: Path) -> Iterator[Daemon]:
+    fake = Daemon(home, {"GET /health": HEALTH})
+    with _Server(str(home / "woodfrogd.sock"), _Handler) as server:
+        server.fake = fake
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield fake
+        server.shutdown()
+
+
+def run(*argv: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(cli.app, list(argv), input=stdin)
+
+
+def result_of(call_id_of: Callable[[Request], str], body: Any, status: str = "success") -> Callable[[Request], Answer]:
+    def answer(request: Request) -> Answer:
+        headers = {"Woodfrog-Call": call_id_of(request), "Woodfrog-Status": status}
+        return Answer(body, 202 if status == "pending" else 200, headers)
+
+    return answer
+
+
+def called(body: Any = None, status: str = "success") -> Callable[[Request], Answer]:
+    return result_of(lambda r: r.headers.get("woodfrog-call", ""), body, status)
+
+
+def serve_function(daemon: Daemon, *, generator: bool = False) -> None:
+    method = {"name": "square", "generator": generator, "is_async": False}
+    daemon.routes["GET /apps/demo"] = {"app": "demo", "functions": [{"tag": "square", "methods": [method], "key": "k"}]}
+
+
+# --- apps, containers, snapshots -------------------------------------------------------------------------------------
+
+APP = {
+    "app": "demo",
+    "version": 3,
+    "ephemeral": False,
+    "deployed": time.time() - 30,
+    "description": "",
+    "functions": ["square", "Embedder"],
+    "containers": 2,
+}
+
+
+def test_app_list(daemon: Daemon) -> None:
+    daemon.routes["GET /apps"] = {"apps": [APP]}
+    shown = run("app", "list")
+    assert shown.exit_code == 0
+    assert shown.stdout.splitlines()[1].split() == [
+        "demo",
+        "deployed",
+        "3",
+        "2",
+        "30",
+        "s",
+        "ago",
+        "square,",
+        "Embedder",
+    ]
+    assert json.loads(run("app", "list", "--json").stdout) == [APP]
+    daemon.routes["GET /apps"] = {"apps": []}
+    assert (run("app", "list").stdout, run("app", "list").stderr) == ("", "no apps\n")
+    assert run("app", "list", "--json").stdout == "[]\n"
+
+
+def test_app_history_is_newest_first(daemon: Daemon) -> None:
+    versions = [{"version": v, "deployed": 1.0, "stopped": None, "active": v == 2, "functions": ["f"]} for v in (1, 2)]
+    daemon.routes["GET /apps/demo/history"] = {"app": "demo", "versions": versions}
+    lines = run("app", "history", "demo").stdout.splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [["2", "active"], ["1", "replaced"]]
+
+
+def test_app_stop_and_an_unknown_app(daemon: Daemon) -> None:
+    daemon.routes["POST /apps/demo/stop"] = {"app": "demo", "stopped": True}
+    assert run("app", "stop", "demo").exit_code == 0
+    unknown = run("app", "stop", "de/mo")
+    assert unknown.exit_code == 2
+    assert unknown.stderr == "error: nothing at /apps/de%2Fmo/stop\n"
+    assert unknown.stdout == ""
+
+
+LINES = [
+    {"t": 1.0, "instance": "i1", "function": "square", "stream": "stdout", "line": "out", "call": "c"},
+    {"t": 2.0, "instance": "i1", "function": "square", "stream": "stderr", "line": "err", "call": "c"},
+    {"t": 3.0, "instance": "i1", "function": "square", "stream": "system", "line": "thawed in 40 ms", "call": None},
+]
+
+
+def test_logs_go_where_they_were_written(daemon: Daemon) -> None:
+    body = "".join(json.dumps(line) + "\n" for line in LINES).encode()
+    daemon.routes["GET /apps/demo/logs"] = daemon.routes["GET /containers/i1/logs"] = Answer(body)
+    for argv in (["app", "logs", "demo", "--since", "1h"], ["container", "logs", "i1", "-f"]):
+        shown = run(*argv)
+        assert shown.stdout == "out\n"
+        assert shown.stderr == "err\n· square i1: thawed in 40 ms\n"
+    assert re.fullmatch(r"since=\d+(\.\d+)?", daemon.seen("GET /apps/demo/logs")[0].query)
+    assert daemon.seen("GET /containers/i1/logs")[0].query == "follow=1"
+    shown = run("app", "logs", "demo", "--json")
+    assert [json.loads(line) for line in shown.stdout.splitlines()] == LINES
+    assert run("app", "logs", "demo", "--since", "soon").exit_code == 2
+
+
+CONTAINER = {
+    "id": "i1",
+    "app": "demo",
+    "function": "square",
+    "mode": "restore",
+    "stage": "ready",
+    "started": time.time(),
+    "memory_bytes": 5 << 20,
+    "call": None,
+    "served": 4,
+}
+
+
+def test_container_list_and_inspect(daemon: Daemon) -> None:
+    daemon.routes["GET /containers"] = {
+        "containers": [CONTAINER, {**CONTAINER, "id": "i2", "app": "other", "call": "c"}]
+    }
+    lines = run("container", "list").stdout.splitlines()
+    assert lines[1].split()[:6] == ["i1", "demo", "square", "ready", "thawed", "4"]
+    assert "busy" in lines[2]
+    only = json.loads(run("container", "list", "--app", "other", "--json").stdout)
+    assert [c["id"] for c in only] == ["i2"]
+    phases = [{"name": "restore", "start_ms": 0, "ms": 40.25, "parent": None}]
+    daemon.routes["GET /containers/i1"] = {**CONTAINER, "phases": phases}
+    shown = run("container", "inspect", "i1").stdout
+    assert re.search(r"^served +4$", shown, re.MULTILINE)
+    assert re.search(r"^restore +40\.\d ms", shown, re.MULTILINE)
+    assert json.loads(run("container", "inspect", "i1", "--json").stdout)["phases"] == phases
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, 0), (3, 3), (-9, 137)])
+def test_container_exec_passes_everything_on(daemon: Daemon, code: int, status: int) -> None:
+    daemon.routes["POST /containers/i1/exec"] = {"exit_code": code, "stdout": "o", "stderr": "e"}
+    shown = run("container", "exec", "--timeout", "5", "i1", "--", "ls", "--all", "-l")
+    assert (shown.exit_code, shown.stdout, shown.stderr) == (status, "o", "e")
+    sent = daemon.seen("POST /containers/i1/exec")[0].json()
+    assert sent == {"argv": ["ls", "--all", "-l"], "timeout": 5.0}
+
+
+SNAPSHOT = {
+    "id": "s1",
+    "app": "demo",
+    "function": "square",
+    "state": "ready",
+    "why": None,
+    "created": time.time(),
+    "memory_bytes": 46 << 20,
+    "files_bytes": 2048,
+    "function_key": "k",
+}
+
+
+def test_snapshot_list_and_inspect(daemon: Daemon) -> None:
+    damaged = {"id": "s2", "state": "damaged", "why": "img/pages-1.img is altered"}
+    daemon.routes["GET /snapshots"] = {"snapshots": [SNAPSHOT, damaged]}
+    lines = run("snapshot", "list").stdout.splitlines()
+    assert lines[1].split()[:8] == ["s1", "demo", "square", "ready", "46.0", "MiB", "2.0", "KiB"]
+    assert lines[2].split()[:2] == ["s2", "damaged"] and lines[2].endswith("img/pages-1.img is altered")
+    daemon.routes["GET /snapshots/s1"] = {
+        **SNAPSHOT,
+        "phases": [{"name": "dump", "ms": "12.5"}],
+        "log": {"dump.log": "one\ntwo"},
+    }
+    assert re.search(r"^dump +12\.5 ms", run("snapshot", "inspect", "s1").stdout, re.MULTILINE)
+    shown = run("snapshot", "inspect", "s1", "--log")
+    assert (shown.stdout, shown.stderr) == ("one\ntwo\n", "== dump.log\n")
+    assert daemon.seen("GET /snapshots/s1")[-1].query == "log=1"
+
+
+def test_snapshot_create_waits_until_it_is_there(daemon: Daemon) -> None:
+    serve_function(daemon)
+    other = {**SNAPSHOT, "id": "s0", "function_key": "another"}
+    daemon.routes["GET /snapshots"] = [{"snapshots": [other]}, {"snapshots": [other]}, {"snapshots": [other, SNAPSHOT]}]
+    daemon.routes["GET /containers"] = {"containers": [{**CONTAINER, "stage": "capturing"}]}
+    daemon.routes["POST /snapshots/create"] = {"requested": True}
+    shown = run("snapshot", "create", "demo.square")
+    assert (shown.exit_code, shown.stdout, shown.stderr) == (0, "s1\n", "demo.square: capturing a snapshot\n")
+    assert daemon.seen("POST /snapshots/create")[0].json() == {"app": "demo", "tag": "square"}
+    assert "has no function 'cube'; it has: square" in run("snapshot", "create", "demo.cube").stderr
+
+
+def test_snapshot_create_that_fails_says_where_to_look(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("woodfrog.cli.snapshots.GRACE_S", 0.0)
+    serve_function(daemon)
+    daemon.routes["GET /snapshots"] = {"snapshots": []}
+    daemon.routes["GET /containers"] = {"containers": [CONTAINER]}
+    daemon.routes["POST /snapshots/create"] = {"requested": True}
+    shown = run("snapshot", "create", "demo.square")
+    assert shown.exit_code == 2
+    assert shown.stderr == "error: demo.square was not captured: see `woodfrog app logs demo`\n"
+
+
+# --- call ------------------------------------------------------------------------------------------------------------
+
+
+def test_call_with_arguments_of_each_form(daemon: Daemon) -> None:
+    serve_function(daemon)
+    daemon.routes["POST /apps/demo/calls/square"] = called({"y": [1, "ü"]})
+    for argv, stdin, sent in (
+        (["--arg", "[3, 4]"], None, [3, 4]),
+        (["--arg", '"text"'], None, "text"),
+        (["x=3", "name=Ann", "flag=true", "t=1=2"], None, {"x": 3, "name": "Ann", "flag": True, "t": "1=2"}),
+        ([], '{"x": 3}', {"x": 3}),
+        ([], "", []),
+    ):
+        shown = run("call", "demo.square", *argv, stdin=stdin)
+        assert (shown.exit_code, shown.stdout) == (0, '{"y": [1, "ü"]}\n'), shown.output
+        request = daemon.seen("POST /apps/demo/calls/square")[-1]
+        assert request.json() == sent
+        assert request.headers["woodfrog-encoding"] == "json"
+
+
+def test_arguments_that_cannot_be_meant() -> None:
+    for arg, pairs, stdin, message in (
+        ("{", [], "", r"--arg is not JSON: .*needs its quotes"),
+        (None, [], "nope", "standard input is not JSON"),
+        ("1", ["x=1"], "", "not both"),
+        (None, ["x"], "", "'x' is not of the form key=value"),
+        (None, ["1x=2"], "", "not of the form"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            payload_from(arg, pairs, lambda stdin=stdin: stdin)
+    assert [parse_value(v) for v in ("3", "x", "null", '"3"')] == [3, "x", None, "3"]
+
+
+def test_a_users_exception_is_shown_with_its_remote_traceback(daemon: Daemon) -> None:
+    serve_function(daemon)
+    error = {"type": "ValueError", "message": "no", "traceback": "Traceback (remote):\n  line\nValueError: no\n"}
+    daemon.routes["POST /apps/demo/calls/square"] = called({"error": error}, "exception")
+    shown = run("call", "demo.square", "x=1")
+    assert shown.exit_code == 1
+    assert (shown.stdout, shown.stderr) == ("", "Traceback (remote):\n  line\nValueError: no\n")
+
+
+def test_our_failure_is_one_line(daemon: Daemon) -> None:
+    serve_function(daemon)
+    error = OutOfMemoryError("square: the container hit its memory limit of 64 MiB")
+    daemon.routes["POST /apps/demo/calls/square"] = called({"error": error.to_dict()}, "failure")
+    shown = run("call", "demo.square", "x=1")
+    assert shown.exit_code == 2
+    assert shown.stderr == "error: square: the container hit its memory limit of 64 MiB\n"
+
+
+def test_a_slow_call_says_what_it_waits_for_and_where_its_time_went(daemon: Daemon) -> None:
+    serve_function(daemon)
+    daemon.routes["POST /apps/demo/calls/square"] = called(b"", "pending")
+    phases = [
+        {"name": "queue", "start_ms": 0, "ms": 900, "parent": None},
+        {"name": "restore", "start_ms": 5, "ms": 40, "parent": "queue"},
+        {"name": "run", "start_ms": 900, "ms": 100, "parent": None},
+    ]
+    stages: Iterator[str | None] = iter(["queued", "capturing", "capturing", None])
+
+    def polled(request: Request) -> Answer:
+        call_id = request.path.rpartition("/")[2]
+        last = len(daemon.seen(f"GET /calls/{call_id}")) == 4
+        return result_of(lambda r: call_id, 9 if last else b"", "success" if last else "pending")(request)
+
+    def answer(request: Request) -> Answer:
+        daemon.requests.append(request)
+        if request.path.endswith("/trace"):
+            return Answer({"stage": next(stages, None), "phases": phases})
+        if request.path.startswith("/calls/"):
+            return polled(request)
+        daemon.requests.pop()
+        return Daemon.answer(daemon, request)
+
+    daemon.answer = answer  # type: ignore[method-assign]
+    shown = run("call", "demo.square", "--arg", "3", "--trace")
+    assert (shown.exit_code, shown.stdout) == (0, "9\n")
+    lines = shown.stderr.splitlines()
+    assert lines[:3] == ["waiting for a container", "capturing a snapshot", "running"]
+    assert lines[3].startswith("queue ") and "900.0 ms" in lines[3]
+    assert lines[4].startswith("  restore ") and lines[5].startswith("run ")
+    machine = json.loads(run("call", "demo.square", "--arg", "3", "--json").stdout)
+    assert set(machine) == {"call", "result", "phases"}
+    assert machine["phases"] == phases
+
+
+def test_a_generators_items_are_lines(daemon: Daemon) -> None:
+    serve_function(daemon, generator=True)
+    daemon.routes["POST /apps/demo/calls/square"] = called(b"", "pending")
+    plain = Daemon.answer
+
+    def answer(request: Request) -> Answer:
+        if request.path.endswith("/items"):
+            after = int(re.search(r"after=(\d+)", request.query).group(1))  # type: ignore[union-attr]
+            parts = [[(b"i", b"1"), (b"i", b'"two"')], [(b"i", b"null"), (b"d", b"")]]
+            return Answer(pack_items(parts[0] if after == 0 else parts[1]))
+        if request.path.endswith("/trace"):
+            return Answer({"phases": []})
+        return plain(daemon, request)
+
+    daemon.answer = answer  # type: ignore[method-assign]
+    shown = run("call", "demo.square")
+    assert (shown.exit_code, shown.stdout) == (0, '1\n"two"\nnull\n')
+    assert json.loads(run("call", "demo.square", "--json").stdout)["result"] == [1, "two", None]
+
+
+def test_ctrl_c_cancels_the_call(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve_function(daemon)
+    daemon.routes["POST /apps/demo/calls/square"] = called(b"", "pending")
+
+    def interrupted(self: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("woodfrog.cli.call._Run._stage", interrupted)
+    plain = Daemon.answer
+
+    def answer(request: Request) -> Answer:
+        if request.path.endswith("/cancel"):
+            daemon.requests.append(request)
+            return Answer({"finished": None})
+        return plain(daemon, request)
+
+    daemon.answer = answer  # type: ignore[method-assign]
+    shown = run("call", "demo.square")
+    assert shown.exit_code == 130
+    call_id = daemon.seen("POST /apps/demo/calls/square")[0].headers["woodfrog-call"]
+    assert [r.path for r in daemon.requests if r.path.endswith("/cancel")] == [f"/calls/{call_id}/cancel"]
+    assert shown.stderr == f"cancelled call {call_id}\ninterrupted\n"
+
+
+def test_targets(daemon: Daemon) -> None:
+    daemon.routes["GET /apps"] = {"apps": [APP, {**APP, "app": "my.app"}]}
+    for target, path in (
+        ("demo.Embedder.run", "/apps/demo/calls/Embedder.run"),
+        ("my.app.square", "/apps/my.app/calls/square"),
+        ("my.app::Embedder.run", "/apps/my.app/calls/Embedder.run"),
+    ):
+        name, _, tag = path.removeprefix("/apps/").partition("/calls/")
+        daemon.routes[f"GET /apps/{name}"] = {"functions": []}
+        daemon.routes[f"POST {path}"] = called(1)
+        assert run("call", target).exit_code == 0, (target, tag)
+        assert daemon.seen(f"POST {path}")
+    for wrong in ("square", ".square", "demo."):
+        shown = run("call", wrong)
+        assert shown.exit_code == 2
+        assert "write APP.FUNC or APP.CLASS.METHOD" in shown.stderr
+
+
+# --- the daemon ------------------------------------------------------------------------------------------------------
+
+
+def test_status_of_a_running_and_of_no_daemon(daemon: Daemon, home: Path) -> None:
+    shown = run("daemon", "status", "--json")
+    assert (shown.exit_code, json.loads(shown.stdout)) == (0, {"running": True, **HEALTH})
+    assert "already running: pid" in run("daemon", "start").stderr
+
+
+def test_without_a_daemon(home: Path) -> None:
+    shown = run("daemon", "status")
+    assert shown.exit_code == 3
+    assert f"the daemon is not running (state directory {home})" in shown.stderr
+    assert json.loads(run("daemon", "status", "--json").stdout) == {"running": False}
+    assert run("daemon", "stop").exit_code == 0
+    logs = run("daemon", "logs")
+    assert logs.exit_code == 3
+    assert logs.stderr.startswith(f"error: no log at {home}/daemon.log")
+
+
+def test_stop_waits_until_the_daemon_has_ended(daemon: Daemon) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    daemon.routes["GET /health"] = {**HEALTH, "pid": process.pid}
+
+    def shutdown(request: Request) -> Answer:
+        threading.Timer(0.2, process.kill).start()
+        return Answer({"stopping": True})
+
+    daemon.routes["POST /shutdown"] = shutdown
+    try:
+        shown = run("daemon", "stop", "--json")
+        assert json.loads(shown.stdout) == {"running": False, "stopped": True, "pid": process.pid}
+        daemon.routes["GET /health"] = {**HEALTH, "pid": os.getpid()}
+        daemon.routes["POST /shutdown"] = {"stopping": True}
+        stuck = run("daemon", "stop", "--timeout", "0.1")
+        assert stuck.exit_code == 3
+        assert "has not ended within" in stuck.stderr
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_daemon_logs_from_its_end(home: Path) -> None:
+    (home / "daemon.log").write_text("one\ntwo\nthree\n")
+    assert run("daemon", "logs").stdout == "one\ntwo\nthree\n"
+    assert run("daemon", "logs", "-n", "2").stdout == "two\nthree\n"
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+
+
+def test_version_and_help(home: Path) -> None:
+    assert re.fullmatch(r"woodfrog \S+\n", run("--version").stdout)
+    for command in ("run", "deploy", "call", "doctor", "app", "container", "snapshot", "daemon"):
+        shown = run(command, "--help")
+        assert shown.exit_code == 0, shown.output
+        assert command in shown.stdout
+
+
+def test_a_bug_of_ours_is_one_line_unless_debugging(home: Path) -> None:
+    code = "import woodfrog.cli as c\nc.app = lambda: 1 / 0\nc.main()"
+    for debug, lines in (("", 1), ("1", 5)):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "WOODFROG_DEBUG": debug}, capture_output=True, text=True
+        )
+        assert done.returncode != 0
+        assert len(done.stderr.splitlines()) >= lines
+        assert ("Traceback" in done.stderr) is bool(debug)
+    assert "ZeroDivisionError" in done.stderr
+
+
+def test_the_command_line_starts_without_the_heavy_parts(home: Path) -> None:
+    code = "import sys, woodfrog.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert not loaded & {"httpx", "rich.table", "rich.console", "cloudpickle", "asyncio", "fastapi", "cryptography"}
+    assert not {
+        m for m in loaded if m.startswith(("woodfrog.daemon", "woodfrog.linux", "woodfrog.criu", "woodfrog.sdk."))
+    }

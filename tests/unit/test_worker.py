@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import random
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+
+from woodfrog.errors import NotFoundError, SerializationError
+from woodfrog.sdk import hooks
+from woodfrog.worker import codec, renew, runtime
+
+
+def join(pieces: codec.Body) -> bytes:
+    return b"".join(pieces)
+
+
+@pytest.mark.parametrize("value", [None, 5, "text", b"x" * 200_000, [1, {"a": (2,)}], bytearray(b"y" * 100_000)])
+def test_encode_round_trip(value: Any) -> None:
+    assert pickle.loads(join(codec.encode(value, "pickle", "f()"))) == value
+
+
+def test_large_buffers_travel_as_themselves() -> None:
+    numpy = pytest.importorskip("numpy")
+    data = bytes(1 << 20)
+    assert any(piece is data for piece in codec.encode({"a": data}, "pickle", "f()"))
+    for array in (numpy.arange(1 << 18), numpy.asfortranarray(numpy.arange(1 << 18).reshape(512, 512))):
+        pieces = codec.encode(array, "pickle", "f()")
+        assert any(isinstance(p, memoryview) and numpy.shares_memory(numpy.frombuffer(p, "u1"), array) for p in pieces)
+        assert all(memoryview(p).itemsize == 1 for p in pieces)
+        assert (pickle.loads(join(pieces)) == array).all()
+
+
+def test_arguments() -> None:
+    assert codec.load_arguments(bytearray(), "pickle", "f()") == ((), {})
+    assert codec.load_arguments(bytearray(cloudpickle.dumps(((1,), {"b": 2}))), "pickle", "f()") == ((1,), {"b": 2})
+    assert codec.load_arguments(bytearray(b"[1, null]"), "json", "f()") == ((1, None), {})
+    with pytest.raises(SerializationError, match=r"arguments of f\(\)"):
+        codec.load_arguments(bytearray(b"\x80\x05."), "pickle", "f()")
+
+
+def test_exception_that_holds_itself_is_sent_once() -> None:
+    try:
+        raise ValueError("a")
+    except ValueError as e:
+        e.__cause__ = e
+        error = e
+    plain, body = codec.encode_error(error)
+    exception, links = pickle.loads(pickle.loads(join(body))["exception"])
+    assert plain["type"] == "ValueError" and exception.args == ("a",) and links == []
+
+
+def test_links_end_at_what_cannot_be_pickled() -> None:
+    class Lock(Exception):
+        def __reduce__(self) -> Any:
+            raise TypeError("no")
+
+    error = ValueError("top")
+    error.__cause__ = KeyError("middle")
+    error.__cause__.__cause__ = Lock()
+    data = codec.pickle_exception(error)
+    assert data is not None
+    _, links = pickle.loads(data)
+    assert [(type(e), kind) for e, kind in links] == [(KeyError, "cause")]
+
+
+def role(f: Any, **fields: Any) -> Any:
+    f.__woodfrog_role__ = fields
+    return f
+
+
+def test_hooks_of_a_class_follow_definition_order_and_overrides() -> None:
+    class A:
+        first = role(lambda self: 1, kind="enter", snap=True)
+        second = role(lambda self: 2, kind="enter", snap=True)
+        dropped = role(lambda self: 3, kind="enter", snap=True)
+        late = role(lambda self: 4, kind="enter")
+
+    class B(A):
+        third = role(lambda self: 5, kind="enter", snap=True)
+        first = role(lambda self: 6, kind="enter", snap=True)
+        dropped = None
+
+    def run(kind: str, **wanted: bool) -> list[int]:
+        return [f(None) for f in runtime._hooks(B, kind, wanted)]
+
+    assert run("enter", snap=True) == [6, 2, 5]
+    assert run("enter", snap=False) == [4]
+    assert run("exit") == []
+
+
+def test_unknown_method_names_the_known() -> None:
+    r = runtime.Runtime()
+    r._boot, r._methods = {"tag": "Model"}, {"run": False, "load": False}
+    with pytest.raises(NotFoundError, match="Model has no method 'walk'; it has: load, run"):
+        r.function("walk")
+
+
+def test_hooks_are_kept_in_order_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hooks, "_after_restore", [])
+
+    @hooks.register_after_restore
+    def f() -> None: ...
+
+    assert hooks.register_after_restore(f) is f
+    assert hooks._after_restore == [f, f]
+    with pytest.raises(TypeError, match="register_before_snapshot"):
+        hooks.register_before_snapshot(3)  # type: ignore[type-var]
+
+
+def test_environment_is_replaced_for_python_and_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_char_p
+    before = dict(os.environ)
+    monkeypatch.setattr(tempfile, "tempdir", "/old")
+    try:
+        renew.set_environ({"A": "1", "TZ": "Asia/Tokyo"})
+        assert dict(os.environ) == {"A": "1", "TZ": "Asia/Tokyo"}
+        assert (getenv(b"A"), getenv(b"PATH")) == (b"1", None)
+        assert time.timezone == -9 * 3600
+        assert tempfile.tempdir == "/old"
+        renew.set_environ({"A": "2", "TMPDIR": "/new"})
+        assert (getenv(b"A"), getenv(b"TZ"), time.timezone) == (b"2", None, 0)
+        assert tempfile.tempdir is None
+    finally:
+        renew.set_environ(before)
+
+
+def test_renewal_reseeds_what_the_program_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_generate_time_safe", "_node", "_last_timestamp"):
+        monkeypatch.setattr(uuid, name, getattr(uuid, name))
+    seen = set()
+    for _ in range(3):
+        random.seed(1)
+        timings, _ = renew.renew(bytes(64))
+        seen.add(random.random())
+    assert len(seen) == 3 and {"random", "numpy", "torch", "openssl", "sqlite", "tempfile", "uuid"} <= set(timings)
+
+
+def test_numpy_with_another_bit_generator_is_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    numpy = pytest.importorskip("numpy")
+    original = numpy.random.get_bit_generator()
+    try:
+        seen = set()
+        for _ in range(3):
+            numpy.random.set_bit_generator(numpy.random.PCG64(1))
+            renew._numpy(os.urandom)
+            assert type(numpy.random.get_bit_generator()) is numpy.random.PCG64
+            seen.add(numpy.random.rand())
+        assert len(seen) == 3
+    finally:
+        numpy.random.set_bit_generator(original)
+
+
+def test_family_that_cannot_be_renewed_stops_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "seed", lambda *_: 1 / 0)
+    with pytest.raises(RuntimeError, match="state of random could not be renewed"):
+        renew.renew(bytes(64))
+
+
+@pytest.mark.torch
+def test_cached_absence_of_a_gpu_is_forgotten() -> None:
+    torch = pytest.importorskip("torch")
+    torch.cuda._cached_device_count = 0
+    assert renew.forget_missing_gpu() == []
+    assert torch.cuda._cached_device_count is None
+
+
+def test_every_family_is_documented() -> None:
+    page = Path(__file__).parents[2] / "docs" / "uniqueness.md"
+    text = page.read_text()
+    assert [name for name in renew._FAMILIES if f"`{name}`" not in text] == []
+
+
+def test_worker_state_is_seen_by_the_hooks_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    from woodfrog.worker import state
+
+    assert (hooks.restored(), hooks.snapshot_id()) == (False, None)
+    monkeypatch.setattr(state, "restored", True)
+    monkeypatch.setattr(state, "snapshot_id", "s-1")
+    assert (hooks.restored(), hooks.snapshot_id()) == (True, "s-1")
+    monkeypatch.delitem(sys.modules, "woodfrog.worker.state")
+    assert (hooks.restored(), hooks.snapshot_id()) == (False, None)
