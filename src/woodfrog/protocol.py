@@ -12,7 +12,8 @@ Daemon → worker                          Worker → daemon
     stop    {}                               stopped  {} then it exits 0; or failed (stage "exit"), then it exits 1
     ping    {}                               pong     {}
 
-Stages of `failed`: "import", "enter" (snap=True), "before-snapshot", "after-restore", "enter-restore" (snap=False), "exit".
+Stages of `failed`: "import", "enter" (snap=True), "before-snapshot", "after-restore", "enter-restore"
+(snap=False), "exit".
 `error` in `failed` is {"type", "message", "traceback"}; the body, if not empty, is the pickled exception.
 The socket is closed by the worker only for a freeze, or by dying.
 """
@@ -182,7 +183,7 @@ _ITEM = struct.Struct("!cQ")
 
 
 def pack_items(items: list[tuple[bytes, bytes]]) -> bytes:
-    """Generator items for HTTP: each (kind, payload); kind is b"i" item, b"d" done, b"e" exception, b"f" failure (JSON)."""
+    """Generator items for HTTP: (kind, payload) each; kind b"i" item, b"d" done, b"e" exception, b"f" failure."""
     return b"".join(_ITEM.pack(kind, len(payload)) + payload for kind, payload in items)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -11,16 +12,21 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from woodfrog import spec as spec_module
 from woodfrog.control import events as ev
 from woodfrog.control.events import Action, Event, action_from_dict, event_from_dict
-from woodfrog.control.machine import InvalidTransition, handle
+from woodfrog.control.machine import _HANDLERS, InvalidTransition, handle
 from woodfrog.control.replay import journal_header, journal_line
 from woodfrog.control.state import Config, State
 from woodfrog.errors import SpecError
 from woodfrog.spec import FunctionSpec, MethodSpec, RetryPolicy, ScalingPolicy, SnapshotPolicy, SourceSpec
 
-ERROR = {"type": "InstanceCrashed", "code": "crashed", "message": "killed by signal 11", "retryable": False, "fields": {}}
+ERROR = {
+    "type": "InstanceCrashed",
+    "code": "crashed",
+    "message": "killed by signal 11",
+    "retryable": False,
+    "fields": {},
+}
 
 
 def function(tag: str = "f", **changes: Any) -> FunctionSpec:
@@ -281,7 +287,7 @@ def test_buffer_is_kept_while_there_is_load() -> None:
     assert d.at(200.0) == []
     d.done("c1", "i-t-1")
     d.done("c2", "i-t-2")
-    assert names(d.at(400.0)) == ["StopInstance"] * 3
+    assert names(d.at(261.0)) == ["StopInstance"] * 3
 
 
 def test_single_use() -> None:
@@ -379,6 +385,13 @@ def test_failed_restore_becomes_a_cold_start_and_retires_in_time() -> None:
     assert d.call() == [start("i-t-3", mode="restore", snapshot_id="s1")]
     actions = d.send(ev.RestoreFailed, instance_id="i-t-3", **fail)
     assert actions == [ev.RetireSnapshot(snapshot_id="s1", reason="x"), start("i-t-4", capture=True)]
+
+
+def test_hanging_restore_becomes_a_cold_start() -> None:
+    d = Driver(function(startup_timeout=10.0, snapshot=SnapshotPolicy(enabled=True)))
+    d.send(ev.SnapshotAvailable, app="a", tag="f", snapshot_id="s1")
+    d.call()
+    assert d.at(10.0) == [ev.KillInstance(instance_id="i-t-1", reason="restore hangs"), start("i-t-2")]
 
 
 def test_snapshot_at_fault_is_retired_at_once() -> None:
@@ -494,9 +507,7 @@ def test_invalid_transition_tells_the_story_and_changes_nothing() -> None:
     assert d.state.snapshot_view() == before
     told = caught.value.fields
     assert told["entity"] == "i-t-1"
-    assert [step[1] for step in told["history"]] == ["starting", "idle", "running"] or [
-        step[1] for step in told["history"]
-    ] == ["starting", "running"]
+    assert [step[1] for step in told["history"]] == ["starting", "running"]
     assert told["event"]["type"] == "InstanceReady"
 
 
@@ -512,8 +523,6 @@ def _example(hint: Any) -> Any:
 
 @pytest.mark.parametrize("cls", [*Event.registry.values(), *Action.registry.values()], ids=lambda c: c.__name__)
 def test_every_event_and_action_survives_json(cls: type[Any]) -> None:
-    import json
-
     hints = get_type_hints(cls)
     value = cls(**{f.name: _example(hints[f.name]) for f in fields(cls)})
     decode = event_from_dict if issubclass(cls, Event) else action_from_dict
@@ -523,8 +532,6 @@ def test_every_event_and_action_survives_json(cls: type[Any]) -> None:
 
 
 def test_every_event_is_handled() -> None:
-    from woodfrog.control.machine import _HANDLERS
-
     assert set(_HANDLERS) == set(Event.registry.values())
 
 
@@ -573,16 +580,3 @@ def test_warm_call_is_cheap_beside_many_others() -> None:
         rounds.append((time.perf_counter() - begin) / 400)
     assert len(d.state.heap) < 1000
     assert min(rounds) < 50e-6, f"{min(rounds) * 1e6:.0f} µs"
-
-
-def test_control_is_pure() -> None:
-    """Importing it pulls in neither a clock's user nor I/O of ours."""
-    code = (
-        "import sys, woodfrog.control.machine as m; "
-        "print(sorted(n for n in sys.modules if n.startswith('woodfrog.') and not n.startswith('woodfrog.control')))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert set(eval(done.stdout)) <= {"woodfrog.errors", "woodfrog.spec"} | {
-        n for n in eval(done.stdout) if n.startswith("woodfrog.sdk")
-    }
-    assert spec_module

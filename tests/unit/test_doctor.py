@@ -16,7 +16,7 @@ from woodfrog import cli
 from woodfrog.cli import doctor
 from woodfrog.errors import DaemonError, HostError
 from woodfrog.linux import requirements
-from woodfrog.linux.requirements import Cgroups, Check, CriuState, Host, demand, failed, judge, probe, probe_criu
+from woodfrog.linux.requirements import Cgroups, Check, CriuState, Host, demand, failed, judge, probe
 
 GOOD = Host(
     system="Linux",
@@ -192,13 +192,23 @@ def test_controllers_are_found_where_their_hierarchy_is() -> None:
     assert pure == Cgroups({"cpuset": 2, "cpu": 2, "memory": 2, "pids": 2}, False)
 
 
-@pytest.mark.parametrize("fields", [{"version": "3.17.1"}, {"version": [3, 17, 1]}])
-def test_an_unusable_criu_is_described_by_the_error_that_names_it(fields: dict[str, Any]) -> None:
-    def find() -> Any:
-        raise HostError("criu 3.17.1 at /usr/sbin/criu is too old", path="/usr/sbin/criu", **fields)
-
-    state = probe_criu(find)
-    assert state == CriuState("/usr/sbin/criu", (3, 17, 1), "criu 3.17.1 at /usr/sbin/criu is too old")
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        ("echo 'Version: 3.17.1'", "3.17.1 at {path} is too old"),
+        ("echo 'vdso: Unexpected rt vDSO area bounds' >&2; exit 1", "Unexpected rt vDSO area bounds"),
+    ],
+)
+def test_an_unusable_criu_is_described_and_its_remedy_given_once(tmp_path: Path, script: str, found: str) -> None:
+    path = tmp_path / "criu"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    for place, text in ((path, found.format(path=path)), (tmp_path / "none", "No such file")):
+        check = only_failure(replace(GOOD, criu=doctor.find_criu(str(place))))
+        assert check.name == "criu"
+        assert text in check.found
+        assert "install CRIU 4.1 or newer" in check.remedy
+        assert "install" not in check.found
 
 
 def test_the_state_directory_is_judged_by_owner_and_mode(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ class SandboxFactory:
         self._wanted = asyncio.Event()
         self._count = 0
         self._all: set[Sandbox] = set()
+        self._bases: dict[RuntimeSpec, tuple[tuple[Path, ...], Path]] = {}
         self._closed = False
         self.package_root = Path(woodfrog.__file__).resolve().parent.parent
 
@@ -131,11 +132,11 @@ class SandboxFactory:
     ) -> None:
         """Give the sandbox its root."""
         settings = self._settings
-        prefixes = self._prefixes(runtime)
+        prefixes, lowest = self._base(runtime)
         lease = sandbox.network
         request = RootRequest(
             scratch=self._scratch,
-            skeleton=make_skeleton(settings.home / "skeletons", self._host, prefixes, settings.worker_uid),
+            skeleton=lowest,
             disk_bytes=(spec.resources.disk_mib << 20) if spec.resources.disk_mib else self._disk_bytes,
             hostname=hostname,
             worker_uid=settings.worker_uid,
@@ -156,6 +157,16 @@ class SandboxFactory:
             network=not spec.block_network,
         )
         await sandbox.assemble(root_plan(request, self._host))
+
+    def _base(self, runtime: RuntimeSpec) -> tuple[tuple[Path, ...], Path]:
+        """What every root for this Python environment shares: its prefixes and the lowest layer."""
+        if runtime not in self._bases:
+            prefixes = self._prefixes(runtime)
+            lowest = make_skeleton(
+                self._settings.home / "skeletons", self._host, prefixes, self._settings.worker_uid
+            )
+            self._bases[runtime] = (prefixes, lowest)
+        return self._bases[runtime]
 
     def _prefixes(self, runtime: RuntimeSpec) -> tuple[Path, ...]:
         """Directories the interpreter needs, at the paths it knows them by and at their real ones."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import signal
 import time
@@ -397,6 +398,7 @@ class LocalBackend:
             sandbox, manifest=manifest, images=path / "img", criu=self._criu, phases=instance.phases
         )
         instance.snapshot_id = manifest.id
+        reseed_kernel_generators()
         with instance.phases("connect"):
             await self._connect(instance, sandbox)
 
@@ -521,7 +523,10 @@ class LocalBackend:
     async def _watch(self, instance: Instance) -> None:
         """Wait for the worker's end; one that was not asked for is reported."""
         assert instance.process is not None
-        status = await instance.process.wait()
+        try:
+            status: int | None = await instance.process.wait()
+        except SandboxError:
+            status = None  # the whole sandbox went
         if instance.stopping is not None:
             return
         error = self._death(instance, status)
@@ -625,6 +630,17 @@ class LocalBackend:
         await self._factory.close()
 
 
+def reseed_kernel_generators() -> None:
+    """Make getrandom's user-space state (vDSO, glibc from 2.41 on) start anew in every process, thawed ones included.
+
+    That state lies in the process's memory and so in the snapshot; the kernel has it refilled whenever its own
+    generator was reseeded since.
+    """
+    with contextlib.suppress(OSError), open("/dev/urandom", "rb", buffering=0) as f:
+        fcntl.ioctl(f, _RNDRESEEDCRNG)
+
+
+_RNDRESEEDCRNG = 0x5207
 _USER_STAGES = frozenset({"importing", "starting"})
 
 

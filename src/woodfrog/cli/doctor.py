@@ -36,7 +36,7 @@ def find_criu(explicit: str) -> CriuState:
         from woodfrog.criu import binary
     except ImportError as e:
         return CriuState(error=f"woodfrog's own part for CRIU cannot be imported: {e}")
-    return probe_criu(lambda: binary.find_criu(Path(explicit) if explicit else None))
+    return probe_criu(lambda: binary.find_criu(Path(explicit) if explicit else None), remedy=binary.REMEDY)
 
 
 def probe_host() -> Host:
@@ -84,7 +84,7 @@ def run_checks(
     try:
         checks.append(judge_daemon(health(), own_version()))
     except WoodfrogError as e:
-        checks.append(Check("daemon", False, False, e.message, "see `woodfrog daemon logs`"))
+        checks.append(Check("daemon", False, False, e.message, str(e.fields.get("remedy") or "")))
     return checks
 
 

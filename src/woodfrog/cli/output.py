@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from woodfrog.errors import DaemonError, HostError, WoodfrogError
 
 if TYPE_CHECKING:
-    from rich.status import Status
+    from rich.live import Live
 
 USER_ERROR = 1
 """The user's function raised."""
@@ -210,7 +210,7 @@ class Progress:
         self._quiet = quiet
         self._terminal = sys.stderr.isatty()
         self._lock = threading.RLock()
-        self._status: Status | None = None
+        self._live: Live | None = None
         self._said = ""
 
     def __enter__(self) -> Progress:
@@ -221,24 +221,29 @@ class Progress:
 
     def say(self, what: str) -> None:
         with self._lock:
-            if self._quiet or (what == self._said and (self._status is not None or not self._terminal)):
+            if self._quiet or (what == self._said and (self._live is not None or not self._terminal)):
                 return
             self._said = what
             if not self._terminal:
                 note(what)
-            elif self._status is not None:
-                self._status.update(what)
             else:
                 from rich.console import Console
+                from rich.live import Live
+                from rich.spinner import Spinner
+                from rich.text import Text
 
-                self._status = Console(stderr=True).status(what)
-                self._status.start()
+                spinner = Spinner("dots", Text(what))
+                if self._live is None:
+                    # What the program prints meanwhile goes around the spinner, unless it goes elsewhere anyway.
+                    self._live = Live(console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty())
+                    self._live.start()
+                self._live.update(spinner)
 
     def clear(self) -> None:
         with self._lock:
-            if self._status is not None:
-                self._status.stop()
-                self._status = None
+            if self._live is not None:
+                self._live.stop()
+                self._live = None
             self._said = "" if self._terminal else self._said
 
     def write(self, line: str, *, error: bool = False) -> None:

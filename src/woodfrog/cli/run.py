@@ -135,7 +135,7 @@ def run(
         with _running(chosen.app) as progress:
             result = _start(chosen, args, kwargs, progress, as_json=as_json)
     except (Exception, SystemExit) as e:
-        if isinstance(e, SystemExit) or (isinstance(e, WoodfrogError) and _remote_text(e) is None):
+        if isinstance(e, SystemExit) or (isinstance(e, WoodfrogError) and not _from_container(e)):
             raise
         show_user_error(e)
         raise typer.Exit(output.USER_ERROR) from None
@@ -251,16 +251,19 @@ class Follower:
             self._progress.clear()
 
 
+def _from_container(error: WoodfrogError) -> bool:
+    """Whether it stands for, or is, an exception of the user's code in a container."""
+    return error.code == "remote-exception" or _remote_text(error) is not None
+
+
 def _remote_text(error: BaseException) -> str | None:
-    """The traceback of the container that an exception came from."""
+    """The traceback of the container that an exception came from: its cause, or a note where it had a cause already."""
     from woodfrog.sdk.payload import RemoteTraceback
 
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, RemoteTraceback):
-            return seen.text
-        seen = seen.__cause__
-    return None
+    if isinstance(error.__cause__, RemoteTraceback):
+        return error.__cause__.text
+    start = "Remote traceback:\n"
+    return next((n.removeprefix(start) for n in getattr(error, "__notes__", ()) if n.startswith(start)), None)
 
 
 def show_user_error(error: BaseException) -> None:

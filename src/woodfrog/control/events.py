@@ -184,8 +184,9 @@ class CallFinished(Event):
 class InstanceStage(Event):
     """A start got further. `"capturing"` and `"restoring"` have meaning, other texts are for people.
 
-    Name another stage (`"enter"`) once user code runs after a restore: a start that hangs in `"capturing"` or
-    `"restoring"` is ours and falls back to a cold start, in any other stage it is the user's and fails the calls.
+    A start of mode `restore` begins in `"restoring"`, and so does what follows a `SnapshotCaptured`. Name another stage
+    (`"enter"`) once user code runs after a restore: a start that hangs in `"capturing"` or `"restoring"` is ours and
+    falls back to a cold start, in any other stage it is the user's and fails the calls.
     """
 
     instance_id: str

@@ -203,9 +203,8 @@ class Journal:
             OutputExpired: it was kept in a file, and that is gone.
         """
         payload = self._body(call_id, "result", "out")
-        if payload.path is None and self._execute(
-            "SELECT 1 FROM calls WHERE id = ? AND finished IS NOT NULL AND result IS NULL", call_id
-        ).fetchone():
+        lost = "SELECT 1 FROM calls WHERE id = ? AND finished IS NOT NULL AND result IS NULL"
+        if payload.path is None and self._execute(lost, call_id).fetchone():
             raise OutputExpired(f"the result of call {call_id} is gone from {self.bodies}", call=call_id)
         return payload
 
@@ -236,8 +235,7 @@ class Journal:
             *values,
         )
         return [
-            CallRow(*r[:10], error=json.loads(r[10]) if r[10] else None, trace=json.loads(r[11]) if r[11] else [])
-            for r in rows
+            CallRow(*(*r[:10], json.loads(r[10]) if r[10] else None, json.loads(r[11]) if r[11] else [])) for r in rows
         ]
 
     def prune(self, before: float) -> list[str]:

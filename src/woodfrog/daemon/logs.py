@@ -106,8 +106,8 @@ class AppLog:
         # One moment for both: what is in the files now is read there, what comes later goes to the follower.
         for path in (self._old, self._path):
             with contextlib.suppress(FileNotFoundError):
-                file = open(path, "rb")
-                files.append((file, os.fstat(file.fileno()).st_size))
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                files.append((os.fdopen(fd, "rb"), os.fstat(fd).st_size))
         if follow:
             self._followers.add(follower)
         try:

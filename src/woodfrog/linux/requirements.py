@@ -107,6 +107,8 @@ class CriuState:
     version: tuple[int, ...] = ()
     error: str = ""
     """Why there is none to use, in one line."""
+    remedy: str = ""
+    """What to do about it; empty = the usual."""
     check: str | None = None
     """What `criu check` complains of; empty = nothing, None = not run."""
 
@@ -370,10 +372,8 @@ def _judge_cgroups(host: Host, add: _Add) -> None:
 
 
 def _judge_criu(host: Host, add: _Add) -> None:
-    oldest = _dotted(OLDEST_CRIU)
-    remedy = (
-        f"install CRIU {oldest} or newer (`make criu` in a clone of woodfrog, or the distribution's package),"
-        " or name one in WOODFROG_CRIU"
+    remedy = host.criu.remedy or (
+        f"install CRIU {_dotted(OLDEST_CRIU)} or newer, or run `make setup`; WOODFROG_CRIU names one elsewhere"
     )
     criu = host.criu
     if criu.version and criu.version[:2] < OLDEST_CRIU:
@@ -427,17 +427,23 @@ class _Criu(Protocol):
     def version(self) -> tuple[int, int, int]: ...
 
 
-def probe_criu(find: Callable[[], _Criu], *, check: bool = True, timeout: float = 30.0) -> CriuState:
+def probe_criu(find: Callable[[], _Criu], *, remedy: str = "", check: bool = True, timeout: float = 30.0) -> CriuState:
     """Find CRIU with `find` and, as root, let it check the kernel (about 50 ms).
 
-    `find` raises a `WoodfrogError` when there is none to use; its fields may carry `path` and `version`.
+    `find` raises a `WoodfrogError` when there is none to use; its fields may carry `path` and `version`, and its
+    message may end in `remedy`.
     """
     try:
         criu = find()
     except WoodfrogError as e:
         raw = e.fields.get("version") or ()
         version = _numbers(raw) if isinstance(raw, str) else tuple(int(n) for n in raw)
-        return CriuState(path=str(e.fields.get("path") or ""), version=version, error=e.message)
+        return CriuState(
+            path=str(e.fields.get("path") or ""),
+            version=version,
+            error=e.message.removesuffix(remedy).rstrip(": "),
+            remedy=remedy,
+        )
     complaint: str | None = None
     if check and os.geteuid() == 0:
         complaint = _criu_check(str(criu.path), timeout)

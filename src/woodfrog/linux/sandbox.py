@@ -300,6 +300,7 @@ class Sandbox:
         self._launcher: subprocess.Popen[bytes] | None = None
         self._loop = asyncio.get_running_loop()
         self._started: asyncio.Future[None] = self._loop.create_future()
+        self._started.add_done_callback(lambda f: f.cancelled() or f.exception())
         self._dead: asyncio.Future[None] = self._loop.create_future()
         self._ready = False
         self._processes: dict[int, SandboxProcess] = {}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
-import threading
 import warnings
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
-from uuid import uuid4
 
 from woodfrog.errors import DaemonError, NotFoundError, SpecError
 from woodfrog.sdk import checks, options, source
@@ -24,6 +23,7 @@ from woodfrog.sdk.secret import Secret
 from woodfrog.sdk.volume import Volume
 
 if TYPE_CHECKING:
+    import threading
     from typing import Unpack
 
     from woodfrog.sdk.client import Client
@@ -373,9 +373,11 @@ class RunningApp:
         if app._running is not None:
             raise SpecError(f"app {app.name or '(unnamed)'} runs already: do not nest app.run() ({checks.caller()})")
         stem = re_name(Path(app._program[1]).stem) if app._program else "app"
-        name = f"{(app.name or stem)[:54]}-{uuid4().hex[:8]}"
+        name = f"{(app.name or stem)[:54]}-{os.urandom(4).hex()}"
         app._running = app._send(name, ephemeral=True)
         if _output:
+            import threading
+
             self._logs = threading.Thread(target=_show, args=app._running, daemon=True, name="woodfrog-output")
             self._logs.start()
         return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
 from collections.abc import Awaitable, Callable, Mapping
@@ -412,11 +413,13 @@ class Obj:
             values = _checked(user_cls.__name__, fields, kwargs)
             # What equals its default is left out, so that both ways of saying the same share containers and snapshots.
             self._kwargs = {k: v for k, v in values.items() if v != fields[k].parameter.default}
-        elif args or kwargs:
-            try:
-                inspect.signature(user_cls).bind(*args, **kwargs)
-            except TypeError as e:
-                raise TypeError(f"{cls.tag}: {e} ({checks.caller()})") from None
+        else:
+            with contextlib.suppress(ValueError):  # Some classes of C code tell no signature.
+                signature = inspect.signature(user_cls)
+                try:
+                    signature.bind(*args, **kwargs)
+                except TypeError as e:
+                    raise TypeError(f"{cls.tag}: {e} ({checks.caller()})") from None
 
     def _pickled(self) -> bytes | None:
         if not self._args and not self._kwargs:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from uuid import uuid4
 
 from woodfrog.sdk import checks
 from woodfrog.spec import VolumeMount
@@ -50,7 +50,7 @@ class Volume:
     @contextmanager
     def ephemeral(cls) -> Iterator[Volume]:
         """A volume for the time of a `with` block, removed with the app that used it."""
-        yield cls(f"ephemeral-{uuid4().hex[:12]}", create=True, is_ephemeral=True)
+        yield cls(f"ephemeral-{os.urandom(6).hex()}", create=True, is_ephemeral=True)
 
     def with_mount_options(self, *, read_only: bool = False) -> Volume:
         """The same volume, mounted read-only or not."""

@@ -1,4 +1,4 @@
-"""The snapshots kept on this machine: found by function key and worker class, committed atomically, verified before use."""
+"""This machine's snapshots: found by function key and worker class, committed atomically, verified before use."""
 
 from __future__ import annotations
 

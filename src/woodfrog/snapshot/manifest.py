@@ -57,7 +57,7 @@ class Manifest:
     files: tuple[FileEntry, ...]
     """Every file of `img/`, `fs/` and `shm/` with its digest, in the order of `catalogue.inventory`."""
     links: dict[str, str] = field(default_factory=dict)
-    """Kind, mode, owner and target by path: of directories, symlinks and devices, and of the files in `fs/` and `shm/`."""
+    """Kind, mode, owner, target: of directories, symlinks and devices, and of the files in `fs/` and `shm/`."""
     external: tuple[str, ...] = ()
     """Files outside the sandbox that are mapped or open: `path|size|mtime_ns`. They must be unchanged at a restore."""
     phases: tuple[str, ...] = ()

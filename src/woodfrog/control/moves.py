@@ -1,0 +1,520 @@
+"""What the machine's decisions are made of: calls, instances, snapshots, scaling, timers.
+
+Each function changes the state, keeps every count right, and adds to `state.out` what the daemon has to do.
+Nothing on the way of a warm call looks at more than its own group.
+"""
+
+from __future__ import annotations
+
+from heapq import heappush
+from typing import Any
+
+from woodfrog.control.events import (
+    FinishCall,
+    KillInstance,
+    Outcome,
+    RetireSnapshot,
+    RunCall,
+    StartInstance,
+    StopInstance,
+)
+from woodfrog.control.state import HISTORY, NEVER, App, Call, Group, Instance, InstanceState, Knowledge, Service, State
+
+Error = dict[str, Any]
+
+
+def note(st: State, entity: Call | Instance, state: str) -> None:
+    history = entity.history
+    history.append((st.now, state, st.event))
+    if len(history) > HISTORY:
+        del history[0]
+
+
+# Calls
+
+
+def enqueue(st: State, call: Call, front: bool = False) -> None:
+    group = call.group
+    if group.idle:
+        run(st, group.idle.popitem()[1], call)
+        if group.service.spec.scaling.buffer_containers:
+            schedule(st, group)
+        return
+    call.state = "queued"
+    note(st, call, "queued")
+    group.queue[call.id] = call
+    if front:
+        group.queue.move_to_end(call.id, last=False)
+    schedule(st, group)
+
+
+def run(st: State, inst: Instance, call: Call) -> None:
+    change(st, inst, "running")
+    inst.call = call
+    call.instance = inst
+    call.state = "running"
+    call.attempts += 1
+    note(st, call, "running")
+    set_deadline(st, inst, st.now + inst.group.service.spec.timeout)
+    st.out.append(RunCall(call_id=call.id, instance_id=inst.id, attempt=call.attempts))
+
+
+def retry_delay(call: Call) -> float | None:
+    """Seconds until the next attempt; None = there is none."""
+    policy = call.group.service.spec.retries
+    if not call.retryable or call.attempts > policy.max_retries:
+        return None
+    try:
+        delay = policy.initial_delay * policy.backoff_coefficient ** (call.attempts - 1)
+    except OverflowError:
+        delay = policy.max_delay
+    return min(delay, policy.max_delay)
+
+
+def fail_call(st: State, call: Call, outcome: Outcome, error: Error | None) -> None:
+    """The call's attempt came to nothing: try again if its policy says so."""
+    delay = retry_delay(call)
+    if delay is None:
+        end_call(st, call, outcome, error)
+    else:
+        retry(st, call, delay)
+
+
+def retry(st: State, call: Call, delay: float) -> None:
+    if delay <= 0:
+        return enqueue(st, call)
+    call.state = "waiting_retry"
+    call.retry_at = st.now + delay
+    note(st, call, "waiting_retry")
+    push(st, call.retry_at, "call", (call.id,))
+
+
+def end_call(st: State, call: Call, outcome: Outcome, error: Error | None) -> None:
+    """The one place where a call ends. Its instance, if any, is the caller's to deal with."""
+    group = call.group
+    group.queue.pop(call.id, None)
+    if call.instance is not None:
+        call.instance.call = None
+        call.instance = None
+    del st.calls[call.id]
+    group.calls -= 1
+    group.service.calls -= 1
+    remember(st, call.id, outcome)
+    st.out.append(FinishCall(call_id=call.id, outcome=outcome, error=error))
+
+
+def remember(st: State, call_id: str, outcome: Outcome) -> None:
+    st.finished[call_id] = outcome
+    if len(st.finished) > st.config.keep_finished:
+        st.finished.popitem(last=False)
+
+
+# Instances
+
+
+def change(st: State, inst: Instance, state: InstanceState | None) -> None:
+    """Change an instance's state and every count that depends on it; None = gone."""
+    group, service = inst.group, inst.group.service
+    if inst.state in ("starting", "capturing"):
+        group.starting -= 1
+        st.cold_starting -= inst.mode == "cold"
+    elif inst.state == "idle":
+        group.idle.pop(inst.id, None)
+        st.idle.pop(inst.id, None)
+    elif inst.state == "running":
+        group.running -= 1
+    else:
+        group.stopping -= 1
+        service.stopping -= 1
+        st.stopping -= 1
+    note(st, inst, state or "gone")
+    inst.since = st.now
+    if state is None:
+        return
+    inst.state = state
+    if state in ("starting", "capturing"):
+        group.starting += 1
+        st.cold_starting += inst.mode == "cold"
+    elif state == "idle":
+        group.idle[inst.id] = st.idle[inst.id] = inst
+    elif state == "running":
+        group.running += 1
+    else:
+        group.stopping += 1
+        service.stopping += 1
+        st.stopping += 1
+
+
+def can_restore(st: State, group: Group) -> bool:
+    service = group.service
+    if not service.spec.snapshot.enabled or group.force_cold:
+        return False
+    return st.knows(service, group.digest).snapshot_id is not None
+
+
+def can_start(st: State, group: Group) -> bool:
+    """Whether the limits allow one more instance."""
+    service = group.service
+    limit = service.spec.scaling.max_containers
+    if len(st.instances) >= st.config.max_instances or (limit is not None and service.instances >= limit):
+        return False
+    return st.cold_starting < st.config.max_starting or can_restore(st, group)
+
+
+def start(st: State, group: Group) -> bool:
+    """Start one more instance, unless a limit forbids it."""
+    if not can_start(st, group):
+        return False
+    service = group.service
+    knowledge = st.knows(service, group.digest)
+    enabled = service.spec.snapshot.enabled
+    restore = can_restore(st, group)
+    if group.force_cold:
+        group.force_cold -= 1
+    capture = enabled and service.active and not restore and capture_due(knowledge)
+    st.counter += 1
+    inst = Instance(
+        id=f"i-{st.run}-{st.counter}",
+        group=group,
+        mode="restore" if restore else "cold",
+        snapshot_id=knowledge.snapshot_id if restore else None,
+        capture=capture,
+        started_at=st.now,
+        since=st.now,
+        born=st.seq,
+        stage="restoring" if restore else "",
+    )
+    if capture:
+        knowledge.capturer = inst.id
+    st.instances[inst.id] = group.instances[inst.id] = inst
+    service.instances += 1
+    group.starting += 1
+    st.cold_starting += not restore
+    if group.starved_since != NEVER:
+        group.starved_since = st.now
+    note(st, inst, "starting")
+    set_deadline(st, inst, st.now + service.spec.startup_timeout)
+    st.out.append(
+        StartInstance(
+            instance_id=inst.id,
+            service_id=service.id,
+            params_digest=group.digest,
+            mode=inst.mode,
+            snapshot_id=inst.snapshot_id,
+            capture=capture,
+        )
+    )
+    return True
+
+
+def serve(st: State, inst: Instance) -> None:
+    """An instance is free: give it the next call, or rest, or go."""
+    group = inst.group
+    service = group.service
+    if st.shutting_down:
+        return stop(st, inst, "daemon stops")
+    if inst.served and service.spec.scaling.single_use:
+        stop(st, inst, "single use")
+        return schedule(st, group)
+    if group.queue:
+        if st.starved and should_yield(st, group):
+            stop(st, inst, "makes room for another function")
+            return schedule(st, group)
+        return run(st, inst, group.queue.popitem(last=False)[1])
+    if not service.active:
+        return stop(st, inst, "newer version")
+    change(st, inst, "idle")
+    set_deadline(st, inst, st.now + service.spec.scaling.scaledown_window)
+    if st.starved:
+        st.freed = True
+
+
+def stop(st: State, inst: Instance, reason: str) -> None:
+    change(st, inst, "stopping")
+    inst.reason = reason
+    set_deadline(st, inst, st.now + st.config.stop_grace)
+    st.out.append(StopInstance(instance_id=inst.id, reason=reason, graceful=True))
+
+
+def kill(st: State, inst: Instance, reason: str) -> None:
+    if inst.killed:
+        return
+    inst.killed = True
+    inst.reason = reason
+    inst.deadline = NEVER
+    change(st, inst, "stopping")
+    st.freed = True
+    st.out.append(KillInstance(instance_id=inst.id, reason=reason))
+
+
+def dismiss(st: State, inst: Instance, reason: str) -> None:
+    """Let it go in the way that fits its state."""
+    if inst.state == "idle":
+        stop(st, inst, reason)
+    elif inst.state != "stopping":
+        kill(st, inst, reason)
+
+
+def gone(st: State, inst: Instance) -> None:
+    """It does not exist any more. Follow with `after_loss` once the causes are dealt with."""
+    group = inst.group
+    change(st, inst, None)
+    del st.instances[inst.id]
+    del group.instances[inst.id]
+    group.service.instances -= 1
+    st.freed = True
+
+
+def after_loss(st: State, inst: Instance) -> None:
+    group = inst.group
+    service = group.service
+    knowledge = st.knows(service, group.digest)
+    if knowledge.capturer == inst.id:
+        knowledge.capturer = None
+        schedule_key(st, service.key, group.digest)
+    schedule(st, group)
+    tidy(st, group)
+
+
+def start_broke(st: State, inst: Instance, error: Error, user_fault: bool) -> None:
+    """A start failed. The user's fault fails all calls that wait for this group; ours is tried again first."""
+    group = inst.group
+    config = st.config
+    if inst.born > group.failure_seq:
+        group.start_failures += 1
+        group.failure_seq = st.seq
+    exponent = min(group.start_failures - 1, 30)
+    group.hold_spares = st.now + min(config.start_backoff * 2.0**exponent, config.max_backoff)
+    push(st, group.hold_spares, "group", group.key)
+    give_up = user_fault or group.start_failures >= config.start_attempts
+    if not user_fault:
+        exponent = min(exponent, config.start_attempts - 1)
+        group.hold_calls = st.now + min(config.start_backoff * 2.0**exponent, config.max_backoff)
+        push(st, group.hold_calls, "group", group.key)
+    if not give_up:
+        return
+    group.capture_wanted = False
+    waiting = list(group.queue.values())
+    group.queue.clear()
+    for call in waiting:
+        call.attempts += 1
+        fail_call(st, call, "failure", error)
+
+
+def tidy(st: State, group: Group) -> None:
+    """Forget a group that nothing is left of, and its service if that has drained."""
+    service = group.service
+    if group.calls or group.instances or group.capture_wanted:
+        return
+    if group.digest or not service.active:
+        service.groups.pop(group.digest, None)
+        st.starved.pop(group.key, None)
+    tidy_service(st, service)
+
+
+def tidy_service(st: State, service: Service) -> None:
+    if service.active or service.calls or service.instances:
+        return
+    app = st.apps.get(service.app)
+    if app is None or app.services.pop(service.id, None) is None:
+        return
+    del st.services[service.id]
+    if not any(s.key == service.key for s in st.services.values()):
+        del st.knowledge[service.key]
+    tidy_app(st, app)
+
+
+def tidy_app(st: State, app: App) -> None:
+    if app.stopped and not app.services:
+        st.apps.pop(app.name, None)
+
+
+# Snapshots
+
+
+def capture_due(knowledge: Knowledge) -> bool:
+    return knowledge.snapshot_id is None and knowledge.capturer is None and not knowledge.gave_up
+
+
+def learn(st: State, service: Service, digest: str, snapshot_id: str) -> None:
+    knowledge = st.knows(service, digest)
+    if knowledge.snapshot_id != snapshot_id:
+        knowledge.snapshot_id = snapshot_id
+        knowledge.failures = 0
+
+
+def attempt_failed(st: State, knowledge: Knowledge, reason: str) -> None:
+    knowledge.attempts += 1
+    knowledge.reason = reason
+    if knowledge.attempts >= st.config.capture_attempts:
+        knowledge.gave_up = True
+
+
+def capture_broke(st: State, inst: Instance, reason: str) -> None:
+    service, digest = inst.group.service, inst.group.digest
+    knowledge = st.knows(service, digest)
+    if knowledge.capturer == inst.id:
+        knowledge.capturer = None
+        inst.capture = False
+        attempt_failed(st, knowledge, reason)
+        schedule_key(st, service.key, digest)
+
+
+def restore_broke(st: State, inst: Instance, reason: str, at_fault: bool) -> None:
+    """Count it against the snapshot, and let the start in its place be a cold one."""
+    group = inst.group
+    knowledge = st.knows(group.service, group.digest)
+    if inst.state != "stopping":
+        group.force_cold += 1
+    if inst.snapshot_id is None or knowledge.snapshot_id != inst.snapshot_id:
+        return
+    knowledge.failures += 1
+    knowledge.reason = reason
+    if at_fault or knowledge.failures >= st.config.snapshot_failures:
+        st.out.append(RetireSnapshot(snapshot_id=inst.snapshot_id, reason=reason))
+        knowledge.snapshot_id = None
+        knowledge.failures = 0
+        attempt_failed(st, knowledge, reason)
+
+
+def schedule_key(st: State, key: str, digest: str) -> None:
+    """What is known of a snapshot changed: that may let starts go ahead in every service of the key."""
+    for service in [s for s in st.services.values() if s.key == key]:
+        group = service.groups.get(digest)
+        if group is not None:
+            schedule(st, group)
+
+
+# Scaling
+
+
+def target(st: State, group: Group) -> int:
+    """How many instances the group should have, limits aside."""
+    service = group.service
+    load = len(group.queue) + group.running
+    if not service.active or group.digest:
+        return load
+    policy = service.spec.scaling
+    if policy.buffer_containers and (load or st.now - group.last_load < policy.scaledown_window):
+        load += policy.buffer_containers
+    return max(load, policy.min_containers)
+
+
+def floor(group: Group) -> int:
+    service = group.service
+    return service.spec.scaling.min_containers if service.active and not group.digest else 0
+
+
+def wanted(st: State, group: Group) -> tuple[int, int]:
+    """Starts that someone waits for, and starts to have some in reserve."""
+    if st.shutting_down:
+        return 0, 0
+    urgent = len(group.queue) - group.starting if st.now >= group.hold_calls else 0
+    urgent = max(urgent, 0)
+    if st.now < group.hold_spares:
+        return urgent, 0
+    if group.capture_wanted:
+        knowledge = st.knows(group.service, group.digest)
+        if knowledge.snapshot_id is not None or knowledge.gave_up:
+            group.capture_wanted = False
+        elif knowledge.capturer is None:
+            urgent = max(urgent, 1)
+    return urgent, max(target(st, group) - group.live - urgent, 0)
+
+
+def schedule(st: State, group: Group) -> None:
+    """Start what the group needs, as far as the limits allow; the rest waits in `starved` for `feed`."""
+    urgent, spare = wanted(st, group)
+    if st.starved:
+        # Others wait too: who comes first is not for this group to say.
+        st.freed = st.freed or bool((urgent or spare) and can_start(st, group))
+    else:
+        while urgent and start(st, group):
+            urgent -= 1
+        while spare and not urgent and start(st, group):
+            spare -= 1
+    if urgent:
+        make_room(st, group, urgent)
+    mark_starved(st, group, urgent, spare)
+
+
+def mark_starved(st: State, group: Group, urgent: int, spare: int) -> None:
+    if urgent or spare:
+        st.starved.setdefault(group.key, group)
+        if not urgent:
+            group.starved_since = NEVER
+        elif group.starved_since == NEVER:
+            group.starved_since = st.now
+    else:
+        st.starved.pop(group.key, None)
+        group.starved_since = NEVER
+        group.force_cold = 0
+
+
+def feed(st: State) -> None:
+    """Room was made: groups with the fewest instances come first, those with waiting calls before mere reserves."""
+    st.freed = False
+    for reserves in (False, True):
+        pending = list(st.starved.values())
+        while pending and len(st.instances) < st.config.max_instances:
+            group = min(pending, key=lambda g: g.live)
+            if not wanted(st, group)[reserves] or not start(st, group):
+                pending.remove(group)
+    for group in list(st.starved.values()):
+        urgent, spare = wanted(st, group)
+        if urgent:
+            make_room(st, group, urgent)
+        mark_starved(st, group, urgent, spare)
+    st.freed = False
+
+
+def make_room(st: State, group: Group, urgent: int) -> None:
+    """Stop idle instances of others where a limit on instances keeps calls waiting."""
+    service = group.service
+    limit = service.spec.scaling.max_containers
+    if limit is not None and service.instances >= limit:
+        while service.stopping < urgent:
+            idle = [next(iter(g.idle.values())) for g in service.groups.values() if g.idle]
+            if not idle:
+                return
+            stop(st, min(idle, key=lambda i: i.since), "makes room for other parameters")
+    elif len(st.instances) >= st.config.max_instances:
+        while st.stopping < urgent and st.idle:
+            # Oldest first; those that `min_containers` asks for only when there is no other.
+            spare = (i for i in st.idle.values() if i.group.live > floor(i.group))
+            stop(st, next(spare, None) or next(iter(st.idle.values())), "makes room for another function")
+
+
+def should_yield(st: State, group: Group) -> bool:
+    """Whether a group with calls of its own is to give up an instance to one that a limit starves."""
+    if st.now < st.yield_at:
+        return False
+    st.yield_at = st.now + min(1.0, st.config.give_way)
+    for other in st.starved.values():
+        if other is group or st.now - other.starved_since < st.config.give_way:
+            continue
+        if other.live and other.live + 1 >= group.live:
+            continue
+        limit = other.service.spec.scaling.max_containers
+        if limit is not None and other.service.instances >= limit:
+            if other.service is group.service and not group.service.stopping:
+                return True
+        elif len(st.instances) >= st.config.max_instances and not st.stopping:
+            return True
+    return False
+
+
+# Timers
+
+
+def push(st: State, time: float, kind: str, ident: tuple[str, ...]) -> None:
+    st.heap_seq += 1
+    heappush(st.heap, (time, st.heap_seq, kind, ident))
+
+
+def set_deadline(st: State, inst: Instance, time: float) -> None:
+    """Move an instance's deadline. A later one leaves the heap alone, so that warm calls do not fill it."""
+    inst.deadline = time
+    if time < inst.armed:
+        inst.armed = time
+        push(st, time, "instance", (inst.id,))

@@ -1,0 +1,295 @@
+"""What there is to know about a tree of processes before CRIU touches it: read from /proc, nothing is changed."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from woodfrog.linux import procfs
+
+__all__ = ["Connection", "Descriptor", "ExternalFile", "Task", "Tree", "host_path", "inspect_tree", "parse_inet", "task_alive"]
+
+PRIVATE_KINDS = frozenset({"overlay", "tmpfs", "ramfs", "proc", "sysfs", "devpts", "mqueue", "cgroup", "cgroup2", "devtmpfs"})
+"""File systems of the sandbox itself: what lies on them is in the snapshot, or made anew."""
+NAMESPACES = ("ipc", "mnt", "net", "pid", "user", "uts")
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """An open descriptor. `target` is what its link says; `deleted` files have no path any more."""
+
+    number: int
+    target: str
+    deleted: bool = False
+    device: tuple[int, int] | None = None
+    """Major and minor number of a character or block device."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalFile:
+    """A file outside the sandbox's own layers that a restore needs unchanged. `path` is the host's."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One process of the tree. `pid` is the host's, `inner_pid` the sandbox's."""
+
+    pid: int
+    inner_pid: int
+    name: str
+    state: str
+    start_ticks: int
+    uid: int = 0
+    tracer: int = 0
+    threads: int = 1
+    max_thread: int = 0
+    """The highest inner pid among its threads."""
+    descriptors: tuple[Descriptor, ...] = ()
+    special_maps: tuple[str, ...] = ()
+    """Names of mapped devices, rings and System V segments."""
+    foreign_namespaces: tuple[str, ...] = ()
+    """Kinds of namespaces in which it differs from the root of the tree."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A TCP socket of the tree that is not merely listening. Addresses as `host:port`."""
+
+    local: str
+    remote: str
+    inside: bool
+    """Both ends are in the sandbox."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """The processes that a snapshot would hold, the first being the root, and what surrounds them."""
+
+    tasks: tuple[Task, ...]
+    strays: tuple[Task, ...] = ()
+    """Processes of the sandbox that are not below the root: they would be lost."""
+    connections: tuple[Connection, ...] = ()
+    files: tuple[ExternalFile, ...] = ()
+
+
+def host_path(
+    path: str, inside: tuple[procfs.MountEntry, ...], outside: tuple[procfs.MountEntry, ...]
+) -> str | None:
+    """Where a path of the sandbox lies on the host; None when it is on a file system of the sandbox's own.
+
+    Args:
+        inside, outside: the mount tables of the sandbox and of the host, in the kernel's order.
+    """
+    mount = _covering(path, inside)
+    if mount is None or mount.kind in PRIVATE_KINDS:
+        return None
+    within = _join(mount.root, path[len(mount.target.rstrip("/")) :])
+    best: procfs.MountEntry | None = None
+    for other in outside:
+        covers = other.device == mount.device and _is_below(within, other.root)
+        if covers and (best is None or len(other.root) > len(best.root)):
+            best = other
+    if best is None:
+        return path
+    return _join(best.target, within[len(best.root.rstrip("/")) :])
+
+
+def _is_below(path: str, directory: str) -> bool:
+    return directory == "/" or path == directory or path.startswith(directory.rstrip("/") + "/")
+
+
+def _join(directory: str, rest: str) -> str:
+    return directory.rstrip("/") + ("/" + rest.lstrip("/") if rest.strip("/") else "") or "/"
+
+
+def _covering(path: str, mounts: tuple[procfs.MountEntry, ...]) -> procfs.MountEntry | None:
+    best: procfs.MountEntry | None = None
+    for mount in mounts:
+        # Of two at one place the later one covers the earlier.
+        if _is_below(path, mount.target) and (best is None or len(mount.target) >= len(best.target)):
+            best = mount
+    return best
+
+
+def _address(text: str) -> tuple[bytes, int]:
+    raw, _, port = text.partition(":")
+    words = [bytes.fromhex(raw[i : i + 8])[::-1] for i in range(0, len(raw), 8)]
+    address = b"".join(words)
+    if len(address) == 16 and address.startswith(bytes(10) + b"\xff\xff"):
+        address = address[12:]
+    return address, int(port, 16)
+
+
+def _show(address: bytes, port: int) -> str:
+    if len(address) == 4:
+        return f"{'.'.join(map(str, address))}:{port}"
+    groups = ":".join(address[i : i + 2].hex().lstrip("0") or "0" for i in range(0, 16, 2))
+    return f"[{groups}]:{port}"
+
+
+def _loopback(address: bytes) -> bool:
+    return address[:1] == b"\x7f" if len(address) == 4 else address == bytes(15) + b"\x01"
+
+
+def parse_inet(text: str, inodes: frozenset[int]) -> tuple[Connection, ...]:
+    """The connections in a /proc/PID/net/tcp or tcp6 table whose socket is one of `inodes`."""
+    found = []
+    for line in text.splitlines()[1:]:
+        fields = line.split()
+        if len(fields) < 10:
+            continue
+        state, inode = int(fields[3], 16), int(fields[9])
+        # Listening (10) and closed (7) sockets have nobody at the other end.
+        if state in (7, 10) or inode not in inodes:
+            continue
+        local, remote = _address(fields[1]), _address(fields[2])
+        inside = _loopback(remote[0]) or local[0] == remote[0]
+        found.append(Connection(_show(*local), _show(*remote), inside))
+    return tuple(found)
+
+
+def _descriptors(pid: int) -> tuple[Descriptor, ...]:
+    found = []
+    for number, target in sorted(procfs.descriptors(pid).items()):
+        device = None
+        if target.startswith("/dev/"):
+            try:
+                info = os.stat(f"/proc/{pid}/fd/{number}")
+            except OSError:
+                continue
+            if stat.S_ISCHR(info.st_mode) or stat.S_ISBLK(info.st_mode):
+                device = (os.major(info.st_rdev), os.minor(info.st_rdev))
+        deleted = target.startswith("/") and target.endswith(" (deleted)")
+        found.append(Descriptor(number, target.removesuffix(" (deleted)") if deleted else target, deleted, device))
+    return tuple(found)
+
+
+def _status_number(pid: int, key: str) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
+        if line.startswith(key):
+            return int(line.split()[1])
+    return 0
+
+
+def _namespaces(pid: int) -> dict[str, str]:
+    return {kind: os.readlink(f"/proc/{pid}/ns/{kind}") for kind in NAMESPACES}
+
+
+def _special(entry: procfs.MapEntry) -> bool:
+    path = entry.path
+    return path.startswith(("/SYSV", "anon_inode:", "/dev/")) and not path.startswith(("/dev/zero", "/dev/shm/"))
+
+
+def _max_thread(pid: int) -> int:
+    highest = 0
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        for line in Path(f"/proc/{pid}/task/{thread}/status").read_text(errors="replace").splitlines():
+            if line.startswith("NSpid:"):
+                highest = max(highest, int(line.split()[-1]))
+                break
+    return highest
+
+
+def _task(pid: int, root_namespaces: dict[str, str], maps: tuple[procfs.MapEntry, ...]) -> Task:
+    status = procfs.status(pid)
+    current = procfs.stat(pid)
+    if status.state == "Z":
+        return Task(pid, status.ns_pids[-1], status.name, "Z", current.start_ticks, status.uids[0])
+    own = _namespaces(pid)
+    return Task(
+        pid=pid,
+        inner_pid=status.ns_pids[-1],
+        name=status.name,
+        state=status.state,
+        start_ticks=current.start_ticks,
+        uid=status.uids[0],
+        tracer=_status_number(pid, "TracerPid:"),
+        threads=status.threads,
+        max_thread=_max_thread(pid),
+        descriptors=_descriptors(pid),
+        special_maps=tuple(sorted({m.path for m in maps if _special(m)})),
+        foreign_namespaces=tuple(k for k in NAMESPACES if own[k] != root_namespaces[k]),
+    )
+
+
+def _external_files(
+    tasks: tuple[Task, ...], maps: dict[int, tuple[procfs.MapEntry, ...]], init_pid: int
+) -> tuple[ExternalFile, ...]:
+    paths: set[str] = set()
+    for task in tasks:
+        paths |= {m.path for m in maps.get(task.pid, ()) if m.path.startswith("/") and m.inode and m.device != (0, 0)}
+        paths |= {d.target for d in task.descriptors if d.target.startswith("/") and not d.deleted and d.device is None}
+    inside, outside = procfs.mountinfo(init_pid), procfs.mountinfo(os.getpid())
+    found = []
+    for path in sorted(paths):
+        # Deleted and replaced files are CRIU's to capture.
+        if path.endswith(" (deleted)") or (outer := host_path(path, inside, outside)) is None:
+            continue
+        try:
+            info = os.stat(f"/proc/{init_pid}/root{path}")
+        except OSError:
+            continue
+        if stat.S_ISREG(info.st_mode):
+            found.append(ExternalFile(outer, info.st_size, info.st_mtime_ns))
+    return tuple(found)
+
+
+def inspect_tree(root_pid: int, init_pid: int) -> Tree:
+    """Look at the tree of `root_pid` in the sandbox of `init_pid`; both are the host's pids.
+
+    Raises:
+        ProcessLookupError: the root is gone.
+    """
+    namespaces = _namespaces(root_pid)
+    tasks: list[Task] = []
+    maps: dict[int, tuple[procfs.MapEntry, ...]] = {}
+    pids = procfs.tree(root_pid)
+    for pid in pids:
+        try:
+            maps[pid] = procfs.maps(pid)
+            tasks.append(_task(pid, namespaces, maps[pid]))
+        except (FileNotFoundError, ProcessLookupError):
+            if pid == root_pid:
+                raise ProcessLookupError(f"no process {pid}") from None
+    known = {init_pid, *pids}
+    strays: list[Task] = []
+    for pid in procfs.tree(init_pid):
+        if pid not in known:
+            try:
+                stray = procfs.status(pid)
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if stray.state != "Z":
+                strays.append(Task(pid, stray.ns_pids[-1], stray.name, stray.state, 0))
+    sockets = frozenset(
+        int(d.target[8:-1]) for t in tasks for d in t.descriptors if d.target.startswith("socket:[")
+    )
+    connections: tuple[Connection, ...] = ()
+    if sockets:
+        for table in ("tcp", "tcp6"):
+            try:
+                text = Path(f"/proc/{root_pid}/net/{table}").read_text()
+            except FileNotFoundError:
+                continue  # a kernel without IPv6
+            connections += parse_inet(text, sockets)
+    everything = tuple(tasks)
+    return Tree(everything, tuple(strays), connections, _external_files(everything, maps, init_pid))
+
+
+def task_alive(task: Task) -> bool:
+    """Whether this very process still runs as it did: not dead, and stopped or traced only if it was before."""
+    try:
+        now = procfs.stat(task.pid)
+        if now.start_ticks != task.start_ticks:
+            return False
+        if task.state == "Z" or now.state == "Z":
+            return task.state == now.state
+        return (now.state not in "TtX" or task.state in "Tt") and _status_number(task.pid, "TracerPid:") == task.tracer
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,0 +1,234 @@
+"""What to do about a tree, as pure decisions: refuse it by name, or the command lines and what to remember."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from woodfrog.criu.options import Dump, Restore, Tcp
+from woodfrog.engine.inspect import Descriptor, Task, Tree
+
+__all__ = [
+    "FACTS",
+    "IMAGES",
+    "REFUSALS",
+    "WORK",
+    "Facts",
+    "Refusal",
+    "dump_plan",
+    "facts_of",
+    "parse_facts",
+    "refuse",
+    "restore_plan",
+    "warnings",
+]
+
+IMAGES = "/run/woodfrog/img"
+"""Where the image directory is bound inside the sandbox."""
+WORK = "/run/woodfrog/criu"
+"""The sandbox's own scratch for CRIU: log and statistics of a restore."""
+CACHE = "/run/criu"
+"""CRIU's kernel-feature cache, shared by all sandboxes."""
+FACTS = "engine.json"
+"""What a restore must know of the dump, beside the images."""
+IRMAP_PATHS = ("/tmp", "/home/woodfrog", "/var/tmp", "/run", "/dev/shm", "/app")
+"""Where the watched files of inotify are looked for: an overlay cannot open a file by its handle."""
+
+ANON_INODES = frozenset(
+    f"anon_inode:{name}"
+    for name in (
+        "[eventfd]", "[eventpoll]", "[signalfd]", "[timerfd]", "inotify", "[inotify]", "[fanotify]", "[pidfd]", "pidfd",
+    )
+)  # fmt: skip
+"""The anonymous kinds that CRIU captures."""
+HARMLESS_MAJORS = frozenset({1, 5, *range(136, 144)})
+"""Memory devices (null, zero, random), terminals' own device and ptmx, pseudo-terminals."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a tree is not dumped. `cause` names the process; `code` is one of `REFUSALS`."""
+
+    code: str
+    cause: str
+    remedy: str
+
+
+REFUSALS: dict[str, tuple[str, str]] = {
+    "stray-process": (
+        "a process in the sandbox is no descendant of the worker's any more (a daemon that detached itself), and would be lost",
+        "start it in the foreground with subprocess.Popen, or after the snapshot",
+    ),
+    "io-uring": (
+        "a process holds an io_uring, which CRIU cannot capture",
+        "turn io_uring off in that library, or open it after the snapshot (enter(snap=False))",
+    ),
+    "gpu-device": (
+        "a process holds a GPU device, which CRIU cannot capture",
+        "do not touch the GPU before the snapshot: move the model to it in enter(snap=False); check children left by fork too",
+    ),
+    "device": (
+        "a process holds a device, which CRIU cannot capture",
+        "open it after the snapshot (enter(snap=False)), or close it in a register_before_snapshot hook",
+    ),
+    "descriptor-kind": (
+        "a process holds a descriptor of a kind CRIU cannot capture",
+        "open it after the snapshot (enter(snap=False)), or close it in a register_before_snapshot hook",
+    ),
+    "sysv-shm": (
+        "a process uses System V shared memory (shmget), which is not captured",
+        "use POSIX shared memory (multiprocessing.shared_memory), or attach it after the snapshot",
+    ),
+    "traced": (
+        "a process is being traced (strace, gdb, a debugger), so that CRIU cannot stop it",
+        "detach the tracer; the next capture will be tried anew",
+    ),
+    "nested-namespace": (
+        "a process runs in namespaces of its own (a browser's or another sandbox)",
+        "start it after the snapshot, or turn its sandbox off (for example chromium --no-sandbox)",
+    ),
+}
+"""What the engine refuses before CRIU is started: cause and remedy by code."""
+
+
+def _named(task: Task) -> str:
+    return f"process {task.inner_pid} ({task.name})"
+
+
+def _refusal(code: str, task: Task, what: str = "") -> Refusal:
+    cause, remedy = REFUSALS[code]
+    return Refusal(code, f"{_named(task)}{f', {what}' if what else ''}: {cause}", remedy)
+
+
+def _refused_descriptor(d: Descriptor) -> str:
+    if "io_uring" in d.target:
+        return "io-uring"
+    if d.device is not None and (d.target.startswith("/dev/nvidia") or d.device[0] == 195):
+        return "gpu-device"
+    if d.device is not None and d.device[0] not in HARMLESS_MAJORS:
+        return "device"
+    if d.target.startswith("anon_inode:") and d.target not in ANON_INODES:
+        return "descriptor-kind"
+    return ""
+
+
+def _refused_map(name: str) -> str:
+    if name.startswith("/SYSV"):
+        return "sysv-shm"
+    if "io_uring" in name:
+        return "io-uring"
+    if name.startswith("/dev/nvidia"):
+        return "gpu-device"
+    # CRIU knows asynchronous I/O rings by another name; the rest of the anonymous kinds cannot be mapped again.
+    return "device" if name.startswith("/dev/") else "descriptor-kind"
+
+
+def refuse(tree: Tree) -> Refusal | None:
+    """The first thing in the tree that CRIU cannot capture, or would capture wrongly."""
+    for task in tree.tasks:
+        if task.tracer:
+            return _refusal("traced", task, f"traced by {task.tracer}")
+        if task.foreign_namespaces:
+            return _refusal("nested-namespace", task, f"own {', '.join(task.foreign_namespaces)}")
+        for d in task.descriptors:
+            if code := _refused_descriptor(d):
+                return _refusal(code, task, f"descriptor {d.number}, {d.target}")
+        for name in task.special_maps:
+            return _refusal(_refused_map(name), task, f"mapped {name}")
+    return _refusal("stray-process", tree.strays[0]) if tree.strays else None
+
+
+def _tcp(tree: Tree) -> Tcp:
+    if not tree.connections:
+        return "none"
+    return "established" if all(c.inside for c in tree.connections) else "close"
+
+
+def warnings(tree: Tree) -> tuple[str, ...]:
+    """What of the tree a snapshot will not keep, one line each."""
+    if _tcp(tree) != "close":
+        return ()
+    outside = [c for c in tree.connections if not c.inside]
+    inside = len(tree.connections) - len(outside)
+    also = f", and so will {inside} within the sandbox" if inside else ""
+    return (
+        f"{len(outside)} TCP connection{'s' * (len(outside) > 1)} to the outside (first: {outside[0].remote}) will be closed"
+        f" after the restore{also}: close connections in a register_before_snapshot hook",
+    )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a restore must know of the dump.
+
+    Args:
+        root_pid, max_pid: pids inside the sandbox: the root, and the highest of any thread.
+        monotonic_ns: the processes' monotonic clock at the dump.
+    """
+
+    root_pid: int
+    max_pid: int
+    tasks: int
+    tcp: Tcp
+    monotonic_ns: int
+    criu: str
+    format: int = 1
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+def parse_facts(text: str) -> Facts:
+    """Read what `Facts.to_json` wrote.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    data = json.loads(text)
+    if not isinstance(data, dict) or data.get("format") != 1:
+        raise ValueError("not an engine.json of format 1")
+    try:
+        facts = Facts(**data)
+    except TypeError as e:
+        raise ValueError(str(e)) from None
+    if facts.tcp not in ("none", "established", "close"):
+        raise ValueError(f"tcp {facts.tcp!r}")
+    return facts
+
+
+def facts_of(tree: Tree, *, monotonic_ns: int, criu: str) -> Facts:
+    return Facts(
+        root_pid=tree.tasks[0].inner_pid,
+        max_pid=max(max(t.inner_pid, t.max_thread) for t in tree.tasks),
+        tasks=len(tree.tasks),
+        tcp=_tcp(tree),
+        monotonic_ns=monotonic_ns,
+        criu=criu,
+    )
+
+
+def dump_plan(tree: Tree) -> Dump:
+    """How to dump a tree that is not refused."""
+    watches = any("inotify" in d.target for t in tree.tasks for d in t.descriptors)
+    return Dump(
+        pid=tree.tasks[0].inner_pid,
+        images=IMAGES,
+        log="dump.log",
+        tcp=_tcp(tree),
+        irmap_paths=IRMAP_PATHS if watches else (),
+    )
+
+
+def restore_plan(facts: Facts, *, monotonic_ns: int) -> Restore:
+    """How to restore. `monotonic_ns` is the sandbox's clock now.
+
+    A monotonic clock that ran backwards would stop timers for as long as the machine had been up. One that jumps ahead is what
+    a suspended machine does to its programs too, and is left alone: a time namespace costs a millisecond.
+    """
+    return Restore(
+        images=IMAGES,
+        work=WORK,
+        log="restore.log",
+        tcp=facts.tcp,
+        new_clock=monotonic_ns < facts.monotonic_ns,
+    )

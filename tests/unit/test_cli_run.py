@@ -1,0 +1,309 @@
+"""`woodfrog run` and `woodfrog deploy`: what is chosen in a program, what is sent, what is shown."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+from typer.testing import CliRunner, Result
+
+from fake_daemon import Answer, Daemon, Request, private_home, serving
+from woodfrog import cli
+from woodfrog.errors import FunctionTimeoutError, StartupError
+
+PROGRAM = """\
+import woodfrog
+
+app = woodfrog.App("demo")
+
+@app.function()
+def square(x: int) -> int:
+    return x * x
+
+@app.function()
+def count(n: int = 2):
+    yield from range(n)
+
+@app.cls(enable_memory_snapshot=True)
+class Embedder:
+    @woodfrog.method()
+    def run(self, text: str, times: int = 1):
+        return [text] * times
+"""
+ENTRYPOINT = """
+@app.local_entrypoint()
+def main(x: int = 3, shout: bool = False):
+    y = square.remote(x)
+    print("local", y, "!" if shout else "")
+"""
+
+
+@pytest.fixture(autouse=True)
+def fresh_imports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["woodfrog"])
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with private_home(monkeypatch) as path:
+        yield path
+
+
+class RunDaemon:
+    """Takes any app, answers each call with `reply(tag, args, kwargs)`, and has it print a little."""
+
+    def __init__(self, fake: Daemon) -> None:
+        self.fake = fake
+        self.reply: Callable[..., tuple[str, Any]] = lambda tag, args, kwargs: ("success", None)
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.deploys: list[dict[str, Any]] = []
+        self.stopped: list[str] = []
+        self.lines: list[dict[str, Any]] = []
+        self.items: list[tuple[bytes, bytes]] = []
+        self.plain = fake.answer
+        fake.answer = self.answer  # type: ignore[method-assign]
+
+    def answer(self, request: Request) -> Answer:
+        parts = request.path.strip("/").split("/")
+        match (request.method, *parts):
+            case ("HEAD" | "PUT", "code" | "blobs", _):
+                return Answer(b"")
+            case ("POST", "apps", _, "deploy"):
+                self.deploys.append(request.json())
+                return Answer({"app": parts[1], "version": 1, "functions": []})
+            case ("GET", "apps", name):
+                spec = self.deploys[-1]["spec"]
+                return Answer({"app": name, "version": 4, "functions": [{**f, "key": "k"} for f in spec["functions"]]})
+            case ("POST", "apps", name, "stop"):
+                self.stopped.append(name)
+                return Answer({"app": name, "stopped": True})
+            case ("GET", "apps", _, "logs"):
+                return Answer("".join(json.dumps(line) + "\n" for line in self.lines).encode())
+            case ("GET", "containers"):
+                return Answer({"containers": []})
+            case ("POST", "apps", _, "calls", tag):
+                args, kwargs = cloudpickle.loads(request.body)
+                self.calls.append((tag, args, kwargs))
+                for stream in ("stdout", "stderr", "system"):
+                    line = {"t": 1.0, "instance": "i1", "function": tag, "stream": stream, "line": f"to {stream}"}
+                    self.lines.append(line)
+                status, value = self.reply(tag, args, kwargs)
+                failed = status not in ("success", "exception")
+                headers = {"Woodfrog-Call": request.headers["woodfrog-call"], "Woodfrog-Status": status}
+                return Answer({"error": value} if failed else cloudpickle.dumps(value), 200, headers)
+            case ("GET", "calls", _, "items"):
+                from woodfrog.protocol import pack_items
+
+                return Answer(pack_items(self.items), headers={"Woodfrog-Status": "success"})
+        return self.plain(request)
+
+
+@pytest.fixture
+def daemon(home: Path) -> Iterator[RunDaemon]:
+    with serving(home) as fake:
+        yield RunDaemon(fake)
+
+
+def program(tmp_path: Path, text: str, name: str = "a_program") -> str:
+    (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
+    return f"{name}.py"
+
+
+def run(*argv: str) -> Result:
+    return CliRunner().invoke(cli.app, list(argv))
+
+
+def test_a_function_runs_in_an_app_of_its_own(tmp_path: Path, daemon: RunDaemon) -> None:
+    daemon.reply = lambda tag, args, kwargs: ("success", kwargs["x"] ** 2)
+    shown = run("run", program(tmp_path, PROGRAM) + "::square", "--x", "7")
+    assert shown.exit_code == 0, shown.output
+    assert daemon.calls == [("square", (), {"x": 7})]
+    assert sorted(shown.stdout.splitlines()) == ["49", "to stdout"]
+    assert shown.stdout.splitlines()[-1] == "49"
+    assert shown.stderr.splitlines() == ["deploying", "to stderr", "· square i1: to system"]
+    (deploy,) = daemon.deploys
+    assert deploy["ephemeral"] is True
+    assert deploy["spec"]["name"].startswith("demo-")
+    assert daemon.stopped == [deploy["spec"]["name"]]
+
+
+def test_the_only_local_entrypoint_is_run_here(tmp_path: Path, daemon: RunDaemon) -> None:
+    daemon.reply = lambda tag, args, kwargs: ("success", 25)
+    file = program(tmp_path, PROGRAM + ENTRYPOINT)
+    shown = run("run", file, "--x", "5", "--shout")
+    assert shown.exit_code == 0, shown.output
+    assert daemon.calls == [("square", (5,), {})]
+    assert "local 25 !" in shown.stdout.splitlines()
+    assert run("run", "-m", "a_program::main").exit_code == 0
+    asked = run("run", file, "--help")
+    assert asked.exit_code == 0 and "--shout, --no-shout" in asked.stdout
+    assert len(daemon.deploys) == 2
+
+
+def test_methods_and_generators(tmp_path: Path, daemon: RunDaemon) -> None:
+    file = program(tmp_path, PROGRAM)
+    daemon.reply = lambda tag, args, kwargs: ("success", ["hi", "hi"])
+    for name in ("Embedder.run", "Embedder"):
+        shown = run("run", "--json", f"{file}::{name}", "--text", "hi", "--times", "2")
+        assert shown.exit_code == 0, shown.output
+        assert json.loads(shown.stdout.splitlines()[-1]) == ["hi", "hi"]
+    assert daemon.calls[0] == ("Embedder.run", (), {"text": "hi", "times": 2})
+    daemon.items = [(b"i", cloudpickle.dumps(0)), (b"i", cloudpickle.dumps("one")), (b"d", b"")]
+    daemon.reply = lambda tag, args, kwargs: ("success", None)
+    shown = run("run", f"{file}::count")
+    assert [line for line in shown.stdout.splitlines() if line != "to stdout"] == ["0", "one"]
+
+
+def test_a_remote_exception_shows_both_tracebacks(tmp_path: Path, daemon: RunDaemon) -> None:
+    text = 'Traceback (most recent call last):\n  File "/app/a_program.py", line 7, in square\nValueError: no\n'
+    error = {"exception": ValueError("no"), "type": "ValueError", "message": "no", "traceback": text}
+    daemon.reply = lambda tag, args, kwargs: ("exception", error)
+    file = program(tmp_path, PROGRAM + ENTRYPOINT)
+    shown = run("run", f"{file}::square", "--x", "1")
+    assert shown.exit_code == 1
+    assert shown.stderr.endswith(text)
+    shown = run("run", file)
+    assert shown.exit_code == 1
+    after = shown.stderr[shown.stderr.index(text) + len(text) :]
+    assert "raised in a container, called from:" in after
+    assert "y = square.remote(x)" in after
+    assert "woodfrog/" not in after
+    assert len(daemon.stopped) == 2
+
+
+def test_our_failures_are_one_line(tmp_path: Path, daemon: RunDaemon) -> None:
+    file = program(tmp_path, PROGRAM)
+    for error in (FunctionTimeoutError("square: ran past its timeout of 3 s"), StartupError("import failed: no torch")):
+        daemon.reply = lambda tag, args, kwargs, error=error: ("failure", error.to_dict())
+        shown = run("run", f"{file}::square", "--x", "1")
+        assert shown.exit_code == 2
+        assert shown.stderr.splitlines()[-1] == f"error: {error}"
+        assert "Traceback" not in shown.stderr
+
+
+def test_an_exception_in_the_entrypoint_shows_the_programs_frames(tmp_path: Path, daemon: RunDaemon) -> None:
+    text = PROGRAM + "\n@app.local_entrypoint()\ndef main():\n    {}['key']\n"
+    shown = run("run", program(tmp_path, text))
+    assert shown.exit_code == 1
+    assert shown.stderr.splitlines()[-1] == "KeyError: 'key'"
+    assert "in main" in shown.stderr and "woodfrog/" not in shown.stderr
+    leaves = PROGRAM + "\n@app.local_entrypoint()\ndef main():\n    raise SystemExit(5)\n"
+    assert run("run", program(tmp_path, leaves, "leaver")).exit_code == 5
+    assert len(daemon.stopped) == 2
+
+
+def test_an_asynchronous_entrypoint(tmp_path: Path, daemon: RunDaemon) -> None:
+    text = "\n@app.local_entrypoint()\nasync def main():\n    print(await square.remote.aio(2))\n"
+    daemon.reply = lambda tag, args, kwargs: ("success", "awaited")
+    shown = run("run", program(tmp_path, PROGRAM + text))
+    assert "awaited" in shown.stdout.splitlines()
+
+
+def test_a_result_that_is_not_json(tmp_path: Path, daemon: RunDaemon) -> None:
+    daemon.reply = lambda tag, args, kwargs: ("success", {1, 2})
+    shown = run("run", "--json", program(tmp_path, PROGRAM) + "::square", "--x", "1")
+    assert shown.exit_code == 2
+    assert "cannot be written as JSON" in shown.stderr
+
+
+TWO_APPS = """\
+import woodfrog
+
+one = woodfrog.App("one")
+two = woodfrog.App("two")
+
+@one.function(serialized=True)
+def f():
+    return 1
+
+@two.function(serialized=True, name="f")
+def g():
+    return 2
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "message"),
+    [
+        (None, ["run", "p.py"], "file not found: p.py"),
+        (None, ["deploy", "p.py"], "file not found: p.py"),
+        ("x = (\n", ["run", "p.py"], "p.py:1: syntax error: '(' was never closed"),
+        ("1 / 0\n", ["deploy", "p.py"], "cannot import p.py: ZeroDivisionError: division by zero (p.py:1)"),
+        ("x = 1\n", ["run", "p.py"], "p.py: no app in it: it needs a global `app = woodfrog.App(...)`"),
+        ("x = 1\n", ["deploy", "p.py"], "p.py: no app in it: it needs a global `app = woodfrog.App(...)`"),
+        ("import woodfrog\napp = woodfrog.App('a')\n", ["run", "p.py"], "p.py: no function found in it"),
+        (
+            PROGRAM,
+            ["run", "p.py"],
+            "p.py: several functions (Embedder.run, count, square): choose one with p.py::NAME",
+        ),
+        (
+            PROGRAM,
+            ["run", "p.py::cube"],
+            "p.py: no function named 'cube'; there are: Embedder.run, count, square",
+        ),
+        (PROGRAM, ["run", "p.py::square"], "p.py::square: the following arguments are required: --x (see its --help)"),
+        (TWO_APPS, ["run", "p.py"], "p.py: several functions (one.f, two.f): choose one with p.py::NAME"),
+        (TWO_APPS, ["deploy", "p.py"], "p.py: several apps (one, two): choose one with p.py::NAME"),
+        (TWO_APPS, ["deploy", "p.py::three"], "p.py: no app named 'three'; there are: one, two"),
+        ("import woodfrog\napp = woodfrog.App()\n", ["deploy", "p.py"], "a deployed app needs a name"),
+    ],
+)
+def test_programs_that_cannot_be_run(
+    tmp_path: Path, daemon: RunDaemon, text: str | None, argv: list[str], message: str
+) -> None:
+    if text is not None:
+        program(tmp_path, text, "p")
+    shown = run(*argv)
+    assert shown.exit_code == 2, shown.output
+    errors = [line for line in shown.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith(f"error: {message}"), shown.stderr
+    assert shown.stdout == ""
+    assert not daemon.deploys
+
+
+def test_deploy(tmp_path: Path, daemon: RunDaemon) -> None:
+    file = program(tmp_path, PROGRAM)
+    shown = run("deploy", file)
+    assert shown.exit_code == 0, shown.output
+    assert daemon.deploys[0]["spec"]["name"] == "demo"
+    assert (daemon.deploys[0]["ephemeral"], daemon.deploys[0]["snapshot"]) == (False, False)
+    lines = shown.stderr.splitlines()
+    assert lines[:2] == ["deploying demo", "deployed demo, version 4"]
+    assert [line.strip() for line in lines[2:]] == [
+        "woodfrog call demo.square",
+        "woodfrog call demo.count",
+        "woodfrog call demo.Embedder.run",
+    ]
+    answer = json.loads(run("deploy", file, "--name", "other", "--json").stdout)
+    assert (answer["app"], answer["version"]) == ("other", 4)
+    assert {f["tag"] for f in answer["functions"]} == {"square", "count", "Embedder"}
+
+
+def test_deploy_with_snapshots_waits_for_them(tmp_path: Path, daemon: RunDaemon) -> None:
+    ready = {"id": "s1", "app": "demo", "function": "Embedder", "state": "ready", "function_key": "k"}
+    daemon.fake.routes["GET /snapshots"] = [{"snapshots": []}, {"snapshots": [ready]}]
+    shown = run("deploy", program(tmp_path, PROGRAM), "--snapshot", "--json")
+    assert json.loads(shown.stdout)["snapshots"] == [{"id": "s1", "function": "Embedder"}]
+    assert daemon.deploys[0]["snapshot"] is True
+
+
+def test_ctrl_c_cancels_the_call_and_stops_the_app(tmp_path: Path, daemon: RunDaemon) -> None:
+    text = PROGRAM + "\n@app.local_entrypoint()\ndef main():\n    raise KeyboardInterrupt\n"
+    shown = run("run", program(tmp_path, text))
+    assert shown.exit_code == 130
+    assert shown.stderr.splitlines()[-1] == "interrupted"
+    assert len(daemon.stopped) == 1
