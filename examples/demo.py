@@ -94,7 +94,9 @@ def main() -> int:
     options = parser.parse_args()
     console = Console()
     client = connect()
-    console.print("[bold]1.[/] deploy the embedder (all-MiniLM-L6-v2 through sentence-transformers), with and without snapshots")
+    console.print(
+        "[bold]1.[/] deploy the embedder (all-MiniLM-L6-v2 through sentence-transformers), with and without snapshots"
+    )
     embedder.app.deploy("embedder")
     deploy_twin(client)
     console.print("[bold]2.[/] first start: boot, freeze, thaw, answer")
@@ -109,7 +111,9 @@ def main() -> int:
         for app, into, expected in (("embedder-cold", cold, "cold"), ("embedder", thaw, "restore")):
             ms, answer, trace = measure(client, app)
             if trace["start"] != expected:
-                console.print(f"[red]a {trace['start']} start where a {expected} one was meant; see `woodfrog app logs {app}`")
+                console.print(
+                    f"[red]a {trace['start']} start where a {expected} one was meant; see `woodfrog app logs {app}`"
+                )
                 return 1
             difference = max(difference, float(np.abs(answer - reference).max()))
             into.append((ms, trace))
@@ -118,7 +122,9 @@ def main() -> int:
     stop_containers(client, "embedder-cold")
     result = report(console, cold, thaw, difference)
     Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
-    console.print(f"Numbers in {options.json}. `woodfrog call embedder.Embedder.run '[[\"hello\"]]' --trace` shows one call's phases.")
+    console.print(
+        f"Numbers in {options.json}. `woodfrog call embedder.Embedder.run '[[\"hello\"]]' --trace` shows one call's phases."
+    )
     if difference > 1e-6:
         console.print(f"[red]the answers differ by {difference:g}")
         return 1
@@ -137,7 +143,10 @@ def wait_for_snapshot(client: Client) -> None:
 
 
 def report(
-    console: Console, cold: list[tuple[float, dict[str, Any]]], thaw: list[tuple[float, dict[str, Any]]], difference: float
+    console: Console,
+    cold: list[tuple[float, dict[str, Any]]],
+    thaw: list[tuple[float, dict[str, Any]]],
+    difference: float,
 ) -> dict[str, Any]:
     cold_ms, thaw_ms = [ms for ms, _ in cold], [ms for ms, _ in thaw]
     factor = statistics.median(cold_ms) / statistics.median(thaw_ms)

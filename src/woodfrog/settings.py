@@ -49,6 +49,8 @@ class Settings:
     """How long a finished call's result can be fetched, in seconds."""
     log_mib: int = 64
     """Log kept per app, in MiB."""
+    keep_snapshots: int = 3
+    """Snapshots kept per function and kind of host: the current version's and earlier ones'."""
     snapshot_failures: int = 3
     """Restore failures after which a snapshot is retired."""
     capture_attempts: int = 3

@@ -40,13 +40,8 @@ async def test_limits_accounting_and_destruction(tag: str) -> None:
     assert group.pids() == (process.pid,)
     assert group.memory_peak() >= group.memory_current() > 0
     assert group.oom_kills() == 0
-    for limits in (
-        Limits(memory_bytes=512 << 20),
-        Limits(memory_bytes=32 << 20),
-        Limits(),
-        Limits(memory_bytes=64 << 20),
-    ):
-        group.set_limits(limits)
+    for memory in (512 << 20, 32 << 20, None, 64 << 20):
+        group.set_limits(Limits(memory_bytes=memory))
     reaper = asyncio.get_running_loop().run_in_executor(None, process.wait)
     await group.destroy()
     assert await reaper == -9
@@ -72,7 +67,7 @@ async def test_sweep_takes_only_ones_own(tag: str) -> None:
 
 
 def v2_tree(root: Path) -> Path:
-    """The files a v2 hierarchy shows, as plain files: which values are written where, and in what order of fallbacks."""
+    """The files a v2 hierarchy shows, as plain files: they tell which values are written where."""
     (root / "woodfrog" / "tag-a").mkdir(parents=True)
     (root / "cgroup.controllers").write_text("cpu io memory pids\n")
     (root / "cgroup.subtree_control").write_text("cpu memory\n")

@@ -38,7 +38,7 @@ while True:
 def outside() -> Iterator[tuple[str, str]]:
     """A server in a network namespace of its own, behind the host: its address, and the host's as it sees it."""
     name = f"wft{os.getpid() % 100000}"
-    ours, theirs = "192.0.2.1", "192.0.2.2"
+    ours, theirs = (f"198.18.{os.getpid() % 250}.{n}" for n in (1, 2))
 
     def ip(*arguments: str) -> None:
         subprocess.run(["ip", *arguments], check=True)
@@ -121,8 +121,7 @@ async def test_sandboxes_reach_neither_one_another_nor_the_host(yard: Yard) -> N
             connect(yard, two, "169.254.169.254", 80),
         )
     assert all(a.startswith("failed:") for a in answers), answers
-    with pytest.raises(OSError):
-        raise OSError if b"timed out" in (await listening).stderr else AssertionError
+    assert b"timed out" in (await listening).stderr
 
 
 @pytest.mark.root
@@ -158,9 +157,10 @@ async def test_missing_tools_name_their_package(monkeypatch: pytest.MonkeyPatch,
         await Network("wfnone", "10.199.0.0/24", leases=tmp_path).lease("x")
 
 
-@pytest.mark.parametrize(
-    ("bridge", "subnet"), [("wf0; drop", "10.0.0.0/16"), ("wf0", "10.0.0.1/16"), ("wf0", "x"), ("wf0", "10.0.0.0/30")]
-)
+BAD = [("wf0; drop", "10.0.0.0/16"), ("wf0", "10.0.0.1/16"), ("wf0", "x"), ("wf0", "10.0.0.0/30")]
+
+
+@pytest.mark.parametrize(("bridge", "subnet"), BAD)
 async def test_bad_settings(bridge: str, subnet: str) -> None:
     with pytest.raises(HostError, match="network_"):
         Network(bridge, subnet)

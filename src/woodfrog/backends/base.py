@@ -84,6 +84,9 @@ class Backend(Protocol):
     def find_snapshot(self, function_key: str) -> str | None:
         """The snapshot that a start on this machine could thaw."""
 
+    def snapshots_in_use(self) -> set[str]:
+        """Snapshots whose files some instance rests on."""
+
     def describe(self, instance_id: str) -> dict[str, Any] | None: ...
 
     async def execute(self, instance_id: str, argv: list[str], timeout: float) -> dict[str, Any]: ...

@@ -162,9 +162,7 @@ class SandboxFactory:
         """What every root for this Python environment shares: its prefixes and the lowest layer."""
         if runtime not in self._bases:
             prefixes = self._prefixes(runtime)
-            lowest = make_skeleton(
-                self._settings.home / "skeletons", self._host, prefixes, self._settings.worker_uid
-            )
+            lowest = make_skeleton(self._settings.home / "skeletons", self._host, prefixes, self._settings.worker_uid)
             self._bases[runtime] = (prefixes, lowest)
         return self._bases[runtime]
 

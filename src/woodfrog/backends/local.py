@@ -359,9 +359,9 @@ class LocalBackend:
         except WoodfrogError as e:
             self._catalogue.abandon(staging)
             counters["capture.failed"] += 1
-            raise _CaptureGaveUp(
-                CaptureError(f"the new snapshot does not thaw: {e.message}", phase="thaw", **_log_fields(e))
-            ) from e
+            error = CaptureError(f"the new snapshot does not thaw: {e.message}", phase="thaw")
+            error.fields |= {k: v for k, v in e.fields.items() if k in ("remedy", "log_tail")}
+            raise _CaptureGaveUp(error) from e
         # The first caller need not wait for the disk: the images are ours and in the page cache.
         self._spawn(self._commit(instance, staging, draft))
 
@@ -407,28 +407,14 @@ class LocalBackend:
     def _open_logs(self, instance: Instance, sandbox: Sandbox) -> None:
         loop = asyncio.get_running_loop()
         for stream, inner in (("stdout", protocol.WORKER_STDOUT), ("stderr", protocol.WORKER_STDERR)):
-            fd = os.open(sandbox.path(inner), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = os.open(sandbox.path(inner), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
             instance.log_fds[fd] = stream
             loop.add_reader(fd, self._read_log, instance, fd)
 
     def _read_log(self, instance: Instance, fd: int) -> None:
-        try:
-            data = os.read(fd, 1 << 16)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if data:
-            self._observer.on_log(instance.id, instance.log_fds[fd], data)
-        else:
-            # No writer at present; a restored worker opens its end later, and the FIFO is polled until the sandbox goes.
-            asyncio.get_running_loop().remove_reader(fd)
-            if instance.sandbox is not None and fd in instance.log_fds:
-                asyncio.get_running_loop().call_later(0.01, self._resume_log, instance, fd)
-
-    def _resume_log(self, instance: Instance, fd: int) -> None:
-        if fd in instance.log_fds:
-            asyncio.get_running_loop().add_reader(fd, self._read_log, instance, fd)
+        # Opened for both ways: with a writer of our own it never ends, also between a freeze and a thaw.
+        with contextlib.suppress(BlockingIOError):
+            self._observer.on_log(instance.id, instance.log_fds[fd], os.read(fd, 1 << 16))
 
     def _close_logs(self, instance: Instance) -> None:
         loop = asyncio.get_running_loop()
@@ -596,6 +582,12 @@ class LocalBackend:
         manifest = self._catalogue.find(function_key, self._worker_class.digest)
         return manifest.id if manifest else None
 
+    def snapshots_in_use(self) -> set[str]:
+        used = {i.snapshot_id for i in self._instances.values()} | {
+            i.request.snapshot_id for i in self._instances.values()
+        }
+        return {s for s in used if s is not None}
+
     def describe(self, instance_id: str) -> dict[str, Any] | None:
         instance = self._instances.get(instance_id)
         if instance is None:
@@ -656,10 +648,6 @@ class _RestoreGaveUp(WoodfrogError):
         self.snapshot_id = snapshot_id
         self.error = error
         self.at_fault = at_fault
-
-
-def _log_fields(error: WoodfrogError) -> dict[str, str]:
-    return {k: str(v) for k, v in error.fields.items() if k in ("remedy", "log_tail")}
 
 
 def _plain_error(raw: Any) -> dict[str, Any]:

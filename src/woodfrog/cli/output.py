@@ -235,9 +235,14 @@ class Progress:
                 spinner = Spinner("dots", Text(what))
                 if self._live is None:
                     # What the program prints meanwhile goes around the spinner, unless it goes elsewhere anyway.
-                    self._live = Live(console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty())
+                    self._live = Live(
+                        console=Console(stderr=True),
+                        transient=True,
+                        refresh_per_second=10,
+                        redirect_stdout=sys.stdout.isatty(),
+                    )
                     self._live.start()
-                self._live.update(spinner)
+                self._live.update(spinner, refresh=True)
 
     def clear(self) -> None:
         with self._lock:

@@ -134,7 +134,9 @@ async def serve(settings: Settings) -> None:
     catalogue = Catalogue(settings.home / "snapshots", SigningKey.load_or_create(settings.home / "keys" / "ed25519"))
     facts = await asyncio.to_thread(host_facts, criu)
     cls = worker_class(facts)
-    controller = Controller(settings, journal=journal, logs=logs, resources=resources, run_id=run_id)
+    controller = Controller(
+        settings, journal=journal, logs=logs, resources=resources, catalogue=catalogue, run_id=run_id
+    )
     factory = await SandboxFactory.open(settings)
     controller.backend = LocalBackend(
         LocalConfig(spool=settings.home / "calls"),
@@ -145,7 +147,6 @@ async def serve(settings: Settings) -> None:
         criu=criu,
         worker_class=cls,
     )
-    controller.retire_snapshot = catalogue.retire
     down = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -489,8 +489,6 @@ def build(
     @api.post("/v1/snapshots/{snapshot_id}/invalidate")
     async def invalidate(snapshot_id: str) -> dict[str, Any]:
         found = snapshot_id if snapshot_id in catalogue.damaged else catalogue.get(snapshot_id).id
-        controller.invalidate(found)
-        await asyncio.to_thread(catalogue.remove, found)
-        return {"snapshot": found, "removed": True}
+        return {"snapshot": found, "removed": controller.invalidate(found)}
 
     return api

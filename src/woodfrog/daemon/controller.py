@@ -7,7 +7,6 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from woodfrog.errors import (
     error_from_dict,
 )
 from woodfrog.settings import Settings
+from woodfrog.snapshot.catalogue import Catalogue
 from woodfrog.spec import AppSpec, FunctionSpec, from_dict, function_key, to_dict
 from woodfrog.telemetry import Phase, counters
 
@@ -80,14 +80,22 @@ class Controller:
     """Feeds the machine and does what it says. Implements `backends.base.Observer`. One event loop, no locks."""
 
     def __init__(
-        self, settings: Settings, *, journal: Journal, logs: LogBook, resources: Resources, run_id: str
+        self,
+        settings: Settings,
+        *,
+        journal: Journal,
+        logs: LogBook,
+        resources: Resources,
+        catalogue: Catalogue,
+        run_id: str,
     ) -> None:
         self.settings = settings
         self.journal = journal
         self.logs = logs
         self.resources = resources
         self.backend: Backend
-        self.retire_snapshot: Callable[[str, str], None]
+        self.catalogue = catalogue
+        self._doomed: set[str] = set()
         self.state = State(
             Config(snapshot_failures=settings.snapshot_failures, capture_attempts=settings.capture_attempts), run_id
         )
@@ -108,7 +116,7 @@ class Controller:
         for old in sorted(folder.glob("*.ndjson"))[:-4]:
             old.unlink(missing_ok=True)
         self._record_path: Path | None = folder / f"{time.strftime('%Y%m%dT%H%M%S')}-{run_id}.ndjson"
-        self._record = open(self._record_path, "w", buffering=1 << 16)
+        self._record = open(self._record_path, "w", buffering=1 << 16)  # noqa: SIM115 - open for the daemon's life
         self._record_path.chmod(0o600)
         self._recorded = 0
 
@@ -167,7 +175,7 @@ class Controller:
                 self._finish_call(action)
             case ev.RetireSnapshot():
                 log.warning("snapshot %s retired: %s", action.snapshot_id, action.reason)
-                self.retire_snapshot(action.snapshot_id, action.reason)
+                self.catalogue.retire(action.snapshot_id, action.reason)
             case ev.WakeAt():
                 self._schedule(action.time)
 
@@ -510,6 +518,8 @@ class Controller:
         info = self.instances.pop(instance_id, None)
         if info is not None:
             self.logs.end(info.request.app, instance_id, info.request.spec.tag)
+        if self._doomed:
+            self._remove_doomed()
 
     def _say(self, instance_id: str, text: str) -> None:
         info = self.instances.get(instance_id)
@@ -531,6 +541,7 @@ class Controller:
         self.logs.note(
             request.app, f"snapshot {snapshot_id} captured", instance=request.instance_id, function=request.spec.tag
         )
+        self._supersede(request)
         if request.instance_id in self.instances:
             self.emit(ev.SnapshotCaptured(now=self.now(), instance_id=request.instance_id, snapshot_id=snapshot_id))
             return
@@ -599,9 +610,37 @@ class Controller:
         """A person's wish; a call in it goes back to the queue."""
         self.emit(ev.InstanceStopRequested(now=self.now(), instance_id=instance_id))
 
-    def invalidate(self, snapshot_id: str) -> None:
-        """The snapshot is about to be removed: starts must not use it any more."""
+    def invalidate(self, snapshot_id: str) -> bool:
+        """Never use a snapshot again and remove it; True when it is gone already.
+
+        Instances thawed from it have its files below their own: it is removed from disk when the last of them is gone.
+        """
         self.emit(ev.SnapshotInvalidated(now=self.now(), snapshot_id=snapshot_id))
+        if snapshot_id not in self.catalogue.damaged:
+            self.catalogue.retire(snapshot_id, "invalidated")
+        self._doomed.add(snapshot_id)
+        self._remove_doomed()
+        return snapshot_id not in self._doomed
+
+    def _remove_doomed(self) -> None:
+        for snapshot_id in self._doomed - self.backend.snapshots_in_use():
+            try:
+                self.catalogue.remove(snapshot_id)
+            except StoreError as e:
+                log.error("%s", e.message)
+            self._doomed.discard(snapshot_id)
+
+    def _supersede(self, request: StartRequest) -> None:
+        """Of one function's snapshots on this kind of host keep the newest few; earlier versions' are rolled off."""
+        same = [
+            m
+            for m in self.catalogue.manifests()
+            if (m.app, m.tag, m.params_digest) == (request.app, request.spec.tag, request.params_digest)
+            and m.id not in self._doomed
+        ]
+        for manifest in same[: -self.settings.keep_snapshots]:
+            self._say(request.instance_id, f"snapshot {manifest.id} of an earlier version is removed")
+            self.invalidate(manifest.id)
 
     # Housekeeping
 

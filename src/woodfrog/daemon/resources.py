@@ -1,4 +1,4 @@
-"""What functions refer to by name and the daemon keeps: secrets and volumes; and checks of a spec against this machine."""
+"""What functions refer to by name and the daemon keeps (secrets, volumes), and checks of a spec against this machine."""
 
 from __future__ import annotations
 

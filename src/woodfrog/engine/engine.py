@@ -1,0 +1,490 @@
+"""Dump and restore a process tree with CRIU, inside its sandbox.
+
+Each of the two is the same three steps: look (`inspect`), decide (`plan`, pure), carry out with an undo stack. Whatever fails, the
+error says one cause and one remedy, what clean-up could not do is added to it, and never takes its place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import resource
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from woodfrog.criu.binary import Criu
+from woodfrog.criu.diagnose import Diagnosis, diagnose, tail
+from woodfrog.criu.options import check_command, dump_command, environment, restore_command
+from woodfrog.criu.stats import parse_stats
+from woodfrog.engine.inspect import Task, Tree, inspect_tree, task_alive
+from woodfrog.engine.plan import (
+    CACHE,
+    FACTS,
+    IMAGES,
+    WORK,
+    Facts,
+    dump_plan,
+    facts_of,
+    parse_facts,
+    refuse,
+    restore_plan,
+    warnings,
+)
+from woodfrog.errors import CaptureError, RestoreError, SandboxError
+from woodfrog.faults import fault, kills_criu
+from woodfrog.linux import procfs
+from woodfrog.linux.sandbox import Completed, ProcessSpec, Sandbox, SandboxProcess
+from woodfrog.telemetry import Phases
+
+__all__ = ["DumpResult", "dump", "restore"]
+
+DUMP_TIMEOUT_S = 600.0
+RESTORE_TIMEOUT_S = 300.0
+SETTLE_S = 2.0
+"""How long the tasks may take to run on after CRIU ended."""
+INJECTED_BLOB = "memfd:CRIUMFD"
+"""What CRIU maps into a task to dump it from inside; gone again when it let go of the task."""
+
+
+@dataclass(frozen=True)
+class DumpResult:
+    """What a dump made.
+
+    Args:
+        phases: CRIU's own times in ms: freezing, frozen, memdump, memwrite.
+        tasks: processes in the snapshot.
+        log: CRIU's log, beside the images.
+        files: (path on the host, size, mtime_ns) of each file outside the sandbox's own layers that the processes have
+            mapped or open: a restore needs them unchanged.
+        warnings: what the snapshot does not keep, one line each.
+    """
+
+    phases: dict[str, float]
+    pages_bytes: int
+    tasks: int
+    log: Path
+    files: tuple[tuple[str, int, int], ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass
+class _Undo:
+    """Steps that take back what was done, the latest first."""
+
+    steps: list[tuple[str, Callable[[], Awaitable[None]]]] = field(default_factory=list)
+
+    def push(self, name: str, step: Callable[[], Awaitable[None]]) -> None:
+        self.steps.append((name, step))
+
+    async def unwind(self) -> list[str]:
+        """Take everything back. What fails is returned, not raised: the cause of the failure comes first."""
+        failures = []
+        while self.steps:
+            name, step = self.steps.pop()
+            try:
+                await step()
+            except Exception as e:
+                failures.append(f"{name}: {e}")
+        return failures
+
+
+@dataclass(frozen=True)
+class _Failure(Exception):
+    """Why a step did not succeed, before it is known what became of the processes."""
+
+    message: str
+    code: str
+    remedy: str = ""
+    log: str = ""
+    at_fault: bool = False
+    criu_killed: bool = False
+
+
+def _failed(verb: str, diagnosis: Diagnosis, log: str, *, killed: bool) -> _Failure:
+    return _Failure(
+        f"cannot {verb}: {diagnosis.cause}", diagnosis.code, diagnosis.remedy, log, diagnosis.at_fault, killed
+    )  # fmt: skip
+
+
+def _unexpected(verb: str, error: Exception) -> _Failure:
+    if isinstance(error, _Failure):
+        return error
+    if isinstance(error, SandboxError):
+        return _Failure(f"cannot {verb}: {error.message}", error.code)
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room below woodfrog's state directory" if full else ""
+        return _Failure(f"cannot {verb}: {error}", "disk-full" if full else "engine-io", remedy)
+    return _Failure(f"cannot {verb}: {type(error).__name__}: {error}", "engine-unexpected")
+
+
+def _one_line(failure: _Failure) -> str:
+    return f"{failure.message}; {failure.remedy}" if failure.remedy else failure.message
+
+
+def _read_log(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _stats(path: Path) -> dict[str, int]:
+    try:
+        return parse_stats(path.read_bytes())
+    except OSError:
+        return {}
+
+
+def _clock_ns(pid: int) -> int:
+    """The monotonic clock as a process sees it, which may be in a time namespace."""
+    now = time.monotonic_ns()
+    try:
+        lines = Path(f"/proc/{pid}/timens_offsets").read_text().splitlines()
+    except OSError:
+        return now
+    for line in lines:
+        name, seconds, nanoseconds = line.split()
+        if name in ("monotonic", "1"):
+            return now + int(seconds) * 1_000_000_000 + int(nanoseconds)
+    return now
+
+
+def _limits() -> dict[int, tuple[int, int]]:
+    """CRIU opens every descriptor of every process at once."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return {resource.RLIMIT_NOFILE: (hard, hard)}
+
+
+async def _run_criu(sandbox: Sandbox, spec: ProcessSpec, timeout: float, point: str) -> Completed:
+    kill = kills_criu(point)
+
+    def started(process: SandboxProcess) -> None:
+        if kill:
+            asyncio.get_running_loop().call_later(0.02, process.send_signal, signal.SIGKILL)
+
+    return await sandbox.run(spec, timeout, on_spawn=started)
+
+
+def _spec(criu: Criu, argv: tuple[str, ...], *, uid: int = 0, gid: int = 0) -> ProcessSpec:
+    """CRIU as root, or as the worker's uid with every capability that is held: a process of another uid cannot be dumped without
+    CAP_SYS_RESOURCE, which containers and some virtual machines lack, and one's own always can."""
+    return ProcessSpec(
+        argv=argv,
+        env=environment(CACHE),
+        uid=uid,
+        gid=gid,
+        caps="ambient" if uid else "held",
+        no_new_privs=False,
+        seccomp=False,
+        rlimits=_limits(),
+        umask=0o077,
+    )
+
+
+async def _fill_cache(sandbox: Sandbox, criu: Criu) -> None:
+    """Let root write CRIU's kernel-feature cache, before a CRIU that runs as the worker's uid makes one the worker could alter."""
+    if not sandbox.path(f"{CACHE}/criu.kdat").exists():
+        await sandbox.run(_spec(criu, check_command(str(criu.path))), 60.0)
+
+
+def _pages_bytes(images: Path) -> int:
+    return sum(p.stat().st_size for p in images.glob("pages-*.img"))
+
+
+def _seal(images: Path) -> None:
+    for path in images.iterdir():
+        os.chown(path, 0, 0, follow_symlinks=False)
+        path.chmod(0o600)
+
+
+def _remove_images(images: Path) -> None:
+    """A capture that failed leaves its logs only: the images may be gigabytes."""
+    for path in images.iterdir():
+        if path.suffix != ".log":
+            path.unlink()
+
+
+def _deleted_directories(tree: Tree) -> set[str]:
+    found = {os.path.dirname(d.target) for t in tree.tasks for d in t.descriptors if d.deleted}
+    return {"/dev/shm", *(d for d in found if d.startswith("/"))}
+
+
+def _link_remaps(sandbox: Sandbox, directories: set[str]) -> set[str]:
+    """Names that CRIU gave to deleted files while dumping. Directories below which the user writes are opened without symlinks."""
+    found = set()
+    for directory in directories:
+        try:
+            fd = sandbox.open_path(directory, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            continue
+        try:
+            found |= {f"{directory}/{name}" for name in os.listdir(fd) if name.startswith("link_remap.")}
+        finally:
+            os.close(fd)
+    return found
+
+
+def _unlink(sandbox: Sandbox, path: str) -> None:
+    directory, _, name = path.rpartition("/")
+    fd = sandbox.open_path(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.unlink(name, dir_fd=fd)
+    finally:
+        os.close(fd)
+
+
+def _still_injected(task: Task) -> bool:
+    try:
+        return any(INJECTED_BLOB in m.path for m in procfs.maps(task.pid))
+    except OSError:
+        return False
+
+
+async def _settle(sandbox: Sandbox, root: SandboxProcess, tree: Tree, *, criu_killed: bool) -> bool:
+    """After a failed dump: True when every process runs on as before. Otherwise none is left alive, so that it is known.
+
+    CRIU undoes its work when it fails. When it was killed half-way, a task may be left stopped, or in the code that CRIU put into
+    it: such a task is not what it was.
+    """
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        gone = [t for t in tree.tasks if not task_alive(t)]
+        injected = criu_killed and any(_still_injected(t) for t in tree.tasks)
+        if not gone and not injected:
+            return True
+        if time.monotonic() > deadline:
+            break
+        for task in gone:
+            try:
+                if procfs.stat(task.pid).start_ticks == task.start_ticks:
+                    os.kill(task.pid, signal.SIGCONT)
+            except (OSError, ProcessLookupError):
+                continue
+        await asyncio.sleep(0.05)
+    for task in tree.tasks:
+        try:
+            if procfs.stat(task.pid).start_ticks == task.start_ticks:
+                os.kill(task.pid, signal.SIGKILL)
+        except (OSError, ProcessLookupError):
+            continue
+    root.send_signal(signal.SIGKILL)
+    return False
+
+
+async def dump(
+    sandbox: Sandbox, *, root_pid: int, images: Path, criu: Criu, phases: Phases, timeout: float = DUMP_TIMEOUT_S
+) -> DumpResult:
+    """Dump the tree of `root_pid` into `images` and kill it.
+
+    Args:
+        root_pid: pid inside the sandbox.
+        images: an empty host directory, root's alone.
+        timeout: seconds CRIU may take.
+
+    Raises:
+        CaptureError: with cause and remedy. `alive` is True when every process runs on unharmed, False when all are dead.
+
+    Example:
+        `result = await dump(sandbox, root_pid=100, images=staging.images, criu=find_criu(), phases=Phases())`
+    """
+    log_path = images / "dump.log"
+    undo = _Undo()
+    phase = "inspect"
+    tree: Tree | None = None
+    killed_ok = False
+    root = await _watch(sandbox, root_pid)
+    try:
+        with phases("inspect"):
+            tree = await asyncio.to_thread(inspect_tree, root.host_pid, sandbox.init_pid)
+        phase = "plan"
+        with phases("plan"):
+            if refusal := refuse(tree):
+                raise _Failure(f"cannot capture: {refusal.cause}", refusal.code, refusal.remedy)
+            plan = dump_plan(tree)
+            facts = facts_of(tree, monotonic_ns=_clock_ns(root.host_pid), criu=criu.name)
+        phase = "prepare"
+        with phases("prepare"):
+            await _fill_cache(sandbox, criu)
+            undo.push("remove images", lambda: asyncio.to_thread(_remove_images, images))
+            before = _link_remaps(sandbox, directories := _deleted_directories(tree))
+
+            async def remove_remaps() -> None:
+                for path in _link_remaps(sandbox, directories) - before:
+                    _unlink(sandbox, path)
+
+            undo.push("remove link_remap files", remove_remaps)
+            await sandbox.bind(images, IMAGES, read_only=False)
+            undo.push("unbind images", lambda: sandbox.unbind(IMAGES))
+            fault("dump.before")
+        phase = "criu"
+        with phases("criu"):
+            root_task = tree.tasks[0]
+            command = dump_command(str(criu.path), plan)
+            spec = _spec(criu, command, uid=root_task.uid, gid=procfs.status(root_task.pid).gids[0])
+            done = await _run_criu(sandbox, spec, timeout, "dump.criu")
+            if done.status != 0:
+                log = _read_log(log_path)
+                diagnosis = _why(done, log)
+                raise _failed("capture", diagnosis, log, killed=done.status < 0)
+            killed_ok = True
+        phase = "finish"
+        with phases("finish"):
+            fault("dump.after")
+            await sandbox.unbind(IMAGES)
+            (images / FACTS).write_text(facts.to_json())
+            await asyncio.to_thread(_seal, images)
+            stats = _stats(images / "stats-dump")
+            pages = _pages_bytes(images)
+    except asyncio.CancelledError:
+        await undo.unwind()
+        raise
+    except Exception as e:
+        failure = _unexpected("capture", e)
+        cleanup = await undo.unwind()
+        killed = failure.criu_killed or failure.code == "sandbox-timeout"
+        alive = False
+        if tree is not None and not killed_ok:
+            alive = await _settle(sandbox, root, tree, criu_killed=killed)
+        raise _capture_error(failure, phase, alive, cleanup) from e
+    times = {
+        name: stats[key] / 1e3
+        for name, key in (
+            ("freezing", "freezing_time"), ("frozen", "frozen_time"), ("memdump", "memdump_time"), ("memwrite", "memwrite_time"),
+        )
+        if key in stats
+    }  # fmt: skip
+    for name, ms in times.items():
+        phases.add(f"criu.{name}", ms, parent="criu")
+    return DumpResult(
+        phases=times,
+        pages_bytes=pages,
+        tasks=len(tree.tasks),
+        log=log_path,
+        files=tuple((f.path, f.size, f.mtime_ns) for f in tree.files),
+        warnings=warnings(tree),
+    )
+
+
+async def _watch(sandbox: Sandbox, root_pid: int) -> SandboxProcess:
+    try:
+        root = await sandbox.watch(root_pid)
+    except SandboxError as e:
+        raise CaptureError(f"cannot capture: {e.message}", alive=False, phase="inspect", code="process-gone") from e
+    if root.status is not None or root.host_pid < 0:
+        raise CaptureError(
+            f"cannot capture: process {root_pid} ended (status {root.status})", alive=False, phase="inspect", code="process-gone"
+        )
+    return root
+
+
+def _why(done: Completed, log: str) -> Diagnosis:
+    diagnosis = diagnose(log)
+    said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
+    if done.status < 0 and diagnosis.code in ("criu-silent", "criu-unknown"):
+        name = signal.Signals(-done.status).name
+        return Diagnosis("criu-killed", f"CRIU was killed ({name})", "look for an out-of-memory kill in the kernel's log", "")
+    if diagnosis.code == "criu-silent" and said:
+        return Diagnosis("criu-unknown", f"unknown CRIU error: {said[-1]}", diagnosis.remedy, said[-1])
+    return diagnosis
+
+
+def _capture_error(failure: _Failure, phase: str, alive: bool, cleanup: list[str]) -> CaptureError:
+    fields: dict[str, Any] = {"cleanup": cleanup} if cleanup else {}
+    return CaptureError(
+        _one_line(failure),
+        alive=alive,
+        phase=phase,
+        remedy=failure.remedy,
+        log_tail=tail(failure.log),
+        code=failure.code,
+        **fields,
+    )
+
+
+async def restore(
+    sandbox: Sandbox, *, images: Path, criu: Criu, phases: Phases, timeout: float = RESTORE_TIMEOUT_S
+) -> SandboxProcess:
+    """Restore the tree of `images` in a sandbox that nothing else runs in. The images are only read.
+
+    Returns:
+        The root process, running.
+
+    Raises:
+        RestoreError: with cause and remedy; nothing of the tree is left running. `snapshot_at_fault` when it will never restore.
+    """
+    undo = _Undo()
+    log = ""
+    phase = "inspect"
+    try:
+        with phases("inspect"):
+            facts = await asyncio.to_thread(_load_facts, images)
+        phase = "plan"
+        with phases("plan"):
+            plan = restore_plan(facts, monotonic_ns=_clock_ns(sandbox.init_pid))
+        phase = "prepare"
+        with phases("prepare"):
+            await sandbox.bind(images, IMAGES, read_only=True)
+            undo.push("unbind images", lambda: sandbox.unbind(IMAGES))
+            undo.push("kill what was restored", lambda: _kill_all(sandbox))
+            await sandbox.set_last_pid(facts.max_pid)
+            fault("restore.before")
+        phase = "criu"
+        with phases("criu") as criu_phase:
+            done = await _run_criu(sandbox, _spec(criu, restore_command(str(criu.path), plan)), timeout, "restore.criu")
+            log = _read_log(sandbox.path(f"{WORK}/restore.log"))
+            if done.status != 0:
+                raise _failed("restore", _why(done, log), log, killed=done.status < 0)
+            stats = _stats(sandbox.path(f"{WORK}/stats-restore"))
+        for name, key in (("criu.fork", "forking_time"), ("criu.restore", "restore_time")):
+            if key in stats:
+                phases.add(name, stats[key] / 1e3, start_ms=criu_phase.start_ms, parent="criu")
+        phase = "finish"
+        with phases("finish"):
+            root = await sandbox.watch(facts.root_pid)
+            if root.status is not None:
+                raise _Failure(f"cannot restore: process {facts.root_pid} ended at once (status {root.status})", "process-gone", log=log)
+            fault("restore.after")
+            await sandbox.unbind(IMAGES)
+        return root
+    except asyncio.CancelledError:
+        await undo.unwind()
+        raise
+    except Exception as e:
+        failure = _unexpected("restore", e)
+        cleanup = await undo.unwind()
+        fields: dict[str, Any] = {"cleanup": cleanup} if cleanup else {}
+        raise RestoreError(
+            _one_line(failure),
+            snapshot_at_fault=failure.at_fault,
+            phase=phase,
+            remedy=failure.remedy,
+            log_tail=tail(failure.log),
+            code=failure.code,
+            **fields,
+        ) from e
+
+
+def _load_facts(images: Path) -> Facts:
+    try:
+        return parse_facts((images / FACTS).read_text())
+    except (OSError, ValueError) as e:
+        raise _Failure(
+            f"cannot restore: {FACTS} of the snapshot is missing or damaged ({e})",
+            "image-corrupt",
+            "nothing: the snapshot is retired and a new one made; check the disk",
+            at_fault=True,
+        ) from e
+
+
+async def _kill_all(sandbox: Sandbox) -> None:
+    try:
+        await sandbox.signal(-1, signal.SIGKILL)
+    except SandboxError as e:
+        if e.fields.get("errno") != errno.ESRCH:
+            raise

@@ -1,0 +1,427 @@
+"""What decorators record, and what they refuse."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import woodfrog
+import woodfrog as modal
+from woodfrog.errors import SpecError
+from woodfrog.sdk import checks, hooks, options
+from woodfrog.sdk.deploy import build, check_packages
+from woodfrog.spec import ImageSpec, RetryPolicy, VolumeMount, from_dict, to_dict
+
+HERE = "test_sdk_decorators.py"
+
+
+def plain(x: int) -> int:
+    return x
+
+
+def spec_of(**parameters: Any) -> Any:
+    return modal.App("a").function(**parameters)(plain).spec
+
+
+def test_parameters_land_in_the_spec() -> None:
+    image = modal.Image.debian_slim().pip_install("numpy>=2", ["a", "b"]).env({"A": "1"}).apt_install("git")
+    volume = modal.Volume.from_name("models", create_if_missing=True)
+    app = modal.App("a", image=image, secrets=[modal.Secret.from_name("s")], volumes={"/shared/": volume})
+    spec: Any = app.function(
+        cpu=(0.5, 2),
+        memory=512,
+        gpu=["H100:2", "any", None],
+        timeout=10,
+        retries=modal.Retries(max_retries=2, initial_delay=0),
+        min_containers=1,
+        max_containers=3,
+        buffer_containers=1,
+        scaledown_window=5,
+        single_use_containers=True,
+        enable_memory_snapshot=True,
+        experimental_options={"enable_gpu_snapshot": True},
+        block_network=True,
+        env={"B": "2"},
+        secrets=[modal.Secret.from_dict({"K": "v", "gone": None})],
+        volumes={"/models": volume.with_mount_options(read_only=True)},
+        name="other",
+    )(plain).spec
+    assert from_dict(type(spec), to_dict(spec)) == spec
+    assert (spec.tag, spec.source.kind, spec.source.qualname) == ("other", "module", "plain")
+    assert (spec.resources.cpu, spec.resources.memory_mib, spec.resources.gpu) == (2.0, 512, ("H100:2", "any"))
+    assert (spec.timeout, spec.startup_timeout) == (10.0, 300.0)
+    assert spec.retries == RetryPolicy(2, 2.0, 0.0, 60.0)
+    s = spec.scaling
+    assert (s.min_containers, s.max_containers, s.buffer_containers, s.scaledown_window) == (1, 3, 1, 5.0)
+    assert s.single_use and spec.snapshot.enabled and spec.snapshot.gpu and spec.block_network
+    assert spec.env == {"B": "2"} and spec.image.env == {"A": "1"}
+    assert spec.image.packages == ("numpy>=2", "a", "b")
+    assert [s.name for s in spec.secrets] == ["s", None] and spec.secrets[1].values == {"K": "v"}
+    assert spec.volumes == (
+        VolumeMount("models", "/shared"),
+        VolumeMount("models", "/models", read_only=True),
+    )
+    assert spec_of(retries=3).retries == RetryPolicy(3, 1.0, 1.0, 60.0)
+    assert spec_of(gpu="a10g").resources.gpu == ("A10G",)
+    assert spec_of(timeout=900).startup_timeout == 900
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"cpu": -1}, "must be more than 0"),
+        ({"cpu": "2"}, "expected a number, got '2'"),
+        ({"cpu": (4, 2)}, "the request 4 is more than the limit 2"),
+        ({"memory": 1.5}, "expected a whole number"),
+        ({"memory": (1, 2, 3)}, "pair"),
+        ({"gpu": "H100:0"}, "count"),
+        ({"gpu": "H 100"}, "expected the form"),
+        ({"gpu": 3}, "expected text"),
+        ({"timeout": 0}, "must be more than 0"),
+        ({"timeout": True}, "expected a number"),
+        ({"retries": -1}, "must be at least 0"),
+        ({"retries": 1.5}, "Retries"),
+        ({"min_containers": 3, "max_containers": 2}, "min_containers=3 is more than max_containers=2"),
+        ({"enable_memory_snapshot": "yes"}, "expected True or False"),
+        ({"experimental_options": {"enable_gpu_snapshot": True}}, "needs enable_memory_snapshot"),
+        ({"env": {"A": 1}}, "expected str to str"),
+        ({"env": {"A=B": "1"}}, "cannot stand in an environment"),
+        ({"image": "debian"}, "expected a woodfrog.Image"),
+        ({"volumes": {"models": modal.Volume.from_name("v")}}, "not an absolute path"),
+        ({"volumes": {"/proc/x": modal.Volume.from_name("v")}}, "taken by the container"),
+        ({"volumes": {"/a": "v"}}, "expected a woodfrog.Volume"),
+        ({"secrets": modal.Secret.from_dict({})}, "put it in"),
+        ({"schedule": object()}, "does not have schedules yet"),
+        ({"max_inputs": 5}, "only max_inputs=1"),
+        ({"name": "a/b"}, "is not a name"),
+    ],
+)
+def test_wrong_values_are_one_line_with_the_place(parameters: dict[str, Any], words: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        spec_of(**parameters)
+    assert words in str(caught.value)
+    assert "plain, " in str(caught.value) and HERE in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_parameter_names_the_nearest() -> None:
+    with pytest.raises(
+        TypeError, match=r"no parameter 'enable_memory_snapshots'; did you mean 'enable_memory_snapshot'"
+    ):
+        spec_of(enable_memory_snapshots=True)
+    with pytest.raises(TypeError, match="App has no parameter 'imag'; did you mean 'image'"):
+        modal.App("a", imag=1)
+    with pytest.raises(TypeError, match="write @app.function"):
+        modal.App("a").function(plain)
+
+
+def test_parameters_without_meaning_are_noted_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "_noted", set())
+    spec_of(region="eu", cloud=None, schedule=None)
+    spec_of(region="us")
+    err = capsys.readouterr().err
+    assert err.count("region= has no meaning") == 1 and "cloud" not in err
+
+
+def test_older_names() -> None:
+    with pytest.warns(DeprecationWarning, match="now called App"):
+        stub = modal.Stub("checkpointing-example-simple")
+    with pytest.warns(DeprecationWarning, match="enable_memory_snapshot"):
+        handle = stub.function(checkpointing_enabled=True)(plain)
+    assert handle.spec and handle.spec.snapshot.enabled
+    with pytest.warns(DeprecationWarning, match="min_containers"):
+        assert spec_of(keep_warm=2).scaling.min_containers == 2
+
+
+def test_the_table_and_the_types_agree() -> None:
+    assert set(options.Options.__annotations__) == set(options.PARAMETERS) | options.WITHOUT_MEANING
+
+
+def test_names() -> None:
+    app = modal.App("a")
+    app.function()(plain)
+    with pytest.raises(
+        SpecError, match=rf"two functions of one name in app a: plain, .*{HERE}:\d+, and before it plain, .*{HERE}:\d+"
+    ):
+        app.function()(plain)
+    app.function(name="again")(plain)
+    with pytest.raises(SpecError, match="not a name"):
+        modal.App("no spaces please")
+
+
+class Snapped:
+    @modal.enter(snap=True)
+    def load(self) -> None:
+        self.loaded = ["load"]
+
+    @modal.enter()
+    def after(self) -> None:
+        self.loaded.append("after")
+
+    @modal.exit()
+    def leave(self) -> None: ...
+
+    @modal.method()
+    def run(self, x: int) -> str:
+        return self.helper.local(x) + self.helper(x)  # type: ignore[attr-defined, no-any-return]
+
+    @modal.method()
+    def helper(self, x: int) -> str:
+        return f"{self.loaded}{x}"
+
+    @modal.method()
+    async def items(self) -> Any:
+        yield 1
+
+
+def test_classes() -> None:
+    app = modal.App("a")
+    with pytest.raises(SpecError, match=rf"Snapped.load is marked enter\(snap=True\), .* \(.*{HERE}:\d+\)$"):
+        app.cls()(Snapped)
+    handle: Any = app.cls(enable_memory_snapshot=True)(Snapped)
+    assert [(m.name, m.generator, m.is_async) for m in handle.spec.methods] == [
+        ("run", False, False),
+        ("helper", False, False),
+        ("items", True, True),
+    ]
+    assert handle().run.local(3) == "['load', 'after']3" * 2
+    assert handle().items.is_generator is True
+    with pytest.raises(SpecError, match="in this process: call helper.local"):
+        handle()._local().helper.remote(1)
+
+    class Child(handle):  # type: ignore[misc]
+        @modal.enter(snap=True)
+        def load(self) -> None:
+            self.loaded = ["child"]
+
+    assert issubclass(Child, Snapped)
+    child: Any = modal.App("b").cls(enable_memory_snapshot=True, serialized=True)(Child)
+    assert child().helper.local(1) == "['child', 'after']1"
+
+    class Nothing: ...
+
+    with pytest.raises(SpecError, match="Nothing has no method to call"):
+        modal.App("c").cls()(Nothing)
+    with pytest.raises(SpecError, match="use @app.cls"):
+        modal.App("c").function()(Snapped)
+    with pytest.raises(SpecError, match="is for classes"):
+        modal.App("c").cls()(plain)  # type: ignore[type-var]
+    with pytest.raises(SpecError, match="with_options"):
+        handle.with_options(cpu=2)
+
+
+def test_markers_outside_a_class() -> None:
+    for marker in (modal.method(), modal.enter(), modal.exit()):
+        with pytest.raises(SpecError, match=rf"it is for methods of a class .*{HERE}:\d+"):
+            marker(plain)
+    with pytest.raises(SpecError, match="with parentheses"):
+        modal.method(plain)
+
+
+def test_class_parameters() -> None:
+    class Sized:
+        size: int = modal.parameter()
+        scale: float = modal.parameter(default=1)
+        hidden: str = modal.parameter(default="h", init=False)
+
+        @modal.method()
+        def all(self) -> Any:
+            return self.size, self.scale, self.hidden
+
+    handle: Any = modal.App("a").cls(serialized=True)(Sized)
+    assert handle.spec.parameters == {"size": "int", "scale": "float = 1.0"}
+    assert handle(size=3).all.local() == (3, 1.0, "h")
+    assert Sized(size=2, scale=2).all() == (2, 2.0, "h")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="Sized needs the parameter size"):
+        handle()
+    with pytest.raises(TypeError, match="by name"):
+        handle(3)
+    with pytest.raises(TypeError, match="no parameter 'hidden'"):
+        handle(size=1, hidden="x")
+    with pytest.raises(SpecError, match="must be of type int, got True"):
+        handle(size=True)
+
+    class Untyped:
+        size = modal.parameter()
+
+        @modal.method()
+        def run(self) -> None: ...
+
+    with pytest.raises(SpecError, match="needs a type annotation"):
+        modal.App("a").cls(serialized=True)(Untyped)
+
+
+def test_parameters_pickle_alike() -> None:
+    handle = modal.Cls.from_name("a", "C")
+    text = "".join(["a", "b"])
+    assert handle(x="ab", y="ab")._pickled() == handle(y=text, x=str(text + "c")[:2])._pickled()
+    assert handle()._pickled() is None
+    assert handle(1)._pickled() != handle(True)._pickled()
+
+
+def test_functions_that_a_container_cannot_import(tmp_path: Path) -> None:
+    def nested() -> None: ...
+
+    with pytest.raises(SpecError, match=r"nested is defined inside another function.*serialized=True"):
+        modal.App("a").function()(nested)
+    modal.App("a").function(serialized=True)(nested)
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input="import woodfrog\ndef f(): pass\nwoodfrog.App('a').function()(f)",
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert (
+        "f is defined in no file (a REPL, a notebook, or standard input): use @app.function(serialized=True)"
+        in done.stderr
+    )
+    app = modal.App("a")
+    app.function()(first_hidden)
+    with pytest.raises(SpecError, match=r"which is a function that is not it: give it a name of its own"):
+        build("a", list(app._handles.values()))
+
+
+def hidden() -> int:
+    return 1
+
+
+first_hidden = hidden
+
+
+def hidden() -> int:  # type: ignore[no-redef]  # noqa: F811
+    return 2
+
+
+def test_calls_without_an_app_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = modal.App("a")
+    handle = app.function()(plain)
+    assert handle(2) == handle.local(2) == 2
+    with pytest.raises(
+        SpecError, match=r"plain.remote\(\) needs a running app: .*woodfrog run .*from_name\('a', 'plain'\)"
+    ):
+        handle.remote(1)
+    outer = modal.App("outer").include(app)
+    assert outer["plain"] is handle
+    with pytest.raises(SpecError, match="two functions of one name"):
+        outer.function()(plain)
+    monkeypatch.setitem(sys.modules, "woodfrog.worker.state", sys)
+    for call in (handle.remote, modal.Function.from_name("x", "y").remote):
+        with pytest.raises(SpecError, match="from inside a container is not in woodfrog yet"):
+            call(1)
+    assert woodfrog.is_local() is False
+
+
+def test_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hooks, "_before_snapshot", [])
+    monkeypatch.setattr(hooks, "_after_restore", [])
+
+    @woodfrog.register_before_snapshot
+    def first() -> None: ...
+
+    assert woodfrog.register_after_restore(first) is first
+    assert hooks._before_snapshot == hooks._after_restore == [first]
+    with pytest.raises(TypeError, match="needs a function"):
+        woodfrog.register_after_restore(3)  # type: ignore[type-var]
+    assert (woodfrog.restored(), woodfrog.snapshot_id(), woodfrog.is_local()) == (False, None, True)
+
+
+def test_names_that_are_missing() -> None:
+    with pytest.raises(AttributeError, match="Modal has 'Sandbox'; woodfrog does not have it yet"):
+        _ = modal.Sandbox
+    with pytest.raises(AttributeError, match="Modal has 'concurrent'"):
+        _ = modal.concurrent
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = modal.nonsense
+    assert {"App", "Volume", "__version__"} <= set(dir(modal))
+
+
+def test_packages_are_checked() -> None:
+    installed = {"sentence-transformers": "5.1.0", "numpy": "2.1"}
+    good = (
+        "Sentence_Transformers[onnx]>=5,<6",
+        "numpy",
+        "git+https://example.com/x.git",
+        "nothere; python_version<'3'",
+    )
+    check_packages(ImageSpec(packages=good), "f", installed)
+    with pytest.raises(
+        SpecError, match=r"needs nothere>=1, which is not installed, numpy>=3, but numpy 2.1 is installed"
+    ):
+        check_packages(ImageSpec(packages=("nothere>=1", "numpy>=3")), "f", installed)
+
+
+def test_packages_are_checked_without_packaging(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "packaging.requirements", None)
+    check_packages(ImageSpec(packages=("num.py [x] >= 2; python_version>'3'",)), "f", {"num-py": "1"})
+    with pytest.raises(SpecError, match="nothere>=1, which is not installed"):
+        check_packages(ImageSpec(packages=("nothere>=1",)), "f", {})
+
+
+def test_images_and_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = modal.Image.from_registry("ubuntu:24.04", add_python="3.11").uv_pip_install("x")
+    image = image.run_commands("make").run_function(plain).add_local_dir("d", "/d").workdir("/w")
+    assert len(image.spec.steps) == 6
+    with image.imports():
+        import nothing_of_this_name  # noqa: F401
+    (tmp_path / "r.txt").write_text("# c\n-r other\nnumpy>=2 # why\n\n")
+    assert modal.Image.debian_slim().pip_install_from_requirements(tmp_path / "r.txt").spec.packages == ("numpy>=2",)
+    (tmp_path / ".env").write_text("# c\nexport A='1 2'\nB=\"x\\ny\"  # c\nC=plain # c\nD=\n")
+    (tmp_path / "deep").mkdir()
+    found = modal.Secret.from_dotenv(tmp_path / "deep")._spec.values
+    assert found == {"A": "1 2", "B": "x\ny", "C": "plain", "D": ""}
+    monkeypatch.setenv("WF_TEST_KEY", "v")
+    assert modal.Secret.from_local_environ(["WF_TEST_KEY"])._spec.values == {"WF_TEST_KEY": "v"}
+    with pytest.raises(SpecError, match="WF_NONE is not set"):
+        modal.Secret.from_local_environ(["WF_NONE"])
+    with modal.Volume.ephemeral() as volume:
+        assert volume.is_ephemeral
+        volume.commit()
+
+
+def test_importing_is_light(tmp_path: Path) -> None:
+    program = textwrap.dedent(
+        """
+        import sys
+        import dataclasses, inspect, json, pathlib, typing, hashlib, warnings  # not counted: every program has them
+        before = set(sys.modules)
+        import woodfrog as modal
+        assert len(set(sys.modules) - before) <= 3, set(sys.modules) - before
+        app = modal.App("light", image=modal.Image.debian_slim().pip_install("x"), secrets=[modal.Secret.from_dict({})])
+
+        @app.cls(enable_memory_snapshot=True, serialized=True, retries=3)
+        class C:
+            size: int = modal.parameter(default=1)
+
+            @modal.enter(snap=True)
+            def load(self): ...
+
+            @modal.method()
+            def run(self): ...
+
+        modal.Cls.from_name("a", "b")().run
+        modal.register_after_restore(print)
+        new = set(sys.modules) - before
+        heavy = {"httpx", "cloudpickle", "asyncio", "typer", "rich", "fastapi", "pydantic", "pickle", "subprocess",
+                 "socket", "threading", "uuid", "ssl", "email", "tarfile", "importlib.metadata", "logging", "numpy"}
+        assert not new & heavy, new & heavy
+        assert len(new) < 40, sorted(new)
+        """
+    )
+    (tmp_path / "light.py").write_text(program)
+    done = subprocess.run([sys.executable, str(tmp_path / "light.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_warnings_for_present_names() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spec_of(enable_memory_snapshot=True, scaledown_window=2)
