@@ -7,6 +7,7 @@ Faults can be put in: answers that are dropped, and the whole server going away 
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -145,7 +146,7 @@ class FakeDaemon:
         class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             daemon_threads = True
             request_queue_size = 256
-            connections: set[socket.socket] = set()
+            connections: set[socket.socket]
 
             def get_request(self) -> Any:
                 connection, _ = super().get_request()
@@ -163,10 +164,8 @@ class FakeDaemon:
         self.server.server_close()
         self.socket.unlink(missing_ok=True)
         for connection in list(self.server.connections):
-            try:
+            with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
     def close(self) -> None:
         self.stop()

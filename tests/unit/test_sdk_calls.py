@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from unit.fake_daemon import FakeDaemon
 
 import woodfrog
+from unit.fake_daemon import FakeDaemon
 from woodfrog.errors import CallCancelled, ExecutionError, InstanceCrashed, NotFoundError, SerializationError, SpecError
 from woodfrog.sdk import call as calls
 from woodfrog.sdk import payload

@@ -117,7 +117,7 @@ def test_an_unknown_parameter_names_the_nearest() -> None:
         spec_of(enable_memory_snapshots=True)
     with pytest.raises(TypeError, match="App has no parameter 'imag'; did you mean 'image'"):
         modal.App("a", imag=1)
-    with pytest.raises(TypeError, match="write @app.function"):
+    with pytest.raises(TypeError, match=r"write @app\.function"):
         modal.App("a").function(plain)
 
 
@@ -194,7 +194,7 @@ def test_classes() -> None:
     ]
     assert handle().run.local(3) == "['load', 'after']3" * 2
     assert handle().items.is_generator is True
-    with pytest.raises(SpecError, match="in this process: call helper.local"):
+    with pytest.raises(SpecError, match=r"in this process: call helper\.local"):
         handle()._local().helper.remote(1)
 
     class Child(handle):  # type: ignore[misc]
@@ -210,7 +210,7 @@ def test_classes() -> None:
 
     with pytest.raises(SpecError, match="Nothing has no method to call"):
         modal.App("c").cls()(Nothing)
-    with pytest.raises(SpecError, match="use @app.cls"):
+    with pytest.raises(SpecError, match=r"use @app\.cls"):
         modal.App("c").function()(Snapped)
     with pytest.raises(SpecError, match="is for classes"):
         modal.App("c").cls()(plain)  # type: ignore[type-var]
@@ -297,7 +297,7 @@ def hidden() -> int:
 first_hidden = hidden
 
 
-def hidden() -> int:  # type: ignore[no-redef]  # noqa: F811
+def hidden() -> int:  # type: ignore[no-redef]
     return 2
 
 

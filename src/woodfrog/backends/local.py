@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import logging
 import os
 import signal
 import time
@@ -41,6 +42,8 @@ from woodfrog.store.content import ContentStore
 from woodfrog.telemetry import Phases, counters
 
 __all__ = ["LocalBackend"]
+
+log = logging.getLogger("woodfrog")
 
 _STOP_GRACE_S = 10.0
 _FREEZE_TIMEOUT_S = 120.0
@@ -161,9 +164,7 @@ class LocalBackend:
             self._observer.on_start_failed(instance.id, error, user_fault=died)
         except Exception as e:
             await self._discard(instance)
-            error = SandboxError(f"start failed unexpectedly: {type(e).__name__}: {e}", code="unexpected")
-            self._observer.on_start_failed(instance.id, error, user_fault=False)
-            raise
+            self._observer.on_start_failed(instance.id, _unexpected("start", e), user_fault=False)
 
     async def _sandbox(self, instance: Instance, layers: tuple[Path, ...] = (), shm: Path | None = None) -> Sandbox:
         """A sandbox from the pool with this function's root, its output flowing."""
@@ -353,6 +354,11 @@ class LocalBackend:
             self._observer.on_capture_failed(instance.id, e, alive=True)
             await self._connect(instance, instance.sandbox)
             return
+        except Exception as e:
+            if staging is not None:
+                self._catalogue.abandon(staging)
+            counters["capture.failed"] += 1
+            raise _CaptureGaveUp(_unexpected("capture", e)) from e
         await self._drop_sandbox(instance)
         try:
             await self._thaw(instance, draft, staging.path)
@@ -368,9 +374,11 @@ class LocalBackend:
     async def _commit(self, instance: Instance, staging: Staging, draft: Manifest) -> None:
         try:
             manifest = await asyncio.to_thread(self._catalogue.commit, staging, draft)
-        except WoodfrogError as e:
+        except Exception as e:
             counters["capture.failed"] += 1
-            self._observer.on_capture_failed(instance.id, e, alive=True)
+            error = e if isinstance(e, WoodfrogError) else _unexpected("commit", e)
+            if instance.id in self._instances:
+                self._observer.on_capture_failed(instance.id, error, alive=True)
             return
         counters["capture.done"] += 1
         self._observer.on_captured(instance.request, manifest.id)
@@ -648,6 +656,12 @@ class _RestoreGaveUp(WoodfrogError):
         self.snapshot_id = snapshot_id
         self.error = error
         self.at_fault = at_fault
+
+
+def _unexpected(what: str, error: Exception) -> WoodfrogError:
+    """An error nobody foresaw: logged whole, told in one line."""
+    log.error("%s failed unexpectedly", what, exc_info=error)
+    return SandboxError(f"{what} failed unexpectedly: {type(error).__name__}: {error}", code="unexpected")
 
 
 def _plain_error(raw: Any) -> dict[str, Any]:

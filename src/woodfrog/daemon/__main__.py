@@ -24,13 +24,15 @@ import woodfrog
 from woodfrog import faults
 from woodfrog.backends.factory import SandboxFactory
 from woodfrog.backends.local import LocalBackend, LocalConfig
-from woodfrog.criu.binary import find_criu
+from woodfrog.criu.binary import Criu, find_criu
 from woodfrog.daemon.api import TokenAuth, build
 from woodfrog.daemon.controller import Controller
 from woodfrog.daemon.journal import Journal
 from woodfrog.daemon.logs import LogBook
 from woodfrog.daemon.resources import Resources
 from woodfrog.errors import DaemonError, HostError, SpecError, WoodfrogError
+from woodfrog.linux import requirements
+from woodfrog.linux.sandbox import init_binary_path
 from woodfrog.settings import Settings, load
 from woodfrog.snapshot.catalogue import Catalogue
 from woodfrog.snapshot.compat import host_facts, worker_class
@@ -110,22 +112,31 @@ def _tcp_socket(settings: Settings) -> socket.socket | None:
         raise SpecError(f"setting listen: {settings.listen!r}: {e}", code="bad-setting") from None
 
 
-def _check_host(settings: Settings) -> None:
+def _check_host(settings: Settings) -> Criu:
     """Refuse with the same words `woodfrog doctor` uses.
 
     Raises:
         HostError: the first required thing that is missing, with its remedy.
     """
-    if os.geteuid() != 0:
-        raise HostError("woodfrogd must run as root: sudo woodfrog daemon start", code="no-root")
+    found: list[Criu] = []
+
+    def find() -> Criu:
+        found.append(find_criu(Path(settings.criu) if settings.criu else None))
+        return found[0]
+
+    criu = requirements.probe_criu(find, check=False)
+    host = requirements.probe(
+        state_dir=settings.home, worker_uid=settings.worker_uid, native=(init_binary_path(),), criu=criu
+    )
+    requirements.demand(requirements.judge(host))
+    return found[0]
 
 
 async def serve(settings: Settings) -> None:
     """Run until asked to stop."""
     lock = _prepare_home(settings)
     faults.configure(settings.faults)
-    _check_host(settings)
-    criu = find_criu(Path(settings.criu) if settings.criu else None)
+    criu = _check_host(settings)
     run_id = uuid.uuid4().hex[:6]
     journal = Journal(settings.home)
     content = ContentStore(settings.home)

@@ -78,13 +78,13 @@ class AppLog:
                 self._append(_encode([_own(f"{self.dropped} lines lost: the disk was full")]))
                 self.dropped = 0
             self._append(data)
-            if self._size > self._limit:
-                os.replace(self._path, self._old)
-                os.close(self._fd)
-                self._fd = -1
-                self._open()
         except OSError:
             self.dropped += len(records)
+        if self._size > self._limit:
+            with contextlib.suppress(OSError):  # then the file grows on, and the next write tries again
+                os.replace(self._path, self._old)
+                self.close()
+                self._open()
 
     def _append(self, data: bytes) -> None:
         """All of `data`, or nothing of it."""

@@ -93,7 +93,7 @@ class _Undo:
         return failures
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Failure(Exception):
     """Why a step did not succeed, before it is known what became of the processes."""
 

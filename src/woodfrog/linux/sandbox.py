@@ -35,7 +35,7 @@ from woodfrog.linux.rootplan import HostRoot, Op, RootPlan, base_plan
 
 __all__ = ["Completed", "Limits", "ProcessSpec", "Sandbox", "SandboxProcess", "init_binary_path"]
 
-PACKET_BYTES = 100_000
+PACKET_BYTES = 64_000
 MAX_UNCLAIMED_EXITS = 4096
 STARTUP_TIMEOUT_S = 30.0
 GONE_TIMEOUT_S = 10.0

@@ -274,7 +274,10 @@ def _ignore_rules(path: Path) -> Callable[[str, bool], bool]:
         pattern = pattern.rstrip("/")
         anchored = "/" in pattern
         body = _glob(pattern.lstrip("/"))
-        rules.append((re.compile(body if anchored else rf"(?:.*/)?{body}"), negated, only_dirs))
+        try:
+            rules.append((re.compile(body if anchored else rf"(?:.*/)?{body}"), negated, only_dirs))
+        except re.error as e:
+            raise SpecError(f"{path}: {line.strip()!r} is not a pattern: {e}") from None
 
     def ignored(relative: str, is_dir: bool) -> bool:
         verdict = False
@@ -297,9 +300,10 @@ def _glob(pattern: str) -> str:
             out, i = out + "[^/]*", i + 1
         elif pattern[i] == "?":
             out, i = out + "[^/]", i + 1
-        elif pattern[i] == "[" and (end := pattern.find("]", i + 2)) > 0:
-            inner = pattern[i + 1 : end].replace("\\", "\\\\")
-            out, i = out + "[" + ("^" + inner[1:] if inner[0] in "!^" else inner) + "]", end + 1
+        elif (found := re.match(r"\[([!^]?)(\]?[^\]]*)\]", pattern[i:])) and found[2]:
+            # Escape all but the dash of a range.
+            inner = "".join(c if c == "-" else re.escape(c) for c in found[2])
+            out, i = f"{out}[{'^' if found[1] else ''}{inner}]", i + found.end()
         else:
             out, i = out + re.escape(pattern[i]), i + 1
     return out

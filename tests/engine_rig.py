@@ -1,0 +1,174 @@
+"""What the engine's tests share: real sandboxes, a program in them that can be asked, freezing and thawing it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from woodfrog.criu.binary import Criu, find_criu
+from woodfrog.engine.engine import DumpResult, dump, restore
+from woodfrog.linux import cgroups
+from woodfrog.linux.rootplan import RootRequest, root_plan
+from woodfrog.linux.sandbox import Limits, ProcessSpec, Sandbox, SandboxProcess, init_binary_path
+from woodfrog.linux.skeleton import make_skeleton, read_host_root
+from woodfrog.telemetry import Phases
+
+UID = 64646
+WORKER_PID = 100
+SOCKET = "/run/woodfrog/worker/worker.sock"
+PROGRAM = '''
+import ctypes, fcntl, mmap, os, select, signal, socket, struct, subprocess, sys, tempfile, threading, time, traceback
+libc = ctypes.CDLL(None, use_errno=True)
+keep = []
+{setup}
+def _answer(connection):
+    try:
+        return repr(check())
+    except BaseException as e:
+        return "raised " + repr(e)
+_s = socket.socket(socket.AF_UNIX)
+_s.bind("{socket}")
+_s.listen(8)
+while True:
+    _c, _ = _s.accept()
+    try:
+        _c.sendall(_answer(_c).encode())
+    except OSError:
+        pass
+    _c.close()
+'''
+
+
+@dataclass
+class Frozen:
+    """A snapshot by hand: images, the overlay's upper layer, /dev/shm."""
+
+    images: Path
+    fs: Path
+    shm: Path
+    result: DumpResult
+
+
+@dataclass
+class Rig:
+    """Sandboxes of one test, all destroyed at its end."""
+
+    home: Path
+    criu: Criu
+    sandboxes: list[Sandbox] = field(default_factory=list)
+    cgroups: cgroups.Cgroups | None = None
+
+    @classmethod
+    def make(cls, home: Path) -> Rig:
+        named = os.environ.get("WOODFROG_CRIU")
+        for name in ("mnt", "code"):
+            (home / name).mkdir()
+        # The worker's uid must reach the code below it.
+        for path in (home, *home.parents):
+            if path != Path("/tmp") and path.is_relative_to("/tmp"):
+                path.chmod(0o755)
+        return cls(home, find_criu(Path(named) if named else None))
+
+    @property
+    def kdat(self) -> Path:
+        path = Path(f"/dev/shm/woodfrog-test-{os.getpid()}/criu")
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    @property
+    def prefixes(self) -> tuple[Path, ...]:
+        return tuple({Path(p).resolve() for p in (sys.base_prefix, self.criu.path.parents[1])})
+
+    async def sandbox(self, *, layers: tuple[Path, ...] = (), shm: Path | None = None, disk: int = 1 << 30) -> Sandbox:
+        host = read_host_root()
+        skeleton = make_skeleton(self.home / "skeletons", host, self.prefixes, UID)
+        sandbox = await Sandbox.prepare(
+            f"t{uuid.uuid4().hex[:8]}", init_binary=init_binary_path(), scratch=self.home / "mnt", host=host, worker_uid=UID,
+            limits=Limits(), cgroups=self.cgroups,
+        )  # fmt: skip
+        self.sandboxes.append(sandbox)
+        request = RootRequest(
+            scratch=self.home / "mnt", skeleton=skeleton, disk_bytes=disk, hostname="frog", worker_uid=UID, layers=layers,
+            shm_layer=shm, code=self.home / "code", prefixes=self.prefixes, kdat_dir=self.kdat,
+        )  # fmt: skip
+        await sandbox.assemble(root_plan(request, host))
+        return sandbox
+
+    async def start(self, setup: str, *, seccomp: bool = True, no_new_privs: bool = True) -> tuple[Sandbox, SandboxProcess]:
+        """Run a program: `setup` defines `check()`, whose repr every connection gets."""
+        sandbox = await self.sandbox()
+        (self.home / "code" / "program.py").write_text(PROGRAM.replace("{setup}", setup).replace("{socket}", SOCKET))
+        # A process group of its own for stdout: the pipes are the sandbox's, nobody reads them here.
+        process = await sandbox.spawn(
+            ProcessSpec(
+                (sys._base_executable, "-B", "/app/program.py"), env={"PATH": os.defpath, "HOME": "/tmp"}, uid=UID, gid=UID,
+                inner_pid=WORKER_PID, stdout="/run/woodfrog/stdout", stderr="/run/woodfrog/stderr", seccomp=seccomp,
+                no_new_privs=no_new_privs,
+            )  # fmt: skip
+        )
+        return sandbox, process
+
+    async def ask(self, sandbox: Sandbox, *, patience: float = 10.0) -> str:
+        """The program's answer."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + patience
+        while True:
+            try:
+                connection = await sandbox.connect(SOCKET)
+                break
+            except OSError:
+                if loop.time() > end:
+                    raise AssertionError(f"no program answers: {self.stderr(sandbox)}") from None
+                await asyncio.sleep(0.01)
+        try:
+            data = bytearray()
+            async with asyncio.timeout(patience):
+                while chunk := await loop.sock_recv(connection, 65536):
+                    data += chunk
+            return data.decode()
+        finally:
+            connection.close()
+
+    def stderr(self, sandbox: Sandbox) -> str:
+        with suppress(OSError):
+            fd = os.open(sandbox.path("/run/woodfrog/stderr"), os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                return os.read(fd, 65536).decode(errors="replace")
+            finally:
+                os.close(fd)
+        return ""
+
+    def images(self) -> Path:
+        path = self.home / f"snap-{uuid.uuid4().hex[:6]}"
+        path.mkdir(mode=0o700)
+        for name, mode in (("img", 0o700), ("fs", 0o755), ("shm", 0o1777)):
+            (path / name).mkdir()
+            (path / name).chmod(mode)
+        return path / "img"
+
+    async def freeze(self, sandbox: Sandbox, images: Path | None = None, phases: Phases | None = None) -> Frozen:
+        images = images or self.images()
+        result = await dump(sandbox, root_pid=WORKER_PID, images=images, criu=self.criu, phases=phases or Phases())
+        frozen = Frozen(images, images.parent / "fs", images.parent / "shm", result)
+        for source, target in ((sandbox.upper_path(), frozen.fs), (sandbox.path("/dev/shm"), frozen.shm)):
+            subprocess.run(["cp", "-a", f"{source}/.", f"{target}/"], check=True)
+        await sandbox.destroy()
+        return frozen
+
+    async def thaw(self, frozen: Frozen, phases: Phases | None = None) -> tuple[Sandbox, SandboxProcess]:
+        sandbox = await self.sandbox(layers=(frozen.fs,), shm=frozen.shm)
+        process = await restore(sandbox, images=frozen.images, criu=self.criu, phases=phases or Phases())
+        return sandbox, process
+
+    async def close(self) -> None:
+        for sandbox in self.sandboxes:
+            await sandbox.destroy()
+        shutil.rmtree(self.kdat.parent, ignore_errors=True)

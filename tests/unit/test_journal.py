@@ -1,0 +1,262 @@
+"""The journal: what was acknowledged is there after any death of the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from woodfrog.backends.connection import Payload
+from woodfrog.daemon import journal as module
+from woodfrog.daemon.journal import INLINE_BYTES, CallRow, Journal
+from woodfrog.errors import OutputExpired, StoreError
+
+BIG = bytes(range(256)) * ((INLINE_BYTES // 256) + 1)
+
+
+def add(journal: Journal, call_id: str, payload: Payload | None = None, **more: str) -> CallRow:
+    values = {"app": "demo", "tag": "f", "method": "f", "params_digest": "", "encoding": "pickle", **more}
+    return journal.add_call(call_id, version=1, payload=payload or Payload(data=b"args"), **values)  # type: ignore[arg-type]
+
+
+def finish(journal: Journal, call_id: str, result: Payload | None = None, outcome: str = "success") -> None:
+    journal.finish_call(call_id, outcome=outcome, error=None, result=result or Payload(data=b"out"), trace=[])
+
+
+def spooled(home: Path, data: bytes) -> Payload:
+    path = home / "calls" / f".body-{os.urandom(4).hex()}"
+    path.write_bytes(data)
+    return Payload(path=path)
+
+
+def bodies(home: Path) -> set[str]:
+    return {p.name for p in (home / "calls").iterdir()}
+
+
+def test_a_call_s_life(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    row = add(journal, "c1", Payload(data=b"args"), params_digest="p")
+    assert journal.call("c1") == row and journal.payload("c1").read() == b"args"
+    assert [r.id for r in journal.unfinished()] == ["c1"]
+    trace = [{"name": "run", "start_ms": 0.0, "ms": 1.0, "parent": None}]
+    error = {"type": "x.E", "message": "bad \ud800 é", "traceback": ""}
+    journal.finish_call("c1", outcome="exception", error=error, result=Payload(data=b""), trace=trace)
+    journal.close()
+    journal = Journal(tmp_path)
+    done = journal.call("c1")
+    assert done is not None and (done.outcome, done.error, done.trace) == ("exception", error, trace)
+    assert done.finished is not None and done.finished >= done.submitted
+    assert journal.result("c1").read() == b"" and journal.payload("c1").read() == b""
+    assert journal.unfinished() == [] and journal.call("never") is None
+    assert stat.S_IMODE((tmp_path / "journal.sqlite").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "calls").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("size", [0, INLINE_BYTES, INLINE_BYTES + 1, 5 << 20])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_bodies_of_every_size(tmp_path: Path, size: int, on_disk: bool) -> None:
+    data = os.urandom(size)
+    journal = Journal(tmp_path)
+
+    def payload() -> Payload:
+        return spooled(tmp_path, data) if on_disk else Payload(data=data)
+
+    add(journal, "c1", payload())
+    assert Journal(tmp_path).payload("c1").read() == data
+    finish(journal, "c1", payload())
+    assert Journal(tmp_path).result("c1").read() == data
+    assert bodies(tmp_path) == ({"c1.out"} if size > INLINE_BYTES else set())
+
+
+def test_a_lost_result_is_said_and_not_empty(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    add(journal, "c1")
+    finish(journal, "c1", Payload(data=BIG))
+    (tmp_path / "calls" / "c1.out").unlink()
+    with pytest.raises(OutputExpired, match="c1"):
+        journal.result("c1")
+
+
+def test_unfinished_in_the_order_of_their_coming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(module.time, "time", lambda: clock[0])
+    journal = Journal(tmp_path)
+    for number in (5, 3, 9, 1, 7):
+        clock[0] += 1
+        add(journal, f"c{number}")
+    finish(journal, "c9")
+    assert [r.id for r in Journal(tmp_path).unfinished()] == ["c5", "c3", "c1", "c7"]
+    assert [r.id for r in journal.recent(2)] == ["c7", "c1"]
+
+
+def test_sweep_and_prune(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.add_params("used", b"used")
+    journal.add_params("unused", b"unused")
+    add(journal, "c1", Payload(data=BIG), params_digest="used")
+    add(journal, "c2", Payload(data=BIG))
+    finish(journal, "c2", Payload(data=BIG))
+    (tmp_path / "calls" / "c2.in").write_bytes(b"killed between row and unlink")
+    (tmp_path / "calls" / "gone.out").write_bytes(b"x")
+    (tmp_path / "calls" / ".body-1").write_bytes(b"x")
+    journal.close()
+    journal = Journal(tmp_path)
+    assert bodies(tmp_path) == {"c1.in", "c2.in", "c2.out"}
+    assert journal.prune(0.0) == []
+    assert journal.prune(time.time() + 1) == ["c2"]
+    assert bodies(tmp_path) == {"c1.in"}  # an unfinished one is never pruned
+    assert journal.call("c2") is None and journal.call("c1") is not None
+    assert journal.params("used") == b"used" and journal.params("unused") == b""
+
+
+def test_same_id_twice_harms_nothing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    add(journal, "c1", Payload(data=b"first"))
+    with pytest.raises(StoreError):
+        add(journal, "c1", Payload(data=b"second"))
+    assert journal.payload("c1").read() == b"first"
+
+
+def test_deploys(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for app in ("a", "b", "a"):
+        journal.add_deploy(app, {"name": app}, ephemeral=app == "b", client={"user": "é"})
+    journal.stop_app("a")
+    assert journal.add_deploy("a", {"name": "a"}, ephemeral=False, client={}).version == 3
+    rows = Journal(tmp_path).deploys()
+    assert [(r.app, r.version, r.stopped is None) for r in rows] == [
+        ("a", 1, False),
+        ("b", 1, True),
+        ("a", 2, False),
+        ("a", 3, True),
+    ]
+    assert rows[1].ephemeral and rows[1].client == {"user": "é"} and rows[0].spec == {"name": "a"}
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from woodfrog.backends.connection import Payload
+from woodfrog.daemon.journal import Journal
+journal = Journal(Path(sys.argv[1]))
+number = 0
+while True:
+    size = 300_000 if number % 5 == 0 else 100
+    journal.add_call(f"c{number}", app="demo", version=1, tag="f", method="f", params_digest="", encoding="pickle",
+                     payload=Payload(data=bytes([number % 256]) * size))
+    print("in", number, flush=True)
+    if number >= 3:
+        journal.finish_call(f"c{number - 3}", outcome="success", error=None, trace=[],
+                            result=Payload(data=bytes([number % 256]) * size))
+        print("out", number - 3, flush=True)
+    number += 1
+"""
+
+
+@pytest.mark.parametrize("lines", [1, 40, 301])
+def test_killed_in_the_middle_of_writing(tmp_path: Path, lines: int) -> None:
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    said = [child.stdout.readline() for _ in range(lines)]
+    child.kill()
+    said += child.stdout.readlines()
+    child.wait()
+    journal = Journal(tmp_path)
+    taken = {int(line.split()[1]) for line in said if line.startswith("in ")}
+    answered = {int(line.split()[1]) for line in said if line.startswith("out ")}
+    assert taken
+    unfinished = {r.id for r in journal.unfinished()}
+    for number in taken - answered:
+        row = journal.call(f"c{number}")
+        assert row is not None
+        if row.outcome is None:
+            assert row.id in unfinished
+            assert journal.payload(row.id).read() == bytes([number % 256]) * (300_000 if number % 5 == 0 else 100)
+    for number in answered:
+        row = journal.call(f"c{number}")
+        assert row is not None and row.outcome == "success"
+        size = 300_000 if (number + 3) % 5 == 0 else 100
+        assert journal.result(row.id).read() == bytes([(number + 3) % 256]) * size
+    rows = {r.id for r in journal.recent(100_000)}
+    assert {name.split(".")[0] for name in bodies(tmp_path)} <= rows
+    add(journal, "next")
+
+
+def test_readers_beside_the_writer(tmp_path: Path) -> None:
+    """Somebody looks into the database with sqlite3 while the daemon writes."""
+    journal = Journal(tmp_path)
+    add(journal, "c0")
+    reader = sqlite3.connect(f"file:{tmp_path / 'journal.sqlite'}?mode=ro", uri=True)
+    reader.execute("BEGIN")
+    assert reader.execute("SELECT count(*) FROM calls").fetchone() == (1,)
+    for number in range(1, 50):
+        add(journal, f"c{number}")
+        finish(journal, f"c{number}")
+    assert reader.execute("SELECT count(*) FROM calls").fetchone() == (1,)
+    reader.rollback()
+    assert reader.execute("SELECT count(*) FROM calls").fetchone() == (50,)
+    reader.close()
+
+
+def test_failures_are_store_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path)
+    add(journal, "c1")
+    os.rename(tmp_path / "calls", tmp_path / "away")
+    with pytest.raises(StoreError, match="cannot keep a call's out"):
+        finish(journal, "c1", Payload(data=BIG))
+    row = journal.call("c1")
+    assert row is not None and row.outcome is None
+    with pytest.raises(StoreError, match="cannot keep a call's in"):
+        add(journal, "c2", Payload(data=BIG))
+    assert journal.call("c2") is None
+    os.rename(tmp_path / "away", tmp_path / "calls")
+    journal._db.execute("PRAGMA query_only=1")
+    with pytest.raises(StoreError, match="journal cannot be used"):
+        add(journal, "c3", Payload(data=BIG))
+    assert bodies(tmp_path) == set()
+    journal.close()
+    with pytest.raises(StoreError):
+        journal.call("c1")
+
+
+def test_a_damaged_database_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "journal.sqlite").write_bytes(b"not a database" * 500)
+    with pytest.raises(StoreError, match=r"journal\.sqlite.*move it away") as caught:
+        Journal(tmp_path)
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.root
+def test_a_full_disk(tmp_path: Path) -> None:
+    home = tmp_path / "disk"
+    home.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "woodfrog-test", str(home)], check=True)
+    try:
+        journal = Journal(home)
+        add(journal, "c0", Payload(data=b"first"))
+        with pytest.raises(StoreError):
+            for number in range(1, 100):
+                add(journal, f"c{number}", Payload(data=os.urandom(100_000)))
+        with pytest.raises(StoreError) as caught:
+            add(journal, "big", Payload(data=os.urandom(4 << 20)))
+        assert caught.value.code == "disk-full" and "big.in" not in bodies(home)
+        taken = [r.id for r in journal.unfinished()]
+        journal.close()
+        again = Journal(home)
+        assert [r.id for r in again.unfinished()] == taken and again.payload("c0").read() == b"first"
+        again.close()
+    finally:
+        subprocess.run(["umount", str(home)], check=True)
+
+
+async def test_payloads() -> None:
+    assert Payload(data=b"").size == 0 and Payload().read() == b""
+    assert b"".join([c async for c in Payload(data=b"x").chunks()]) == b"x"
+    await asyncio.sleep(0)

@@ -1,0 +1,209 @@
+"""What functions print: lines, rotation, followers, full disks."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from woodfrog.daemon import logs as module
+from woodfrog.daemon.logs import LogBook
+
+
+def parse(data: bytes) -> list[dict[str, Any]]:
+    assert not data or data.endswith(b"\n")
+    return [json.loads(line) for line in data.splitlines()]
+
+
+async def lines(book: LogBook, app: str = "demo", since: float = 0.0) -> list[str]:
+    data = b"".join([chunk async for chunk in book.app(app).read(since=since, follow=False)])
+    return [record["line"] for record in parse(data)]
+
+
+def feeder(book: LogBook) -> Callable[..., None]:
+    def feed(data: bytes, stream: str = "stdout", instance: str = "i-1") -> None:
+        book.feed("demo", instance=instance, function="f", stream=stream, call="c1", data=data)
+
+    return feed
+
+
+async def test_output_is_cut_into_lines(tmp_path: Path) -> None:
+    book = LogBook(tmp_path, 1 << 20)
+    feed = feeder(book)
+    feed(b"one\ntwo\nth")
+    feed(b"error", stream="stderr")
+    feed(b"other", instance="i-2")
+    feed(b"ree\n\n")
+    feed("é".encode()[:1])
+    feed("é".encode()[1:] + b"\n\xff\xfe\x00\n")
+    book.note("demo", "note \ud800 \x1b[31m")
+    assert await lines(book) == ["one", "two", "three", "", "é", "\ufffd\ufffd\0", "note ? \x1b[31m"]
+    book.end("demo", "i-1", "f")
+    book.end("demo", "i-1", "f")
+    assert (await lines(book))[-1] == "error" and "other" not in await lines(book)
+    records = parse((tmp_path / "demo.ndjson").read_bytes())
+    assert records[0] == {**records[0], "instance": "i-1", "function": "f", "stream": "stdout", "call": "c1"}
+    assert records[-1]["stream"] == "stderr"
+
+
+async def test_endless_line_is_cut_and_kept_whole(tmp_path: Path) -> None:
+    book = LogBook(tmp_path, 8 << 20)
+    feed = feeder(book)
+    for _ in range(40):
+        feed(b"x" * 10_000)
+    feed(b"\nnext\n" + b"y" * 300_000)
+    book.end("demo", "i-1", "f")
+    found = await lines(book)
+    assert "".join(found) == "x" * 400_000 + "next" + "y" * 300_000
+    assert max(map(len, found)) <= 2 * (64 << 10) and len(book._partial) == 0
+
+
+async def test_rotation_keeps_to_the_budget(tmp_path: Path) -> None:
+    book = LogBook(tmp_path, 1 << 18)
+    feed = feeder(book)
+    for number in range(5000):
+        feed(b"%06d %s\n" % (number, b"x" * 100))
+    size = sum(p.stat().st_size for p in tmp_path.iterdir())
+    assert (1 << 17) < size < (1 << 18) + 1000
+    found = [int(line.split()[0]) for line in await lines(book)]
+    assert found == list(range(found[0], 5000)) and found[0] > 0
+    again = LogBook(tmp_path, 1 << 18)
+    assert await lines(again) == await lines(book)
+
+
+async def test_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(module.time, "time", lambda: clock[0])
+    book = LogBook(tmp_path, 1 << 20)
+    for clock[0] in (100.0, 200.5, 300.0):
+        book.note("demo", str(clock[0]))
+    assert await lines(book, since=200.5) == ["200.5", "300.0"]
+    assert await lines(book, since=301) == []
+
+
+async def take(stream: AsyncIterator[bytes], count: int) -> list[str]:
+    out: list[str] = []
+    while len(out) < count:
+        out += [r["line"] for r in parse(await asyncio.wait_for(anext(stream), 10))]
+    return out
+
+
+async def test_follower_misses_nothing_and_sees_nothing_twice(tmp_path: Path) -> None:
+    """Lines come, and the file rotates, while the follower still reads what was there before."""
+    book = LogBook(tmp_path, 1 << 18)
+    feed = feeder(book)
+    for number in range(1500):
+        feed(b"%06d %s\n" % (number, b"x" * 50))
+    before = await lines(book)
+    stream = book.app("demo").read(since=0.0, follow=True)
+    got = await take(stream, 1)
+    for number in range(1500, 4000):  # two rotations
+        feed(b"%06d %s\n" % (number, b"x" * 50))
+    got += await take(stream, len(before) + 2500 - len(got))
+    expected = range(int(before[0].split()[0]), 4000)
+    assert [int(line.split()[0]) for line in got] == list(expected)
+    waiting = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    feed(b"live\n")
+    assert parse(await asyncio.wait_for(waiting, 5))[0]["line"] == "live"
+    await stream.aclose()  # type: ignore[attr-defined]
+    assert not book.app("demo")._followers
+
+
+async def test_several_followers(tmp_path: Path) -> None:
+    book = LogBook(tmp_path, 1 << 20)
+    streams = [book.app("demo").read(since=0.0, follow=True) for _ in range(3)]
+    tasks = [asyncio.ensure_future(take(stream, 100)) for stream in streams]
+    for number in range(100):
+        book.note("demo", str(number))
+        if number % 10 == 0:
+            await asyncio.sleep(0)
+    for got in await asyncio.gather(*tasks):
+        assert got == [str(n) for n in range(100)]
+
+
+async def test_slow_follower_is_told_what_it_missed(tmp_path: Path) -> None:
+    book = LogBook(tmp_path, 1 << 20)
+    stream = book.app("demo").read(since=0.0, follow=True)
+    book.note("demo", "first")
+    assert await take(stream, 1) == ["first"]
+    for _ in range(1000):
+        book.note("demo", "x" * 10_000)
+    got = await take(stream, 100)
+    assert got[-1].endswith("lines left out: read too slowly")
+    assert len(got) - 1 + int(got[-1].split()[0]) == 1000
+    book.note("demo", "on")
+    assert await take(stream, 1) == ["on"]
+
+
+async def test_failing_disk_never_reaches_the_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    book = LogBook(tmp_path, 1 << 17)
+    feed = feeder(book)
+    feed(b"before\n")
+
+    def refuse(*args: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "write", refuse)
+        for _ in range(100):
+            feed(b"lost\n")
+        assert book.app("demo").dropped == 100
+    feed(b"after\n")
+    assert await lines(book) == ["before", "100 lines lost: the disk was full", "after"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "replace", refuse)
+        for _ in range(100):
+            feed(b"x" * 2000 + b"\n")
+    assert len(await lines(book)) == 103  # over its budget rather than lost
+    feed(b"rotated\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "open", refuse)
+        for _ in range(100):
+            feed(b"y" * 2000 + b"\n")
+    feed(b"open again\n")
+    assert (await lines(book))[-1] == "open again"
+
+
+@pytest.mark.root
+async def test_really_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "woodfrog-test", str(disk)], check=True)
+    try:
+        book = LogBook(disk, 1 << 20)
+        feed = feeder(book)
+        (disk / "filler").write_bytes(bytes(30_000))
+        for number in range(1000):
+            feed(b"%d %s\n" % (number, b"x" * 700))
+        kept = await lines(book)  # every line parses
+        assert 0 < len(kept) < 100
+        (disk / "filler").unlink()
+        feed(b"after\n")
+        found = await lines(book)
+        assert found[-2:] == [f"{1000 - len(kept)} lines lost: the disk was full", "after"]
+        book.close()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+async def test_half_a_line_left_by_a_killed_daemon(tmp_path: Path) -> None:
+    book = LogBook(tmp_path, 1 << 20)
+    book.note("demo", "whole")
+    with open(tmp_path / "demo.ndjson", "ab") as f:
+        f.write(b'{"t":1.0,"li')
+    again = LogBook(tmp_path, 1 << 20)
+    again.note("demo", "next")
+    text = (tmp_path / "demo.ndjson").read_bytes().splitlines()
+    assert [json.loads(text[0])["line"], json.loads(text[-1])["line"]] == ["whole", "next"] and len(text) == 3
+    again.close()
+    again.close()
+    assert os.stat(tmp_path / "demo.ndjson").st_mode & 0o777 == 0o600

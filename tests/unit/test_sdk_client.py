@@ -1,0 +1,135 @@
+"""Reaching the daemon: starting it, waiting for it, and what is said when it cannot be had."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from unit.fake_daemon import FakeDaemon
+
+from woodfrog.errors import DaemonError, HostError, OutOfMemoryError, SpecError
+from woodfrog.sdk import client as module
+from woodfrog.sdk.client import Client, connect, error_from_answer, start_daemon
+from woodfrog.settings import Settings
+
+# A daemon in a process of its own: takes a lock as the real one does, and gives way to another.
+STARTER = textwrap.dedent(
+    """
+    import fcntl, os, sys, time
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[1])
+    home = Path(os.environ["WOODFROG_HOME"])
+    with open(home / "starts", "a") as f:
+        f.write("x")
+    lock = open(home / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit("another daemon holds the lock")
+    time.sleep(0.5)
+    from unit.fake_daemon import FakeDaemon
+    FakeDaemon(home)
+    (home / "pid").write_text(str(os.getpid()))
+    time.sleep(60)
+    """
+)
+COMMAND = [sys.executable, "-c", STARTER, str(Path(__file__).parents[1])]
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[FakeDaemon]:
+    fake = FakeDaemon(tmp_path)
+    yield fake
+    fake.close()
+
+
+def kill(home: Path) -> None:
+    os.kill(int((home / "pid").read_text()), 9)
+
+
+def test_two_starters_start_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    settings = Settings(home=tmp_path / "state")
+    clients = [Client(settings) for _ in range(3)]
+    threads = [threading.Thread(target=start_daemon, args=(c,), kwargs={"command": COMMAND}) for c in clients]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [bool(c.health()) for c in clients] == [True] * 3
+    assert (settings.home / "starts").read_text() == "x"
+    kill(settings.home)
+
+
+def test_a_daemon_that_dies_shows_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    client = Client(Settings(home=tmp_path))
+    command = [sys.executable, "-c", "import sys; print('first line'); sys.exit('no CRIU here')"]
+    with pytest.raises(
+        DaemonError, match=r"ended with status 1 while starting; the end of .*daemon.log:\nfirst line\nno CRIU"
+    ):
+        start_daemon(client, command=command)
+    with pytest.raises(DaemonError, match=r"did not answer within 0.3 s"):
+        start_daemon(client, command=[sys.executable, "-c", "import time; time.sleep(3)"], timeout=0.3)
+
+
+def test_no_daemon_and_not_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(HostError, match="starting it needs root: run `sudo woodfrog daemon start`"):
+        connect(Settings(home=tmp_path))
+    with pytest.raises(DaemonError, match="is not running"):
+        connect(Settings(home=tmp_path), start=False)
+    with pytest.raises(DaemonError, match=r"no woodfrog daemon answers at http://127.0.0.1:9 \(WOODFROG_HOST\)"):
+        connect(Settings(home=tmp_path, host="http://127.0.0.1:9"))
+
+
+def test_connect_is_shared_and_notices_a_restart(daemon: FakeDaemon) -> None:
+    settings = Settings(home=daemon.home)
+    client = connect(settings)
+    assert connect(settings) is client
+    daemon.stop()
+    with pytest.raises(DaemonError, match="is not running"):
+        connect(settings, start=False)
+    daemon.start()
+    assert connect(settings, start=False) is client
+
+
+def test_another_protocol(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.protocol, "VERSION", 99)
+    with pytest.raises(DaemonError, match=r"is woodfrog fake and speaks protocol 1, this client 99"):
+        connect(Settings(home=daemon.home))
+
+
+def test_a_daemon_that_stays_away(daemon: FakeDaemon) -> None:
+    client = Client(Settings(home=daemon.home), reconnect_s=0.3)
+    daemon.stop()
+    begin = time.monotonic()
+    with pytest.raises(
+        DaemonError, match=r"went away and did not come back in 0.3 s \(ConnectError.*\); kept words"
+    ) as e:
+        client.request("GET", "/health", kept="kept words")
+    assert e.value.retryable and time.monotonic() - begin < 3
+    daemon.start()
+
+
+def test_errors_are_told_by_type_or_by_code() -> None:
+    plain = {"code": "out-of-memory", "message": "m", "fields": {"limit": 1}, "retryable": False}
+    error = error_from_answer({"error": plain}, "")
+    assert isinstance(error, OutOfMemoryError) and error.fields == {"limit": 1}
+    assert isinstance(error_from_answer({"error": {**plain, "type": "SpecError"}}, ""), SpecError)
+    assert str(error_from_answer("<html>", "answered 500")) == "answered 500"
+
+
+def test_the_daemon_gets_no_secrets_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.setenv("WOODFROG_GPU", "none")
+    found = module._daemon_environ()
+    assert "AWS_SECRET_ACCESS_KEY" not in found and found["WOODFROG_GPU"] == "none" and "PATH" in found
+    json.dumps(found)

@@ -1,0 +1,199 @@
+"""Which files are shipped, under which names, and that the archive is the same whenever the files are."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from woodfrog.errors import SpecError
+from woodfrog.sdk import source
+from woodfrog.sdk.source import Root, import_program, merge_roots, pack, root_of
+
+
+def make(folder: Path, *files: str) -> None:
+    for name in files:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# {name}\n")
+
+
+def names(archive: source.Archive) -> list[str]:
+    with tarfile.open(fileobj=io.BytesIO(archive.data)) as tar:
+        return tar.getnames()
+
+
+def test_what_is_left_out(tmp_path: Path) -> None:
+    make(
+        tmp_path,
+        *("app.py", "pkg/__init__.py", "pkg/data.txt", ".env", ".git/config", "__pycache__/a.pyc", "b.pyc"),
+        *("venv/pyvenv.cfg", "venv/lib/x.py", "node_modules/x.js", "build/lib.py", "dist/x.whl", "x.egg-info/PKG-INFO"),
+        *(
+            "pkg/build/__init__.py",
+            "pkg/build/tool.py",
+            "data/large.bin",
+            "data/keep.txt",
+            "logs/a.log",
+            "deep/logs/b.log",
+        ),
+    )
+    (tmp_path / ".woodfrogignore").write_text("# what is not code\ndata/*\n!data/keep.txt\nlogs/\n/deep/**/c.txt\n")
+    make(tmp_path, "deep/c.txt", "deep/er/c.txt", "deep/d.txt")
+    os.mkfifo(tmp_path / "fifo")
+    assert names(pack(Root(tmp_path))) == [
+        *("app.py", "data", "data/keep.txt", "deep", "deep/d.txt", "deep/er", "pkg", "pkg/__init__.py"),
+        *("pkg/build", "pkg/build/__init__.py", "pkg/build/tool.py", "pkg/data.txt"),
+    ]
+    assert names(pack(Root(tmp_path, "pkg")))[:2] == ["pkg", "pkg/__init__.py"]
+    assert names(pack(Root(tmp_path, "app.py"))) == ["app.py"]
+
+
+def test_the_archive_depends_on_the_files_only(tmp_path: Path) -> None:
+    for name, order in (("one", ["a.py", "b/c.py"]), ("two", ["b/c.py", "a.py"])):
+        make(tmp_path / name, *order)
+    (tmp_path / "two" / "a.py").chmod(0o600)
+    os.utime(tmp_path / "two" / "a.py", (1, 1))
+    one, two = pack(Root(tmp_path / "one")), pack(Root(tmp_path / "two"))
+    assert one.data == two.data and one.digest == hashlib.sha256(one.data).hexdigest()
+    (tmp_path / "two" / "a.py").chmod(0o755)
+    assert pack(Root(tmp_path / "two")).digest != one.digest
+    with tarfile.open(fileobj=io.BytesIO(one.data)) as tar:
+        assert {(m.mtime, m.uid, m.gid, m.uname) for m in tar} == {(0, 0, 0, "")}
+        assert {m.mode for m in tar} == {0o644, 0o755}
+
+
+def test_links(tmp_path: Path) -> None:
+    make(tmp_path / "p", "a.py", "sub/b.py")
+    (tmp_path / "p/link.py").symlink_to("a.py")
+    (tmp_path / "p/sub/up.py").symlink_to(tmp_path / "p" / "a.py")
+    (tmp_path / "p/dir").symlink_to("sub")
+    with tarfile.open(fileobj=io.BytesIO(pack(Root(tmp_path / "p")).data)) as tar:
+        assert {m.name: m.linkname for m in tar if m.issym()} == {
+            "link.py": "a.py",
+            "sub/up.py": "../a.py",
+            "dir": "sub",
+        }
+    (tmp_path / "p/out").symlink_to("/etc/hostname")
+    with pytest.raises(
+        SpecError, match=r"p/out: the symbolic link leads out of the program's directory, to /etc/hostname"
+    ):
+        pack(Root(tmp_path / "p"))
+
+
+def test_limits_name_the_largest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "app.py")
+    for name, size in (("weights.bin", 3000), ("more/data.bin", 2000), ("x.bin", 1000), ("y.bin", 10)):
+        make(tmp_path, name)
+        (tmp_path / name).write_bytes(bytes(size << 10))
+    monkeypatch.setattr(source, "MAX_BYTES", 1 << 20)
+    with pytest.raises(SpecError) as caught:
+        pack(Root(tmp_path))
+    assert "largest: weights.bin (2.9 MiB), more (2.0 MiB), x.bin (1.0 MiB); name what is not code in" in str(
+        caught.value
+    )
+    assert str(tmp_path / ".woodfrogignore") in str(caught.value)
+    (tmp_path / ".woodfrogignore").write_text("*.bin\n")
+    assert names(pack(Root(tmp_path))) == ["app.py", "more"]
+    monkeypatch.setattr(source, "MAX_FILES", 0)
+    with pytest.raises(SpecError, match="holds 1 files"):
+        pack(Root(tmp_path))
+
+
+def test_roots(tmp_path: Path) -> None:
+    assert root_of("app", str(tmp_path / "app.py")) == Root(tmp_path)
+    assert root_of("a.b.c", str(tmp_path / "a/b/c.py")) == Root(tmp_path, "a")
+    assert root_of("a.b", str(tmp_path / "a/b/__init__.py")) == Root(tmp_path, "a")
+    assert root_of("a", str(tmp_path / "a/__init__.py")) == Root(tmp_path, "a")
+    for shared in ("/", "/tmp", "/root", "/home/someone", "/usr/lib/python3/dist-packages", str(Path.home())):
+        assert root_of("app", f"{shared}/app.py").only == "app.py", shared
+    package, whole, other = Root(tmp_path, "pkg"), Root(tmp_path), Root(tmp_path / "x", "pkg")
+    assert merge_roots([package, whole, other]) == {package: whole, whole: whole, other: other}
+
+
+def test_import_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    make(
+        tmp_path, "wf_prog.py", "wf_pkg/__init__.py", "wf_pkg/sub/__init__.py", "wf_pkg/sub/mod.py", "a.b.py", "json.py"
+    )
+    (tmp_path / "wf_bad.py").write_text("x = 1\ndef f(:\n")
+    (tmp_path / "wf_needs.py").write_text("import nothing_of_this_name\n")
+    assert import_program(str(tmp_path / "wf_prog.py")).__name__ == "wf_prog"
+    assert import_program(str(tmp_path / "wf_pkg/sub/mod.py")).__name__ == "wf_pkg.sub.mod"
+    assert import_program("wf_pkg.sub.mod").__file__ == str(tmp_path / "wf_pkg/sub/mod.py")
+    for target, words in (
+        (str(tmp_path / "none.py"), "no such file"),
+        (str(tmp_path / "wf_bad.py"), r"wf_bad.py:2: syntax error: "),
+        (str(tmp_path / "a.b.py"), "rename it"),
+        (str(tmp_path / "json.py"), "its module name 'json' is taken by"),
+        ("wf_pkg.none", "no such module"),
+    ):
+        with pytest.raises(SpecError, match=words):
+            import_program(target)
+    with pytest.raises(ModuleNotFoundError, match="nothing_of_this_name"):
+        import_program(str(tmp_path / "wf_needs.py"))
+
+
+def test_main_is_shipped_under_its_own_name(tmp_path: Path) -> None:
+    make(tmp_path, "my_script.py", "pkg/__init__.py", "pkg/__main__.py", "pkg/mod.py")
+    text = "from woodfrog.sdk import source; print(source.main_name())"
+    for name in ("my_script.py", "pkg/__main__.py", "pkg/mod.py"):
+        (tmp_path / name).write_text(text)
+
+    def run(*args: str) -> str:
+        return subprocess.run([sys.executable, *args], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    assert run("my_script.py").strip() == "my_script"
+    assert run("-m", "pkg.mod").strip() == "pkg.mod"
+    assert run("-m", "pkg").strip() == "pkg.__main__"
+    assert run("-c", text).strip() == "None"
+
+
+def test_runtime_is_the_environment_without_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    base = source.runtime([])
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path), *sys.path, str(elsewhere), "/nowhere"])
+    found = source.runtime([Root(tmp_path)])
+    assert found.sys_path == (*base.sys_path, str(elsewhere))
+    assert found.executable == sys.executable and found.version.startswith("3.")
+    assert any(p.endswith("site-packages") for p in found.sys_path)
+    assert found.packages_digest == base.packages_digest and len(found.packages_digest) == 64
+    script = tmp_path / "prints.py"
+    script.write_text("from woodfrog.sdk import source; print(source.runtime([]).sys_path)")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd="/", check=True)
+    assert str(tmp_path) not in done.stdout.replace(str(elsewhere), "")
+
+
+@given(st.text("ab*?[]/!.", min_size=1, max_size=8))
+def test_any_ignore_line_is_harmless(line: str) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        make(Path(folder), "a.py", "b/a.py")
+        (Path(folder) / ".woodfrogignore").write_text(line + "\n")
+        assert set(names(pack(Root(Path(folder))))) <= {"a.py", "b", "b/a.py"}
+
+
+def test_the_examples_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    from woodfrog.sdk.deploy import build
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folder = Path(__file__).parents[2] / "examples"
+    for name in ("basic", "uniqueness"):
+        sys.modules.pop(name, None)
+        module = import_program(str(folder / f"{name}.py"))
+        bundle = build("x", list(module.app._handles.values()), module.app._program)
+        assert len(bundle.code) == 1
+        assert {f.source.module for f in bundle.spec.functions} == {name}
+        assert f"{name}.py" in names(source.Archive(next(iter(bundle.code.values())), "", 0))
+        importlib.invalidate_caches()
