@@ -267,7 +267,16 @@ def test_map_exceptions(program: Any, daemon: FakeDaemon) -> None:
             pass
     list_of_slow = program.slow.starmap([(1, 0.0), (2, 30.0)])
     assert next(list_of_slow) == 1
+    # Leaving at once catches the second call unsent, under way, or running; none may be left behind.
     list_of_slow.close()
+    time.sleep(0.3)
+    assert all(c.status != "pending" for c in daemon.calls.values())
+    list_of_slow = program.slow.starmap([(1, 0.0), (2, 30.0)])
+    assert next(list_of_slow) == 1
+    while not any(c.status == "pending" for c in daemon.calls.values()):
+        time.sleep(0.02)
+    list_of_slow.close()
+    assert all(c.status != "pending" for c in daemon.calls.values())
     assert any(c.status == "cancelled" and c.tag == "slow" for c in daemon.calls.values())
     assert time.monotonic() - begin < 20
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from unit.fake_daemon import FakeDaemon
 
+from unit.fake_daemon import FakeDaemon
 from woodfrog.errors import DaemonError, HostError, OutOfMemoryError, SpecError
 from woodfrog.sdk import client as module
 from woodfrog.sdk.client import Client, connect, error_from_answer, start_daemon

@@ -74,6 +74,8 @@ class Instance:
     hostname: str = ""
     frozen_once: bool = False
     serving: bool = False
+    storing: bool = False
+    """Its snapshot is on the way to disk."""
     stopping: str | None = None
     exit_error: WoodfrogError | None = None
     start_task: asyncio.Task[None] | None = None
@@ -369,6 +371,7 @@ class LocalBackend:
             error.fields |= {k: v for k, v in e.fields.items() if k in ("remedy", "log_tail")}
             raise _CaptureGaveUp(error) from e
         # The first caller need not wait for the disk: the images are ours and in the page cache.
+        instance.storing = True
         self._spawn(self._commit(instance, staging, draft))
 
     async def _commit(self, instance: Instance, staging: Staging, draft: Manifest) -> None:
@@ -380,6 +383,8 @@ class LocalBackend:
             if instance.id in self._instances:
                 self._observer.on_capture_failed(instance.id, error, alive=True)
             return
+        finally:
+            instance.storing = False
         counters["capture.done"] += 1
         self._observer.on_captured(instance.request, manifest.id)
 
@@ -607,6 +612,7 @@ class LocalBackend:
             "function": instance.request.spec.tag,
             "mode": instance.request.mode,
             "stage": instance.stage,
+            "storing": instance.storing,
             "started": instance.started,
             "snapshot": instance.snapshot_id,
             "hostname": instance.hostname,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from woodfrog.cli import apps, call, containers, daemon, doctor, output, run, snapshots
+from woodfrog.cli import apps, call, containers, daemon, doctor, output, run, secrets, snapshots
 from woodfrog.errors import WoodfrogError
 
 __all__ = ["app", "main"]
@@ -51,6 +51,7 @@ app.command("call")(call.call)
 app.add_typer(apps.app, name="app")
 app.add_typer(containers.app, name="container")
 app.add_typer(snapshots.app, name="snapshot")
+app.add_typer(secrets.app, name="secret")
 app.add_typer(daemon.app, name="daemon")
 app.command("doctor")(doctor.doctor)
 

@@ -29,6 +29,12 @@ def post(client: Client, path: str, data: Any = None, *, wait: float = 0.0) -> d
     return answer if isinstance(answer, dict) else {}
 
 
+def put(client: Client, path: str, data: Any) -> dict[str, Any]:
+    """Put a JSON value under a name."""
+    answer = client.request("PUT", path, data=data).json()
+    return answer if isinstance(answer, dict) else {}
+
+
 def segment(name: str) -> str:
     """A name as one segment of a path."""
     from woodfrog.sdk.client import segment as quoted

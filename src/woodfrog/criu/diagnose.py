@@ -101,7 +101,7 @@ TABLE: tuple[Known, ...] = (
     Known(
         "unix-peer-outside", "capture",
         "Error (criu/sk-unix.c:874): unix: External socket is used. Consider using --ext-unix-sk option.",
-        r"External socket is used|Can't dump name-less external socket",
+        r"External socket is used|Can't dump name-less external socket|Unix socket \S+ not found",
         "a Unix socket is connected to a process outside the captured ones",
         "close that connection in a register_before_snapshot hook and connect again after the restore",
     ),

@@ -541,7 +541,7 @@ class Controller:
         self.logs.note(
             request.app, f"snapshot {snapshot_id} captured", instance=request.instance_id, function=request.spec.tag
         )
-        self._supersede(request)
+        self._supersede(request, snapshot_id)
         if request.instance_id in self.instances:
             self.emit(ev.SnapshotCaptured(now=self.now(), instance_id=request.instance_id, snapshot_id=snapshot_id))
             return
@@ -630,13 +630,14 @@ class Controller:
                 log.error("%s", e.message)
             self._doomed.discard(snapshot_id)
 
-    def _supersede(self, request: StartRequest) -> None:
+    def _supersede(self, request: StartRequest, snapshot_id: str) -> None:
         """Of one function's snapshots on this kind of host keep the newest few; earlier versions' are rolled off."""
+        newest = self.catalogue.get(snapshot_id)
+        wanted = (newest.app, newest.tag, newest.params_digest, newest.worker_class)
         same = [
             m
             for m in self.catalogue.manifests()
-            if (m.app, m.tag, m.params_digest) == (request.app, request.spec.tag, request.params_digest)
-            and m.id not in self._doomed
+            if (m.app, m.tag, m.params_digest, m.worker_class) == wanted and m.id not in self._doomed
         ]
         for manifest in same[: -self.settings.keep_snapshots]:
             self._say(request.instance_id, f"snapshot {manifest.id} of an earlier version is removed")

@@ -119,7 +119,8 @@ class RootRequest:
         layers: file system layers of snapshots, the topmost first.
         shm_layer: what /dev/shm holds at first; copied.
         code: host directory of the user's code, mounted read-only at `code_mount`.
-        prefixes: directories needed at their own path, read-only (interpreter, virtual environment, woodfrog itself).
+        prefixes: directories needed at their own path, read-only (interpreter, virtual environment, woodfrog itself);
+            where a part of a path is a symlink, give the resolved path too.
         hidden: host directories that appear empty inside (woodfrog's state).
         etc: files of /etc that are the sandbox's own: name and text; see `etc_files`.
         kdat_dir: host directory on tmpfs, bound to /run/criu, where CRIU as another user keeps its kernel features

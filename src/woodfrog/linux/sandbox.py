@@ -344,15 +344,18 @@ class Sandbox:
                 self.cgroup = cgroups.create(id, limits)
             self._launch(init_binary, time_offsets_ns)
             await asyncio.wait_for(self._started, STARTUP_TIMEOUT_S)
-            ops = list(base_plan(scratch, host, worker_uid))
-            if network is not None:
-                await network.attach(self.init_pid)
-                ops += [
-                    Op("addr", ("eth0", network.address, str(network.prefix))),
-                    Op("ifup", ("eth0",)),
-                    Op("route", (network.gateway,)),
-                ]
-            await self._ops(ops)
+            base = self._ops(base_plan(scratch, host, worker_uid))
+            if network is None:
+                await base
+            else:
+                await asyncio.gather(base, network.attach(self.init_pid))
+                await self._ops(
+                    [
+                        Op("addr", ("eth0", network.address, str(network.prefix))),
+                        Op("ifup", ("eth0",)),
+                        Op("route", (network.gateway,)),
+                    ]
+                )
         except BaseException as e:
             await self.destroy()
             if isinstance(e, TimeoutError):

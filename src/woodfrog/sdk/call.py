@@ -61,9 +61,14 @@ class Call:
         self.id = uuid4().hex
         self.target = target
         self._body = payload.dumps_arguments(args, kwargs, target.tag)
+        self._cancelled = False
+        self._over = False
+        """Nothing is sent any more."""
 
     def send(self, wait: float = 0.0) -> Reply:
         """Hand the call to the daemon; its answer if there is one within `wait` seconds."""
+        if self._cancelled:
+            raise CallCancelled(f"{self.target.tag}: the call was cancelled")
         headers = {"woodfrog-call": self.id, "woodfrog-encoding": "pickle", "content-type": "application/octet-stream"}
         if self.target.params is not None:
             headers["woodfrog-params"] = base64.b64encode(self.target.params).decode()
@@ -84,11 +89,18 @@ class Call:
             self._body = b""
             return outcome(wait_for(self.target.client, self.id, reply), self.target.tag)
         except KeyboardInterrupt:
+            self._over = True
             self.cancel()
             raise
+        finally:
+            self._over = True
 
     def cancel(self) -> None:
-        cancel(self.target.client, self.id)
+        """Cancel from any thread; also a call that is on its way to the daemon, and may arrive after this."""
+        self._cancelled = True
+        deadline = time.monotonic() + (0.2 if self._over else CANCEL_S)
+        while not cancel(self.target.client, self.id) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def items(self) -> Iterator[Any]:
         """The items of a generator, as they come. Leaving early cancels the call."""
@@ -122,6 +134,7 @@ class Call:
                         outcome(wait_for(client, self.id, None), tag)
                     return
         finally:
+            self._over = True
             if not ended:
                 self.cancel()
 
@@ -137,10 +150,12 @@ def _kept(call_id: str) -> str:
     return f"the call is kept: woodfrog.FunctionCall.from_id({call_id!r}).get() asks for it again"
 
 
-def cancel(client: Client, call_id: str) -> None:
-    """Cancel a call; nothing happens when it is already over, was never taken on, or the daemon is away."""
+def cancel(client: Client, call_id: str) -> bool:
+    """Cancel a call; nothing happens when it is already over. False where the daemon does not know it or is away."""
     with contextlib.suppress(NotFoundError, DaemonError):
         client.request("POST", f"/calls/{call_id}/cancel", reconnect_s=CANCEL_S)
+        return True
+    return False
 
 
 def wait_for(client: Client, call_id: str, reply: Reply | None, deadline: float | None = None) -> Reply:

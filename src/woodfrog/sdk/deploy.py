@@ -119,6 +119,7 @@ def send(client: Client, bundle: Bundle, *, ephemeral: bool, snapshot: bool = Fa
                 "uid": os.getuid(),
                 "version": own_version,
                 "program": sys.argv[0] if sys.argv else "",
+                "gpu": client.settings.gpu,
             },
         },
     ).json()
