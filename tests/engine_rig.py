@@ -15,7 +15,7 @@ from pathlib import Path
 
 from woodfrog.criu.binary import Criu, find_criu
 from woodfrog.engine.engine import DumpResult, dump, restore
-from woodfrog.linux import cgroups
+from woodfrog.linux import cgroups, procfs
 from woodfrog.linux.rootplan import RootRequest, root_plan
 from woodfrog.linux.sandbox import Limits, ProcessSpec, Sandbox, SandboxProcess, init_binary_path
 from woodfrog.linux.skeleton import make_skeleton, read_host_root
@@ -24,7 +24,7 @@ from woodfrog.telemetry import Phases
 UID = 64646
 WORKER_PID = 100
 SOCKET = "/run/woodfrog/worker/worker.sock"
-PROGRAM = '''
+PROGRAM = """
 import ctypes, fcntl, mmap, os, select, signal, socket, struct, subprocess, sys, tempfile, threading, time, traceback
 libc = ctypes.CDLL(None, use_errno=True)
 keep = []
@@ -44,7 +44,7 @@ while True:
     except OSError:
         pass
     _c.close()
-'''
+"""
 
 
 @dataclass
@@ -102,15 +102,23 @@ class Rig:
         await sandbox.assemble(root_plan(request, host))
         return sandbox
 
-    async def start(self, setup: str, *, seccomp: bool = True, no_new_privs: bool = True) -> tuple[Sandbox, SandboxProcess]:
+    async def start(
+        self, setup: str, *, seccomp: bool = True, no_new_privs: bool = True
+    ) -> tuple[Sandbox, SandboxProcess]:
         """Run a program: `setup` defines `check()`, whose repr every connection gets."""
         sandbox = await self.sandbox()
         (self.home / "code" / "program.py").write_text(PROGRAM.replace("{setup}", setup).replace("{socket}", SOCKET))
         # A process group of its own for stdout: the pipes are the sandbox's, nobody reads them here.
         process = await sandbox.spawn(
             ProcessSpec(
-                (sys._base_executable, "-B", "/app/program.py"), env={"PATH": os.defpath, "HOME": "/tmp"}, uid=UID, gid=UID,
-                inner_pid=WORKER_PID, stdout="/run/woodfrog/stdout", stderr="/run/woodfrog/stderr", seccomp=seccomp,
+                (sys._base_executable, "-B", "/app/program.py"),
+                env={"PATH": os.defpath, "HOME": "/tmp"},
+                uid=UID,
+                gid=UID,
+                inner_pid=WORKER_PID,
+                stdout="/run/woodfrog/stdout",
+                stderr="/run/woodfrog/stderr",
+                seccomp=seccomp,
                 no_new_privs=no_new_privs,
             )  # fmt: skip
         )
@@ -136,6 +144,15 @@ class Rig:
             return data.decode()
         finally:
             connection.close()
+
+    async def nothing_runs(self, sandbox: Sandbox) -> None:
+        """Only PID 1 is left, or will be in a moment: processes take a while to die."""
+        for _ in range(100):
+            left = procfs.tree(sandbox.init_pid)
+            if left == (sandbox.init_pid,):
+                return
+            await asyncio.sleep(0.02)
+        raise AssertionError(f"left running: {[procfs.status(p) for p in left[1:]]}")
 
     def stderr(self, sandbox: Sandbox) -> str:
         with suppress(OSError):

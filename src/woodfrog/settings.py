@@ -84,7 +84,7 @@ def _convert(name: str, kind: str, raw: Any) -> Any:
         if kind == "Path":
             return Path(str(raw)).absolute()
         return str(raw)
-    except ValueError:
+    except (TypeError, ValueError):
         raise SpecError(f"setting {name}: {raw!r} is not of type {kind}", code="bad-setting") from None
 
 
@@ -101,7 +101,7 @@ def load(environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings
     config = Path(home) / "config.toml"
     try:
         table = tomllib.loads(config.read_text()) if config.is_file() else {}
-    except (OSError, tomllib.TOMLDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise SpecError(f"{config}: {e}", code="bad-config") from None
     for key, value in table.items():
         if key not in kinds:

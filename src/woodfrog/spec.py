@@ -35,6 +35,9 @@ __all__ = [
 
 T = TypeVar("T")
 
+MAX_NUMBER = 1e15
+"""Bound of every real number in a spec: infinities and NaN have no place in deadlines."""
+
 
 @dataclass(frozen=True)
 class SnapshotPolicy:
@@ -221,7 +224,9 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         return {str(k): _decode(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not abs(value) < MAX_NUMBER:
+            raise SpecError(f"{where}: expected a number below {MAX_NUMBER:g}", code="bad-spec")
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise SpecError(f"{where}: expected {hint.__name__}, got {type(value).__name__}", code="bad-spec")

@@ -10,13 +10,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from woodfrog.sdk.client import Client
 from woodfrog.settings import Settings
 
 BIN = Path(sys.executable).parent
+
+
+def until(condition: Callable[[], Any], seconds: float = 30, every: float = 0.05) -> Any:
+    """The first true value of `condition`."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {getattr(condition, '__doc__', '') or condition}"
+        time.sleep(every)
+    return found
 
 
 class Daemon:
@@ -27,9 +37,9 @@ class Daemon:
             done = daemon.cli("run", str(program))
     """
 
-    def __init__(self, **env: str) -> None:
+    def __init__(self, *, under: str | Path = "/var/tmp", **env: str) -> None:
         # Short: a Unix socket's path may have 107 bytes.
-        self.home = Path(tempfile.mkdtemp(prefix="wf-", dir="/var/tmp"))
+        self.home = Path(tempfile.mkdtemp(prefix="wf-", dir=under))
         os.chmod(self.home, 0o755)
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith("WOODFROG_")},
@@ -41,6 +51,7 @@ class Daemon:
         self.settings = Settings(home=self.home)
         self.process: subprocess.Popen[bytes] | None = None
         self.log = self.home / "test-daemon.log"
+        self._client: Client | None = None
 
     def start(self, **env: str) -> Daemon:
         with open(self.log, "ab") as log:
@@ -114,6 +125,30 @@ class Daemon:
         path = folder / name
         path.write_text(text)
         return path
+
+    # The API, without the price of a process
+
+    def get(self, path: str, **params: Any) -> Any:
+        """A JSON answer of the API."""
+        self._client = self._client or Client(self.settings)
+        return self._client.request("GET", path, params=params).json()
+
+    def app_log(self, app: str) -> list[dict[str, Any]]:
+        """An app's log so far."""
+        self._client = self._client or Client(self.settings)
+        return list(self._client.logs(app))
+
+    def app_text(self, app: str) -> str:
+        return "\n".join(entry["line"] for entry in self.app_log(app))
+
+    def snapshots(self, app: str, state: str = "ready") -> list[str]:
+        """Ids of an app's snapshots in that state, oldest first."""
+        found = [s for s in self.get("/snapshots")["snapshots"] if s.get("app") == app and s["state"] == state]
+        return [s["id"] for s in sorted(found, key=lambda s: s["created"])]
+
+    def wait_snapshot(self, app: str, *, other_than: Sequence[str] = (), seconds: float = 30) -> str:
+        """The newest usable snapshot of an app, as soon as there is one."""
+        return until(lambda: next((s for s in reversed(self.snapshots(app)) if s not in other_than), None), seconds)
 
     # What is left behind
 

@@ -376,6 +376,15 @@ def test_failed_captures_are_given_up() -> None:
     assert d.send(ev.SnapshotRequested, app="a", tag="f") == [start("i-t-4", capture=True)]
 
 
+def test_killed_capture_is_taken_up_again_once_it_is_gone() -> None:
+    d = Driver(function(snapshot=SnapshotPolicy(enabled=True), startup_timeout=10.0))
+    d.call()
+    d.send(ev.InstanceStage, instance_id="i-t-1", stage="capturing")
+    assert d.at(10.0)[1:] == [start("i-t-2", capture=False)]
+    d.stopped("i-t-1")
+    assert d.call() == [start("i-t-3", capture=True)]
+
+
 def test_failed_restore_becomes_a_cold_start_and_retires_in_time() -> None:
     d = Driver(function(snapshot=SnapshotPolicy(enabled=True)), snapshot_failures=2)
     d.send(ev.SnapshotAvailable, app="a", tag="f", snapshot_id="s1")

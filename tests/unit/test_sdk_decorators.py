@@ -72,6 +72,7 @@ def test_parameters_land_in_the_spec() -> None:
     assert spec_of(timeout=900).startup_timeout == 900
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [

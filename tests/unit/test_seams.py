@@ -127,6 +127,9 @@ def test_damaged_specs_are_refused_with_their_place(app: AppSpec, data: st.DataO
         ({"env": []}, "FunctionSpec.env: expected an object, got list"),
         ({"env": {"A": 1}}, "FunctionSpec.env.A: expected str, got int"),
         ({"resources": {"memory_mib": 1.5}}, "memory_mib: expected int, got float"),
+        ({"timeout": math.nan}, "FunctionSpec.timeout: expected a number below"),
+        ({"timeout": math.inf}, "FunctionSpec.timeout: expected a number below"),
+        ({"resources": {"cpu": 10**400}}, "cpu: expected a number below"),
         ({"resources": None}, "FunctionSpec.resources: expected an object, got NoneType"),
     ],
 )

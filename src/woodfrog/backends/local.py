@@ -46,6 +46,7 @@ __all__ = ["LocalBackend"]
 log = logging.getLogger("woodfrog")
 
 _STOP_GRACE_S = 10.0
+_END_S = 2.0
 _FREEZE_TIMEOUT_S = 120.0
 _CONNECT_TIMEOUT_S = 60.0
 _HOME = "/home/woodfrog"
@@ -159,6 +160,8 @@ class LocalBackend:
             await self._discard(instance)
             self._observer.on_restore_failed(instance.id, e.snapshot_id, e.error, at_fault=e.at_fault)
         except WoodfrogError as e:
+            if isinstance(e, InstanceCrashed):
+                await self._await_end(instance)
             error = self._with_cause(instance, e)
             await self._discard(instance)
             # A worker that died while it ran the user's import or enter died of the user's code.
@@ -467,12 +470,20 @@ class LocalBackend:
             self._spawn(self._end_lost(instance))
             return Answer("lost", error=e.to_dict())
 
+    @staticmethod
+    async def _await_end(instance: Instance) -> bool:
+        """Whether the process is seen dead within a moment: its connection ends a little before it does."""
+        if instance.process is None:
+            return False
+        with contextlib.suppress(TimeoutError, SandboxError):
+            await asyncio.wait_for(asyncio.shield(asyncio.ensure_future(instance.process.wait())), _END_S)
+            return True
+        return False
+
     async def _end_lost(self, instance: Instance) -> None:
         """The connection is gone: give the process a moment to be seen dead, else it is made so."""
-        if instance.process is not None:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(asyncio.ensure_future(instance.process.wait())), 2.0)
-                return
+        if await self._await_end(instance):
+            return
         if instance.stopping is None and instance.exit_error is None:
             instance.exit_error = InstanceCrashed(
                 "the worker closed its connection in the middle of a call", code="worker-gone"

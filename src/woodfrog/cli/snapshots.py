@@ -27,7 +27,14 @@ def list_snapshots(
     of_app: Annotated[str, typer.Option("--app", help="Only this app's.")] = "", as_json: Json = False
 ) -> None:
     """Show the snapshots kept on this machine."""
-    snapshots = [s for s in get(connect(), "/snapshots")["snapshots"] if of_app in ("", s.get("app"))]
+    client = connect()
+    keys = _keys_of(client, of_app) if of_app else set()
+    snapshots = [
+        s
+        for s in get(client, "/snapshots")["snapshots"]
+        # The same code run under another name has the same key, and shares the snapshot.
+        if of_app in ("", s.get("app")) or s.get("function_key") in keys
+    ]
     if as_json:
         output.show_json(snapshots)
         return
@@ -87,6 +94,13 @@ def create(
         output.show_json(found)
     else:
         print(found["id"])
+
+
+def _keys_of(client: Client, app_name: str) -> set[str]:
+    try:
+        return {f["key"] for f in get(client, f"/apps/{segment(app_name)}")["functions"]}
+    except NotFoundError:
+        return set()  # Its snapshots outlive an app.
 
 
 def _key_of(client: Client, app_name: str, tag: str) -> str:

@@ -472,7 +472,8 @@ def _overdue(st: State, inst: Instance) -> None:
         _cut_off(st, inst)
     elif inst.state == "capturing":
         moves.kill(st, inst, "capture hangs")
-        moves.capture_broke(st, inst, f"no end after {spec.startup_timeout:g} s")
+        # It stays the capturer until it is gone: never two captures at once.
+        moves.attempt_failed(st, st.knows(group.service, group.digest), f"no end after {spec.startup_timeout:g} s")
         moves.schedule(st, group)
     elif inst.stage == "restoring":
         moves.restore_broke(st, inst, f"no end after {spec.startup_timeout:g} s", at_fault=False)

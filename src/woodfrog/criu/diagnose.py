@@ -328,7 +328,7 @@ TABLE: tuple[Known, ...] = (
         r"CPU (instruction )?capabilities do not match|CPU xfeatures has unsupported bits|CPU xsave (max )?size mismatch"
         r"|Image carries unknown (vendor|capability)|Core march mismatch",
         "the snapshot was made on a processor with other instructions",
-        "nothing: a new snapshot is made for this machine",
+        "none needed: a new snapshot is made for this machine",
         at_fault=True,
     ),
     Known(
@@ -336,7 +336,7 @@ TABLE: tuple[Known, ...] = (
         "Error (criu/arch/x86/crtools.c:247): FPU feature required by image is not supported on host (fpu:0 fxsr:0 osxsave:0 xsaves:1)",
         r"FPU feature required by image|FPU xsave area present|Corruption in FPU|Corruption in \S+ area",
         "the snapshot was made on a processor with other floating-point or vector registers",
-        "nothing: a new snapshot is made for this machine",
+        "none needed: a new snapshot is made for this machine",
         at_fault=True,
     ),
     Known(
@@ -352,7 +352,7 @@ TABLE: tuple[Known, ...] = (
         "Error (criu/files-reg.c:2144): File usr/lib/libx.so has bad size 108 (expect 54)",
         r"File (?P<path>.+) has bad size (?P<now>\d+) \(expect (?P<then>\d+)\)",
         "the file /{path} was changed since the snapshot was made (it has {now} bytes, had {then})",
-        "nothing: a new snapshot is made; open files that others write after the snapshot",
+        "none needed, a new snapshot is made; open files that others write after the snapshot",
         at_fault=True,
     ),
     Known(
@@ -360,7 +360,7 @@ TABLE: tuple[Known, ...] = (
         "Error (criu/files-reg.c:2079): File usr/lib/libx.so has bad build-ID",
         r"File (?P<path>.+) has bad build-ID",
         "the library /{path} was replaced since the snapshot was made",
-        "nothing: a new snapshot is made",
+        "none needed: a new snapshot is made",
         at_fault=True,
     ),
     Known(
@@ -368,7 +368,7 @@ TABLE: tuple[Known, ...] = (
         "Error (criu/files-reg.c:2160): File usr/lib/libx.so has bad mode 0100600 (expect 0100644)",
         r"File (?P<path>.+) has bad mode",
         "the mode of the file /{path} was changed since the snapshot was made",
-        "nothing: a new snapshot is made",
+        "none needed: a new snapshot is made",
         at_fault=True,
     ),
     Known(
@@ -427,7 +427,7 @@ TABLE: tuple[Known, ...] = (
         "Error (criu/image.c:512): Unable to open inventory.img: No such file or directory",
         r"Unable to open (?P<path>\S+\.img)|Can't open image|No (kIDs|CREDS|timestamp) |data missed for|Couldn't open image dir",
         "an image file of the snapshot is missing",
-        "nothing: the snapshot is retired and a new one made; check the disk",
+        "it is retired and a new one made; check the disk",
         at_fault=True,
     ),
     Known(
@@ -435,9 +435,9 @@ TABLE: tuple[Known, ...] = (
         "Error (criu/image.c:563): Magic doesn't match for core-100.img",
         r"[Mm]agic doesn't match|Unexpected EOF|Img trimmed|image file was truncated|Unknown image format|[Cc]orrupt"
         r"|Failed unpacking object|Unable to unpack|Reached EOF unexpectedly|Can't read pages data|not sorted in the image"
-        r"|Short read|Inconsistent image",
+        r"|Short read|Inconsistent image|Read \d+ bytes while \d+ expected|No IDS for root task",
         "an image file of the snapshot is damaged",
-        "nothing: the snapshot is retired and a new one made; check the disk",
+        "it is retired and a new one made; check the disk",
         at_fault=True,
     ),
     Known(
@@ -445,7 +445,7 @@ TABLE: tuple[Known, ...] = (
         "Error (criu/image.c:70): Not supported images version 3",
         r"Not supported images version|Too old image|too old criu|Image from old CRIU",
         "the snapshot was written by another version of CRIU",
-        "nothing: a new snapshot is made",
+        "none needed: a new snapshot is made",
         at_fault=True,
     ),
     Known(
@@ -518,7 +518,7 @@ ECHO = re.compile(
 )
 """What the levels above say once something failed."""
 
-_ERROR = re.compile(r"^(?:\(\d+\.\d+\)\s*)?(?:pie:\s*)?(?:\d+:\s*)?Error \([^)]*\): ?(?P<text>.*)$", re.MULTILINE)
+_ERROR = re.compile(r"^[ \t]*(?:\(\d+\.\d+\)\s*)?(?:pie:\s*)?(?:\d+:\s*)?Error \([^)]*\): ?(?P<text>.*)$", re.MULTILINE)
 _COMPILED = tuple((known, re.compile(known.pattern)) for known in TABLE)
 
 

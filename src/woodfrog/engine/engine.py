@@ -13,7 +13,8 @@ import resource
 import signal
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from woodfrog.engine.plan import (
     IMAGES,
     WORK,
     Facts,
+    damaged,
     dump_plan,
     facts_of,
     parse_facts,
@@ -44,7 +46,9 @@ from woodfrog.telemetry import Phases
 __all__ = ["DumpResult", "dump", "restore"]
 
 DUMP_TIMEOUT_S = 600.0
-RESTORE_TIMEOUT_S = 300.0
+RESTORE_TIMEOUT_S = 60.0
+RESTORE_BYTES_PER_S = 20e6
+"""The slowest disk that a restore waits for."""
 SETTLE_S = 2.0
 """How long the tasks may take to run on after CRIU ended."""
 INJECTED_BLOB = "memfd:CRIUMFD"
@@ -93,22 +97,38 @@ class _Undo:
         return failures
 
 
-@dataclass(eq=False)
 class _Failure(Exception):
     """Why a step did not succeed, before it is known what became of the processes."""
 
-    message: str
-    code: str
-    remedy: str = ""
-    log: str = ""
-    at_fault: bool = False
-    criu_killed: bool = False
+    def __init__(
+        self,
+        message: str,
+        code: str,
+        remedy: str = "",
+        *,
+        log: str = "",
+        at_fault: bool = False,
+        criu_killed: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.remedy = remedy
+        self.log = log
+        self.at_fault = at_fault
+        self.criu_killed = criu_killed
 
 
-def _failed(verb: str, diagnosis: Diagnosis, log: str, *, killed: bool) -> _Failure:
+def _failed(verb: str, done: Completed, log: str) -> _Failure:
+    why = _why(done, log)
     return _Failure(
-        f"cannot {verb}: {diagnosis.cause}", diagnosis.code, diagnosis.remedy, log, diagnosis.at_fault, killed
-    )  # fmt: skip
+        f"cannot {verb}: {why.cause}",
+        why.code,
+        why.remedy,
+        log=log,
+        at_fault=why.at_fault,
+        criu_killed=done.status < 0,
+    )
 
 
 def _unexpected(verb: str, error: Exception) -> _Failure:
@@ -197,7 +217,13 @@ def _pages_bytes(images: Path) -> int:
     return sum(p.stat().st_size for p in images.glob("pages-*.img"))
 
 
-def _seal(images: Path) -> None:
+def _image_sizes(images: Path) -> dict[str, int]:
+    with os.scandir(images) as entries:
+        return {e.name: e.stat().st_size for e in entries if e.name.endswith(".img")}
+
+
+def _seal(images: Path, facts: Facts) -> None:
+    (images / FACTS).write_text(replace(facts, sizes=_image_sizes(images)).to_json())
     for path in images.iterdir():
         os.chown(path, 0, 0, follow_symlinks=False)
         path.chmod(0o600)
@@ -267,13 +293,10 @@ async def _settle(sandbox: Sandbox, root: SandboxProcess, tree: Tree, *, criu_ki
             except (OSError, ProcessLookupError):
                 continue
         await asyncio.sleep(0.05)
-    for task in tree.tasks:
-        try:
-            if procfs.stat(task.pid).start_ticks == task.start_ticks:
-                os.kill(task.pid, signal.SIGKILL)
-        except (OSError, ProcessLookupError):
-            continue
-    root.send_signal(signal.SIGKILL)
+    with suppress(SandboxError):
+        await _kill_all(sandbox)
+    with suppress(SandboxError, TimeoutError):
+        await asyncio.wait_for(root.wait(), SETTLE_S)
     return False
 
 
@@ -330,16 +353,14 @@ async def dump(
             done = await _run_criu(sandbox, spec, timeout, "dump.criu")
             if done.status != 0:
                 log = _read_log(log_path)
-                diagnosis = _why(done, log)
-                raise _failed("capture", diagnosis, log, killed=done.status < 0)
+                raise _failed("capture", done, log)
             killed_ok = True
         phase = "finish"
         with phases("finish"):
             fault("dump.after")
             await sandbox.unbind(IMAGES)
-            (images / FACTS).write_text(facts.to_json())
-            await asyncio.to_thread(_seal, images)
             stats = _stats(images / "stats-dump")
+            await asyncio.to_thread(_seal, images, facts)
             pages = _pages_bytes(images)
     except asyncio.CancelledError:
         await undo.unwind()
@@ -378,7 +399,10 @@ async def _watch(sandbox: Sandbox, root_pid: int) -> SandboxProcess:
         raise CaptureError(f"cannot capture: {e.message}", alive=False, phase="inspect", code="process-gone") from e
     if root.status is not None or root.host_pid < 0:
         raise CaptureError(
-            f"cannot capture: process {root_pid} ended (status {root.status})", alive=False, phase="inspect", code="process-gone"
+            f"cannot capture: process {root_pid} ended (status {root.status})",
+            alive=False,
+            phase="inspect",
+            code="process-gone",
         )
     return root
 
@@ -388,7 +412,9 @@ def _why(done: Completed, log: str) -> Diagnosis:
     said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
     if done.status < 0 and diagnosis.code in ("criu-silent", "criu-unknown"):
         name = signal.Signals(-done.status).name
-        return Diagnosis("criu-killed", f"CRIU was killed ({name})", "look for an out-of-memory kill in the kernel's log", "")
+        return Diagnosis(
+            "criu-killed", f"CRIU was killed ({name})", "look for an out-of-memory kill in the kernel's log", ""
+        )
     if diagnosis.code == "criu-silent" and said:
         return Diagnosis("criu-unknown", f"unknown CRIU error: {said[-1]}", diagnosis.remedy, said[-1])
     return diagnosis
@@ -408,9 +434,12 @@ def _capture_error(failure: _Failure, phase: str, alive: bool, cleanup: list[str
 
 
 async def restore(
-    sandbox: Sandbox, *, images: Path, criu: Criu, phases: Phases, timeout: float = RESTORE_TIMEOUT_S
+    sandbox: Sandbox, *, images: Path, criu: Criu, phases: Phases, timeout: float | None = None
 ) -> SandboxProcess:
     """Restore the tree of `images` in a sandbox that nothing else runs in. The images are only read.
+
+    Args:
+        timeout: seconds CRIU may take; None = by the size of the images.
 
     Returns:
         The root process, running.
@@ -436,10 +465,11 @@ async def restore(
             fault("restore.before")
         phase = "criu"
         with phases("criu") as criu_phase:
-            done = await _run_criu(sandbox, _spec(criu, restore_command(str(criu.path), plan)), timeout, "restore.criu")
+            limit = timeout or RESTORE_TIMEOUT_S + sum(facts.sizes.values()) / RESTORE_BYTES_PER_S
+            done = await _run_criu(sandbox, _spec(criu, restore_command(str(criu.path), plan)), limit, "restore.criu")
             log = _read_log(sandbox.path(f"{WORK}/restore.log"))
             if done.status != 0:
-                raise _failed("restore", _why(done, log), log, killed=done.status < 0)
+                raise _failed("restore", done, log)
             stats = _stats(sandbox.path(f"{WORK}/stats-restore"))
         for name, key in (("criu.fork", "forking_time"), ("criu.restore", "restore_time")):
             if key in stats:
@@ -448,7 +478,11 @@ async def restore(
         with phases("finish"):
             root = await sandbox.watch(facts.root_pid)
             if root.status is not None:
-                raise _Failure(f"cannot restore: process {facts.root_pid} ended at once (status {root.status})", "process-gone", log=log)
+                raise _Failure(
+                    f"cannot restore: process {facts.root_pid} ended at once (status {root.status})",
+                    "process-gone",
+                    log=log,
+                )
             fault("restore.after")
             await sandbox.unbind(IMAGES)
         return root
@@ -472,14 +506,18 @@ async def restore(
 
 def _load_facts(images: Path) -> Facts:
     try:
-        return parse_facts((images / FACTS).read_text())
+        facts = parse_facts((images / FACTS).read_text())
+        damage = damaged(facts, _image_sizes(images))
     except (OSError, ValueError) as e:
+        damage = f"{FACTS}: {e}"
+    if damage:
         raise _Failure(
-            f"cannot restore: {FACTS} of the snapshot is missing or damaged ({e})",
+            f"cannot restore: the snapshot is damaged ({damage})",
             "image-corrupt",
-            "nothing: the snapshot is retired and a new one made; check the disk",
+            "it is retired and a new one made; check the disk",
             at_fault=True,
-        ) from e
+        )
+    return facts
 
 
 async def _kill_all(sandbox: Sandbox) -> None:

@@ -9,9 +9,21 @@ from pathlib import Path
 
 from woodfrog.linux import procfs
 
-__all__ = ["Connection", "Descriptor", "ExternalFile", "Task", "Tree", "host_path", "inspect_tree", "parse_inet", "task_alive"]
+__all__ = [
+    "Connection",
+    "Descriptor",
+    "ExternalFile",
+    "Task",
+    "Tree",
+    "host_path",
+    "inspect_tree",
+    "parse_inet",
+    "task_alive",
+]
 
-PRIVATE_KINDS = frozenset({"overlay", "tmpfs", "ramfs", "proc", "sysfs", "devpts", "mqueue", "cgroup", "cgroup2", "devtmpfs"})
+PRIVATE_KINDS = frozenset(
+    {"overlay", "tmpfs", "ramfs", "proc", "sysfs", "devpts", "mqueue", "cgroup", "cgroup2", "devtmpfs"}
+)
 """File systems of the sandbox itself: what lies on them is in the snapshot, or made anew."""
 NAMESPACES = ("ipc", "mnt", "net", "pid", "user", "uts")
 
@@ -78,9 +90,7 @@ class Tree:
     files: tuple[ExternalFile, ...] = ()
 
 
-def host_path(
-    path: str, inside: tuple[procfs.MountEntry, ...], outside: tuple[procfs.MountEntry, ...]
-) -> str | None:
+def host_path(path: str, inside: tuple[procfs.MountEntry, ...], outside: tuple[procfs.MountEntry, ...]) -> str | None:
     """Where a path of the sandbox lies on the host; None when it is on a file system of the sandbox's own.
 
     Args:
@@ -267,9 +277,7 @@ def inspect_tree(root_pid: int, init_pid: int) -> Tree:
                 continue
             if stray.state != "Z":
                 strays.append(Task(pid, stray.ns_pids[-1], stray.name, stray.state, 0))
-    sockets = frozenset(
-        int(d.target[8:-1]) for t in tasks for d in t.descriptors if d.target.startswith("socket:[")
-    )
+    sockets = frozenset(int(d.target[8:-1]) for t in tasks for d in t.descriptors if d.target.startswith("socket:["))
     connections: tuple[Connection, ...] = ()
     if sockets:
         for table in ("tcp", "tcp6"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 
 from woodfrog.criu.options import Dump, Restore, Tcp
 from woodfrog.engine.inspect import Descriptor, Task, Tree
@@ -15,6 +16,7 @@ __all__ = [
     "WORK",
     "Facts",
     "Refusal",
+    "damaged",
     "dump_plan",
     "facts_of",
     "parse_facts",
@@ -164,6 +166,7 @@ class Facts:
     Args:
         root_pid, max_pid: pids inside the sandbox: the root, and the highest of any thread.
         monotonic_ns: the processes' monotonic clock at the dump.
+        sizes: bytes of each image file, by name.
     """
 
     root_pid: int
@@ -172,6 +175,7 @@ class Facts:
     tcp: Tcp
     monotonic_ns: int
     criu: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
     format: int = 1
 
     def to_json(self) -> str:
@@ -191,6 +195,8 @@ def parse_facts(text: str) -> Facts:
         facts = Facts(**data)
     except TypeError as e:
         raise ValueError(str(e)) from None
+    if not isinstance(facts.sizes, dict) or not facts.sizes:
+        raise ValueError("no sizes")
     if facts.tcp not in ("none", "established", "close"):
         raise ValueError(f"tcp {facts.tcp!r}")
     return facts
@@ -205,6 +211,17 @@ def facts_of(tree: Tree, *, monotonic_ns: int, criu: str) -> Facts:
         monotonic_ns=monotonic_ns,
         criu=criu,
     )
+
+
+def damaged(facts: Facts, found: Mapping[str, int]) -> str:
+    """What is wrong with the image files, whose sizes are `found`; empty when nothing is. CRIU itself waits for ever for the
+    missing end of a pages image."""
+    for name, size in facts.sizes.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != size:
+            return f"{name} has {found[name]} bytes, not {size}"
+    return ""
 
 
 def dump_plan(tree: Tree) -> Dump:

@@ -177,6 +177,7 @@ class Image:
         """Imports that need only succeed inside a container: a missing module is ignored on the client.
 
         Example:
+            >>> image = Image.debian_slim().pip_install("torch")
             >>> with image.imports():
             ...     import torch
         """

@@ -13,7 +13,15 @@ import woodfrog
 from woodfrog.criu.binary import Criu
 from woodfrog.linux.sandbox import init_binary_path
 
-__all__ = ["HostFacts", "WorkerClass", "cpu_features", "explain_mismatch", "host_facts", "runtime_digest", "worker_class"]
+__all__ = [
+    "HostFacts",
+    "WorkerClass",
+    "cpu_features",
+    "explain_mismatch",
+    "host_facts",
+    "runtime_digest",
+    "worker_class",
+]
 
 X86_ISA = (
     "fpu", "mmx", "sse", "ssse3", "pni", "avx", "fma", "f16c", "bmi", "adx", "aes", "vaes", "pclmul", "vpclmul", "sha", "gfni",
@@ -101,7 +109,13 @@ def worker_class(facts: HostFacts) -> WorkerClass:
     return WorkerClass(hashlib.sha256(text.encode()).hexdigest()[:32], parts)
 
 
-NAMES = {"arch": "architecture", "kernel": "kernel", "criu": "CRIU", "runtime": "woodfrog's worker runtime", "page_size": "page size"}
+NAMES = {
+    "arch": "architecture",
+    "kernel": "kernel",
+    "criu": "CRIU",
+    "runtime": "woodfrog's worker runtime",
+    "page_size": "page size",
+}
 
 
 def explain_mismatch(made_on: Mapping[str, str], here: Mapping[str, str]) -> str:

@@ -1,0 +1,1219 @@
+/*
+ * woodfrog-pageserver: gives thawed processes their memory.
+ *
+ * Speaks the server's side of CRIU's lazy-pages protocol for many restores at once. For each restore it pushes the
+ * recorded working set in as soon as the memory is laid out, then answers page faults with what lies around them, and
+ * at last, if asked to, fills in the rest. It is started by the daemon with one end of a SOCK_SEQPACKET pair as
+ * descriptor 3, drops to an unprivileged user, and opens nothing itself: every file comes over that socket.
+ *
+ * A restore belongs to one thread of the pool, so its state needs no lock: events of an address space and copies into
+ * it are never handled out of order. (A REMOVE event that was read but not yet acted on must not be overtaken by a
+ * copy of what was removed.) Only the first push, before any event is read, is shared by two threads.
+ *
+ * The kernel gives a process zeroes when its last userfaultfd descriptor closes. So the daemon gets a copy of each
+ * before it is used, and when this program dies the processes wait, until the daemon has killed them, instead of reading
+ * zeroes. When the daemon dies, its sandboxes die with it; this program waits for that before it goes.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <linux/userfaultfd.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#define CONTROL_FD 3
+#define MAX_FDS 200
+#define MAX_THREADS 16
+#define MAX_TASKS 4096
+#define PAGE 4096ULL
+#define INDEX_MAGIC 0x31584449474f5246ULL /* "FROGIDX1" */
+#define SET_MAGIC 0x31544553474f5246ULL   /* "FROGSET1" */
+#define RESTORE_FINISHED 0x52535446u
+#define PUSH_CHUNK (512 * PAGE)
+#define DRAIN_CHUNK (64 * PAGE)
+#define ZERO_AROUND (16 * PAGE)
+
+/* ---- what goes over the control socket; native byte order, both ends are this machine ---- */
+
+enum { CMD_RESTORE = 1, CMD_DROP = 2, CMD_WORKING_SET = 3, CMD_DRAIN = 4 };
+enum {
+	MSG_HOLD = 1,        /* a userfaultfd to keep open; a = number of the address space */
+	MSG_READY = 2,       /* the working set is in; a = pages, b = microseconds */
+	MSG_WORKING_SET = 3, /* the recorded set, as a memfd; a = ranges */
+	MSG_COMPLETE = 4,    /* an address space is whole, its descriptor may go; a = its number */
+	MSG_FAILED = 5,      /* this restore cannot go on; a = errno, b = step */
+	MSG_STATS = 6,       /* answer to DROP: a = pages pushed, b = demand faults, c = pages by demand */
+};
+
+struct command {
+	uint32_t op, id;
+	uint32_t fds;        /* descriptors with it: listening socket, index, working set, then a file per task */
+	uint32_t around;     /* bytes served around a fault, a power of two */
+	uint32_t drain_ms;   /* fill in the rest so long after the start; 0xffffffff = never */
+	uint32_t flags;      /* bit 0: there is a working set */
+};
+
+struct message {
+	uint32_t op, id;
+	uint64_t a, b, c;
+};
+
+/* ---- files ---- */
+
+struct index_head { uint64_t magic; uint32_t tasks, reserved; };
+struct index_task { int32_t pid; uint32_t extents; };
+struct index_extent { uint64_t vaddr, pages, offset; };
+struct set_head { uint64_t magic; uint32_t ranges, reserved; };
+struct set_range { int32_t pid; uint32_t pages; uint64_t vaddr; };
+
+struct file {
+	dev_t dev;
+	ino_t ino;
+	const uint8_t *data;
+	size_t length;
+	int users;
+	struct file *next;
+};
+
+struct extent {
+	uint64_t start, end, offset; /* offset in the file, bytes */
+	uint64_t bit;                /* of its first page */
+};
+
+struct space {
+	struct restore *restore;
+	struct file *file;
+	struct space *next;
+	struct extent *extents;
+	size_t count, room;
+	uint64_t *installed; /* a bit for each page of the index */
+	uint64_t *wanted;    /* pages asked for by faults: the working set's record */
+	uint64_t bits;
+	size_t drain_at;
+	int fd;
+	int32_t pid;
+	uint32_t number;
+	bool forked, over;
+};
+
+struct restore {
+	struct restore *next;
+	struct thread *thread;
+	struct space *spaces;
+	struct set_range *set;
+	struct file *files[MAX_TASKS];
+	uint32_t id, sets, tasks, around, drain_ms, numbers;
+	int listener, connection;
+	int32_t expect_pid; /* a descriptor for this task comes next; 0 = a pid comes */
+	bool finished, dropped;
+	uint64_t pushed, faults, demanded;
+	struct timespec began;
+	/* handed over by the main thread */
+	struct space *prepared;
+};
+
+struct job {
+	struct job *next;
+	struct command command;
+	struct restore *restore;
+};
+
+struct thread {
+	pthread_t handle;
+	int epoll, wake;
+	pthread_mutex_t lock;
+	struct job *jobs;
+	struct restore *restores;
+	int load;
+};
+
+static struct thread threads[MAX_THREADS];
+static int thread_count;
+static pthread_mutex_t files_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct file *files;
+static pthread_mutex_t send_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static uint64_t micros(const struct timespec *from)
+{
+	struct timespec now;
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)(now.tv_sec - from->tv_sec) * 1000000 + (uint64_t)((now.tv_nsec - from->tv_nsec) / 1000);
+}
+
+static void say(uint32_t op, uint32_t id, uint64_t a, uint64_t b, uint64_t c, int fd)
+{
+	struct message text = { op, id, a, b, c };
+	struct iovec part = { &text, sizeof text };
+	union { char space[CMSG_SPACE(sizeof(int))]; struct cmsghdr align; } control = { 0 };
+	struct msghdr head = { .msg_iov = &part, .msg_iovlen = 1 };
+	if (fd >= 0) {
+		head.msg_control = control.space;
+		head.msg_controllen = sizeof control.space;
+		struct cmsghdr *c_head = CMSG_FIRSTHDR(&head);
+		c_head->cmsg_level = SOL_SOCKET;
+		c_head->cmsg_type = SCM_RIGHTS;
+		c_head->cmsg_len = CMSG_LEN(sizeof fd);
+		memcpy(CMSG_DATA(c_head), &fd, sizeof fd);
+	}
+	pthread_mutex_lock(&send_lock);
+	while (sendmsg(CONTROL_FD, &head, MSG_NOSIGNAL) < 0 && errno == EINTR)
+		;
+	pthread_mutex_unlock(&send_lock);
+}
+
+/* ---- the page files: mapped once for all restores from one snapshot ---- */
+
+static struct file *file_open(int fd)
+{
+	struct stat info;
+	if (fstat(fd, &info) || !S_ISREG(info.st_mode))
+		return NULL;
+	pthread_mutex_lock(&files_lock);
+	struct file *file = files;
+	while (file && !(file->dev == info.st_dev && file->ino == info.st_ino && file->length == (size_t)info.st_size))
+		file = file->next;
+	if (!file && (file = calloc(1, sizeof *file))) {
+		file->dev = info.st_dev;
+		file->ino = info.st_ino;
+		file->length = (size_t)info.st_size;
+		if (file->length) {
+			void *data = mmap(NULL, file->length, PROT_READ, MAP_SHARED, fd, 0);
+			if (data == MAP_FAILED) {
+				free(file);
+				pthread_mutex_unlock(&files_lock);
+				return NULL;
+			}
+			file->data = data;
+		}
+		file->next = files;
+		files = file;
+	}
+	if (file)
+		file->users++;
+	pthread_mutex_unlock(&files_lock);
+	return file;
+}
+
+static void file_close(struct file *file)
+{
+	if (!file)
+		return;
+	pthread_mutex_lock(&files_lock);
+	if (--file->users == 0) {
+		for (struct file **at = &files; *at; at = &(*at)->next)
+			if (*at == file) {
+				*at = file->next;
+				break;
+			}
+		if (file->data)
+			munmap((void *)file->data, file->length);
+		free(file);
+	}
+	pthread_mutex_unlock(&files_lock);
+}
+
+/* ---- address spaces ---- */
+
+static bool bit_get(const uint64_t *bits, uint64_t n) { return bits[n / 64] >> (n % 64) & 1; }
+
+static void bits_set(uint64_t *bits, uint64_t from, uint64_t count)
+{
+	while (count) {
+		uint64_t low = from % 64, take = 64 - low < count ? 64 - low : count;
+		uint64_t mask = (take == 64 ? ~0ULL : (1ULL << take) - 1) << low;
+		__atomic_fetch_or(&bits[from / 64], mask, __ATOMIC_RELAXED);
+		from += take;
+		count -= take;
+	}
+}
+
+static struct extent *extent_at(struct space *space, uint64_t address)
+{
+	size_t low = 0, high = space->count;
+	while (low < high) {
+		size_t middle = (low + high) / 2;
+		if (space->extents[middle].end <= address)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low < space->count && space->extents[low].start <= address ? &space->extents[low] : NULL;
+}
+
+static size_t extent_after(struct space *space, uint64_t address)
+{
+	size_t low = 0, high = space->count;
+	while (low < high) {
+		size_t middle = (low + high) / 2;
+		if (space->extents[middle].end <= address)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low;
+}
+
+static bool extent_insert(struct space *space, size_t at, struct extent value)
+{
+	if (space->count == space->room) {
+		size_t room = space->room ? space->room * 2 : 64;
+		struct extent *grown = realloc(space->extents, room * sizeof *grown);
+		if (!grown)
+			return false;
+		space->extents = grown;
+		space->room = room;
+	}
+	memmove(space->extents + at + 1, space->extents + at, (space->count - at) * sizeof value);
+	space->extents[at] = value;
+	space->count++;
+	return true;
+}
+
+/* Forget what lies in [start, end): it is the process's own from now on. */
+static bool extents_cut(struct space *space, uint64_t start, uint64_t end)
+{
+	size_t i = extent_after(space, start);
+	space->drain_at = 0;
+	while (i < space->count && space->extents[i].start < end) {
+		struct extent *e = &space->extents[i];
+		if (e->start < start && e->end > end) {
+			struct extent rest = { end, e->end, e->offset + (end - e->start), e->bit + (end - e->start) / PAGE };
+			e->end = start;
+			return extent_insert(space, i + 1, rest);
+		}
+		if (e->start < start) {
+			e->end = start;
+			i++;
+		} else if (e->end > end) {
+			e->offset += end - e->start;
+			e->bit += (end - e->start) / PAGE;
+			e->start = end;
+			i++;
+		} else {
+			memmove(e, e + 1, (space->count - i - 1) * sizeof *e);
+			space->count--;
+		}
+	}
+	return true;
+}
+
+static bool extents_move(struct space *space, uint64_t from, uint64_t to, uint64_t length)
+{
+	size_t taken = 0, room = 0;
+	struct extent *moved = NULL;
+	for (size_t i = extent_after(space, from); i < space->count && space->extents[i].start < from + length; i++) {
+		struct extent e = space->extents[i];
+		if (e.start < from) {
+			e.offset += from - e.start;
+			e.bit += (from - e.start) / PAGE;
+			e.start = from;
+		}
+		if (e.end > from + length)
+			e.end = from + length;
+		e.start = e.start - from + to;
+		e.end = e.end - from + to;
+		if (taken == room) {
+			room = room ? room * 2 : 16;
+			struct extent *grown = realloc(moved, room * sizeof e);
+			if (!grown) {
+				free(moved);
+				return false;
+			}
+			moved = grown;
+		}
+		moved[taken++] = e;
+	}
+	bool ok = extents_cut(space, from, from + length) && extents_cut(space, to, to + length);
+	for (size_t i = 0; ok && i < taken; i++)
+		ok = extent_insert(space, extent_after(space, moved[i].start), moved[i]);
+	free(moved);
+	return ok;
+}
+
+static void space_free(struct space *space)
+{
+	if (!space)
+		return;
+	if (space->fd >= 0)
+		close(space->fd);
+	if (space->forked)
+		file_close(space->file);
+	free(space->extents);
+	free(space->installed);
+	free(space->wanted);
+	free(space);
+}
+
+/* The process is gone, or whole: nothing is left to do for it. */
+static void space_over(struct space *space, bool complete)
+{
+	if (space->over)
+		return;
+	space->over = true;
+	if (space->fd >= 0)
+		close(space->fd);
+	space->fd = -1;
+	if (complete)
+		say(MSG_COMPLETE, space->restore->id, space->number, 0, 0, -1);
+}
+
+enum outcome { DONE, AGAIN, GONE, BROKEN };
+
+/* Copy [start, end) of one extent in. AGAIN: an event has to be read first. */
+static enum outcome copy_in(struct space *space, struct extent e, uint64_t start, uint64_t end, uint64_t *copied)
+{
+	while (start < end) {
+		uint64_t offset = e.offset + (start - e.start);
+		if (offset + (end - start) > space->file->length) {
+			errno = ERANGE;
+			return BROKEN;
+		}
+		struct uffdio_copy copy = {
+			.dst = start, .src = (uint64_t)(uintptr_t)space->file->data + offset, .len = end - start,
+		};
+		int failed = ioctl(space->fd, UFFDIO_COPY, &copy) ? errno : 0;
+		uint64_t done = copy.copy > 0 ? (uint64_t)copy.copy : 0;
+		if (done) {
+			bits_set(space->installed, e.bit + (start - e.start) / PAGE, done / PAGE);
+			start += done;
+			*copied += done / PAGE;
+		}
+		if (!failed || (done && failed != EAGAIN))
+			continue;
+		switch (failed) {
+		case EEXIST: /* the process, or an earlier copy, was first */
+			bits_set(space->installed, e.bit + (start - e.start) / PAGE, 1);
+			start += PAGE;
+			break;
+		case ENOENT: /* a seam between two maps, or a map that is not ours */
+			if (end - start > PAGE) {
+				uint64_t middle = start + ((end - start) / 2 & ~(PAGE - 1));
+				enum outcome half = copy_in(space, e, start, middle, copied);
+				if (half != DONE)
+					return half;
+				start = middle;
+			} else {
+				bits_set(space->installed, e.bit + (start - e.start) / PAGE, 1);
+				start += PAGE;
+			}
+			break;
+		case EAGAIN:
+			return AGAIN;
+		case ESRCH:
+			return GONE;
+		default:
+			errno = failed;
+			return BROKEN;
+		}
+	}
+	return DONE;
+}
+
+/* Copy what is missing of [start, end), over all extents in it. */
+static enum outcome fill(struct space *space, uint64_t start, uint64_t end, uint64_t *copied)
+{
+	for (size_t i = extent_after(space, start); i < space->count && space->extents[i].start < end; i++) {
+		struct extent e = space->extents[i];
+		uint64_t at = e.start > start ? e.start : start, stop = e.end < end ? e.end : end;
+		while (at < stop) {
+			while (at < stop && bit_get(space->installed, e.bit + (at - e.start) / PAGE))
+				at += PAGE;
+			uint64_t run = at;
+			while (run < stop && !bit_get(space->installed, e.bit + (run - e.start) / PAGE))
+				run += PAGE;
+			if (run > at) {
+				enum outcome outcome = copy_in(space, e, at, run, copied);
+				if (outcome != DONE)
+					return outcome;
+			}
+			at = run;
+		}
+	}
+	return DONE;
+}
+
+static void restore_failed(struct restore *restore, int error, int step)
+{
+	if (!restore->dropped)
+		say(MSG_FAILED, restore->id, (uint64_t)error, (uint64_t)step, 0, -1);
+}
+
+static void space_settle(struct space *space, enum outcome outcome, int step)
+{
+	if (outcome == GONE)
+		space_over(space, false);
+	else if (outcome == BROKEN)
+		restore_failed(space->restore, errno, step);
+}
+
+static enum outcome zero_in(struct space *space, uint64_t address, uint64_t length)
+{
+	while (length) {
+		struct uffdio_zeropage zero = { .range = { address, length } };
+		if (!ioctl(space->fd, UFFDIO_ZEROPAGE, &zero))
+			return DONE;
+		int failed = errno;
+		if (failed == EAGAIN)
+			return AGAIN;
+		if (failed == ESRCH)
+			return GONE;
+		if (failed == EEXIST) {
+			struct uffdio_range range = { address, PAGE };
+			ioctl(space->fd, UFFDIO_WAKE, &range);
+			return DONE;
+		}
+		if (length == PAGE) {
+			if (failed == ENOENT)
+				return DONE; /* unmapped meanwhile */
+			errno = failed;
+			return BROKEN;
+		}
+		length = PAGE; /* the neighbours are another map's: this page alone */
+	}
+	return DONE;
+}
+
+static enum outcome serve_fault(struct space *space, uint64_t address)
+{
+	struct restore *restore = space->restore;
+	address &= ~(PAGE - 1);
+	struct extent *found = extent_at(space, address);
+	if (!found) {
+		/* Zero pages up to what comes next: a heap that grows asks for one after the other. */
+		size_t next = extent_after(space, address);
+		uint64_t length = ZERO_AROUND - (address & (ZERO_AROUND - 1));
+		if (next < space->count && space->extents[next].start - address < length)
+			length = space->extents[next].start - address;
+		return zero_in(space, address, length);
+	}
+	uint64_t page = found->bit + (address - found->start) / PAGE;
+	restore->faults++;
+	bits_set(space->wanted, page, 1);
+	if (bit_get(space->installed, page)) {
+		struct uffdio_range range = { address, PAGE };
+		ioctl(space->fd, UFFDIO_WAKE, &range);
+		return DONE;
+	}
+	struct extent e = *found;
+	uint64_t around = restore->around, start = address & ~(around - 1), end = start + around;
+	if (start < e.start)
+		start = e.start;
+	if (end > e.end)
+		end = e.end;
+	/* The page itself first: its thread waits. */
+	enum outcome outcome = copy_in(space, e, address, address + PAGE, &restore->demanded);
+	if (outcome == DONE && around > PAGE)
+		outcome = fill(space, start, end, &restore->demanded);
+	return outcome == AGAIN && bit_get(space->installed, page) ? DONE : outcome;
+}
+
+static struct space *space_fork(struct space *parent, int fd)
+{
+	struct space *child = calloc(1, sizeof *child);
+	size_t bytes = (parent->bits + 63) / 64 * 8;
+	if (!child)
+		return NULL;
+	*child = *parent;
+	child->fd = fd;
+	child->forked = true;
+	child->drain_at = 0;
+	child->number = parent->restore->numbers++;
+	child->room = parent->count;
+	child->extents = malloc(parent->count * sizeof *child->extents + 1);
+	child->installed = malloc(bytes + 8);
+	child->wanted = calloc(1, bytes + 8);
+	if (!child->extents || !child->installed || !child->wanted) {
+		free(child->extents);
+		free(child->installed);
+		free(child->wanted);
+		free(child);
+		return NULL;
+	}
+	memcpy(child->extents, parent->extents, parent->count * sizeof *child->extents);
+	memcpy(child->installed, parent->installed, bytes);
+	pthread_mutex_lock(&files_lock);
+	child->file->users++;
+	pthread_mutex_unlock(&files_lock);
+	return child;
+}
+
+static bool watch(struct thread *thread, int fd, void *what, int kind)
+{
+	struct epoll_event event = { .events = EPOLLIN, .data.u64 = (uint64_t)(uintptr_t)what | (uint64_t)kind };
+	return epoll_ctl(thread->epoll, EPOLL_CTL_ADD, fd, &event) == 0;
+}
+
+enum { KIND_SPACE = 0, KIND_LISTENER = 1, KIND_CONNECTION = 2, KIND_WAKE = 3 }; /* in the low bits of a pointer */
+
+/* Read and carry out what the kernel tells of one address space, until there is nothing more. */
+static void space_events(struct space *space)
+{
+	uint64_t again[256];
+	int waiting = 0;
+	for (int rounds = 0; !space->over && rounds < 1024; rounds++) {
+		struct uffd_msg event;
+		ssize_t got = read(space->fd, &event, sizeof event);
+		if (got != (ssize_t)sizeof event) {
+			if (got < 0 && errno == EINTR)
+				continue;
+			int left = 0;
+			for (int i = 0; i < waiting && !space->over; i++) {
+				enum outcome outcome = serve_fault(space, again[i]);
+				if (outcome == AGAIN)
+					again[left++] = again[i];
+				else
+					space_settle(space, outcome, 1);
+			}
+			waiting = left;
+			if (!waiting)
+				return;
+			struct pollfd soon = { .fd = space->fd, .events = POLLIN };
+			poll(&soon, 1, 1);
+			continue;
+		}
+		bool ok = true;
+		switch (event.event) {
+		case UFFD_EVENT_PAGEFAULT: {
+			enum outcome outcome = serve_fault(space, event.arg.pagefault.address);
+			if (outcome == AGAIN) {
+				if (waiting == 256) {
+					restore_failed(space->restore, EAGAIN, 2);
+					return;
+				}
+				again[waiting++] = event.arg.pagefault.address;
+			} else
+				space_settle(space, outcome, 1);
+			break;
+		}
+		case UFFD_EVENT_REMOVE:
+		case UFFD_EVENT_UNMAP:
+			ok = extents_cut(space, event.arg.remove.start, event.arg.remove.end);
+			break;
+		case UFFD_EVENT_REMAP:
+			ok = extents_move(space, event.arg.remap.from, event.arg.remap.to, event.arg.remap.len);
+			break;
+		case UFFD_EVENT_FORK: {
+			int fd = (int)event.arg.fork.ufd;
+			fcntl(fd, F_SETFL, O_NONBLOCK);
+			struct space *child = space_fork(space, fd);
+			ok = child != NULL;
+			if (child) {
+				say(MSG_HOLD, space->restore->id, child->number, 0, 0, fd);
+				child->next = space->restore->spaces;
+				space->restore->spaces = child;
+				ok = watch(space->restore->thread, fd, child, KIND_SPACE);
+			}
+			break;
+		}
+		default:
+			break;
+		}
+		if (!ok)
+			restore_failed(space->restore, ENOMEM, 3);
+	}
+}
+
+/* ---- the working set ---- */
+
+struct push {
+	struct restore *restore;
+	uint32_t begin, step;
+	uint64_t copied;
+};
+
+static struct space *space_of(struct restore *restore, int32_t pid)
+{
+	for (struct space *space = restore->spaces; space; space = space->next)
+		if (space->pid == pid && !space->forked)
+			return space;
+	return NULL;
+}
+
+static void *push_part(void *argument)
+{
+	struct push *push = argument;
+	struct restore *restore = push->restore;
+	for (uint32_t i = push->begin; i < restore->sets; i += push->step) {
+		struct set_range *range = &restore->set[i];
+		struct space *space = space_of(restore, range->pid);
+		if (space && !space->over && space->fd >= 0 &&
+		    fill(space, range->vaddr, range->vaddr + range->pages * PAGE, &push->copied) != DONE)
+			break; /* an event is waiting, or the process died: faults do the rest */
+	}
+	return NULL;
+}
+
+static void push_set(struct restore *restore)
+{
+	struct timespec begin;
+	clock_gettime(CLOCK_MONOTONIC, &begin);
+	struct push own = { restore, 0, 1, 0 }, other = { restore, 1, 2, 0 };
+	pthread_t helper;
+	bool two = restore->sets > 16;
+	if (two) {
+		own.step = 2;
+		two = pthread_create(&helper, NULL, push_part, &other) == 0;
+		if (!two)
+			own.step = 1;
+	}
+	push_part(&own);
+	if (two)
+		pthread_join(helper, NULL);
+	restore->pushed = own.copied + other.copied;
+	say(MSG_READY, restore->id, restore->pushed, micros(&begin), 0, -1);
+}
+
+/* Have the working set's pages at hand, from disk if need be, while CRIU is still busy. */
+static void warm_up(struct restore *restore)
+{
+	for (uint32_t i = 0; i < restore->sets; i++) {
+		struct set_range *range = &restore->set[i];
+		for (struct space *space = restore->prepared; space; space = space->next) {
+			if (space->pid != range->pid)
+				continue;
+			uint64_t start = range->vaddr, end = start + range->pages * PAGE;
+			for (size_t k = extent_after(space, start); k < space->count && space->extents[k].start < end; k++) {
+				struct extent e = space->extents[k];
+				uint64_t at = e.start > start ? e.start : start, stop = e.end < end ? e.end : end;
+				uint64_t offset = e.offset + (at - e.start);
+				if (offset + (stop - at) <= space->file->length)
+					madvise((void *)(space->file->data + offset), stop - at, MADV_POPULATE_READ);
+			}
+		}
+	}
+}
+
+static void record(struct restore *restore)
+{
+	int fd = memfd_create("woodfrog-set", MFD_CLOEXEC);
+	if (fd < 0) {
+		restore_failed(restore, errno, 4);
+		return;
+	}
+	FILE *out = fdopen(dup(fd), "wb");
+	struct set_head head = { SET_MAGIC, 0, 0 };
+	if (out) {
+		fwrite(&head, sizeof head, 1, out);
+		for (struct space *space = restore->spaces; space; space = space->next) {
+			if (space->forked)
+				continue;
+			for (size_t i = 0; i < space->count; i++) {
+				struct extent *e = &space->extents[i];
+				uint64_t pages = (e->end - e->start) / PAGE;
+				for (uint64_t p = 0; p < pages;) {
+					uint64_t from = p;
+					while (p < pages && bit_get(space->wanted, e->bit + p))
+						p++;
+					if (p > from) {
+						struct set_range range = { space->pid, (uint32_t)(p - from), e->start + from * PAGE };
+						fwrite(&range, sizeof range, 1, out);
+						head.ranges++;
+					} else
+						p++;
+				}
+			}
+		}
+		rewind(out);
+		fwrite(&head, sizeof head, 1, out);
+		fclose(out);
+	}
+	say(MSG_WORKING_SET, restore->id, head.ranges, 0, 0, fd);
+	close(fd);
+}
+
+/* ---- filling in the rest ---- */
+
+/* One step; false when nothing is left to do. */
+static bool drain_step(struct space *space)
+{
+	uint64_t copied = 0;
+	while (space->drain_at < space->count) {
+		struct extent e = space->extents[space->drain_at];
+		uint64_t at = e.start;
+		while (at < e.end && bit_get(space->installed, e.bit + (at - e.start) / PAGE))
+			at += PAGE;
+		if (at == e.end) {
+			space->drain_at++;
+			continue;
+		}
+		uint64_t stop = at + DRAIN_CHUNK < e.end ? at + DRAIN_CHUNK : e.end;
+		enum outcome outcome = fill(space, at, stop, &copied);
+		space_settle(space, outcome, 5);
+		return !space->over;
+	}
+	space_over(space, true);
+	return false;
+}
+
+static bool draining(const struct restore *restore)
+{
+	return restore->finished && !restore->dropped && restore->drain_ms != UINT32_MAX &&
+	       micros(&restore->began) >= (uint64_t)restore->drain_ms * 1000;
+}
+
+/* ---- CRIU's side ---- */
+
+static void connection_over(struct restore *restore)
+{
+	if (restore->connection >= 0)
+		close(restore->connection);
+	restore->connection = -1;
+}
+
+static void take_task(struct restore *restore, int32_t pid, int fd)
+{
+	for (struct space **at = &restore->prepared; *at; at = &(*at)->next) {
+		struct space *space = *at;
+		if (space->pid != pid)
+			continue;
+		*at = space->next;
+		space->next = restore->spaces;
+		restore->spaces = space;
+		space->fd = fd;
+		fcntl(fd, F_SETFL, O_NONBLOCK);
+		/* Before it is used: what happens when this program dies depends on it. */
+		say(MSG_HOLD, restore->id, space->number, 0, 0, fd);
+		if (!watch(restore->thread, fd, space, KIND_SPACE))
+			restore_failed(restore, errno, 6);
+		return;
+	}
+	/* A task without lazy pages of its own: zeroes are right, and none are ever asked for. */
+	struct space *space = calloc(1, sizeof *space);
+	if (!space) {
+		close(fd);
+		restore_failed(restore, ENOMEM, 7);
+		return;
+	}
+	space->restore = restore;
+	space->fd = fd;
+	space->pid = pid;
+	space->number = restore->numbers++;
+	space->installed = calloc(1, 8);
+	space->wanted = calloc(1, 8);
+	space->next = restore->spaces;
+	restore->spaces = space;
+	fcntl(fd, F_SETFL, O_NONBLOCK);
+	say(MSG_HOLD, restore->id, space->number, 0, 0, fd);
+	watch(restore->thread, fd, space, KIND_SPACE);
+}
+
+static void connection_ready(struct restore *restore)
+{
+	for (;;) {
+		uint32_t word = 0;
+		struct iovec part = { &word, restore->expect_pid ? 1 : sizeof word };
+		union { char space[CMSG_SPACE(sizeof(int))]; struct cmsghdr align; } control;
+		struct msghdr head = {
+			.msg_iov = &part, .msg_iovlen = 1, .msg_control = control.space, .msg_controllen = sizeof control.space,
+		};
+		ssize_t got = recvmsg(restore->connection, &head, MSG_DONTWAIT | MSG_CMSG_CLOEXEC | (restore->expect_pid ? 0 : MSG_PEEK));
+		if (got < 0 && errno == EINTR)
+			continue;
+		if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
+			return;
+		if (got <= 0) {
+			connection_over(restore);
+			return;
+		}
+		if (restore->expect_pid) {
+			struct cmsghdr *c_head = CMSG_FIRSTHDR(&head);
+			if (!c_head || c_head->cmsg_type != SCM_RIGHTS) {
+				restore_failed(restore, EPROTO, 8);
+				connection_over(restore);
+				return;
+			}
+			int fd;
+			memcpy(&fd, CMSG_DATA(c_head), sizeof fd);
+			take_task(restore, restore->expect_pid, fd);
+			restore->expect_pid = 0;
+			continue;
+		}
+		if (got < (ssize_t)sizeof word)
+			return; /* the rest is on its way; the next event tells */
+		recv(restore->connection, &word, sizeof word, MSG_DONTWAIT);
+		if (word == RESTORE_FINISHED) {
+			restore->finished = true;
+			clock_gettime(CLOCK_MONOTONIC, &restore->began);
+			push_set(restore);
+		} else if ((int32_t)word > 0)
+			restore->expect_pid = (int32_t)word;
+		/* A negative pid is a zombie: no descriptor follows. */
+	}
+}
+
+/* ---- taking a restore in; on the main thread, from files that are checked as if an enemy had made them ---- */
+
+static void restore_free(struct restore *restore)
+{
+	while (restore->spaces) {
+		struct space *next = restore->spaces->next;
+		space_free(restore->spaces);
+		restore->spaces = next;
+	}
+	while (restore->prepared) {
+		struct space *next = restore->prepared->next;
+		space_free(restore->prepared);
+		restore->prepared = next;
+	}
+	for (uint32_t i = 0; i < restore->tasks; i++)
+		file_close(restore->files[i]);
+	if (restore->listener >= 0)
+		close(restore->listener);
+	if (restore->connection >= 0)
+		close(restore->connection);
+	free(restore->set);
+	free(restore);
+}
+
+static bool read_all(int fd, void *into, size_t length, off_t at)
+{
+	for (size_t done = 0; done < length;) {
+		ssize_t got = pread(fd, (char *)into + done, length - done, at + (off_t)done);
+		if (got <= 0)
+			return false;
+		done += (size_t)got;
+	}
+	return true;
+}
+
+static bool load_index(struct restore *restore, int fd, const int *page_fds, uint32_t page_files)
+{
+	struct stat info;
+	struct index_head head;
+	if (fstat(fd, &info) || !read_all(fd, &head, sizeof head, 0) || head.magic != INDEX_MAGIC ||
+	    head.tasks != page_files || head.tasks > MAX_TASKS)
+		return false;
+	off_t at = sizeof head, extents_at = at + (off_t)(head.tasks * sizeof(struct index_task));
+	for (uint32_t t = 0; t < head.tasks; t++) {
+		struct index_task task;
+		if (!read_all(fd, &task, sizeof task, at + (off_t)(t * sizeof task)) || task.pid <= 0 ||
+		    (off_t)task.extents > info.st_size / (off_t)sizeof(struct index_extent))
+			return false;
+		struct file *file = file_open(page_fds[t]);
+		if (!file)
+			return false;
+		restore->files[restore->tasks++] = file;
+		struct space *space = calloc(1, sizeof *space);
+		if (!space)
+			return false;
+		space->fd = -1;
+		space->restore = restore;
+		space->file = file;
+		space->pid = task.pid;
+		space->number = restore->numbers++;
+		space->next = restore->prepared;
+		restore->prepared = space;
+		struct index_extent *raw = malloc(task.extents * sizeof *raw + 1);
+		space->extents = malloc(task.extents * sizeof *space->extents + 1);
+		space->room = task.extents;
+		bool ok = raw && space->extents && read_all(fd, raw, task.extents * sizeof *raw, extents_at);
+		for (uint32_t i = 0; ok && i < task.extents; i++) {
+			uint64_t length = raw[i].pages * PAGE;
+			ok = raw[i].pages && raw[i].pages < 1ULL << 40 && !(raw[i].vaddr & (PAGE - 1)) &&
+			     raw[i].vaddr < 1ULL << 57 && !(raw[i].offset & (PAGE - 1)) &&
+			     raw[i].offset <= file->length && length <= file->length - raw[i].offset &&
+			     (!i || raw[i].vaddr >= space->extents[i - 1].end);
+			space->extents[i] = (struct extent){ raw[i].vaddr, raw[i].vaddr + length, raw[i].offset, space->bits };
+			space->bits += raw[i].pages;
+		}
+		free(raw);
+		if (!ok)
+			return false;
+		extents_at += (off_t)(task.extents * sizeof *raw);
+		space->count = task.extents;
+		space->installed = calloc(space->bits / 64 + 2, 8);
+		space->wanted = calloc(space->bits / 64 + 2, 8);
+		if (!space->installed || !space->wanted)
+			return false;
+	}
+	return true;
+}
+
+static bool load_set(struct restore *restore, int fd)
+{
+	struct stat info;
+	struct set_head head;
+	if (fstat(fd, &info) || !read_all(fd, &head, sizeof head, 0) || head.magic != SET_MAGIC ||
+	    info.st_size != (off_t)(sizeof head + head.ranges * sizeof(struct set_range)))
+		return false;
+	restore->set = malloc(head.ranges * sizeof *restore->set + 1);
+	if (!restore->set || !read_all(fd, restore->set, head.ranges * sizeof *restore->set, sizeof head))
+		return false;
+	/* Long ranges in pieces, so that two threads share them evenly. */
+	uint32_t pieces = 0;
+	for (uint32_t i = 0; i < head.ranges; i++)
+		pieces += (uint32_t)((restore->set[i].pages * PAGE + PUSH_CHUNK - 1) / PUSH_CHUNK);
+	struct set_range *split = malloc(pieces * sizeof *split + 1);
+	if (!split)
+		return false;
+	uint32_t n = 0;
+	for (uint32_t i = 0; i < head.ranges; i++) {
+		struct set_range range = restore->set[i];
+		while (range.pages) {
+			uint32_t take = range.pages < PUSH_CHUNK / PAGE ? range.pages : (uint32_t)(PUSH_CHUNK / PAGE);
+			split[n++] = (struct set_range){ range.pid, take, range.vaddr };
+			range.vaddr += take * PAGE;
+			range.pages -= take;
+		}
+	}
+	free(restore->set);
+	restore->set = split;
+	restore->sets = n;
+	return true;
+}
+
+static struct restore *restore_new(const struct command *command, const int *fds, uint32_t count)
+{
+	uint32_t set = command->flags & 1, first = 2 + set;
+	uint64_t around = command->around;
+	if (count < first || around < PAGE || around > 1 << 24 || (around & (around - 1)))
+		return NULL;
+	struct restore *restore = calloc(1, sizeof *restore);
+	if (!restore)
+		return NULL;
+	restore->id = command->id;
+	restore->around = command->around;
+	restore->drain_ms = command->drain_ms;
+	restore->connection = -1;
+	restore->listener = fds[0];
+	if (!load_index(restore, fds[1], fds + first, count - first) || (set && !load_set(restore, fds[2]))) {
+		restore->listener = -1; /* the caller closes what it was given */
+		restore_free(restore);
+		return NULL;
+	}
+	return restore;
+}
+
+/* ---- threads ---- */
+
+static void carry_out(struct thread *thread, struct job *job)
+{
+	struct restore **at = &thread->restores;
+	if (job->command.op == CMD_RESTORE) {
+		struct restore *restore = job->restore;
+		restore->next = thread->restores;
+		thread->restores = restore;
+		if (!watch(thread, restore->listener, restore, KIND_LISTENER))
+			restore_failed(restore, errno, 9);
+		else
+			warm_up(restore);
+		return;
+	}
+	while (*at && (*at)->id != job->command.id)
+		at = &(*at)->next;
+	struct restore *restore = *at;
+	if (!restore)
+		return;
+	switch (job->command.op) {
+	case CMD_WORKING_SET:
+		record(restore);
+		break;
+	case CMD_DRAIN:
+		restore->drain_ms = job->command.drain_ms;
+		break;
+	case CMD_DROP:
+		*at = restore->next;
+		restore->dropped = true;
+		say(MSG_STATS, restore->id, restore->pushed, restore->faults, restore->demanded, -1);
+		restore_free(restore);
+		__atomic_fetch_sub(&thread->load, 1, __ATOMIC_RELAXED);
+		break;
+	}
+}
+
+static void run_jobs(struct thread *thread)
+{
+	uint64_t count;
+	if (read(thread->wake, &count, sizeof count) < 0 && errno != EAGAIN)
+		return;
+	for (;;) {
+		pthread_mutex_lock(&thread->lock);
+		struct job *job = thread->jobs;
+		if (job)
+			thread->jobs = job->next;
+		pthread_mutex_unlock(&thread->lock);
+		if (!job)
+			return;
+		carry_out(thread, job);
+		free(job);
+	}
+}
+
+static void *serve(void *argument)
+{
+	struct thread *thread = argument;
+	for (;;) {
+		int wait = -1;
+		for (struct restore *r = thread->restores; r; r = r->next) {
+			if (!r->finished || r->drain_ms == UINT32_MAX)
+				continue;
+			bool left = false;
+			for (struct space *s = r->spaces; s && !left; s = s->next)
+				left = !s->over;
+			if (left && draining(r))
+				wait = 0;
+			else if (left && wait) {
+				uint64_t past = micros(&r->began) / 1000;
+				int until = past >= r->drain_ms ? 0 : (int)(r->drain_ms - past) + 1;
+				wait = wait < 0 || until < wait ? until : wait;
+			}
+		}
+		struct epoll_event events[64];
+		int count = epoll_wait(thread->epoll, events, 64, wait);
+		bool jobs = false;
+		for (int i = 0; i < count; i++) {
+			void *what = (void *)(uintptr_t)(events[i].data.u64 & ~3ULL);
+			switch (events[i].data.u64 & 3) {
+			case KIND_WAKE:
+				jobs = true;
+				break;
+			case KIND_LISTENER: {
+				struct restore *restore = what;
+				int fd = accept4(restore->listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+				if (fd < 0)
+					break;
+				/* One CRIU, once. */
+				close(restore->listener);
+				restore->listener = -1;
+				restore->connection = fd;
+				if (!watch(thread, fd, restore, KIND_CONNECTION))
+					restore_failed(restore, errno, 10);
+				break;
+			}
+			case KIND_CONNECTION: {
+				struct restore *restore = what;
+				if (restore->connection >= 0)
+					connection_ready(restore);
+				break;
+			}
+			default: {
+				struct space *space = what;
+				if (!space->over)
+					space_events(space);
+			}
+			}
+		}
+		/* Last: a job may free what an event of this round pointed to. */
+		if (jobs)
+			run_jobs(thread);
+		if (count <= 0)
+			for (struct restore *r = thread->restores; r; r = r->next)
+				if (draining(r))
+					for (struct space *s = r->spaces; s; s = s->next)
+						if (!s->over && drain_step(s))
+							break;
+	}
+	return NULL;
+}
+
+static void post(struct thread *thread, const struct command *command, struct restore *restore)
+{
+	struct job *job = calloc(1, sizeof *job);
+	if (!job) {
+		say(MSG_FAILED, command->id, ENOMEM, 11, 0, -1);
+		return;
+	}
+	job->command = *command;
+	job->restore = restore;
+	pthread_mutex_lock(&thread->lock);
+	struct job **at = &thread->jobs;
+	while (*at)
+		at = &(*at)->next;
+	*at = job;
+	pthread_mutex_unlock(&thread->lock);
+	uint64_t one = 1;
+	while (write(thread->wake, &one, sizeof one) < 0 && errno == EINTR)
+		;
+}
+
+static void control(void)
+{
+	struct command command;
+	struct iovec part = { &command, sizeof command };
+	union { char space[CMSG_SPACE(MAX_FDS * sizeof(int))]; struct cmsghdr align; } space;
+	for (;;) {
+		struct msghdr head = {
+			.msg_iov = &part, .msg_iovlen = 1, .msg_control = space.space, .msg_controllen = sizeof space.space,
+		};
+		ssize_t got = recvmsg(CONTROL_FD, &head, MSG_CMSG_CLOEXEC);
+		if (got < 0 && errno == EINTR)
+			continue;
+		if (got <= 0)
+			return; /* the daemon is gone */
+		int fds[MAX_FDS];
+		uint32_t count = 0;
+		struct cmsghdr *c_head = CMSG_FIRSTHDR(&head);
+		if (c_head && c_head->cmsg_type == SCM_RIGHTS) {
+			count = (uint32_t)((c_head->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+			memcpy(fds, CMSG_DATA(c_head), count * sizeof(int));
+		}
+		bool whole = got == (ssize_t)sizeof command && !(head.msg_flags & (MSG_TRUNC | MSG_CTRUNC));
+		uint32_t keep = 0;
+		if (whole && command.op == CMD_RESTORE) {
+			struct restore *restore = command.fds == count && count ? restore_new(&command, fds, count) : NULL;
+			if (restore) {
+				struct thread *thread = &threads[0];
+				for (int i = 1; i < thread_count; i++)
+					if (__atomic_load_n(&threads[i].load, __ATOMIC_RELAXED) <
+					    __atomic_load_n(&thread->load, __ATOMIC_RELAXED))
+						thread = &threads[i];
+				__atomic_fetch_add(&thread->load, 1, __ATOMIC_RELAXED);
+				restore->thread = thread;
+				keep = 1; /* the listening socket is the restore's now */
+				post(thread, &command, restore);
+			} else
+				say(MSG_FAILED, command.id, EINVAL, 12, 0, -1);
+		} else if (whole)
+			for (int i = 0; i < thread_count; i++)
+				post(&threads[i], &command, NULL);
+		for (uint32_t i = keep; i < count; i++)
+			close(fds[i]);
+	}
+}
+
+int main(int argc, char **argv)
+{
+	unsigned uid = argc > 1 ? (unsigned)strtoul(argv[1], NULL, 10) : 0;
+	signal(SIGPIPE, SIG_IGN);
+	if (uid && (setgroups(0, NULL) || setresgid(uid, uid, uid) || setresuid(uid, uid, uid))) {
+		perror("woodfrog-pageserver: cannot drop privileges");
+		return 1;
+	}
+	prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+	prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
+	long processors = sysconf(_SC_NPROCESSORS_ONLN);
+	thread_count = processors < 2 ? 2 : processors > MAX_THREADS ? MAX_THREADS : (int)processors;
+	for (int i = 0; i < thread_count; i++) {
+		struct thread *thread = &threads[i];
+		pthread_mutex_init(&thread->lock, NULL);
+		thread->epoll = epoll_create1(EPOLL_CLOEXEC);
+		thread->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+		struct epoll_event event = { .events = EPOLLIN, .data.u64 = KIND_WAKE };
+		if (thread->epoll < 0 || thread->wake < 0 || epoll_ctl(thread->epoll, EPOLL_CTL_ADD, thread->wake, &event) ||
+		    pthread_create(&thread->handle, NULL, serve, thread)) {
+			perror("woodfrog-pageserver: cannot start a thread");
+			return 1;
+		}
+	}
+	control();
+	/* The sandboxes die with the daemon; until they have, their memory must not turn to zeroes. */
+	sleep(3);
+	return 0;
+}

@@ -1,0 +1,331 @@
+"""A backend whose instances are coroutines in this process, and a twin that fails to order.
+
+Both keep what `backends.base` and `control.events` ask of a backend; the twin is where things break, never how they
+are told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import itertools
+import json
+import pickle
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from woodfrog.backends.base import Answer, CallRequest, Observer, StartRequest
+from woodfrog.backends.connection import Payload
+from woodfrog.errors import CaptureError, InstanceCrashed, RestoreError, SandboxError, StartupError, WoodfrogError
+from woodfrog.snapshot.catalogue import Catalogue
+from woodfrog.snapshot.manifest import FORMAT, Manifest
+
+__all__ = ["WORKER_CLASS", "FakeBackend", "FaultyBackend", "Instance"]
+
+WORKER_CLASS = "class"
+
+
+@dataclass(eq=False)
+class Instance:
+    request: StartRequest
+    task: asyncio.Task[None] | None = None
+    stage: str = "starting"
+    stopping: bool = False
+    calls: set[asyncio.Future[Answer]] = field(default_factory=set)
+
+
+class FakeBackend:
+    """Runs `functions` (by method name); its snapshots are real manifests with nothing in them."""
+
+    def __init__(self, observer: Observer, functions: dict[str, Callable[..., Any]], catalogue: Catalogue) -> None:
+        self.observer = observer
+        self.functions = functions
+        self.catalogue = catalogue
+        self.instances: dict[str, Instance] = {}
+        self.started: list[StartRequest] = []
+        self.stopped: list[tuple[str, bool]] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._numbers = itertools.count(1)
+
+    def _spawn(self, work: Any) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # What a twin may spoil
+
+    async def _boot(self, instance: Instance) -> None:
+        await asyncio.sleep(0)
+
+    async def _thaw(self, instance: Instance) -> None:
+        await asyncio.sleep(0)
+
+    async def _freeze(self, instance: Instance) -> str:
+        await asyncio.sleep(0)
+        return f"s-{next(self._numbers)}"
+
+    async def _answer(self, instance: Instance, request: CallRequest) -> Answer:
+        return await self._run(request)
+
+    # Backend
+
+    def start(self, request: StartRequest) -> None:
+        assert request.instance_id not in self.instances
+        instance = self.instances[request.instance_id] = Instance(request)
+        self.started.append(request)
+        instance.task = self._spawn(self._start(instance))
+
+    async def _start(self, instance: Instance) -> None:
+        request = instance.request
+        captured = None
+        try:
+            if request.mode == "restore":
+                self._stage(instance, "restoring")
+                await self._thaw(instance)
+            else:
+                self._stage(instance, "importing")
+                await self._boot(instance)
+                if request.capture:
+                    self._stage(instance, "capturing")
+                    captured = await self._capture(instance)
+            self._stage(instance, "starting")
+            await asyncio.sleep(0)
+        except CaptureError as e:
+            self._drop(instance)
+            self.observer.on_capture_failed(request.instance_id, e, alive=False)
+            return
+        except RestoreError as e:
+            self._drop(instance)
+            assert request.snapshot_id is not None
+            self.observer.on_restore_failed(request.instance_id, request.snapshot_id, e, at_fault=e.snapshot_at_fault)
+            return
+        except WoodfrogError as e:
+            self._drop(instance)
+            self.observer.on_start_failed(request.instance_id, e, user_fault=isinstance(e, StartupError))
+            return
+        instance.stage = "ready"
+        self.observer.on_ready(request.instance_id)
+        if captured is not None:
+            self._spawn(self._commit(request, captured))
+
+    async def _capture(self, instance: Instance) -> str | None:
+        try:
+            return await self._freeze(instance)
+        except CaptureError as e:
+            if not e.alive:
+                raise
+            self.observer.on_capture_failed(instance.request.instance_id, e, alive=True)
+            return None
+
+    async def _commit(self, request: StartRequest, snapshot_id: str) -> None:
+        await asyncio.sleep(0.001)  # the disk; the instance serves meanwhile
+        self.store(request.function_key, snapshot_id, request)
+        self.observer.on_captured(request, snapshot_id)
+
+    def store(self, function_key: str, snapshot_id: str, request: StartRequest | None = None) -> None:
+        """Commit a snapshot."""
+        self.catalogue.commit(
+            self.catalogue.begin(snapshot_id),
+            Manifest(
+                format=FORMAT,
+                id=snapshot_id,
+                function_key=function_key,
+                worker_class=WORKER_CLASS,
+                host={},
+                app=request.app if request else "demo",
+                tag=request.spec.tag if request else "f",
+                params_digest=request.params_digest if request else "",
+                created=time.time(),
+                root_pid=100,
+                tasks=1,
+                pages_bytes=0,
+                fs_bytes=0,
+                files=(),
+            ),
+        )
+
+    def _stage(self, instance: Instance, stage: str) -> None:
+        instance.stage = stage
+        self.observer.on_stage(instance.request.instance_id, stage)
+
+    async def call(self, instance_id: str, request: CallRequest) -> Answer:
+        instance = self.instances.get(instance_id)
+        if instance is None:
+            return Answer("lost")
+        future: asyncio.Future[Answer] = asyncio.ensure_future(self._answer(instance, request))
+        instance.calls.add(future)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if not future.cancelled():
+                raise
+            return Answer("lost")
+        finally:
+            instance.calls.discard(future)
+
+    async def _run(self, request: CallRequest) -> Answer:
+        as_json = request.encoding == "json"
+        raw = request.payload.read()
+        if as_json:
+            value = json.loads(raw)
+            args, kwargs = (value, {}) if isinstance(value, list) else ((), value)
+        else:
+            args, kwargs = pickle.loads(raw)
+
+        def pack(value: Any) -> Payload:
+            return Payload(data=json.dumps(value).encode() if as_json else pickle.dumps(value))
+
+        try:
+            result = self.functions[request.method](*args, **kwargs)
+            if inspect.isgenerator(result):
+                for item in result:
+                    assert request.on_item is not None
+                    request.on_item(pack(item))
+                    await asyncio.sleep(0)
+                return Answer("success")
+            if inspect.isawaitable(result):
+                result = await result
+        except Exception as e:
+            return Answer("exception", pack(repr(e)), {"type": type(e).__name__, "message": str(e), "traceback": ""})
+        return Answer("success", pack(result), ms=1.0)
+
+    def stop(self, instance_id: str, *, graceful: bool, reason: str) -> None:
+        instance = self.instances.get(instance_id)
+        self.stopped.append((instance_id, graceful))
+        if instance is None:
+            self.observer.on_stopped(instance_id)
+        elif not instance.stopping:
+            instance.stopping = True
+            self._spawn(self._stop(instance))
+
+    async def _stop(self, instance: Instance) -> None:
+        if instance.task is not None and instance.task is not asyncio.current_task():
+            instance.task.cancel()
+            await asyncio.wait({instance.task})
+        await asyncio.sleep(0)
+        self._drop(instance)
+        self.observer.on_stopped(instance.request.instance_id)
+
+    def crash(self, instance_id: str) -> None:
+        """The instance's process dies."""
+        instance = self.instances[instance_id]
+        self._drop(instance)
+        self.observer.on_exited(instance_id, InstanceCrashed("the process was killed by SIGKILL", exit_status=-9))
+
+    def _drop(self, instance: Instance) -> None:
+        self.instances.pop(instance.request.instance_id, None)
+        for future in instance.calls:
+            future.cancel()
+
+    def find_snapshot(self, function_key: str) -> str | None:
+        manifest = self.catalogue.find(function_key, WORKER_CLASS)
+        return manifest.id if manifest else None
+
+    def snapshots_in_use(self) -> set[str]:
+        return {i.request.snapshot_id for i in self.instances.values() if i.request.snapshot_id is not None}
+
+    def describe(self, instance_id: str) -> dict[str, Any] | None:
+        instance = self.instances.get(instance_id)
+        if instance is None:
+            return None
+        request = instance.request
+        return {
+            "id": instance_id,
+            "app": request.app,
+            "function": request.spec.tag,
+            "mode": request.mode,
+            "stage": instance.stage,
+            "phases": [],
+        }
+
+    async def execute(self, instance_id: str, argv: list[str], timeout: float) -> dict[str, Any]:
+        if instance_id not in self.instances:
+            raise SandboxError(f"container {instance_id} is gone")
+        return {"exit_code": 0, "stdout": " ".join(argv), "stderr": ""}
+
+    async def close(self) -> None:
+        for instance_id in list(self.instances):
+            self.stop(instance_id, graceful=False, reason="shutdown")
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+
+class FaultyBackend(FakeBackend):
+    """Takes one word per start, freeze and call from its plans, and does well when they are empty.
+
+    starts: ok · slow · fails · user-fault · crashes · refuses
+    thaws: ok · slow · fails · at-fault · crashes
+    freezes: ok · fails-alive · fails-dead · crashes
+    calls: ok · crashes · hangs · breaks (an exception nobody expects)
+    """
+
+    def __init__(self, observer: Observer, functions: dict[str, Callable[..., Any]], catalogue: Catalogue) -> None:
+        super().__init__(observer, functions, catalogue)
+        self.starts: deque[str] = deque()
+        self.thaws: deque[str] = deque()
+        self.freezes: deque[str] = deque()
+        self.calls: deque[str] = deque()
+
+    @staticmethod
+    def _next(plan: deque[str]) -> str:
+        return plan.popleft() if plan else "ok"
+
+    def start(self, request: StartRequest) -> None:
+        if self.starts and self.starts[0] == "refuses":
+            self.starts.popleft()
+            raise SandboxError("no sandbox: the pool is closed")
+        super().start(request)
+
+    async def _die(self, instance: Instance) -> None:
+        task, instance.task = instance.task, None
+        self.crash(instance.request.instance_id)
+        if task is not None:
+            task.cancel()
+        await asyncio.sleep(0)
+
+    async def _boot(self, instance: Instance) -> None:
+        match self._next(self.starts):
+            case "slow":
+                await asyncio.sleep(0.2)
+            case "fails":
+                raise SandboxError("no sandbox could be prepared")
+            case "user-fault":
+                raise StartupError("import failed: ImportError: nope", traceback="Traceback: caf\udce9")
+            case "crashes":
+                await self._die(instance)
+
+    async def _thaw(self, instance: Instance) -> None:
+        match self._next(self.thaws):
+            case "slow":
+                await asyncio.sleep(0.2)
+            case "fails":
+                raise RestoreError("criu restore failed")
+            case "at-fault":
+                raise RestoreError("pages are missing", snapshot_at_fault=True)
+            case "crashes":
+                await self._die(instance)
+
+    async def _freeze(self, instance: Instance) -> str:
+        match self._next(self.freezes):
+            case "fails-alive":
+                raise CaptureError("an io_uring is open", alive=True)
+            case "fails-dead":
+                raise CaptureError("the disk is full", alive=False)
+            case "crashes":
+                await self._die(instance)
+        return await super()._freeze(instance)
+
+    async def _answer(self, instance: Instance, request: CallRequest) -> Answer:
+        match self._next(self.calls):
+            case "crashes":
+                asyncio.get_running_loop().call_soon(self.crash, instance.request.instance_id)
+                await asyncio.Event().wait()
+            case "hangs":
+                await asyncio.Event().wait()
+            case "breaks":
+                raise OSError(28, "No space left on device")
+        return await super()._answer(instance, request)

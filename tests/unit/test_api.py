@@ -1,0 +1,734 @@
+"""The HTTP API over the real controller, control machine and journal, with instances in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import pickle
+import sys
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from contract.fake_backend import WORKER_CLASS, FakeBackend, FaultyBackend
+
+from woodfrog.daemon import api as api_module
+from woodfrog.daemon.api import TokenAuth, build
+from woodfrog.daemon.controller import Controller
+from woodfrog.daemon.journal import Journal
+from woodfrog.daemon.logs import LogBook
+from woodfrog.daemon.resources import Resources
+from woodfrog.errors import error_from_dict
+from woodfrog.protocol import unpack_items
+from woodfrog.settings import Settings
+from woodfrog.snapshot.catalogue import Catalogue
+from woodfrog.snapshot.manifest import SigningKey
+from woodfrog.spec import (
+    AppSpec,
+    FunctionSpec,
+    MethodSpec,
+    RetryPolicy,
+    RuntimeSpec,
+    ScalingPolicy,
+    SecretSpec,
+    SnapshotPolicy,
+    SourceSpec,
+    VolumeMount,
+    to_dict,
+)
+
+RUNTIME = RuntimeSpec(sys.executable, sys.prefix, sys.base_prefix, "3.11")
+BIG = "x" * (6 << 20)
+
+
+def function(tag: str, *methods: str, kind: str = "function", **more: Any) -> FunctionSpec:
+    generators = {"count"}
+    return FunctionSpec(
+        tag=tag,
+        kind=kind,  # type: ignore[arg-type]
+        source=SourceSpec("module", "app", tag),
+        methods=tuple(MethodSpec(m, generator=m in generators) for m in (methods or (tag,))),
+        **{"retries": RetryPolicy(), **more},
+    )
+
+
+def fail() -> None:
+    raise ValueError("no such thing")
+
+
+gates: dict[str, asyncio.Event] = {}
+
+
+async def wait_for_gate(name: str = "gate") -> str:
+    await gates.setdefault(name, asyncio.Event()).wait()
+    return "through"
+
+
+def count(n: int, broken: bool = False) -> Iterator[int]:
+    yield from range(n)
+    if broken:
+        raise ValueError("broke off")
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "square": lambda x=3: x * x,
+    "big": lambda: BIG,
+    "length": lambda x: len(x),
+    "fail": fail,
+    "wait": wait_for_gate,
+    "count": count,
+}
+
+
+class Daemon:
+    """What `woodfrogd` puts together, without sandboxes and sockets."""
+
+    def __init__(self, home: Path, kind: type[FakeBackend] = FakeBackend) -> None:
+        self.settings = Settings(home=home)
+        self.journal = Journal(home)
+        content = api_module.ContentStore(home)
+        self.catalogue = Catalogue(home / "snapshots", SigningKey.load_or_create(home / "key"))
+        self.logs = LogBook(home / "logs", 1 << 20)
+        self.controller = Controller(
+            self.settings,
+            journal=self.journal,
+            logs=self.logs,
+            resources=Resources(self.settings, content),
+            catalogue=self.catalogue,
+            run_id=uuid.uuid4().hex[:6],
+        )
+        self.backend = kind(self.controller, FUNCTIONS, self.catalogue)
+        self.controller.backend = self.backend
+        self.downs = 0
+        self.app = build(
+            self.controller,
+            content=content,
+            catalogue=self.catalogue,
+            worker_class=WORKER_CLASS,
+            shutdown=self._down,
+        )
+        self.http = httpx.AsyncClient(
+            transport=httpx.ASGITransport(self.app, raise_app_exceptions=False), base_url="http://d/v1", timeout=20
+        )
+        self.controller.recover()
+
+    def _down(self) -> None:
+        self.downs += 1
+
+    @property
+    def faulty(self) -> FaultyBackend:
+        assert isinstance(self.backend, FaultyBackend)
+        return self.backend
+
+    async def deploy(self, *functions: FunctionSpec, app: str = "demo", **more: Any) -> dict[str, Any]:
+        spec = to_dict(AppSpec(app, RUNTIME, functions))
+        answer = await self.http.post(f"/apps/{app}/deploy", json={"spec": spec, **more})
+        assert answer.status_code == 200, answer.text
+        result: dict[str, Any] = answer.json()
+        return result
+
+    async def submit(self, tag: str, *args: Any, wait: float = 0, app: str = "demo", **headers: str) -> httpx.Response:
+        return await self.http.post(
+            f"/apps/{app}/calls/{tag}",
+            params={"wait": wait},
+            content=pickle.dumps((args, {})),
+            headers={"Woodfrog-Encoding": "pickle", **{k.replace("_", "-"): v for k, v in headers.items()}},
+        )
+
+    async def call(self, tag: str, *args: Any, **more: Any) -> Any:
+        answer = await self.submit(tag, *args, wait=10, **more)
+        assert answer.headers["woodfrog-status"] == "success", answer.text
+        return pickle.loads(answer.content)
+
+    async def failure(self, tag: str, *args: Any) -> Any:
+        answer = await self.submit(tag, *args, wait=10)
+        assert answer.headers["woodfrog-status"] in ("failure", "cancelled")
+        return error_from_dict(answer.json()["error"])
+
+    async def die(self) -> None:
+        """As if killed: nothing is said to anybody."""
+        self.journal.close()
+        if self.controller._wake is not None:
+            self.controller._wake.cancel()
+        for task in [*self.controller._tasks, *self.backend._tasks]:
+            task.cancel()
+        await asyncio.sleep(0)
+        await self.http.aclose()
+
+    async def close(self) -> None:
+        await self.controller.shutdown(grace=5)
+        await self.http.aclose()
+        self.logs.close()
+        self.journal.close()
+        assert self.controller.state.instances == {} and self.backend.instances == {}
+        assert self.controller.instances == {}
+
+    def spooled(self) -> list[str]:
+        return sorted(p.name for p in (self.settings.home / "calls").iterdir())
+
+
+@pytest.fixture
+async def daemon(tmp_path: Path) -> AsyncIterator[Daemon]:
+    gates.clear()
+    daemon = Daemon(tmp_path, FaultyBackend)
+    yield daemon
+    await daemon.close()
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"type", "code", "message", "retryable", "fields"} and "\n" not in error["message"]
+    return error
+
+
+# Calls
+
+
+async def test_call_and_poll(daemon: Daemon) -> None:
+    deployed = await daemon.deploy(function("square"), function("wait"))
+    assert deployed["version"] == 1 and [f["tag"] for f in deployed["functions"]] == ["square", "wait"]
+    assert await daemon.call("square", 7) == 49
+    first = await daemon.submit("wait")
+    assert (first.status_code, first.headers["woodfrog-status"], first.content) == (202, "pending", b"")
+    call = first.headers["woodfrog-call"]
+    polled = await daemon.http.get(f"/calls/{call}", params={"wait": 0.01})
+    assert polled.status_code == 202
+    waiting = asyncio.ensure_future(daemon.http.get(f"/calls/{call}", params={"wait": 10}))
+    await asyncio.sleep(0.01)
+    gates["gate"].set()
+    assert pickle.loads((await waiting).content) == "through"
+    trace = (await daemon.http.get(f"/calls/{call}/trace")).json()
+    assert trace["status"] == "success" and trace["start"] == "cold"
+    assert [p["name"] for p in trace["phases"]][-1] == "run"
+    listed = (await daemon.http.get("/calls")).json()["calls"]
+    assert listed[0]["id"] == call and listed[0]["outcome"] == "success"
+
+
+async def test_exceptions_are_the_user_s(daemon: Daemon) -> None:
+    await daemon.deploy(function("fail"))
+    answer = await daemon.submit("fail", wait=10)
+    assert (answer.status_code, answer.headers["woodfrog-status"]) == (200, "exception")
+    assert "no such thing" in pickle.loads(answer.content)
+    answer = await daemon.http.post("/apps/demo/calls/fail?wait=10", json=[])
+    assert answer.json()["error"]["type"] == "ValueError" and answer.headers["woodfrog-status"] == "exception"
+
+
+async def test_json_calls(daemon: Daemon) -> None:
+    await daemon.deploy(function("square"))
+    for body in ([4], {"x": 4}):
+        answer = await daemon.http.post("/apps/demo/calls/square?wait=10", json=body)
+        assert answer.json() == 16 and answer.headers["content-type"] == "application/json"
+    answer = await daemon.http.post(
+        "/apps/demo/calls/square?wait=10", content=b"[5]", headers={"Woodfrog-Encoding": "json"}
+    )
+    assert answer.json() == 25
+
+
+async def test_large_arguments_and_results(daemon: Daemon) -> None:
+    await daemon.deploy(function("big"), function("length"))
+    assert await daemon.call("length", BIG) == len(BIG)
+    answer = await daemon.submit("big", wait=10)
+    assert pickle.loads(answer.content) == BIG
+    call = answer.headers["woodfrog-call"]
+    assert daemon.spooled() == [f"{call}.out"]
+    daemon.controller.calls.clear()
+    assert pickle.loads((await daemon.http.get(f"/calls/{call}")).content) == BIG
+
+
+async def test_the_same_call_id_is_the_same_call(daemon: Daemon) -> None:
+    ran: list[int] = []
+    daemon.backend.functions = {**FUNCTIONS, "square": lambda x: ran.append(x) or x * x}
+    await daemon.deploy(function("square"))
+    call = uuid.uuid4().hex
+    answers = await asyncio.gather(*(daemon.submit("square", 5, wait=10, Woodfrog_Call=call) for _ in range(5)))
+    answers.append(await daemon.submit("square", 5, wait=10, Woodfrog_Call=call))
+    daemon.controller.calls.clear()  # tidied: only the journal knows it
+    answers.append(await daemon.submit("square", 5, Woodfrog_Call=call))
+    assert [pickle.loads(a.content) for a in answers] == [25] * 7 and ran == [5]
+    assert {a.headers["woodfrog-call"] for a in answers} == {call}
+
+
+@pytest.mark.parametrize("call", ["../../etc/passwd", "a" * 65, "a.b", " ", "%00"])
+async def test_bad_call_ids(daemon: Daemon, call: str) -> None:
+    await daemon.deploy(function("square"))
+    answer = await daemon.submit("square", 5, Woodfrog_Call=call)
+    assert answer.status_code == 400 and error_of(answer)["code"] == "bad-request"
+
+
+async def test_what_is_not_there(daemon: Daemon) -> None:
+    await daemon.deploy(function("square"), function("Model", "run", "load", kind="class"))
+    for path, words in (
+        ("/apps/other/calls/square", "no app 'other' is deployed; deployed: demo"),
+        ("/apps/demo/calls/cube", "no function 'cube'; it has: square, Model"),
+        ("/apps/demo/calls/Model", "name one of its methods (run, load)"),
+        ("/apps/demo/calls/Model.walk", "no method 'walk'; it has: run, load"),
+    ):
+        answer = await daemon.http.post(path, content=b"x" * (5 << 20))
+        assert answer.status_code == 404 and words in error_of(answer)["message"]
+    for path in ("/calls/none", "/calls/none/items", "/calls/none/trace", "/containers/none", "/snapshots/none",
+                 "/apps/other", "/apps/other/history", "/apps/other/logs"):
+        answer = await daemon.http.get(path)
+        assert answer.status_code == 404 and error_of(answer)["code"] == "not-found", path
+    for path in ("/calls/none/cancel", "/apps/other/stop", "/containers/none/stop", "/snapshots/none/invalidate"):
+        answer = await daemon.http.post(path)
+        assert answer.status_code == 404, path
+    assert daemon.spooled() == []  # refused bodies are not kept
+
+
+async def test_cancel(daemon: Daemon) -> None:
+    await daemon.deploy(function("wait", scaling=ScalingPolicy(max_containers=1)))
+    running = (await daemon.submit("wait")).headers["woodfrog-call"]
+    queued = (await daemon.submit("wait")).headers["woodfrog-call"]
+    await asyncio.sleep(0.02)
+    for call in (queued, running):
+        await daemon.http.post(f"/calls/{call}/cancel")
+        answer = await daemon.http.get(f"/calls/{call}", params={"wait": 5})
+        assert answer.headers["woodfrog-status"] == "cancelled" and error_of(answer)["code"] == "cancelled"
+        again = await daemon.http.post(f"/calls/{call}/cancel")
+        assert again.json()["finished"] == "cancelled"
+    gates["gate"].set()
+    assert await daemon.call("wait") == "through"  # on another instance
+    assert len(daemon.backend.started) == 2
+
+
+async def test_generators(daemon: Daemon) -> None:
+    await daemon.deploy(function("count"))
+    for args, last in (((450,), b"d"), ((3, True), b"e"), ((0,), b"d")):
+        call = (await daemon.submit("count", *args)).headers["woodfrog-call"]
+        items: list[tuple[bytes, bytes]] = []
+        while not items or items[-1][0] == b"i":
+            answer = await daemon.http.get(f"/calls/{call}/items", params={"after": len(items), "wait": 10})
+            items += unpack_items(answer.content)
+        assert [pickle.loads(body) for _, body in items[:-1]] == list(range(args[0]))
+        assert items[-1][0] == last
+    daemon.faulty.calls.append("crashes")
+    call = (await daemon.submit("count", 5)).headers["woodfrog-call"]
+    answer = await daemon.http.get(f"/calls/{call}/items", params={"wait": 10})
+    ((kind, body),) = unpack_items(answer.content)
+    assert kind == b"f" and json.loads(body)["code"] == "crashed"
+
+
+async def test_a_generator_whose_items_are_gone_says_so(daemon: Daemon) -> None:
+    await daemon.deploy(function("count"))
+    call = (await daemon.submit("count", 5, wait=10)).headers["woodfrog-call"]
+    await daemon.close()
+    again = Daemon(daemon.settings.home, FaultyBackend)
+    items = list(unpack_items((await again.http.get(f"/calls/{call}/items")).content))
+    assert items[-1][0] == b"f" and json.loads(items[-1][1])["code"] == "expired"
+    await again.close()
+    daemon.__dict__.update(Daemon(daemon.settings.home).__dict__)
+
+
+async def test_constructor_parameters_have_instances_of_their_own(daemon: Daemon) -> None:
+    await daemon.deploy(function("Model", "square", kind="class"))
+    params = [pickle.dumps(((n,), {})) for n in range(2)]
+    for param in (params[0], params[1], params[0]):
+        header = base64.b64encode(param).decode()
+        assert await daemon.call("Model.square", 2, Woodfrog_Params=header) == 4
+    started = daemon.backend.started
+    assert [r.params for r in started] == params
+    assert [r.params_digest for r in started] == [hashlib.sha256(p).hexdigest() for p in params]
+    answer = await daemon.submit("Model.square", 2, Woodfrog_Params="no base64!")
+    assert answer.status_code == 400
+
+
+async def test_payload_over_the_limit(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api_module, "_MAX_BODY", 5 << 20)
+    await daemon.deploy(function("length"))
+    answer = await daemon.submit("length", BIG)
+    assert answer.status_code == 400 and error_of(answer)["code"] == "too-large"
+    assert daemon.spooled() == []
+
+
+# Instances that break
+
+
+async def test_crash_in_a_call(daemon: Daemon) -> None:
+    await daemon.deploy(function("square"))
+    daemon.faulty.calls.append("crashes")
+    error = await daemon.failure("square", 2)
+    assert error.code == "crashed" and "SIGKILL" in error.message
+    assert await daemon.call("square", 2) == 4
+
+
+async def test_retries(daemon: Daemon) -> None:
+    await daemon.deploy(function("square", retries=RetryPolicy(2, initial_delay=0.0)))
+    daemon.faulty.calls.extend(["crashes", "crashes"])
+    assert await daemon.call("square", 2) == 4
+    assert len(daemon.backend.started) == 3
+
+
+async def test_timeout(daemon: Daemon) -> None:
+    await daemon.deploy(function("wait", timeout=0.05))
+    error = await daemon.failure("wait")
+    assert error.code == "timeout" and "0.05 s" in error.message
+
+
+async def test_a_backend_that_breaks_in_a_call_fails_the_call(daemon: Daemon) -> None:
+    """Whatever it raises: the caller is told, and soon."""
+    await daemon.deploy(function("square"))
+    daemon.faulty.calls.append("breaks")
+    answer = await daemon.submit("square", 2, wait=2)
+    assert answer.headers["woodfrog-status"] == "failure"
+    assert await daemon.call("square", 2) == 4
+
+
+@pytest.mark.parametrize("plan", ["fails", "crashes", "refuses"])
+async def test_start_that_fails_is_tried_again(daemon: Daemon, plan: str) -> None:
+    await daemon.deploy(function("square"))
+    daemon.faulty.starts.append(plan)
+    assert await daemon.call("square", 2) == 4
+
+
+async def test_user_s_fault_in_a_start(daemon: Daemon) -> None:
+    """The text holds half a surrogate pair, as file names do."""
+    await daemon.deploy(function("square"))
+    daemon.faulty.starts.append("user-fault")
+    answer = await daemon.submit("square", 2, wait=5)
+    assert answer.status_code == 200 and "import failed" in error_of(answer)["message"]
+    lines = (await daemon.http.get("/apps/demo/logs")).text
+    assert "Traceback: caf" in lines
+
+
+async def test_secret_that_went_does_not_hang_the_start(daemon: Daemon) -> None:
+    home = daemon.settings.home
+    secret = SecretSpec(name="token", required_keys=("TOKEN",))
+    assert (await daemon.http.put("/secrets/token", json={"TOKEN": "1"})).status_code == 200
+    await daemon.deploy(function("square", secrets=(secret,)))
+    assert (await daemon.http.put("/secrets/token", json={"OTHER": "1"})).status_code == 200
+    answer = await daemon.submit("square", 2, wait=2)
+    assert answer.headers["woodfrog-status"] == "failure" and "TOKEN" in answer.text
+    assert (await daemon.http.put("/secrets/token", json={"TOKEN": "2"})).status_code == 200
+    assert await daemon.call("square", 2) == 4
+    assert daemon.backend.started[-1].env["TOKEN"] == "2"
+    assert (home / "secrets" / "token.json").stat().st_mode & 0o777 == 0o600
+
+
+# Snapshots
+
+FROZEN = SnapshotPolicy(enabled=True)
+
+
+async def settle() -> None:
+    await asyncio.sleep(0.03)
+
+
+async def test_capture_then_thaw(daemon: Daemon) -> None:
+    await daemon.deploy(function("square", snapshot=FROZEN, scaling=ScalingPolicy(single_use=True)))
+    for _ in range(3):
+        assert await daemon.call("square", 2) == 4
+        await settle()
+    modes = [(r.mode, r.capture, r.snapshot_id) for r in daemon.backend.started]
+    assert modes == [("cold", True, None), ("restore", False, "s-1"), ("restore", False, "s-1")]
+
+
+async def test_snapshot_of_an_earlier_daemon_is_thawed_at_once(daemon: Daemon) -> None:
+    """Also when the deploy itself starts instances."""
+    spec = function("square", snapshot=FROZEN, scaling=ScalingPolicy(min_containers=1))
+    key = (await daemon.deploy(function("square", snapshot=FROZEN)))["functions"][0]["key"]
+    daemon.backend.store(key, "s-old")
+    assert (await daemon.deploy(spec))["functions"][0]["key"] == key
+    await settle()
+    assert [(r.mode, r.snapshot_id) for r in daemon.backend.started] == [("restore", "s-old")]
+
+
+@pytest.mark.parametrize("plan", ["fails", "at-fault", "crashes"])
+async def test_thaw_that_fails_becomes_a_cold_start(daemon: Daemon, plan: str) -> None:
+    spec = function("square", snapshot=FROZEN, scaling=ScalingPolicy(single_use=True))
+    await daemon.deploy(spec)
+    assert await daemon.call("square", 2) == 4
+    await settle()
+    daemon.faulty.thaws.append(plan)
+    assert await daemon.call("square", 2) == 4
+    assert [r.mode for r in daemon.backend.started] == ["cold", "restore", "cold"]
+    assert bool(daemon.catalogue.retired("s-1")) == (plan == "at-fault")
+
+
+@pytest.mark.parametrize("plan", ["fails-alive", "fails-dead", "crashes"])
+async def test_capture_that_fails_costs_no_call(daemon: Daemon, plan: str) -> None:
+    await daemon.deploy(function("square", snapshot=FROZEN))
+    daemon.faulty.freezes.append(plan)
+    assert await daemon.call("square", 2) == 4
+    assert len(daemon.backend.started) == (1 if plan == "fails-alive" else 2)
+
+
+async def test_eager_capture(daemon: Daemon) -> None:
+    await daemon.deploy(function("square", snapshot=FROZEN), snapshot=True)
+    await settle()
+    assert [r.capture for r in daemon.backend.started] == [True] and len(daemon.catalogue.manifests()) == 1
+    answer = await daemon.http.post("/snapshots/create", json={"app": "demo", "tag": "nope"})
+    assert answer.status_code == 404
+
+
+# Apps
+
+
+async def test_second_version_while_the_first_runs(daemon: Daemon) -> None:
+    await daemon.deploy(function("wait"), function("square"))
+    old = (await daemon.submit("wait", "old")).headers["woodfrog-call"]
+    await settle()
+    daemon.backend.functions = {**FUNCTIONS, "square": lambda x: "new"}
+    second = await daemon.deploy(function("square", env={"V": "2"}))
+    assert second["version"] == 2
+    assert await daemon.call("square", 3) == "new"
+    assert (await daemon.submit("wait")).status_code == 404
+    assert (await daemon.http.get(f"/calls/{old}")).status_code == 202
+    gates["old"].set()
+    assert pickle.loads((await daemon.http.get(f"/calls/{old}", params={"wait": 5})).content) == "through"
+    await settle()
+    assert [i.request.spec.tag for i in daemon.backend.instances.values()] == ["square"]
+    history = (await daemon.http.get("/apps/demo/history")).json()["versions"]
+    assert [(v["version"], v["active"]) for v in history] == [(1, False), (2, True)]
+
+
+async def test_stopping_an_app_cancels_what_waits(daemon: Daemon) -> None:
+    await daemon.deploy(function("wait", scaling=ScalingPolicy(max_containers=1)))
+    calls = [(await daemon.submit("wait")).headers["woodfrog-call"] for _ in range(3)]
+    await settle()
+    assert (await daemon.http.post("/apps/demo/stop")).json() == {"app": "demo", "stopped": True}
+    for call in calls:
+        answer = await daemon.http.get(f"/calls/{call}", params={"wait": 5})
+        assert answer.headers["woodfrog-status"] == "cancelled" and "was stopped" in answer.text
+    await settle()
+    assert daemon.backend.instances == {}
+    assert (await daemon.submit("wait")).status_code == 404
+    assert (await daemon.http.get("/apps")).json() == {"apps": []}
+    assert (await daemon.deploy(function("square")))["version"] == 2
+    assert await daemon.call("square", 2) == 4
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        (AppSpec("demo", RUNTIME, (function("a"), function("a"))), "two functions of this name"),
+        (AppSpec("demo", RuntimeSpec("/no/python", "/", "/", "3"), (function("a"),)), "/no/python does not exist"),
+        (AppSpec("demo", RUNTIME, (function("../a"),)), "function name"),
+        (AppSpec("demo", RUNTIME, (function("a", secrets=(SecretSpec("nope"),)),)), "no secret 'nope'"),
+        (AppSpec("demo", RUNTIME, (function("a", volumes=(VolumeMount("v", "/etc/x"),)),)), "is the system's"),
+        (AppSpec("demo", RUNTIME, (function("a", volumes=(VolumeMount("../v", "/v"),)),)), "volume name"),
+        (AppSpec("demo", RUNTIME, (function("a", volumes=(VolumeMount("v", "/v/../proc"),)),)), "is the system's"),
+    ],
+)
+async def test_bad_deploys_change_nothing(daemon: Daemon, spec: AppSpec, words: str) -> None:
+    answer = await daemon.http.post("/apps/demo/deploy", json={"spec": to_dict(spec)})
+    assert answer.status_code in (400, 404) and words in error_of(answer)["message"]
+    assert (await daemon.http.get("/apps")).json() == {"apps": []} and daemon.journal.deploys() == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content"),
+    [
+        ("POST", "/apps/demo/deploy", b"{}"),
+        ("POST", "/apps/demo/deploy", b"not json"),
+        ("POST", "/apps/demo/deploy", b'{"spec": {"name": "other"}}'),
+        ("POST", "/apps/demo/deploy", b'{"spec": {"name": "demo", "runtime": 5}}'),
+        ("PUT", "/secrets/x", b'{"A": 1}'),
+        ("PUT", "/secrets/..", b"{}"),
+        ("PUT", "/blobs/" + "0" * 64, b"x"),
+        ("PUT", "/code/xyz", b"x"),
+        ("GET", "/calls?limit=x", b""),
+        ("GET", "/calls?limit=0", b""),
+        ("GET", "/nowhere", b""),
+        ("DELETE", "/apps", b""),
+    ],
+)
+async def test_every_error_has_the_one_form(daemon: Daemon, method: str, path: str, content: bytes) -> None:
+    answer = await daemon.http.request(method, path, content=content, headers={"Content-Type": "application/json"})
+    assert 400 <= answer.status_code < 500
+    error_of(answer)
+
+
+async def test_secrets_are_never_shown(daemon: Daemon) -> None:
+    await daemon.http.put("/secrets/token", json={"TOKEN": "hunter2"})
+    inline = SecretSpec(values={"INLINE": "hunter2"})
+    await daemon.deploy(function("square", secrets=(SecretSpec("token"), inline)))
+    assert await daemon.call("square", 2) == 4
+    assert daemon.backend.started[0].env == {"TOKEN": "hunter2", "INLINE": "hunter2"}
+    for path in ("/secrets", "/apps", "/apps/demo", "/apps/demo/history", "/apps/demo/logs", "/state", "/calls",
+                 "/containers", "/health", "/snapshots"):
+        answer = await daemon.http.get(path)
+        assert answer.status_code == 200 and "hunter2" not in answer.text, path
+
+
+# Containers
+
+
+async def test_containers(daemon: Daemon) -> None:
+    await daemon.deploy(function("square"))
+    await daemon.call("square", 2)
+    (row,) = (await daemon.http.get("/containers")).json()["containers"]
+    assert row["stage"] == "ready" and row["served"] == 1
+    name = row["id"]
+    assert (await daemon.http.get(f"/containers/{name}")).json()["function"] == "square"
+    run = await daemon.http.post(f"/containers/{name}/exec", json={"argv": ["ls", "-l"]})
+    assert run.json()["stdout"] == "ls -l"
+    for body in ({}, {"argv": []}, {"argv": "ls"}, {"argv": ["ls"], "timeout": "x"}):
+        assert (await daemon.http.post(f"/containers/{name}/exec", json=body)).status_code == 400, body
+    assert (await daemon.http.post(f"/containers/{name}/stop")).json()["stopping"]
+    await settle()
+    assert (await daemon.http.get("/containers")).json() == {"containers": []}
+
+
+async def test_call_in_a_container_stopped_by_hand_is_run_again(daemon: Daemon) -> None:
+    await daemon.deploy(function("wait"))
+    call = (await daemon.submit("wait")).headers["woodfrog-call"]
+    await settle()
+    (name,) = daemon.backend.instances
+    await daemon.http.post(f"/containers/{name}/stop")
+    await settle()
+    gates["gate"].set()
+    answer = await daemon.http.get(f"/calls/{call}", params={"wait": 5})
+    assert pickle.loads(answer.content) == "through" and len(daemon.backend.started) == 2
+
+
+# The daemon's own life
+
+
+async def test_restart_takes_up_unfinished_calls(tmp_path: Path) -> None:
+    gates.clear()
+    first = Daemon(tmp_path)
+    await first.deploy(function("wait"), function("length"), function("square"))
+    waiting = (await first.submit("wait")).headers["woodfrog-call"]
+    done = (await first.submit("square", 6, wait=5)).headers["woodfrog-call"]
+    await first.deploy(function("square"))  # `wait` is in the old version only
+    await settle()
+    await first.die()
+
+    second = Daemon(tmp_path)
+    gates["gate"].set()
+    answer = await second.http.get(f"/calls/{waiting}", params={"wait": 5})
+    assert pickle.loads(answer.content) == "through"
+    assert pickle.loads((await second.http.get(f"/calls/{done}")).content) == 36
+    assert await second.call("square", 3) == 9
+    assert (await second.submit("wait")).status_code == 404
+    assert (await second.deploy(function("square")))["version"] == 3
+    await second.close()
+
+
+async def test_restart_after_the_app_was_stopped_cancels(tmp_path: Path) -> None:
+    gates.clear()
+    first = Daemon(tmp_path)
+    await first.deploy(function("wait"))
+    call = (await first.submit("wait")).headers["woodfrog-call"]
+    first.journal.stop_app("demo")  # killed between this and the calls' end
+    await first.die()
+    second = Daemon(tmp_path)
+    answer = await second.http.get(f"/calls/{call}")
+    assert answer.headers["woodfrog-status"] == "cancelled"
+    assert (await second.http.get("/apps")).json() == {"apps": []}
+    await second.close()
+
+
+async def test_a_deploy_that_cannot_be_read_any_more_does_not_stop_the_daemon(tmp_path: Path) -> None:
+    first = Daemon(tmp_path)
+    await first.deploy(function("square"))
+    first.journal.add_deploy("older", {"name": "older", "format": "of another version"}, ephemeral=False, client={})
+    await first.die()
+    second = Daemon(tmp_path)
+    assert await second.call("square", 2) == 4
+    await second.close()
+
+
+async def test_graceful_shutdown_lets_calls_end(tmp_path: Path) -> None:
+    gates.clear()
+    daemon = Daemon(tmp_path)
+    await daemon.deploy(function("wait"), function("square"))
+    call = (await daemon.submit("wait")).headers["woodfrog-call"]
+    await settle()
+    down = asyncio.ensure_future(daemon.controller.shutdown(grace=5))
+    await settle()
+    assert not down.done()
+    queued = (await daemon.submit("square", 4)).headers["woodfrog-call"]
+    gates["gate"].set()
+    await down
+    assert (await daemon.http.get(f"/calls/{call}")).headers["woodfrog-status"] == "success"
+    await daemon.die()
+    second = Daemon(tmp_path)
+    assert pickle.loads((await second.http.get(f"/calls/{queued}", params={"wait": 5})).content) == 16
+    await second.close()
+
+
+async def test_shutdown_request_and_health(daemon: Daemon) -> None:
+    health = (await daemon.http.get("/health")).json()
+    assert health["protocol"] == 1 and health["state_dir"] == str(daemon.settings.home)
+    assert (await daemon.http.post("/shutdown")).json() == {"stopping": True} and daemon.downs == 1
+
+
+async def test_an_unforeseen_failure_in_one_action_does_not_take_the_others_along(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await daemon.deploy(function("square"), function("length"))
+    real = daemon.backend.start
+
+    def start(request: Any) -> None:
+        if request.spec.tag == "square":
+            raise OSError(24, "Too many open files")
+        real(request)
+
+    monkeypatch.setattr(daemon.backend, "start", start)
+    answer = await daemon.submit("square", 2)
+    assert answer.status_code < 500
+    assert await daemon.call("length", "abc") == 3
+    monkeypatch.setattr(daemon.backend, "start", real)
+    answer = await daemon.http.get(f"/calls/{answer.headers['woodfrog-call']}", params={"wait": 10})
+    assert answer.headers["woodfrog-status"] == "success"
+
+
+async def test_tidy_forgets_nothing_that_is_wanted(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    await daemon.deploy(function("wait"), function("square"), app="demo", ephemeral=True)
+    waiting = (await daemon.submit("wait")).headers["woodfrog-call"]
+    done = (await daemon.submit("square", 3, wait=5)).headers["woodfrog-call"]
+    for record in daemon.controller.calls.values():
+        record.submitted -= 3600
+    daemon.controller.touched["demo"] -= 3600
+    daemon.controller.tidy()
+    assert set(daemon.controller.calls) == {waiting}
+    assert pickle.loads((await daemon.http.get(f"/calls/{done}")).content) == 9
+    gates["gate"].set()
+    await daemon.http.get(f"/calls/{waiting}", params={"wait": 5})
+    daemon.controller.touched["demo"] -= 3600
+    daemon.controller.tidy()
+    assert (await daemon.http.get("/apps")).json() == {"apps": []}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        ({"Authorization": "Bearer wrong"}, 401),
+        ({"Authorization": "Bearer "}, 401),
+        ({"Authorization": "secret"}, 401),
+        ({"Authorization": "Basic c2VjcmV0"}, 401),
+        ({"Authorization": "Bearer secre"}, 401),
+        ({"Authorization": "Bearer secret"}, 200),
+    ],
+)
+async def test_token(daemon: Daemon, headers: dict[str, str], status: int) -> None:
+    guarded = TokenAuth(daemon.app, "secret")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(guarded), base_url="http://d") as http:  # type: ignore[arg-type]
+        for path in ("/v1/health", "/openapi.json", "/v1/nowhere"):
+            answer = await http.get(path, headers=headers)
+            assert answer.status_code == (404 if status == 200 and "nowhere" in path else status)
+            if status == 401:
+                assert error_of(answer)["code"] == "unauthorized"
+
+
+async def test_token_guards_everything_that_is_not_the_server_s_own(daemon: Daemon) -> None:
+    """Also websockets, should the API ever get one."""
+    reached: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        reached.append(scope["type"])
+
+    async def send(message: Any) -> None:
+        return
+
+    guarded = TokenAuth(app, "secret")  # type: ignore[arg-type]
+    for kind in ("http", "websocket", "lifespan"):
+        await guarded({"type": kind, "headers": []}, None, send)  # type: ignore[arg-type]
+    assert reached == ["lifespan"]
