@@ -2,7 +2,8 @@
 
     python benchmarks/forkserver.py Small /tmp/fork.sock
 
-One line of JSON in (the request), one line of JSON out (the answer). It says `ready` on stdout when it listens.
+One line of JSON in (the request), one line of JSON out (the answer). It says `ready` on stdout when it listens, and ends with
+its parent, which holds the other end of its standard input.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -30,7 +32,7 @@ def main(workload: str, path: str) -> None:
     listener.bind(path)
     listener.listen(8)
     print("ready", flush=True)
-    while True:
+    while select.select([listener, sys.stdin], [], [])[0] == [listener]:
         connection, _ = listener.accept()
         if os.fork() == 0:
             with connection.makefile("rwb") as stream:

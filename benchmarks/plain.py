@@ -28,6 +28,8 @@ from woodfrog.spec import AppSpec, FunctionSpec
 from woodfrog.store.content import ContentStore
 
 USER_HOOKS = ("after_restore", "enter_restore")
+SETTLE_S = 0.3
+"""A prepared sandbox has been waiting for a while."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,14 @@ class PlainRestore:
     """Restores the snapshots of one daemon by hand.
 
     Example:
-        async with asyncio.timeout(60):
-            await plain.restore(spec, "s-0123456789ab", 7)
+        done = await PlainRestore(daemon).restore(app_spec, "s-0123456789ab", 7)
     """
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon.home
         self._content = ContentStore(daemon.home)
         home = daemon.home / "plain"
-        home.mkdir()
+        home.mkdir(exist_ok=True)
         home.chmod(0o755)
         # A tag of its own, so that its sandboxes are not swept as somebody else's; no pool.
         self._settings = replace(daemon.settings, home=home, pool_size=0)
@@ -103,6 +104,7 @@ class PlainRestore:
             ).header()  # fmt: skip
             call = {"type": "call", "call": uuid.uuid4().hex, "method": method, "encoding": "pickle"}
             body = Payload(data=cloudpickle.dumps(((request,), {})))
+            await asyncio.sleep(SETTLE_S)
 
             begin = time.perf_counter()
             process = await sandbox.spawn(command)

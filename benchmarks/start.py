@@ -43,7 +43,9 @@ class ForkServer:
         self._folder = tempfile.TemporaryDirectory(prefix="wfb-")
         self._path = str(Path(self._folder.name) / "fork.sock")
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "forkserver.py"), cls, self._path], stdout=subprocess.PIPE
+            [sys.executable, str(HERE / "forkserver.py"), cls, self._path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         assert self._process.stdout is not None
         if self._process.stdout.readline() != b"ready\n":
@@ -60,8 +62,8 @@ class ForkServer:
         return (time.perf_counter() - begin) * 1e3, answer
 
     def close(self) -> None:
-        self._process.terminate()
-        self._process.wait()
+        with self._process:
+            self._process.terminate()
         self._folder.cleanup()
 
 
@@ -93,7 +95,7 @@ def phase_medians(traces: list[dict[str, Any]]) -> dict[str, float]:
     return {name: round(statistics.median(values), 3) for name, values in found.items()}
 
 
-def measure(daemon: Daemon, name: str, rounds: int, loop: Any) -> dict[str, Any]:
+def measure(daemon: Daemon, plain: PlainRestore, name: str, rounds: int, loop: Any) -> dict[str, Any]:
     cls, _ = WORKLOADS[name]
     import starts
 
@@ -106,7 +108,6 @@ def measure(daemon: Daemon, name: str, rounds: int, loop: Any) -> dict[str, Any]
         expected = woodfrog.Cls.from_name(warm_app, cls)().run.remote(0)
         snapshot = daemon.wait_for_snapshot(warm_app)
     server = ForkServer(cls)
-    plain = PlainRestore(daemon)
     values: dict[str, list[float]] = {arm: [] for arm in ARMS}
     traces: dict[str, list[dict[str, Any]]] = {"cold": [], "woodfrog": []}
     plains: list[Plain] = []
@@ -121,7 +122,6 @@ def measure(daemon: Daemon, name: str, rounds: int, loop: Any) -> dict[str, Any]
                         traces[arm].append(trace)
                 elif arm == "plain":
                     daemon.stop_containers()
-                    time.sleep(0.3)
                     done = loop.run_until_complete(plain.restore(spec, snapshot["id"], 0))
                     ms, answer = done.ms, done.answer
                     if number_ >= 0:
@@ -134,7 +134,6 @@ def measure(daemon: Daemon, name: str, rounds: int, loop: Any) -> dict[str, Any]
                     values[arm].append(ms)
     finally:
         server.close()
-        loop.run_until_complete(plain.close())
         daemon.stop_containers()
     medians = {arm: statistics.median(v) for arm, v in values.items()}
     parts = ("criu", "connect", "wake", "run")
@@ -187,9 +186,13 @@ def main() -> int:
     loop = uvloop.new_event_loop()
     with Daemon() as daemon:
         result["machine"] = machine(daemon.settings)
-        for name in chosen:
-            result["workloads"][name] = measure(daemon, name, options.rounds, loop)
-            show(name, result["workloads"][name])
+        plain = PlainRestore(daemon)
+        try:
+            for name in chosen:
+                result["workloads"][name] = measure(daemon, plain, name, options.rounds, loop)
+                show(name, result["workloads"][name])
+        finally:
+            loop.run_until_complete(plain.close())
     loop.close()
     console.print(f"Numbers in {save('start', result, options.json)}")
     return 0

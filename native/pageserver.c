@@ -3,8 +3,8 @@
  *
  * Speaks the server's side of CRIU's lazy-pages protocol for many restores at once. For each restore it pushes the
  * recorded working set in as soon as the memory is laid out, then answers page faults with what lies around them, and
- * at last, if asked to, fills in the rest. It is started by the daemon with one end of a SOCK_SEQPACKET pair as
- * descriptor 3, drops to an unprivileged user, and opens nothing itself: every file comes over that socket.
+ * at last, if asked to, fills in the rest. It is started by the daemon with a user id and one end of a SOCK_SEQPACKET
+ * pair as arguments, drops to that user, and opens nothing itself: every file comes over that socket.
  *
  * A restore belongs to one thread of the pool, so its state needs no lock: events of an address space and copies into
  * it are never handled out of order. (A REMOVE event that was read but not yet acted on must not be overtaken by a
@@ -20,6 +20,7 @@
 #include <linux/userfaultfd.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -31,6 +32,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -38,7 +40,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#define CONTROL_FD 3
 #define MAX_FDS 200
 #define MAX_THREADS 16
 #define MAX_TASKS 4096
@@ -144,6 +145,7 @@ struct thread {
 	int load;
 };
 
+static int control_fd;
 static struct thread threads[MAX_THREADS];
 static int thread_count;
 static pthread_mutex_t files_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -173,7 +175,7 @@ static void say(uint32_t op, uint32_t id, uint64_t a, uint64_t b, uint64_t c, in
 		memcpy(CMSG_DATA(c_head), &fd, sizeof fd);
 	}
 	pthread_mutex_lock(&send_lock);
-	while (sendmsg(CONTROL_FD, &head, MSG_NOSIGNAL) < 0 && errno == EINTR)
+	while (sendmsg(control_fd, &head, MSG_NOSIGNAL) < 0 && errno == EINTR)
 		;
 	pthread_mutex_unlock(&send_lock);
 }
@@ -505,7 +507,6 @@ static enum outcome serve_fault(struct space *space, uint64_t address)
 	}
 	uint64_t page = found->bit + (address - found->start) / PAGE;
 	restore->faults++;
-	bits_set(space->wanted, page, 1);
 	if (bit_get(space->installed, page)) {
 		struct uffdio_range range = { address, PAGE };
 		ioctl(space->fd, UFFDIO_WAKE, &range);
@@ -517,6 +518,8 @@ static enum outcome serve_fault(struct space *space, uint64_t address)
 		start = e.start;
 	if (end > e.end)
 		end = e.end;
+	/* All that goes in is the working set's: what is touched next without a fault would not be seen otherwise. */
+	bits_set(space->wanted, e.bit + (start - e.start) / PAGE, (end - start) / PAGE);
 	/* The page itself first: its thread waits. */
 	enum outcome outcome = copy_in(space, e, address, address + PAGE, &restore->demanded);
 	if (outcome == DONE && around > PAGE)
@@ -636,6 +639,7 @@ struct push {
 	struct restore *restore;
 	uint32_t begin, step;
 	uint64_t copied;
+	struct space *blocked;
 };
 
 static struct space *space_of(struct restore *restore, int32_t pid)
@@ -646,16 +650,24 @@ static struct space *space_of(struct restore *restore, int32_t pid)
 	return NULL;
 }
 
+/* Push every `step`th range from `begin` on; stops, and can go on later, where an event has to be read first. */
 static void *push_part(void *argument)
 {
 	struct push *push = argument;
 	struct restore *restore = push->restore;
-	for (uint32_t i = push->begin; i < restore->sets; i += push->step) {
-		struct set_range *range = &restore->set[i];
+	push->blocked = NULL;
+	for (; push->begin < restore->sets; push->begin += push->step) {
+		struct set_range *range = &restore->set[push->begin];
 		struct space *space = space_of(restore, range->pid);
-		if (space && !space->over && space->fd >= 0 &&
-		    fill(space, range->vaddr, range->vaddr + range->pages * PAGE, &push->copied) != DONE)
-			break; /* an event is waiting, or the process died: faults do the rest */
+		if (!space || space->over || space->fd < 0)
+			continue;
+		enum outcome outcome = fill(space, range->vaddr, range->vaddr + range->pages * PAGE, &push->copied);
+		if (outcome == AGAIN) {
+			push->blocked = space;
+			return NULL;
+		}
+		if (outcome != DONE)
+			push->begin = restore->sets; /* gone, or broken: the next event tells */
 	}
 	return NULL;
 }
@@ -664,19 +676,28 @@ static void push_set(struct restore *restore)
 {
 	struct timespec begin;
 	clock_gettime(CLOCK_MONOTONIC, &begin);
-	struct push own = { restore, 0, 1, 0 }, other = { restore, 1, 2, 0 };
+	struct push parts[2] = { { restore, 0, 1, 0, NULL }, { restore, 1, 2, 0, NULL } };
+	int count = 1;
 	pthread_t helper;
-	bool two = restore->sets > 16;
-	if (two) {
-		own.step = 2;
-		two = pthread_create(&helper, NULL, push_part, &other) == 0;
-		if (!two)
-			own.step = 1;
+	if (restore->sets > 16 && pthread_create(&helper, NULL, push_part, &parts[1]) == 0) {
+		parts[0].step = 2;
+		count = 2;
 	}
-	push_part(&own);
-	if (two)
+	push_part(&parts[0]);
+	if (count == 2)
 		pthread_join(helper, NULL);
-	restore->pushed = own.copied + other.copied;
+	/* The processes run by now, and what they did to their memory comes first. */
+	for (int i = 0; i < count; i++)
+		while (parts[i].blocked && !restore->dropped) {
+			space_events(parts[i].blocked);
+			push_part(&parts[i]);
+			if (parts[i].blocked && !parts[i].blocked->over) {
+				struct pollfd soon = { .fd = parts[i].blocked->fd, .events = POLLIN };
+				poll(&soon, 1, 1);
+			}
+		}
+	for (int i = 0; i < count; i++)
+		restore->pushed += parts[i].copied;
 	say(MSG_READY, restore->id, restore->pushed, micros(&begin), 0, -1);
 }
 
@@ -1068,7 +1089,7 @@ static void *serve(void *argument)
 			for (struct space *s = r->spaces; s && !left; s = s->next)
 				left = !s->over;
 			if (left && draining(r))
-				wait = 0;
+				wait = 1; /* a step a millisecond: this thread goes before all others, the rest need not */
 			else if (left && wait) {
 				uint64_t past = micros(&r->began) / 1000;
 				int until = past >= r->drain_ms ? 0 : (int)(r->drain_ms - past) + 1;
@@ -1152,7 +1173,7 @@ static void control(void)
 		struct msghdr head = {
 			.msg_iov = &part, .msg_iovlen = 1, .msg_control = space.space, .msg_controllen = sizeof space.space,
 		};
-		ssize_t got = recvmsg(CONTROL_FD, &head, MSG_CMSG_CLOEXEC);
+		ssize_t got = recvmsg(control_fd, &head, MSG_CMSG_CLOEXEC);
 		if (got < 0 && errno == EINTR)
 			continue;
 		if (got <= 0)
@@ -1190,7 +1211,20 @@ static void control(void)
 
 int main(int argc, char **argv)
 {
-	unsigned uid = argc > 1 ? (unsigned)strtoul(argv[1], NULL, 10) : 0;
+	if (argc != 3) {
+		fprintf(stderr, "usage: woodfrog-pageserver UID FD (started by woodfrogd)\n");
+		return 2;
+	}
+	unsigned uid = (unsigned)strtoul(argv[1], NULL, 10);
+	/*
+	 * A faulting process waits for this one. Behind busy threads (OpenMP's spin) it would wait milliseconds for each
+	 * page; what is done here takes microseconds.
+	 */
+	struct sched_param priority = { .sched_priority = 1 };
+	if (sched_setscheduler(0, SCHED_RR, &priority))
+		setpriority(PRIO_PROCESS, 0, -20);
+	control_fd = atoi(argv[2]);
+	fcntl(control_fd, F_SETFD, FD_CLOEXEC);
 	signal(SIGPIPE, SIG_IGN);
 	if (uid && (setgroups(0, NULL) || setresgid(uid, uid, uid) || setresuid(uid, uid, uid))) {
 		perror("woodfrog-pageserver: cannot drop privileges");

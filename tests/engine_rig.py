@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import uuid
@@ -15,9 +14,9 @@ from pathlib import Path
 
 from woodfrog.criu.binary import Criu, find_criu
 from woodfrog.engine.engine import DumpResult, dump, restore
-from woodfrog.linux import cgroups, procfs
+from woodfrog.linux import procfs
 from woodfrog.linux.rootplan import RootRequest, root_plan
-from woodfrog.linux.sandbox import Limits, ProcessSpec, Sandbox, SandboxProcess, init_binary_path
+from woodfrog.linux.sandbox import ProcessSpec, Sandbox, SandboxProcess, init_binary_path
 from woodfrog.linux.skeleton import make_skeleton, read_host_root
 from woodfrog.telemetry import Phases
 
@@ -64,7 +63,6 @@ class Rig:
     home: Path
     criu: Criu
     sandboxes: list[Sandbox] = field(default_factory=list)
-    cgroups: cgroups.Cgroups | None = None
 
     @classmethod
     def make(cls, home: Path) -> Rig:
@@ -91,14 +89,25 @@ class Rig:
         host = read_host_root()
         skeleton = make_skeleton(self.home / "skeletons", host, self.prefixes, UID)
         sandbox = await Sandbox.prepare(
-            f"t{uuid.uuid4().hex[:8]}", init_binary=init_binary_path(), scratch=self.home / "mnt", host=host, worker_uid=UID,
-            limits=Limits(), cgroups=self.cgroups,
-        )  # fmt: skip
+            f"t{uuid.uuid4().hex[:8]}",
+            init_binary=init_binary_path(),
+            scratch=self.home / "mnt",
+            host=host,
+            worker_uid=UID,
+        )
         self.sandboxes.append(sandbox)
         request = RootRequest(
-            scratch=self.home / "mnt", skeleton=skeleton, disk_bytes=disk, hostname="frog", worker_uid=UID, layers=layers,
-            shm_layer=shm, code=self.home / "code", prefixes=self.prefixes, kdat_dir=self.kdat,
-        )  # fmt: skip
+            scratch=self.home / "mnt",
+            skeleton=skeleton,
+            disk_bytes=disk,
+            hostname="frog",
+            worker_uid=UID,
+            layers=layers,
+            shm_layer=shm,
+            code=self.home / "code",
+            prefixes=self.prefixes,
+            kdat_dir=self.kdat,
+        )
         await sandbox.assemble(root_plan(request, host))
         return sandbox
 
@@ -108,7 +117,6 @@ class Rig:
         """Run a program: `setup` defines `check()`, whose repr every connection gets."""
         sandbox = await self.sandbox()
         (self.home / "code" / "program.py").write_text(PROGRAM.replace("{setup}", setup).replace("{socket}", SOCKET))
-        # A process group of its own for stdout: the pipes are the sandbox's, nobody reads them here.
         process = await sandbox.spawn(
             ProcessSpec(
                 (sys._base_executable, "-B", "/app/program.py"),
@@ -120,7 +128,7 @@ class Rig:
                 stderr="/run/woodfrog/stderr",
                 seccomp=seccomp,
                 no_new_privs=no_new_privs,
-            )  # fmt: skip
+            )
         )
         return sandbox, process
 

@@ -61,7 +61,8 @@ def configure(text: str) -> None:
         action, _, count = rest.partition("*")
         if point not in POINTS or action not in ACTIONS or (count and not count.isdigit()):
             raise SpecError(
-                f"faults: {entry!r} is not point=action[*times]; points: {', '.join(POINTS)}; actions: {', '.join(ACTIONS)}",
+                f"faults: {entry!r} is not point=action[*times]; points: {', '.join(POINTS)}; actions: "
+                f"{', '.join(ACTIONS)}",
                 code="bad-setting",
             )
         armed[point] = _Armed(action, int(count) if count else None)

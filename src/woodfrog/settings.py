@@ -40,6 +40,10 @@ class Settings:
     """Uid and gid that user code runs as."""
     pool_size: int = 2
     """Prepared sandboxes kept waiting."""
+    lazy_min_mib: int = 16
+    """Snapshots of at least so much memory are thawed through the page server; smaller ones are read at once."""
+    drain_ms: int = 500
+    """How long after its first call the rest of a thawed process's memory is filled in; -1 = never (least memory)."""
     network_subnet: str = "10.231.0.0/16"
     """Addresses of the sandboxes."""
     network_bridge: str = "wf0"

@@ -259,7 +259,7 @@ class FaultyBackend(FakeBackend):
 
     starts: ok · slow · fails · user-fault · crashes · refuses
     thaws: ok · slow · fails · at-fault · crashes
-    freezes: ok · fails-alive · fails-dead · crashes
+    freezes: ok · fails-alive · fails-dead · crashes · late (it serves, and then its snapshot cannot be stored)
     calls: ok · crashes · hangs · breaks (an exception nobody expects)
     """
 
@@ -269,6 +269,7 @@ class FaultyBackend(FakeBackend):
         self.thaws: deque[str] = deque()
         self.freezes: deque[str] = deque()
         self.calls: deque[str] = deque()
+        self._late: set[str] = set()
 
     @staticmethod
     def _next(plan: deque[str]) -> str:
@@ -317,7 +318,17 @@ class FaultyBackend(FakeBackend):
                 raise CaptureError("the disk is full", alive=False)
             case "crashes":
                 await self._die(instance)
+            case "late":
+                self._late.add(instance.request.instance_id)
         return await super()._freeze(instance)
+
+    async def _commit(self, request: StartRequest, snapshot_id: str) -> None:
+        if request.instance_id not in self._late:
+            return await super()._commit(request, snapshot_id)
+        await asyncio.sleep(0.001)
+        if request.instance_id in self.instances:
+            error = CaptureError("the disk is full", alive=True)
+            self.observer.on_capture_failed(request.instance_id, error, alive=True)
 
     async def _answer(self, instance: Instance, request: CallRequest) -> Answer:
         match self._next(self.calls):

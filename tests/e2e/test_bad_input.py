@@ -90,7 +90,7 @@ class MemoryInEnter:
 @app.function(ephemeral_disk=24, **quick)
 def fills_disk():
     where = []
-    for path in ("/tmp/big", "/home/woodfrog/big", "/dev/shm/big"):
+    for path in ("/tmp/big", "/home/woodfrog/big", "/var/tmp/big"):
         try:
             with open(path, "wb") as f:
                 for _ in range(4096):
@@ -401,7 +401,7 @@ def test_memory_error_has_its_class_in_python(daemon: Daemon) -> None:
 
 def test_disk_limit(daemon: Daemon) -> None:
     """User code sees an ordinary full disk, and may make room again."""
-    assert set(json.loads(call(daemon, "fills_disk").stdout)) == {"ENOSPC"}
+    assert json.loads(call(daemon, "fills_disk").stdout) == ["ENOSPC"] * 3
     done = call(daemon, "fills_disk_and_falls")
     assert done.returncode == 1 and "No space left on device" in done.stderr, done.stderr
     # What was written is on no disk of the host's, and goes with the container.

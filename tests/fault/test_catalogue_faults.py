@@ -99,9 +99,7 @@ for number in range(1000):
 @pytest.mark.parametrize("delay", [0.01, 0.037, 0.05, 0.08])
 def test_killed_at_any_moment(tmp_path: Path, delay: float) -> None:
     """Whatever the moment: each acknowledged snapshot that was not removed is whole, and nothing else is there."""
-    code = CHILD.format(
-        here=str(Path(__file__).parent), root=str(tmp_path / "snapshots"), key=str(tmp_path / "key")
-    )
+    code = CHILD.format(here=str(Path(__file__).parent), root=str(tmp_path / "snapshots"), key=str(tmp_path / "key"))
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdout.readline() == "ready\n"
     try:

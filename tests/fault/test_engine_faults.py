@@ -6,18 +6,18 @@ import asyncio
 import os
 import random
 import signal
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from engine_rig import WORKER_PID, Rig
 
+from engine_rig import WORKER_PID, Rig
 from woodfrog import faults
 from woodfrog.engine import engine
 from woodfrog.engine.engine import dump, restore
 from woodfrog.errors import CaptureError, RestoreError
 from woodfrog.linux import procfs
-from woodfrog.linux.sandbox import SandboxProcess
 from woodfrog.telemetry import Phases
 
 pytestmark = [pytest.mark.root, pytest.mark.criu]
@@ -26,7 +26,8 @@ PROGRAM = """
 blob = bytearray(os.urandom(1 << 20)) * 48
 import zlib
 for _ in range(4): threading.Thread(target=threading.Event().wait, daemon=True).start()
-child = subprocess.Popen([sys.executable, "-uc", "import sys\\nfor l in sys.stdin: print(l.strip())"], stdin=-1, stdout=-1, text=True)
+echo = "import sys\\nfor l in sys.stdin: print(l.strip())"
+child = subprocess.Popen([sys.executable, "-uc", echo], stdin=-1, stdout=-1, text=True)
 def check():
     child.stdin.write("x\\n"); child.stdin.flush()
     return zlib.crc32(blob), threading.active_count(), child.stdout.readline()
@@ -99,27 +100,19 @@ async def test_a_fault_in_a_restore_leaves_nothing_running(rig: Rig, fault: str)
 async def test_criu_killed_at_any_moment_leaves_the_processes_unharmed_or_known_dead(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = engine._run_criu
-    delay = 0.0
-
-    async def run(sandbox, spec, timeout, point):  # type: ignore[no-untyped-def]
-        def started(process: SandboxProcess) -> None:
-            asyncio.get_running_loop().call_later(delay, process.send_signal, signal.SIGKILL)
-
-        return await sandbox.run(spec, timeout, on_spawn=started)
-
     seen = {"alive": 0, "dead": 0, "done": 0}
     sandbox, process = await rig.start(PROGRAM)
     before = await rig.ask(sandbox)
     dice = random.Random(4)
-    for turn in range(24):
-        delay = 0.004 + 0.006 * turn + dice.random() * 0.004
-        monkeypatch.setattr(engine, "_run_criu", run)
+    for turn in range(16):
+        monkeypatch.setattr(engine, "KILL_AFTER_S", 0.002 + 0.007 * turn + dice.random() * 0.004)
+        faults.configure("dump.criu=kill-criu*1")
         images = rig.images()
         try:
             await _dump(rig, sandbox, images)
         except CaptureError as e:
             assert not _bound(sandbox.init_pid) and "cleanup" not in e.fields, e.to_dict()
+            assert e.code == "criu-killed", e.to_dict()
             if e.alive:
                 seen["alive"] += 1
                 assert process.status is None and await rig.ask(sandbox) == before
@@ -131,21 +124,18 @@ async def test_criu_killed_at_any_moment_leaves_the_processes_unharmed_or_known_
         else:
             seen["done"] += 1
         await sandbox.destroy()
-        monkeypatch.setattr(engine, "_run_criu", real)
         sandbox, process = await rig.start(PROGRAM)
         before = await rig.ask(sandbox)
     print(seen)
     assert seen["alive"] > 0
     # Whatever was left alive can still be frozen and thawed.
-    monkeypatch.setattr(engine, "_run_criu", real)
+    faults.configure("")
     frozen = await rig.freeze(sandbox)
     thawed, _ = await rig.thaw(frozen)
     assert await rig.ask(thawed) == before
 
 
 async def test_a_full_disk_is_named_and_the_process_runs_on(rig: Rig, tmp_path: Path) -> None:
-    import subprocess
-
     sandbox, _ = await rig.start(PROGRAM)
     before = await rig.ask(sandbox)
     small = tmp_path / "small"

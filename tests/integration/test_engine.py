@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from engine_rig import UID, WORKER_PID, Rig
 
+from engine_rig import UID, WORKER_PID, Rig
 from woodfrog.engine.engine import dump, restore
 from woodfrog.engine.inspect import inspect_tree
 from woodfrog.errors import CaptureError, RestoreError
 from woodfrog.linux import procfs
+from woodfrog.linux.sandbox import ProcessSpec
 from woodfrog.telemetry import Phases
 
 pytestmark = [pytest.mark.root, pytest.mark.criu]
@@ -60,9 +63,8 @@ for _ in range(200):
     except OSError:
         time.sleep(0.05)
 kept = http.client.HTTPConnection("127.0.0.1", 8123)
-pipe = subprocess.Popen(
-    [sys.executable, "-uc", "import sys\\nfor i, line in enumerate(sys.stdin): print(i, line.strip())"], stdin=-1, stdout=-1, text=True
-)
+loop = "import sys\\nfor i, line in enumerate(sys.stdin): print(i, line.strip())"
+pipe = subprocess.Popen([sys.executable, "-uc", loop], stdin=-1, stdout=-1, text=True)
 def check():
     kept.request("GET", "/")
     a = kept.getresponse().read()
@@ -85,7 +87,8 @@ HELD = {
     ),
     "timerfd": (
         "fd = libc.timerfd_create(1, 0)\n"
-        "libc.timerfd_settime(fd, 0, struct.pack('qqqq', 0, 50000000, 0, 50000000), 0)\ncheck = lambda: os.read(fd, 8) > b''",
+        "libc.timerfd_settime(fd, 0, struct.pack('qqqq', 0, 50000000, 0, 50000000), 0)\ncheck = lambda: "
+        "os.read(fd, 8) > b''",
         "True", "True",
     ),
     "pidfd": (
@@ -111,7 +114,8 @@ HELD = {
     ),
     "shared-memory": (
         "from multiprocessing import shared_memory\n"
-        "s = shared_memory.SharedMemory(create=True, size=1 << 20); s.buf[:5] = b'hello'\ncheck = lambda: bytes(s.buf[:5])",
+        "s = shared_memory.SharedMemory(create=True, size=1 << 20); s.buf[:5] = b'hello'\ncheck = lambda: "
+        "bytes(s.buf[:5])",
         "b'hello'", "b'hello'",
     ),
     "semaphore": (
@@ -142,20 +146,23 @@ HELD = {
         "True", "True",
     ),
     "asyncio-thread": (
-        "import asyncio\nn = 0\nasync def tick():\n    global n\n    while True:\n        await asyncio.sleep(0.01); n += 1\n"
+        "import asyncio\nn = 0\nasync def tick():\n    global n\n    while True:\n        await "
+        "asyncio.sleep(0.01); n += 1\n"
         "threading.Thread(target=lambda: asyncio.run(tick()), daemon=True).start()\n"
         "def check():\n    a = n; time.sleep(0.3); return n > a",
         "True", "True",
     ),
     "detached-below-subreaper": (
         "libc.prctl(36, 1, 0, 0, 0)\n"
-        "if os.fork() == 0:\n    if os.fork() == 0: os.setsid(); os.execv('/bin/sleep', ['sleep', '1000'])\n    os._exit(0)\n"
+        "if os.fork() == 0:\n    if os.fork() == 0: os.setsid(); os.execv('/bin/sleep', ['sleep', '1000'])\n    "
+        "os._exit(0)\n"
         "os.wait(); time.sleep(0.1)\ncheck = lambda: len(open('/proc/thread-self/children').read().split())",
         "1", "1",
     ),
     "zombie": ("p = subprocess.Popen(['true']); time.sleep(0.2)\ncheck = lambda: p.poll()", None, "0"),
     "seccomp-and-no-new-privs": (
-        "lines = lambda: [l.split()[1] for l in open('/proc/self/status') if l.startswith(('NoNewPrivs', 'Seccomp:', 'CapEff'))]\n"
+        "lines = lambda: [l.split()[1] for l in open('/proc/self/status') if l.startswith(('NoNewPrivs', "
+        "'Seccomp:', 'CapEff'))]\n"
         "check = lambda: (lines(), os.getuid(), os.getgroups(), os.getsid(0) == os.getpid())",
         f"(['0000000000000000', '1', '2'], {UID}, [], True)", f"(['0000000000000000', '1', '2'], {UID}, [], True)",
     ),
@@ -257,7 +264,8 @@ async def test_external_files_are_named_by_the_hosts_paths(rig: Rig) -> None:
 
 REFUSED = {
     "stray-process": (
-        "if os.fork() == 0:\n    if os.fork() == 0: os.setsid(); os.execv('/bin/sleep', ['sleep', '1000'])\n    os._exit(0)\n"
+        "if os.fork() == 0:\n    if os.fork() == 0: os.setsid(); os.execv('/bin/sleep', ['sleep', '1000'])\n    "
+        "os._exit(0)\n"
         "os.wait(); time.sleep(0.2)\n"
     ),
     "descriptor-kind": "fd = libc.syscall(323, 0o4000 | 1)\n",
@@ -285,13 +293,12 @@ async def test_what_cannot_be_captured_is_refused_and_unharmed(rig: Rig, code: s
 
 async def test_a_dump_that_criu_refuses_leaves_the_process_as_it_was(rig: Rig) -> None:
     """A half of a socket pair whose other half is here, in this test: CRIU alone can tell."""
-    import socket
-
-    from woodfrog.linux.sandbox import ProcessSpec
-
     ours, theirs = socket.socketpair()
     sandbox = await rig.sandbox()
-    program = "import os, socket\nn = 0\ns = socket.socket(fileno=3)\nwhile True:\n s.recv(1); n += 1; s.send(str(n).encode())"
+    program = (
+        "import os, socket\nn = 0\ns = socket.socket(fileno=3)\n"
+        "while True:\n    s.recv(1); n += 1; s.send(str(n).encode())"
+    )
     process = await sandbox.spawn(
         ProcessSpec(
             (sys._base_executable, "-c", program), uid=UID, gid=UID, inner_pid=WORKER_PID, pass_fds={3: theirs.fileno()}
@@ -383,8 +390,6 @@ async def test_a_restore_where_a_file_is_missing_names_it(rig: Rig) -> None:
 
 async def test_a_clock_that_ran_backwards_goes_on(rig: Rig) -> None:
     """As after a reboot: the snapshot's monotonic clock is ahead of the machine's."""
-    import json
-
     sandbox, _ = await rig.start("check = lambda: round(time.monotonic())")
     before = int(await rig.ask(sandbox))
     frozen = await rig.freeze(sandbox)

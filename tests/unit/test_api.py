@@ -15,8 +15,8 @@ from typing import Any
 
 import httpx
 import pytest
-from contract.fake_backend import WORKER_CLASS, FakeBackend, FaultyBackend
 
+from contract.fake_backend import WORKER_CLASS, FakeBackend, FaultyBackend
 from woodfrog.daemon import api as api_module
 from woodfrog.daemon.api import TokenAuth, build
 from woodfrog.daemon.controller import Controller
@@ -270,8 +270,16 @@ async def test_what_is_not_there(daemon: Daemon) -> None:
     ):
         answer = await daemon.http.post(path, content=b"x" * (5 << 20))
         assert answer.status_code == 404 and words in error_of(answer)["message"]
-    for path in ("/calls/none", "/calls/none/items", "/calls/none/trace", "/containers/none", "/snapshots/none",
-                 "/apps/other", "/apps/other/history", "/apps/other/logs"):
+    for path in (
+        "/calls/none",
+        "/calls/none/items",
+        "/calls/none/trace",
+        "/containers/none",
+        "/snapshots/none",
+        "/apps/other",
+        "/apps/other/history",
+        "/apps/other/logs",
+    ):
         answer = await daemon.http.get(path)
         assert answer.status_code == 404 and error_of(answer)["code"] == "not-found", path
     for path in ("/calls/none/cancel", "/apps/other/stop", "/containers/none/stop", "/snapshots/none/invalidate"):
@@ -449,12 +457,44 @@ async def test_thaw_that_fails_becomes_a_cold_start(daemon: Daemon, plan: str) -
     assert bool(daemon.catalogue.retired("s-1")) == (plan == "at-fault")
 
 
-@pytest.mark.parametrize("plan", ["fails-alive", "fails-dead", "crashes"])
+@pytest.mark.parametrize("plan", ["fails-alive", "late", "fails-dead", "crashes"])
 async def test_capture_that_fails_costs_no_call(daemon: Daemon, plan: str) -> None:
     await daemon.deploy(function("square", snapshot=FROZEN))
     daemon.faulty.freezes.append(plan)
     assert await daemon.call("square", 2) == 4
-    assert len(daemon.backend.started) == (1 if plan == "fails-alive" else 2)
+    await settle()
+    assert await daemon.call("square", 2) == 4
+    assert len(daemon.backend.started) == (1 if plan in ("fails-alive", "late") else 2)
+
+
+async def test_after_failed_captures_it_is_not_tried_for_ever(daemon: Daemon) -> None:
+    single = ScalingPolicy(single_use=True)
+    await daemon.deploy(function("square", snapshot=FROZEN, scaling=single))
+    daemon.faulty.freezes.extend(["fails-alive"] * 10)
+    for _ in range(5):
+        assert await daemon.call("square", 2) == 4
+        await settle()
+    assert [r.capture for r in daemon.backend.started] == [True, True, True, False, False]
+    assert (await daemon.http.post("/snapshots/create", json={"app": "demo", "tag": "square"})).status_code == 200
+    await settle()
+    assert daemon.backend.started[-1].capture  # asked for by hand
+
+
+async def test_snapshot_is_removed_when_its_last_instance_is_gone(daemon: Daemon) -> None:
+    await daemon.deploy(function("square", snapshot=FROZEN, scaling=ScalingPolicy(single_use=True)), function("wait"))
+    assert await daemon.call("square", 2) == 4
+    await settle()
+    await daemon.deploy(function("square", snapshot=FROZEN))
+    assert await daemon.call("square", 2) == 4
+    ((name, instance),) = daemon.backend.instances.items()
+    assert instance.request.snapshot_id == "s-1"
+    gone = await daemon.http.post("/snapshots/s-1/invalidate")
+    assert gone.json() == {"snapshot": "s-1", "removed": False}
+    (row,) = (await daemon.http.get("/snapshots")).json()["snapshots"]
+    assert row["state"] == "retired"
+    await daemon.http.post(f"/containers/{name}/stop")
+    await settle()
+    assert daemon.catalogue.manifests() == []
 
 
 async def test_eager_capture(daemon: Daemon) -> None:
@@ -549,8 +589,18 @@ async def test_secrets_are_never_shown(daemon: Daemon) -> None:
     await daemon.deploy(function("square", secrets=(SecretSpec("token"), inline)))
     assert await daemon.call("square", 2) == 4
     assert daemon.backend.started[0].env == {"TOKEN": "hunter2", "INLINE": "hunter2"}
-    for path in ("/secrets", "/apps", "/apps/demo", "/apps/demo/history", "/apps/demo/logs", "/state", "/calls",
-                 "/containers", "/health", "/snapshots"):
+    for path in (
+        "/secrets",
+        "/apps",
+        "/apps/demo",
+        "/apps/demo/history",
+        "/apps/demo/logs",
+        "/state",
+        "/calls",
+        "/containers",
+        "/health",
+        "/snapshots",
+    ):
         answer = await daemon.http.get(path)
         assert answer.status_code == 200 and "hunter2" not in answer.text, path
 

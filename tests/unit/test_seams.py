@@ -275,8 +275,9 @@ def test_error_codes_are_unique_and_the_tree_is_whole() -> None:
     codes = [cls.code for cls in all_errors()]
     assert len(codes) == len(set(codes))
     assert issubclass(errors.FunctionTimeoutError, TimeoutError) and issubclass(errors.OutOfMemoryError, MemoryError)
-    assert set(errors.__all__) == {n for n, v in vars(errors).items() if isinstance(v, type) and v.__module__ ==
-                                   errors.__name__} | {"error_from_dict"}
+    assert set(errors.__all__) == {
+        n for n, v in vars(errors).items() if isinstance(v, type) and v.__module__ == errors.__name__
+    } | {"error_from_dict"}
 
 
 def test_errors_keep_what_they_know() -> None:

@@ -20,6 +20,7 @@ from woodfrog.backends.base import Answer, CallRequest, Observer, StartRequest
 from woodfrog.backends.connection import Payload, WorkerConnection
 from woodfrog.backends.factory import SandboxFactory
 from woodfrog.criu.binary import Criu
+from woodfrog.engine.engine import Lazy
 from woodfrog.errors import (
     CaptureError,
     IncompatibleSnapshot,
@@ -32,6 +33,7 @@ from woodfrog.errors import (
     StoreError,
     WoodfrogError,
 )
+from woodfrog.linux.pageserver import PageServer, ServedPages, merge_sets, set_pages
 from woodfrog.linux.sandbox import Sandbox, SandboxProcess
 from woodfrog.snapshot.capture import SnapshotIdentity, capture
 from woodfrog.snapshot.catalogue import Catalogue, Staging
@@ -39,12 +41,19 @@ from woodfrog.snapshot.compat import WorkerClass
 from woodfrog.snapshot.manifest import Manifest
 from woodfrog.snapshot.materialise import materialise
 from woodfrog.store.content import ContentStore
+from woodfrog.store.files import write_atomic
 from woodfrog.telemetry import Phases, counters
 
 __all__ = ["LocalBackend"]
 
 log = logging.getLogger("woodfrog")
 
+_WORKING_SET = "working-set"
+"""Beside the manifest, not under its signature: it says which pages come first, never what is in them."""
+_AROUND = 64 << 10
+_AROUND_LEARNING = 16 << 10
+_STALE_SHARE = 200
+"""A working set that misses more than one page in so many is extended."""
 _STOP_GRACE_S = 10.0
 _END_S = 2.0
 _FREEZE_TIMEOUT_S = 120.0
@@ -79,6 +88,9 @@ class Instance:
     """Its snapshot is on the way to disk."""
     stopping: str | None = None
     exit_error: WoodfrogError | None = None
+    pages: ServedPages | None = None
+    working_set: Path | None = None
+    learned: bool = False
     start_task: asyncio.Task[None] | None = None
     watch_task: asyncio.Task[None] | None = None
     log_fds: dict[int, str] = field(default_factory=dict)
@@ -93,6 +105,9 @@ class Instance:
 class LocalConfig:
     spool: Path
     """Where large bodies go while they arrive."""
+    page_server_uid: int
+    lazy_min_bytes: int
+    drain_ms: int
 
 
 class LocalBackend:
@@ -118,6 +133,7 @@ class LocalBackend:
         self._worker_class = worker_class
         self._instances: dict[str, Instance] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._pages: PageServer | None = None
 
     # Starting
 
@@ -410,13 +426,69 @@ class LocalBackend:
         self._stage(instance, "restoring")
         layers = (path / "fs",)
         sandbox = await self._sandbox(instance, layers, path / "shm")
+        lazy = await self._lazy(manifest, path)
         instance.process = await materialise(
-            sandbox, manifest=manifest, images=path / "img", criu=self._criu, phases=instance.phases
+            sandbox, manifest=manifest, images=path / "img", criu=self._criu, phases=instance.phases, lazy=lazy
         )
         instance.snapshot_id = manifest.id
+        if lazy is not None and lazy.served is not None:
+            self._adopt_pages(instance, lazy.served, path)
         reseed_kernel_generators()
         with instance.phases("connect"):
             await self._connect(instance, sandbox)
+
+    # Memory that follows
+
+    async def _lazy(self, manifest: Manifest, path: Path) -> Lazy | None:
+        """How this snapshot's memory gets to a thawed process; None = it is small, CRIU reads it at once."""
+        if manifest.pages_bytes < self._config.lazy_min_bytes:
+            return None
+        if self._pages is None or not self._pages.alive:
+            self._pages = await PageServer.start(uid=self._config.page_server_uid, on_death=self._pages_died)
+        working_set = path / _WORKING_SET
+        known = working_set.exists()
+        # While the working set is being learned, only what is asked for may get into it.
+        return Lazy(self._pages, working_set if known else None, around=_AROUND if known else _AROUND_LEARNING)
+
+    def _adopt_pages(self, instance: Instance, served: ServedPages, path: Path) -> None:
+        instance.pages = served
+        instance.working_set = path / _WORKING_SET
+        served.failed.add_done_callback(lambda failed: self._pages_failed(instance, failed.result()))
+
+    def _pages_failed(self, instance: Instance, why: str) -> None:
+        """Its processes wait for memory that will not come: what they were doing is done again elsewhere."""
+        if instance.stopping is None and self._instances.get(instance.id) is instance:
+            log.error("%s: memory cannot be served: %s", instance.id, why)
+            self._observer.on_lost(instance.id, f"its memory cannot be served: {why}")
+
+    def _pages_died(self) -> None:
+        counters["page-server.died"] += 1
+        log.error("the page server died; what it served is started anew")
+
+    async def _learn(self, instance: Instance) -> None:
+        """After the first call: keep what it touched, for the next thaw; then let the rest come."""
+        pages, working_set = instance.pages, instance.working_set
+        assert pages is not None and working_set is not None
+        try:
+            seen = await pages.record()
+            known = await asyncio.to_thread(_read_or_empty, working_set)
+            if not known or set_pages(seen) * _STALE_SHARE > set_pages(known):
+                merged = merge_sets(*filter(None, (known, seen)))
+                if working_set.parent.is_dir():
+                    await asyncio.to_thread(write_atomic, working_set, merged)
+            if self._config.drain_ms >= 0:
+                pages.drain(self._config.drain_ms)
+        except (WoodfrogError, TimeoutError, ValueError, OSError) as e:
+            log.warning("%s: working set not kept: %s", instance.id, e)
+
+    async def _drop_pages(self, instance: Instance) -> None:
+        pages, instance.pages = instance.pages, None
+        if pages is not None:
+            pushed, faults, demanded = await pages.drop()
+            log.info("%s: memory: %d pages pushed, %d faults, %d pages on demand", instance.id, pushed, faults, demanded)
+            counters["pages.pushed"] += pushed
+            counters["pages.faults"] += faults
+            counters["pages.demanded"] += demanded
 
     # Output
 
@@ -459,8 +531,10 @@ class LocalBackend:
                     if request.on_item is not None:
                         request.on_item(reply.body)
                 elif reply.type in ("result", "done"):
+                    self._after_call(instance)
                     return Answer("success", reply.body, ms=ms)
                 elif reply.type == "error":
+                    self._after_call(instance)
                     return Answer("exception", reply.body, _plain_error(reply.header.get("error")), ms)
                 else:
                     raise protocol.ProtocolError(f"worker answered {reply.type!r} to a call")
@@ -479,6 +553,11 @@ class LocalBackend:
             await asyncio.wait_for(asyncio.shield(asyncio.ensure_future(instance.process.wait())), _END_S)
             return True
         return False
+
+    def _after_call(self, instance: Instance) -> None:
+        if instance.pages is not None and not instance.learned:
+            instance.learned = True
+            self._spawn(self._learn(instance))
 
     async def _end_lost(self, instance: Instance) -> None:
         """The connection is gone: give the process a moment to be seen dead, else it is made so."""
@@ -598,6 +677,7 @@ class LocalBackend:
         if sandbox is not None:
             await self._factory.release(sandbox)
             self._close_logs(instance)
+        await self._drop_pages(instance)
         self._instances.pop(instance.id, None)
 
     # Looking
@@ -645,6 +725,8 @@ class LocalBackend:
         while self._tasks:
             await asyncio.wait(set(self._tasks), timeout=30)
         await self._factory.close()
+        if self._pages is not None:
+            await self._pages.close()
 
 
 def reseed_kernel_generators() -> None:
@@ -679,6 +761,12 @@ def _unexpected(what: str, error: Exception) -> WoodfrogError:
     """An error nobody foresaw: logged whole, told in one line."""
     log.error("%s failed unexpectedly", what, exc_info=error)
     return SandboxError(f"{what} failed unexpectedly: {type(error).__name__}: {error}", code="unexpected")
+
+
+def _read_or_empty(path: Path) -> bytes:
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_bytes()
+    return b""
 
 
 def _plain_error(raw: Any) -> dict[str, Any]:

@@ -130,8 +130,7 @@ def wait_for(client: Client, app_name: str, tag: str, key: str, timeout: float, 
             booting = [
                 c["stage"]
                 for c in get(client, "/containers")["containers"]
-                if (c.get("app"), c.get("function")) == (app_name, tag)
-                and (c["stage"] != "ready" or c.get("storing"))
+                if (c.get("app"), c.get("function")) == (app_name, tag) and (c["stage"] != "ready" or c.get("storing"))
             ]
             # Between the request and the first container, and from one attempt to the next, there is a short gap.
             if not booting and time.monotonic() - begin > GRACE_S:

@@ -1,7 +1,7 @@
-"""From a log of CRIU's to the one cause and its remedy. `docs/failure-modes.md` is generated from `TABLE`.
+"""From a log of CRIU's to the one cause and its remedy. `docs/failure-modes.md` holds `TABLE` as text.
 
-CRIU logs an error once where it happens and again at every level above; it also logs errors that harm nothing. The cause is
-the first line that is known, and failing that the first that is not known to be an echo or harmless.
+CRIU logs an error once where it happens and again at every level above; it also logs errors that harm nothing. The
+cause is the first line that is known, and failing that the first that is not known to be an echo or harmless.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["TABLE", "Diagnosis", "Known", "diagnose", "error_lines", "tail"]
+__all__ = ["TABLE", "Diagnosis", "Known", "diagnose", "error_lines", "markdown", "tail"]
 
 When = Literal["capture", "restore", "both"]
 
@@ -68,7 +68,8 @@ TABLE: tuple[Known, ...] = (
         "Error (criu/files-ext.c:94): Can't dump file 17 of that type [20666] (chr 195:255)",
         r"Can't dump file (?P<fd>\d+) of that type \[\d+\] \(chr 195:",
         "a process holds a GPU device (descriptor {fd}), which CRIU cannot capture",
-        "do not touch the GPU before the snapshot: move the model to it in enter(snap=False); check children left by fork too",
+        "do not touch the GPU before the snapshot: move the model to it in enter(snap=False); check children "
+        "left by fork too",
     ),
     Known(
         "device", "capture",
@@ -129,8 +130,10 @@ TABLE: tuple[Known, ...] = (
     Known(
         "socket-kind", "capture",
         "Error (criu/sk-inet.c:167): inet: Can't dump 5 inet socket 5a21. Only stream, dgram and raw are supported.",
-        r"Only stream, dgram and raw are supported|Only stream/dgram/seqpacket are supported|Unsupported proto \d+ for socket"
-        r"|Unsupported socket family|Unable to dump a socket from an external network namespace|Can't dump corked dgram",
+        r"Only stream, dgram and raw are supported|Only stream/dgram/seqpacket are supported"
+        r"|Unsupported proto \d+ for socket"
+        r"|Unsupported socket family|Unable to dump a socket from an external network namespace"
+        r"|Can't dump corked dgram",
         "a process holds a socket of a kind CRIU cannot capture",
         RETRY_WARM,
     ),
@@ -172,7 +175,8 @@ TABLE: tuple[Known, ...] = (
     ),
     Known(
         "file-lock", "both",
-        "Error (criu/file-lock.c:111): Some file locks are hold by dumping tasks! You can try --file-locks to dump them.",
+        "Error (criu/file-lock.c:111): Some file locks are hold by dumping tasks! You can try --file-locks to "
+        "dump them.",
         r"Some file locks are hold|Can not set (flock|posix lock|ofd lock)|Unresolved lock found|Dump file lock failed"
         r"|Unknown file lock",
         "a file lock cannot be captured or taken again",
@@ -312,7 +316,8 @@ TABLE: tuple[Known, ...] = (
         r"PTRACE_O_SUSPEND_SECCOMP|couldn't suspend seccomp|Dumping seccomp filters not supported"
         r"|Can't fetch seccomp metadata|PR_SET_SECCOMP returned",
         "the kernel cannot capture or set seccomp filters",
-        "the kernel needs CONFIG_CHECKPOINT_RESTORE and CONFIG_SECCOMP_FILTER, and CRIU must be root: run `woodfrog doctor`",
+        "the kernel needs CONFIG_CHECKPOINT_RESTORE and CONFIG_SECCOMP_FILTER, and CRIU must be root: run "
+        "`woodfrog doctor`",
     ),
     Known(
         "rlimit", "capture",
@@ -325,7 +330,8 @@ TABLE: tuple[Known, ...] = (
     Known(
         "cpu-mismatch", "restore",
         "Error (criu/arch/x86/cpu.c:217): CPU instruction capabilities do not match run time",
-        r"CPU (instruction )?capabilities do not match|CPU xfeatures has unsupported bits|CPU xsave (max )?size mismatch"
+        r"CPU (instruction )?capabilities do not match|CPU xfeatures has unsupported bits"
+        r"|CPU xsave (max )?size mismatch"
         r"|Image carries unknown (vendor|capability)|Core march mismatch",
         "the snapshot was made on a processor with other instructions",
         "none needed: a new snapshot is made for this machine",
@@ -333,7 +339,8 @@ TABLE: tuple[Known, ...] = (
     ),
     Known(
         "fpu-mismatch", "restore",
-        "Error (criu/arch/x86/crtools.c:247): FPU feature required by image is not supported on host (fpu:0 fxsr:0 osxsave:0 xsaves:1)",
+        "Error (criu/arch/x86/crtools.c:247): FPU feature required by image is not supported on host (fpu:0 "
+        "fxsr:0 osxsave:0 xsaves:1)",
         r"FPU feature required by image|FPU xsave area present|Corruption in FPU|Corruption in \S+ area",
         "the snapshot was made on a processor with other floating-point or vector registers",
         "none needed: a new snapshot is made for this machine",
@@ -381,7 +388,8 @@ TABLE: tuple[Known, ...] = (
     Known(
         "file-denied", "restore",
         "Error (criu/files-reg.c:2247): Can't open file data/index.bin on restore: Permission denied",
-        r"Can't open file (?P<path>.+?)(?: on restore)?: (Permission denied|Operation not permitted|Read-only file system)",
+        r"Can't open file (?P<path>.+?)(?: on restore)?: (Permission denied|Operation not permitted"
+        r"|Read-only file system)",
         "a file that was open when the snapshot was made can no longer be opened ({path})",
         "give back its permissions; a volume that was writable must still be",
     ),
@@ -425,7 +433,8 @@ TABLE: tuple[Known, ...] = (
     Known(
         "image-missing", "restore",
         "Error (criu/image.c:512): Unable to open inventory.img: No such file or directory",
-        r"Unable to open (?P<path>\S+\.img)|Can't open image|No (kIDs|CREDS|timestamp) |data missed for|Couldn't open image dir",
+        r"Unable to open (?P<path>\S+\.img)|Can't open image|No (kIDs|CREDS|timestamp) |data missed for"
+        r"|Couldn't open image dir",
         "an image file of the snapshot is missing",
         "it is retired and a new one made; check the disk",
         at_fault=True,
@@ -434,7 +443,8 @@ TABLE: tuple[Known, ...] = (
         "image-corrupt", "restore",
         "Error (criu/image.c:563): Magic doesn't match for core-100.img",
         r"[Mm]agic doesn't match|Unexpected EOF|Img trimmed|image file was truncated|Unknown image format|[Cc]orrupt"
-        r"|Failed unpacking object|Unable to unpack|Reached EOF unexpectedly|Can't read pages data|not sorted in the image"
+        r"|Failed unpacking object|Unable to unpack|Reached EOF unexpectedly|Can't read pages data"
+        r"|not sorted in the image"
         r"|Short read|Inconsistent image|Read \d+ bytes while \d+ expected|No IDS for root task",
         "an image file of the snapshot is damaged",
         "it is retired and a new one made; check the disk",
@@ -469,7 +479,8 @@ TABLE: tuple[Known, ...] = (
         "Error (criu/bfd.c:312): bfd: Error flushing image: No space left on device",
         r"No space left on device|Disk quota exceeded",
         "the disk is full",
-        "make room below woodfrog's state directory (`woodfrog snapshot list` shows sizes), or raise `disk` for files of the function",
+        "make room below woodfrog's state directory (`woodfrog snapshot list` shows sizes), or raise `disk` for "
+        "files of the function",
         broad=True,
     ),
     Known(
@@ -493,13 +504,15 @@ TABLE: tuple[Known, ...] = (
         "Error (criu/cr-dump.c:300): Can't open 100/map_files: Operation not permitted",
         r"Operation not permitted|Permission denied|does not have CAP_",
         "CRIU lacks a right it needs",
-        "run the daemon as root with all capabilities (inside a container: --privileged); `woodfrog doctor` names what is missing",
+        "run the daemon as root with all capabilities (inside a container: --privileged); `woodfrog doctor` "
+        "names what is missing",
         broad=True,
     ),
     Known(
         "kernel-feature", "both",
         "Error (criu/kerndat.c:1870): kerndat_tcp_repair failed when initializing kerndat.",
-        r"failed when initializing kerndat|Your kernel probably lacks|Function not implemented|is not supported by kernel",
+        r"failed when initializing kerndat|Your kernel probably lacks|Function not implemented"
+        r"|is not supported by kernel",
         "the kernel lacks something that CRIU needs",
         "the kernel needs CONFIG_CHECKPOINT_RESTORE and what `criu check` names; run `woodfrog doctor`",
         broad=True,
@@ -553,3 +566,25 @@ def diagnose(log: str) -> Diagnosis:
     if first:
         return Diagnosis("criu-unknown", f"unknown CRIU error: {first.strip()}", REPORT, first.strip())
     return Diagnosis("criu-silent", "CRIU failed and named no error", REPORT, "")
+
+
+def _plain(text: str) -> str:
+    """A cause without its blanks, for the documentation."""
+    text = re.sub(r" ?\((?:[^()]*\{\w+\}[^()]*)\)", "", text)
+    return re.sub(r"/?\{(\w+)\}", lambda m: "…" if m[1] != "path" else "*path*", text)
+
+
+def markdown() -> str:
+    """The table as `docs/failure-modes.md` shows it: what is seen, why, what to do."""
+    titles = {"capture": "When a snapshot is made", "restore": "When a snapshot is thawed", "both": "In either"}
+    out: list[str] = []
+    for when, title in titles.items():
+        out.append(f"### {title}\n")
+        for known in TABLE:
+            if known.when == when:
+                retired = " The snapshot is retired." if known.at_fault else ""
+                out.append(
+                    f"**`{known.code}`**: {_plain(known.cause)}.{retired}\n\n"
+                    f"- In CRIU's log: `{' '.join(known.seen.split())}`\n- What to do: {known.remedy}.\n"
+                )
+    return "\n".join(out)

@@ -2,9 +2,9 @@
 
 Why these options (measured, and tried on trees of every kind):
 
-- `--unprivileged` with XDG_RUNTIME_DIR: only so is the cache of kernel features looked for in a directory of our choice;
-  without the cache every start probes the kernel for 25 ms. It also leaves out the time namespace and the control groups, which
-  are the sandbox's business. Capabilities in effect are used all the same.
+- `--unprivileged` with XDG_RUNTIME_DIR: only so is the cache of kernel features looked for in a directory of our
+  choice; without the cache every start probes the kernel for 25 ms. It also leaves out the time namespace and the
+  control groups, which are the sandbox's business. Capabilities in effect are used all the same.
 - `--file-validation filesize`: build-ids of 260 libraries cost 3.5 ms; size and time of each are checked before, by us.
 - dump `-v4`, restore `-v1`: a full log is worth having where nobody waits for it; at a restore it costs 5 ms for 1,100
   maps, and errors alone name the cause.
@@ -66,6 +66,7 @@ class Restore:
 
     Args:
         new_clock: give the tree a time namespace in which the monotonic clock goes on from the dump.
+        lazy_pages: leave memory to the page server that listens on `lazy-pages.socket` in `work`.
     """
 
     images: str
@@ -73,6 +74,7 @@ class Restore:
     log: str
     tcp: Tcp = "none"
     new_clock: bool = False
+    lazy_pages: bool = False
     verbosity: int = 1
 
 
@@ -103,6 +105,7 @@ def restore_command(criu: str, restore: Restore) -> tuple[str, ...]:
         "--work-dir", restore.work,
         "--log-file", restore.log,
         f"-v{restore.verbosity}",
+        *(("--lazy-pages",) if restore.lazy_pages else ()),
         *TCP[restore.tcp],
     )  # fmt: skip
 

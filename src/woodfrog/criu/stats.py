@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-__all__ = ["parse_stats"]
+__all__ = ["fields_of", "parse_stats"]
 
 MAGIC = 0x57093306
 DUMP = {
@@ -26,7 +26,8 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         shift += 7
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+def fields_of(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The fields of one protobuf message: number, and an integer or the bytes of what has a length."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -54,13 +55,13 @@ def parse_stats(data: bytes) -> dict[str, int]:
     """
     try:
         _, magic, length = struct.unpack_from("<III", data)
-        if magic != MAGIC:
+        if magic != MAGIC or len(data) < 12 + length:
             return {}
         found: dict[str, int] = {}
-        for number, message in _fields(data[12 : 12 + length]):
+        for number, message in fields_of(data[12 : 12 + length]):
             names = {1: DUMP, 2: RESTORE}.get(number)
             if names is not None and isinstance(message, bytes):
-                found |= {names[n]: v for n, v in _fields(message) if n in names and isinstance(v, int)}
+                found |= {names[n]: v for n, v in fields_of(message) if n in names and isinstance(v, int)}
         return found
     except (IndexError, ValueError, struct.error):
         return {}

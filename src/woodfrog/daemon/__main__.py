@@ -150,7 +150,12 @@ async def serve(settings: Settings) -> None:
     )
     factory = await SandboxFactory.open(settings)
     controller.backend = LocalBackend(
-        LocalConfig(spool=settings.home / "calls"),
+        LocalConfig(
+            spool=settings.home / "calls",
+            page_server_uid=settings.worker_uid + 1,
+            lazy_min_bytes=settings.lazy_min_mib << 20,
+            drain_ms=settings.drain_ms,
+        ),
         observer=controller,
         factory=factory,
         catalogue=catalogue,

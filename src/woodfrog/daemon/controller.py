@@ -593,6 +593,10 @@ class Controller:
         self._forget(instance_id)
         self.emit(ev.InstanceExited(now=self.now(), instance_id=instance_id, error=error.to_dict()))
 
+    def on_lost(self, instance_id: str, reason: str) -> None:
+        self._say(instance_id, reason)
+        self.stop_instance(instance_id)
+
     def on_stopped(self, instance_id: str) -> None:
         self._say(instance_id, "stopped")
         self._forget(instance_id)

@@ -1,7 +1,8 @@
 """Dump and restore a process tree with CRIU, inside its sandbox.
 
-Each of the two is the same three steps: look (`inspect`), decide (`plan`, pure), carry out with an undo stack. Whatever fails, the
-error says one cause and one remedy, what clean-up could not do is added to it, and never takes its place.
+Each of the two is the same three steps: look (`inspect`), decide (`plan`, pure), carry out with an undo stack.
+Whatever fails, the error says one cause and one remedy, what clean-up could not do is added to it, and never takes its
+place.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import errno
 import os
 import resource
 import signal
+import socket
+import struct
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -21,6 +24,7 @@ from typing import Any
 from woodfrog.criu.binary import Criu
 from woodfrog.criu.diagnose import Diagnosis, diagnose, tail
 from woodfrog.criu.options import check_command, dump_command, environment, restore_command
+from woodfrog.criu.pagemap import INDEX, build_index, read_index, write_index
 from woodfrog.criu.stats import parse_stats
 from woodfrog.engine.inspect import Task, Tree, inspect_tree, task_alive
 from woodfrog.engine.plan import (
@@ -40,17 +44,22 @@ from woodfrog.engine.plan import (
 from woodfrog.errors import CaptureError, RestoreError, SandboxError
 from woodfrog.faults import fault, kills_criu
 from woodfrog.linux import procfs
+from woodfrog.linux.pageserver import NEVER, PageServer, ServedPages
 from woodfrog.linux.sandbox import Completed, ProcessSpec, Sandbox, SandboxProcess
 from woodfrog.telemetry import Phases
 
-__all__ = ["DumpResult", "dump", "restore"]
+__all__ = ["DumpResult", "Lazy", "dump", "restore"]
 
 DUMP_TIMEOUT_S = 600.0
 RESTORE_TIMEOUT_S = 60.0
 RESTORE_BYTES_PER_S = 20e6
 """The slowest disk that a restore waits for."""
+LAZY_SOCKET = "lazy-pages.socket"
+"""Where CRIU looks for a page server, in its work directory."""
 SETTLE_S = 2.0
 """How long the tasks may take to run on after CRIU ended."""
+KILL_AFTER_S = 0.02
+"""How far CRIU gets before the injected fault `kill-criu`."""
 INJECTED_BLOB = "memfd:CRIUMFD"
 """What CRIU maps into a task to dump it from inside; gone again when it let go of the task."""
 
@@ -183,17 +192,28 @@ def _limits() -> dict[int, tuple[int, int]]:
 
 async def _run_criu(sandbox: Sandbox, spec: ProcessSpec, timeout: float, point: str) -> Completed:
     kill = kills_criu(point)
+    criu: list[int] = []
 
     def started(process: SandboxProcess) -> None:
+        criu.append(process.inner_pid)
         if kill:
-            asyncio.get_running_loop().call_later(0.02, process.send_signal, signal.SIGKILL)
+            asyncio.get_running_loop().call_later(KILL_AFTER_S, process.send_signal, signal.SIGKILL)
 
-    return await sandbox.run(spec, timeout, on_spawn=started)
+    finished = False
+    try:
+        done = await sandbox.run(spec, timeout, on_spawn=started)
+        finished = done.status >= 0
+        return done
+    finally:
+        if criu and not finished:
+            # A CRIU that was killed leaves its helpers behind, in its session.
+            with suppress(SandboxError):
+                await sandbox.signal(-criu[0], signal.SIGKILL)
 
 
 def _spec(criu: Criu, argv: tuple[str, ...], *, uid: int = 0, gid: int = 0) -> ProcessSpec:
-    """CRIU as root, or as the worker's uid with every capability that is held: a process of another uid cannot be dumped without
-    CAP_SYS_RESOURCE, which containers and some virtual machines lack, and one's own always can."""
+    """CRIU as root, or as the worker's uid with every capability that is held: a process of another uid cannot be
+    dumped without CAP_SYS_RESOURCE, which containers and some virtual machines lack, and one's own always can."""
     return ProcessSpec(
         argv=argv,
         env=environment(CACHE),
@@ -208,7 +228,8 @@ def _spec(criu: Criu, argv: tuple[str, ...], *, uid: int = 0, gid: int = 0) -> P
 
 
 async def _fill_cache(sandbox: Sandbox, criu: Criu) -> None:
-    """Let root write CRIU's kernel-feature cache, before a CRIU that runs as the worker's uid makes one the worker could alter."""
+    """Let root write CRIU's kernel-feature cache, before a CRIU that runs as the worker's uid makes one the worker
+    could alter."""
     if not sandbox.path(f"{CACHE}/criu.kdat").exists():
         await sandbox.run(_spec(criu, check_command(str(criu.path))), 60.0)
 
@@ -220,6 +241,62 @@ def _pages_bytes(images: Path) -> int:
 def _image_sizes(images: Path) -> dict[str, int]:
     with os.scandir(images) as entries:
         return {e.name: e.stat().st_size for e in entries if e.name.endswith(".img")}
+
+
+def _write_index(images: Path) -> None:
+    """Without an index the images restore as plain CRIU does it: everything is read first."""
+    try:
+        index = write_index(build_index(images))
+    except (ValueError, KeyError, IndexError, struct.error):
+        return
+    (images / INDEX).write_bytes(index)
+
+
+@dataclass
+class Lazy:
+    """Memory that follows the processes: they run first, the page server gives them what they touch.
+
+    Args:
+        server: who serves it.
+        working_set: pages pushed in before the processes run; a file of `ServedPages.record`'s form.
+        around: bytes served around a fault.
+        drain_ms: when to fill in the rest, counted from the start of the processes.
+        served: set by `restore`: the memory of this restore, to be dropped when its processes are gone.
+    """
+
+    server: PageServer
+    working_set: Path | None = None
+    around: int = 16 << 12
+    drain_ms: int = NEVER
+    served: ServedPages | None = None
+
+
+def _serve_pages(sandbox: Sandbox, images: Path, lazy: Lazy) -> None:
+    """Have the page server wait for CRIU inside the sandbox."""
+    fds: list[int] = []
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(str(sandbox.path(f"{WORK}/{LAZY_SOCKET}")))
+        listener.listen(1)
+        files = [(images / INDEX), *(images / f"pages-{n}.img" for _, n in read_index((images / INDEX).read_bytes()))]
+        fds += [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in files]
+        working_set = None
+        if lazy.working_set is not None:
+            with suppress(FileNotFoundError):
+                working_set = os.open(lazy.working_set, os.O_RDONLY | os.O_CLOEXEC)
+                fds.append(working_set)
+        lazy.served = lazy.server.serve(
+            listener,
+            fds[0],
+            fds[1 : len(files)],
+            working_set=working_set,
+            around=lazy.around,
+            drain_ms=lazy.drain_ms,
+        )
+    finally:
+        listener.close()
+        for fd in fds:
+            os.close(fd)
 
 
 def _seal(images: Path, facts: Facts) -> None:
@@ -242,7 +319,8 @@ def _deleted_directories(tree: Tree) -> set[str]:
 
 
 def _link_remaps(sandbox: Sandbox, directories: set[str]) -> set[str]:
-    """Names that CRIU gave to deleted files while dumping. Directories below which the user writes are opened without symlinks."""
+    """Names that CRIU gave to deleted files while dumping. Directories below which the user writes are opened without
+    symlinks."""
     found = set()
     for directory in directories:
         try:
@@ -273,16 +351,19 @@ def _still_injected(task: Task) -> bool:
 
 
 async def _settle(sandbox: Sandbox, root: SandboxProcess, tree: Tree, *, criu_killed: bool) -> bool:
-    """After a failed dump: True when every process runs on as before. Otherwise none is left alive, so that it is known.
+    """After a failed dump: True when every process runs on as before. Otherwise none is left alive, so that it is
+    known.
 
-    CRIU undoes its work when it fails. When it was killed half-way, a task may be left stopped, or in the code that CRIU put into
-    it: such a task is not what it was.
+    CRIU undoes its work when it fails. When it was killed half-way, a task may be left stopped, or with the code that
+    CRIU put into it: such a task is not what it was.
     """
     deadline = time.monotonic() + SETTLE_S
     while True:
+        # Nobody is left who would take it out again.
+        if criu_killed and any(_still_injected(t) for t in tree.tasks):
+            break
         gone = [t for t in tree.tasks if not task_alive(t)]
-        injected = criu_killed and any(_still_injected(t) for t in tree.tasks)
-        if not gone and not injected:
+        if not gone:
             return True
         if time.monotonic() > deadline:
             break
@@ -311,7 +392,8 @@ async def dump(
         timeout: seconds CRIU may take.
 
     Raises:
-        CaptureError: with cause and remedy. `alive` is True when every process runs on unharmed, False when all are dead.
+        CaptureError: with cause and remedy. `alive` is True when every process runs on unharmed, False when all are
+        dead.
 
     Example:
         `result = await dump(sandbox, root_pid=100, images=staging.images, criu=find_criu(), phases=Phases())`
@@ -360,6 +442,7 @@ async def dump(
             fault("dump.after")
             await sandbox.unbind(IMAGES)
             stats = _stats(images / "stats-dump")
+            await asyncio.to_thread(_write_index, images)
             await asyncio.to_thread(_seal, images, facts)
             pages = _pages_bytes(images)
     except asyncio.CancelledError:
@@ -376,7 +459,8 @@ async def dump(
     times = {
         name: stats[key] / 1e3
         for name, key in (
-            ("freezing", "freezing_time"), ("frozen", "frozen_time"), ("memdump", "memdump_time"), ("memwrite", "memwrite_time"),
+            ("freezing", "freezing_time"), ("frozen", "frozen_time"),
+            ("memdump", "memdump_time"), ("memwrite", "memwrite_time"),
         )
         if key in stats
     }  # fmt: skip
@@ -434,18 +518,27 @@ def _capture_error(failure: _Failure, phase: str, alive: bool, cleanup: list[str
 
 
 async def restore(
-    sandbox: Sandbox, *, images: Path, criu: Criu, phases: Phases, timeout: float | None = None
+    sandbox: Sandbox,
+    *,
+    images: Path,
+    criu: Criu,
+    phases: Phases,
+    lazy: Lazy | None = None,
+    timeout: float | None = None,
 ) -> SandboxProcess:
     """Restore the tree of `images` in a sandbox that nothing else runs in. The images are only read.
 
     Args:
+        lazy: let the page server give the processes their memory; its `served` is set. None = CRIU reads all of it
+        first.
         timeout: seconds CRIU may take; None = by the size of the images.
 
     Returns:
         The root process, running.
 
     Raises:
-        RestoreError: with cause and remedy; nothing of the tree is left running. `snapshot_at_fault` when it will never restore.
+        RestoreError: with cause and remedy; nothing of the tree is left running. `snapshot_at_fault` when it will
+        never restore.
     """
     undo = _Undo()
     log = ""
@@ -455,13 +548,20 @@ async def restore(
             facts = await asyncio.to_thread(_load_facts, images)
         phase = "plan"
         with phases("plan"):
-            plan = restore_plan(facts, monotonic_ns=_clock_ns(sandbox.init_pid))
+            plan = restore_plan(
+                facts,
+                monotonic_ns=_clock_ns(sandbox.init_pid),
+                lazy_pages=lazy is not None and (images / INDEX).exists(),
+            )
         phase = "prepare"
         with phases("prepare"):
             await sandbox.bind(images, IMAGES, read_only=True)
             undo.push("unbind images", lambda: sandbox.unbind(IMAGES))
             undo.push("kill what was restored", lambda: _kill_all(sandbox))
             await sandbox.set_last_pid(facts.max_pid)
+            if lazy is not None and plan.lazy_pages:
+                _serve_pages(sandbox, images, lazy)
+                undo.push("drop its pages", lambda: _drop_pages(lazy))
             fault("restore.before")
         phase = "criu"
         with phases("criu") as criu_phase:
@@ -502,6 +602,11 @@ async def restore(
             code=failure.code,
             **fields,
         ) from e
+
+
+async def _drop_pages(lazy: Lazy) -> None:
+    if lazy.served is not None:
+        await lazy.served.drop()
 
 
 def _load_facts(images: Path) -> Facts:

@@ -17,6 +17,7 @@ __all__ = [
     "Tree",
     "host_path",
     "inspect_tree",
+    "parse_bound",
     "parse_inet",
     "task_alive",
 ]
@@ -76,7 +77,7 @@ class Connection:
     local: str
     remote: str
     inside: bool
-    """Both ends are in the sandbox."""
+    """Over the loopback device. A connection to the sandbox's own address ends with that address."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,8 @@ class Tree:
     strays: tuple[Task, ...] = ()
     """Processes of the sandbox that are not below the root: they would be lost."""
     connections: tuple[Connection, ...] = ()
+    bound: tuple[str, ...] = ()
+    """Sockets bound to the sandbox's own address, which another sandbox does not have: `udp 10.231.0.2:5353`."""
     files: tuple[ExternalFile, ...] = ()
 
 
@@ -159,8 +162,20 @@ def parse_inet(text: str, inodes: frozenset[int]) -> tuple[Connection, ...]:
         if state in (7, 10) or inode not in inodes:
             continue
         local, remote = _address(fields[1]), _address(fields[2])
-        inside = _loopback(remote[0]) or local[0] == remote[0]
-        found.append(Connection(_show(*local), _show(*remote), inside))
+        found.append(Connection(_show(*local), _show(*remote), _loopback(local[0]) and _loopback(remote[0])))
+    return tuple(found)
+
+
+def parse_bound(text: str, inodes: frozenset[int], kind: str) -> tuple[str, ...]:
+    """The sockets of a /proc/PID/net/{tcp,udp} table that keep an address of the sandbox's own: all but connected TCP."""
+    found = []
+    for line in text.splitlines()[1:]:
+        fields = line.split()
+        if len(fields) < 10 or int(fields[9]) not in inodes:
+            continue
+        address, port = _address(fields[1])
+        if any(address) and not _loopback(address) and (kind != "tcp" or int(fields[3], 16) == 10):
+            found.append(f"{kind} {_show(address, port)}")
     return tuple(found)
 
 
@@ -279,15 +294,17 @@ def inspect_tree(root_pid: int, init_pid: int) -> Tree:
                 strays.append(Task(pid, stray.ns_pids[-1], stray.name, stray.state, 0))
     sockets = frozenset(int(d.target[8:-1]) for t in tasks for d in t.descriptors if d.target.startswith("socket:["))
     connections: tuple[Connection, ...] = ()
-    if sockets:
-        for table in ("tcp", "tcp6"):
-            try:
-                text = Path(f"/proc/{root_pid}/net/{table}").read_text()
-            except FileNotFoundError:
-                continue  # a kernel without IPv6
+    bound: tuple[str, ...] = ()
+    for table in ("tcp", "tcp6", "udp", "udp6") if sockets else ():
+        try:
+            text = Path(f"/proc/{root_pid}/net/{table}").read_text()
+        except FileNotFoundError:
+            continue  # a kernel without IPv6
+        if table.startswith("tcp"):
             connections += parse_inet(text, sockets)
+        bound += parse_bound(text, sockets, table[:3])
     everything = tuple(tasks)
-    return Tree(everything, tuple(strays), connections, _external_files(everything, maps, init_pid))
+    return Tree(everything, tuple(strays), connections, bound, _external_files(everything, maps, init_pid))
 
 
 def task_alive(task: Task) -> bool:

@@ -20,6 +20,7 @@ __all__ = [
     "dump_plan",
     "facts_of",
     "parse_facts",
+    "refusals_markdown",
     "refuse",
     "restore_plan",
     "warnings",
@@ -58,7 +59,8 @@ class Refusal:
 
 REFUSALS: dict[str, tuple[str, str]] = {
     "stray-process": (
-        "a process in the sandbox is no descendant of the worker's any more (a daemon that detached itself), and would be lost",
+        "a process in the sandbox is no descendant of the worker's any more (a daemon that detached itself), and "
+        "would be lost",
         "start it in the foreground with subprocess.Popen, or after the snapshot",
     ),
     "io-uring": (
@@ -67,7 +69,8 @@ REFUSALS: dict[str, tuple[str, str]] = {
     ),
     "gpu-device": (
         "a process holds a GPU device, which CRIU cannot capture",
-        "do not touch the GPU before the snapshot: move the model to it in enter(snap=False); check children left by fork too",
+        "do not touch the GPU before the snapshot: move the model to it in enter(snap=False); check children "
+        "left by fork too",
     ),
     "device": (
         "a process holds a device, which CRIU cannot capture",
@@ -80,6 +83,10 @@ REFUSALS: dict[str, tuple[str, str]] = {
     "sysv-shm": (
         "a process uses System V shared memory (shmget), which is not captured",
         "use POSIX shared memory (multiprocessing.shared_memory), or attach it after the snapshot",
+    ),
+    "own-address": (
+        "a socket is bound to the sandbox's own address, which it has only before the snapshot",
+        "bind servers to 127.0.0.1 or 0.0.0.0; close connected UDP sockets in a register_before_snapshot hook",
     ),
     "traced": (
         "a process is being traced (strace, gdb, a debugger), so that CRIU cannot stop it",
@@ -103,7 +110,7 @@ def _refusal(code: str, task: Task, what: str = "") -> Refusal:
 
 
 def _refused_descriptor(d: Descriptor) -> str:
-    if "io_uring" in d.target:
+    if d.target == "anon_inode:[io_uring]":
         return "io-uring"
     if d.device is not None and (d.target.startswith("/dev/nvidia") or d.device[0] == 195):
         return "gpu-device"
@@ -137,6 +144,9 @@ def refuse(tree: Tree) -> Refusal | None:
                 return _refusal(code, task, f"descriptor {d.number}, {d.target}")
         for name in task.special_maps:
             return _refusal(_refused_map(name), task, f"mapped {name}")
+    if tree.bound:
+        cause, remedy = REFUSALS["own-address"]
+        return Refusal("own-address", f"{tree.bound[0]}: {cause}", remedy)
     return _refusal("stray-process", tree.strays[0]) if tree.strays else None
 
 
@@ -154,7 +164,8 @@ def warnings(tree: Tree) -> tuple[str, ...]:
     inside = len(tree.connections) - len(outside)
     also = f", and so will {inside} within the sandbox" if inside else ""
     return (
-        f"{len(outside)} TCP connection{'s' * (len(outside) > 1)} to the outside (first: {outside[0].remote}) will be closed"
+        f"{len(outside)} TCP connection{'s' * (len(outside) > 1)} to the outside (first: {outside[0].remote}) "
+        f"will be closed"
         f" after the restore{also}: close connections in a register_before_snapshot hook",
     )
 
@@ -214,8 +225,8 @@ def facts_of(tree: Tree, *, monotonic_ns: int, criu: str) -> Facts:
 
 
 def damaged(facts: Facts, found: Mapping[str, int]) -> str:
-    """What is wrong with the image files, whose sizes are `found`; empty when nothing is. CRIU itself waits for ever for the
-    missing end of a pages image."""
+    """What is wrong with the image files, whose sizes are `found`; empty when nothing is. CRIU itself waits for ever
+    for the missing end of a pages image."""
     for name, size in facts.sizes.items():
         if name not in found:
             return f"{name} is missing"
@@ -236,11 +247,11 @@ def dump_plan(tree: Tree) -> Dump:
     )
 
 
-def restore_plan(facts: Facts, *, monotonic_ns: int) -> Restore:
-    """How to restore. `monotonic_ns` is the sandbox's clock now.
+def restore_plan(facts: Facts, *, monotonic_ns: int, lazy_pages: bool = False) -> Restore:
+    """How to restore. `monotonic_ns` is the sandbox's clock now; `lazy_pages`: a page server waits.
 
-    A monotonic clock that ran backwards would stop timers for as long as the machine had been up. One that jumps ahead is what
-    a suspended machine does to its programs too, and is left alone: a time namespace costs a millisecond.
+    A monotonic clock that ran backwards would stop timers for as long as the machine had been up. One that jumps ahead
+    is what a suspended machine does to its programs too, and is left alone: a time namespace costs a millisecond.
     """
     return Restore(
         images=IMAGES,
@@ -248,4 +259,12 @@ def restore_plan(facts: Facts, *, monotonic_ns: int) -> Restore:
         log="restore.log",
         tcp=facts.tcp,
         new_clock=monotonic_ns < facts.monotonic_ns,
+        lazy_pages=lazy_pages,
+    )
+
+
+def refusals_markdown() -> str:
+    """`REFUSALS` as `docs/failure-modes.md` shows them."""
+    return "\n".join(
+        f"**`{code}`**: {cause}.\n\n- What to do: {remedy}.\n" for code, (cause, remedy) in REFUSALS.items()
     )

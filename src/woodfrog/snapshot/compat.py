@@ -24,13 +24,13 @@ __all__ = [
 ]
 
 X86_ISA = (
-    "fpu", "mmx", "sse", "ssse3", "pni", "avx", "fma", "f16c", "bmi", "adx", "aes", "vaes", "pclmul", "vpclmul", "sha", "gfni",
-    "popcnt", "abm", "lzcnt", "movbe", "cx16", "cx8", "cmov", "rdrand", "rdseed", "xsave", "fxsr", "amx", "rtm", "hle", "erms",
-    "fsrm", "fsgsbase", "invpcid", "clflush", "clwb", "pku", "ospke", "movdir", "serialize", "xgetbv", "user_shstk", "3dnow",
-    "waitpkg", "lahf", "rdpid", "rdtscp", "tbm", "xop", "prefetch",
+    "fpu", "mmx", "sse", "ssse3", "pni", "avx", "fma", "f16c", "bmi", "adx", "aes", "vaes", "pclmul", "vpclmul",
+    "sha", "gfni", "popcnt", "abm", "lzcnt", "movbe", "cx16", "cx8", "cmov", "rdrand", "rdseed", "xsave", "fxsr",
+    "amx", "rtm", "hle", "erms", "fsrm", "fsgsbase", "invpcid", "clflush", "clwb", "pku", "ospke", "movdir",
+    "serialize", "xgetbv", "user_shstk", "3dnow", "waitpkg", "lahf", "rdpid", "rdtscp", "tbm", "xop", "prefetch",
 )  # fmt: skip
-"""Beginnings of the flags that user programs can see and choose code by. The rest of the flags (power, virtualisation, mitigations)
-change with firmware and kernel and mean nothing to a thawed process."""
+"""Beginnings of the flags that user programs can see and choose code by. The rest of the flags (power, virtualisation,
+mitigations) change with firmware and kernel and mean nothing to a thawed process."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from woodfrog.criu.binary import Criu
-from woodfrog.engine.engine import restore
+from woodfrog.engine.engine import Lazy, restore
 from woodfrog.errors import IncompatibleSnapshot
 from woodfrog.linux.sandbox import Sandbox, SandboxProcess
 from woodfrog.snapshot.manifest import Manifest
@@ -34,7 +34,7 @@ def check_external(manifest: Manifest) -> None:
 
 
 async def materialise(
-    sandbox: Sandbox, *, manifest: Manifest, images: Path, criu: Criu, phases: Phases
+    sandbox: Sandbox, *, manifest: Manifest, images: Path, criu: Criu, phases: Phases, lazy: Lazy | None = None
 ) -> SandboxProcess:
     """Thaw the snapshot in a sandbox whose root is assembled already.
 
@@ -45,4 +45,4 @@ async def materialise(
     with phases("check"):
         check_external(manifest)
     with phases("restore"):
-        return await restore(sandbox, images=images, criu=criu, phases=phases)
+        return await restore(sandbox, images=images, criu=criu, phases=phases, lazy=lazy)

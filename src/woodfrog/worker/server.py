@@ -100,6 +100,12 @@ class _Worker:
         self._runtime = Runtime()
         self._state = "new"
         self._pid = os.getpid()
+        os.register_at_fork(after_in_child=self._close_in_fork)
+
+    def _close_in_fork(self) -> None:
+        """A child of the user's keeps nothing of the daemon's: with it the connection would outlive the freeze."""
+        self._conn.close()
+        self._listener.close()
 
     def run(self) -> int:
         while True:

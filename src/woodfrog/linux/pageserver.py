@@ -1,0 +1,294 @@
+"""The daemon's side of the page server (native/pageserver.c): one process, many restores.
+
+    server = await PageServer.start(uid=64647)
+    pages = await server.serve(listener, index_fd, page_fds, working_set=None)
+    ...CRIU restores with --lazy-pages...
+    ready = await pages.ready           # (pages pushed, ms), once the working set is in
+    text = await pages.record()         # what the process asked for, as a working set
+    await pages.drop()                  # the instance is gone
+
+The kernel shows a process zeroes once the last descriptor of its userfaultfd is closed. A copy of each is held here, so
+that the death of the page server makes processes wait, never read wrong bytes; `on_death` has them killed.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import os
+import socket
+import struct
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from woodfrog.errors import HostError, SandboxError
+
+__all__ = ["NEVER", "PageServer", "ServedPages", "merge_sets", "page_server_path", "set_pages"]
+
+NEVER = 0xFFFFFFFF
+"""`drain_ms`: leave what nobody asks for out."""
+
+_COMMAND = struct.Struct("=IIIIII")
+_MESSAGE = struct.Struct("=IIQQQ")
+_RESTORE, _DROP, _WORKING_SET, _DRAIN = 1, 2, 3, 4
+_ANSWER_S = 10.0
+_PAGE = 4096
+_SET = struct.Struct("=QII")
+_RANGE = struct.Struct("=iIQ")
+_SET_MAGIC = int.from_bytes(b"FROGSET1", "little")
+
+
+def page_server_path() -> Path:
+    """Where the package keeps the compiled page server."""
+    return Path(__file__).parents[1] / "native" / "bin" / "woodfrog-pageserver"
+
+
+def merge_sets(*sets: bytes) -> bytes:
+    """The union of working sets, in the order of tasks and addresses.
+
+    Raises:
+        ValueError: one of them is not a working set.
+    """
+    spans: dict[int, list[tuple[int, int]]] = {}
+    for data in sets:
+        for pid, pages, address in _ranges(data):
+            spans.setdefault(pid, []).append((address, address + pages * _PAGE))
+    out: list[bytes] = []
+    for pid, items in sorted(spans.items()):
+        begin = end = -1
+        for start, stop in [*sorted(items), (1 << 63, 1 << 63)]:
+            if start <= end:
+                end = max(end, stop)
+                continue
+            if end > begin:
+                out.append(_RANGE.pack(pid, (end - begin) // _PAGE, begin))
+            begin, end = start, stop
+    return _SET.pack(_SET_MAGIC, len(out), 0) + b"".join(out)
+
+
+def set_pages(data: bytes) -> int:
+    """How many pages a working set has."""
+    return sum(pages for _, pages, _ in _ranges(data))
+
+
+def _ranges(data: bytes) -> list[tuple[int, int, int]]:
+    if len(data) < _SET.size:
+        raise ValueError("not a working set")
+    magic, count, _ = _SET.unpack_from(data)
+    if magic != _SET_MAGIC or len(data) != _SET.size + count * _RANGE.size:
+        raise ValueError("not a working set")
+    return list(_RANGE.iter_unpack(data[_SET.size :]))
+
+
+class ServedPages:
+    """The memory of one restore."""
+
+    def __init__(self, server: PageServer, number: int) -> None:
+        loop = asyncio.get_running_loop()
+        self._server = server
+        self._number = number
+        self.ready: asyncio.Future[tuple[int, float]] = loop.create_future()
+        """(pages pushed, ms they took), once CRIU has laid the memory out and the working set is in."""
+        self.failed: asyncio.Future[str] = loop.create_future()
+        """Set when this restore cannot go on: its processes wait for ever and must be killed."""
+        self._recorded: asyncio.Future[bytes] | None = None
+        self._stats: asyncio.Future[tuple[int, int, int]] = loop.create_future()
+        self._held: dict[int, int] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Everything is in and the kernel serves these processes alone."""
+        return self.ready.done() and not self._held
+
+    async def record(self) -> bytes:
+        """The working set so far: what faults asked for, as `serve` takes it.
+
+        Raises:
+            SandboxError: the page server died.
+        """
+        if self._recorded is None:
+            self._recorded = asyncio.get_running_loop().create_future()
+            self._server._send(_WORKING_SET, self._number)
+        return await asyncio.wait_for(asyncio.shield(self._recorded), _ANSWER_S)
+
+    def drain(self, after_ms: int = 0) -> None:
+        """Fill in the rest in the background, so many milliseconds after the restore."""
+        self._server._send(_DRAIN, self._number, drain_ms=after_ms)
+
+    async def drop(self) -> tuple[int, int, int]:
+        """The processes are gone. Returns pages pushed, faults, pages given on demand; zeroes if the server died."""
+        try:
+            self._server._send(_DROP, self._number)
+            return await asyncio.wait_for(self._stats, _ANSWER_S)
+        except (SandboxError, TimeoutError):
+            return 0, 0, 0
+        finally:
+            self._server._forget(self._number)
+
+    def _close(self) -> None:
+        while self._held:
+            os.close(self._held.popitem()[1])
+
+
+class PageServer:
+    """One running page server. Make it with `start`."""
+
+    def __init__(self, process: subprocess.Popen[bytes], sock: socket.socket, on_death: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._process = process
+        self._sock = sock
+        self._on_death = on_death
+        self._served: dict[int, ServedPages] = {}
+        self._count = 0
+        self._closing = False
+        self.alive = True
+        sock.setblocking(False)
+        self._loop.add_reader(sock.fileno(), self._readable)
+
+    @classmethod
+    async def start(cls, *, uid: int, on_death: Callable[[], None], binary: Path | None = None) -> PageServer:
+        """Start it as an unprivileged user.
+
+        Args:
+            on_death: called once if it ends by itself: every process it serves must be killed.
+
+        Raises:
+            HostError: it is not built.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        path = binary or page_server_path()
+        try:
+            process = subprocess.Popen(
+                [str(path), str(uid), str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env={},
+                start_new_session=True,
+            )
+        except OSError as e:
+            ours.close()
+            raise HostError(f"cannot start {path}: {e.strerror}; build it with `make native`", code="no-native") from e
+        finally:
+            theirs.close()
+        return cls(process, ours, on_death)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _send(self, op: int, number: int, fds: list[int] | None = None, **values: int) -> None:
+        fds = fds or []
+        data = _COMMAND.pack(
+            op, number, len(fds), values.get("around", 0), values.get("drain_ms", 0), values.get("flags", 0)
+        )
+        if not self.alive:
+            raise SandboxError("the page server died", code="page-server-died")
+        try:
+            self._sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else [])
+        except OSError as e:
+            raise SandboxError(f"cannot talk to the page server: {e.strerror}", code="page-server-died") from e
+
+    def serve(
+        self,
+        listener: socket.socket,
+        index: int,
+        pages: list[int],
+        *,
+        working_set: int | None = None,
+        around: int = 16 << 12,
+        drain_ms: int = NEVER,
+    ) -> ServedPages:
+        """Be ready for one CRIU that connects to `listener`. Descriptors are copied; close yours.
+
+        Args:
+            index: a page index (`criu.pagemap.write_index`).
+            pages: the pages file of each task of the index, in its order.
+            working_set: what `ServedPages.record` gave at an earlier restore; pushed in before the processes run.
+            around: bytes served around a fault; a power of two, at least a page.
+
+        Raises:
+            SandboxError: the page server died.
+        """
+        self._count += 1
+        served = ServedPages(self, self._count)
+        self._served[self._count] = served
+        fds = [listener.fileno(), index, *([] if working_set is None else [working_set]), *pages]
+        try:
+            self._send(_RESTORE, self._count, fds, around=around, drain_ms=drain_ms, flags=int(working_set is not None))
+        except SandboxError:
+            self._forget(self._count)
+            raise
+        return served
+
+    def _readable(self) -> None:
+        for _ in range(256):
+            try:
+                data, fds, _, _ = socket.recv_fds(self._sock, _MESSAGE.size, 1)
+            except BlockingIOError:
+                return
+            except OSError:
+                data, fds = b"", []
+            if len(data) != _MESSAGE.size:
+                self._died()
+                return
+            op, number, a, b, c = _MESSAGE.unpack(data)
+            self._take(op, number, a, b, c, fds[0] if fds else -1)
+
+    def _take(self, op: int, number: int, a: int, b: int, c: int, fd: int) -> None:
+        served = self._served.get(number)
+        if served is None:
+            if fd >= 0:
+                os.close(fd)
+            return
+        match op:
+            case 1:  # a descriptor to hold
+                served._held[a] = fd
+                return
+            case 2 if not served.ready.done():
+                served.ready.set_result((a, b / 1e3))
+            case 3:  # the recorded set
+                if served._recorded is not None and not served._recorded.done():
+                    with open(fd, "rb", closefd=False) as f:
+                        f.seek(0)
+                        served._recorded.set_result(f.read())
+                    served._recorded = None
+            case 4:  # an address space is whole
+                held = served._held.pop(a, -1)
+                if held >= 0:
+                    os.close(held)
+            case 5 if not served.failed.done():
+                served.failed.set_result(f"{os.strerror(a)} (step {b})")
+            case 6 if not served._stats.done():
+                served._stats.set_result((a, b, c))
+        if fd >= 0:
+            os.close(fd)
+
+    def _forget(self, number: int) -> None:
+        served = self._served.pop(number, None)
+        if served is not None:
+            served._close()
+
+    def _died(self) -> None:
+        if not self.alive:
+            return
+        self.alive = False
+        self._loop.remove_reader(self._sock.fileno())
+        self._sock.close()
+        for served in self._served.values():
+            if not served.failed.done():
+                served.failed.set_result("the page server died")
+        if not self._closing:
+            self._on_death()
+
+    async def close(self) -> None:
+        """End it. Processes it still serves must be dead by now."""
+        self._closing = True
+        self._died()
+        for number in list(self._served):
+            self._forget(number)
+        with suppress(ProcessLookupError):
+            self._process.terminate()
+        await asyncio.to_thread(self._process.wait)
