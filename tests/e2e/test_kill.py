@@ -40,6 +40,7 @@ class Kept:
     @woodfrog.enter(snap=True)
     def load(self):
         self.held = list(range(1000))
+        self.large = os.urandom(40 << 20)  # enough that its memory follows after the thaw
 
     @woodfrog.method()
     def total(self, x):
@@ -106,7 +107,7 @@ def wait_death(daemon: Daemon) -> None:
     assert daemon.process is not None
     assert daemon.process.wait(30) == -signal.SIGKILL
     # Sandboxes go with the daemon, before any other daemon looks after them.
-    until(lambda: not daemon.inits(), 10)
+    until(lambda: not daemon.inits() and not daemon.orphans(), 10)
 
 
 def staging(daemon: Daemon) -> list[str]:

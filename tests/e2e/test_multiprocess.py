@@ -12,7 +12,7 @@ import woodfrog
 
 pytestmark = [pytest.mark.root, pytest.mark.criu]
 
-PROGRAM = '''
+PROGRAM = r'''
 import multiprocessing, os, signal, socket, subprocess, sys, threading, time
 import woodfrog
 
@@ -57,7 +57,7 @@ def talk(family, address, text):
     with socket.socket(family) as s:
         s.settimeout(5)
         s.connect(address)
-        s.sendall(text.encode() + b"\\n")
+        s.sendall(text.encode() + b"\n")
         return s.makefile().readline().split()
 
 
@@ -67,7 +67,7 @@ class Servers:
     def start(self):
         self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
         started = self.server.stdout.readline()
-        assert started == "listening\\n", started
+        assert started == "listening\n", started
         self.first = talk(socket.AF_UNIX, "/tmp/server.sock", "one")
 
     @woodfrog.method()
@@ -143,7 +143,7 @@ class Shell:
 
     @woodfrog.method()
     def use(self):
-        out, _ = self.cat.communicate("through\\n", timeout=5)
+        out, _ = self.cat.communicate("through\n", timeout=5)
         sleeping = self.sleeper.poll() is None and os.getsid(self.sleeper.pid) == self.sleeper.pid
         self.sleeper.kill()
         self.stopped.send_signal(signal.SIGCONT)

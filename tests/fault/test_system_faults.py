@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +26,7 @@ from e2e.harness import Daemon, until
 pytestmark = [pytest.mark.root, pytest.mark.criu]
 
 APP = """
-import ctypes, os, subprocess
+import ctypes, os, subprocess, time, zlib
 import woodfrog
 
 app = woodfrog.App("sys")
@@ -88,6 +90,18 @@ class SystemV(Base):
     @woodfrog.method()
     def run(self, x):
         return self.answer(x)
+
+@app.cls(enable_memory_snapshot=True, scaledown_window=30)
+class Lazy:
+    @woodfrog.enter(snap=True)
+    def load(self):
+        self.held = [os.urandom(1 << 16) for _ in range(1024)]
+        self.sums = [zlib.crc32(b) for b in self.held]
+
+    @woodfrog.method()
+    def check(self, first, last, seconds=0.0):
+        time.sleep(seconds)
+        return all(zlib.crc32(b) == s for b, s in zip(self.held[first:last], self.sums[first:last]))
 
 @app.cls(volumes={"/libs": woodfrog.Volume.from_name("libs", create_if_missing=True)}, **frozen)
 class Mapped:
@@ -349,6 +363,83 @@ def test_worker_that_cannot_be_dumped_runs_on(daemon: Daemon, tag: str, words: t
     assert done.returncode == 2 and done.stderr.strip().count("error: ") == 1, done.stderr
 
 
+# Memory that follows after the thaw
+
+
+def page_server(daemon: Daemon) -> int:
+    assert daemon.process is not None
+    children = Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text().split()
+    (pid,) = [int(c) for c in children if Path(f"/proc/{c}/comm").read_text().startswith("woodfrog-pages")]
+    return pid
+
+
+def thaw_lazily(daemon: Daemon) -> str:
+    """A container of the class Lazy, thawed, of whose memory only a little has been asked for."""
+    for container in daemon.get("/containers")["containers"]:
+        daemon.cli("container", "stop", container["id"])
+    daemon.wait_idle()
+    value, log = call(daemon, "Lazy.check", "first=0", "last=2")
+    assert value is True and "thawed in" in log
+    (container,) = [c for c in daemon.get("/containers")["containers"] if c["function"] == "Lazy"]
+    return str(container["id"])
+
+
+@pytest.fixture(scope="module")
+def lazy(daemon: Daemon) -> Iterator[Daemon]:
+    daemon.stop()
+    daemon.start(WOODFROG_DRAIN_MS="-1")
+    assert call(daemon, "Lazy.check", "first=0", "last=2")[0] is True
+    until(lambda: of_function(daemon, "Lazy"))
+    yield daemon
+    daemon.stop()
+    daemon.start()
+
+
+def test_page_server_killed_between_calls(lazy: Daemon) -> None:
+    """What it served waits for memory that will not come: it is replaced, not believed."""
+    instance = thaw_lazily(lazy)
+    os.kill(page_server(lazy), signal.SIGKILL)
+    value, log = call(lazy, "Lazy.check", "first=0", "last=1024")
+    assert value is True
+    until(lambda: instance not in {c["id"] for c in lazy.get("/containers")["containers"]})
+    assert instance in lazy.app_text("sys") or instance in log or "page server" in lazy.log.read_text()
+    # A new one serves the next.
+    thaw_lazily(lazy)
+    assert call(lazy, "Lazy.check", "first=0", "last=1024")[0] is True
+
+
+def test_page_server_killed_in_a_call(lazy: Daemon) -> None:
+    """The call is run again, in another container."""
+    instance = thaw_lazily(lazy)
+    server = page_server(lazy)
+    timer = threading.Timer(1.0, os.kill, (server, signal.SIGKILL))
+    timer.start()
+    value, _ = call(lazy, "Lazy.check", "first=0", "last=1024", "seconds=2.0")
+    assert value is True
+    assert instance not in {c["id"] for c in lazy.get("/containers")["containers"]}
+
+
+@pytest.mark.parametrize("kind", ["empty", "garbage", "truncated", "elsewhere"])
+def test_bad_working_set_costs_time_at_most(lazy: Daemon, kind: str) -> None:
+    """It says which pages come first; nothing hangs on it being right."""
+    thaw_lazily(lazy)
+    (snapshot,) = of_function(lazy, "Lazy")
+    path = lazy.home / "snapshots" / snapshot / "working-set"
+    until(path.exists)
+    good = path.read_bytes()
+    header, ranges = good[:16], good[16:]
+    bad = {
+        "empty": b"",
+        "garbage": os.urandom(999),
+        "truncated": good[:-5],
+        "elsewhere": header + bytes(b ^ 0x55 if n % 16 > 7 else b for n, b in enumerate(ranges)),
+    }[kind]
+    path.write_bytes(bad)
+    thaw_lazily(lazy)
+    assert call(lazy, "Lazy.check", "first=0", "last=1024")[0] is True
+    assert of_function(lazy, "Lazy") == [snapshot]
+
+
 # A full disk
 
 
@@ -387,10 +478,9 @@ def test_state_directory_fills_up_in_mid_capture() -> None:
             assert json.loads(daemon.cli("call", "full.large", "n=3").stdout) == "zzz"
             assert shutil.disk_usage(mount).free > 30 << 20
             # And a disk that is full to the brim: calls that need none of it are told the truth, then work again.
-            with open(mount / "filler", "wb") as f, pytest.raises(OSError):  # noqa: PT012
-                while True:
-                    f.write(bytes(1 << 16))
-                    f.flush()
+            with open(mount / "filler", "wb", buffering=0) as f, pytest.raises(OSError, match="No space left"):
+                while f.write(bytes(1 << 16)):
+                    pass
             done = daemon.cli("call", "full.large", "n=4", check=False, timeout=30)
             assert done.returncode == 0 or "error: " in done.stderr, done.stderr
             (mount / "filler").unlink()

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -248,6 +249,27 @@ async def test_a_family_of_processes(rig: Rig) -> None:
         assert await rig.ask(clone) == repr((b"3", b"4", "1 x\n", None))
 
 
+async def test_connections_beyond_loopback_come_back_closed(rig: Rig) -> None:
+    setup = """
+pair = []
+def check():
+    if not pair:
+        listening = socket.create_server(("0.0.0.0", 9000))
+        pair.append(socket.create_connection(("10.99.9.2", 9000)))
+        pair.append(listening.accept()[0])
+    pair[0].sendall(b"x")
+    return pair[1].recv(1)
+"""
+    sandbox, _ = await rig.start(setup)
+    address = ("nsenter", "-t", str(sandbox.init_pid), "-n", "ip", "addr", "add", "10.99.9.2/32", "dev", "lo")
+    subprocess.run(address, check=True)
+    assert await rig.ask(sandbox) == "b'x'"
+    frozen = await rig.freeze(sandbox)
+    assert "2 TCP connections to the outside" in frozen.result.warnings[0]
+    thawed, _ = await rig.thaw(frozen)
+    assert "BrokenPipeError" in await rig.ask(thawed)
+
+
 async def test_external_files_are_named_by_the_hosts_paths(rig: Rig) -> None:
     (rig.home / "code" / "data.bin").write_bytes(b"x" * 5000)
     sandbox, _ = await rig.start("f = open('/app/data.bin', 'rb')\ncheck = lambda: f.read(2)")
@@ -274,6 +296,9 @@ REFUSED = {
         "libc.shmat.restype = ctypes.c_void_p\nlibc.shmat(libc.shmget(0, 4096, 0o1600), None, 0)\n"
     ),
     "nested-namespace": "p = subprocess.Popen(['unshare', '-U', '-r', 'sleep', '1000']); time.sleep(0.5)\n",
+    "own-address": (
+        "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.setsockopt(0, 15, 1); s.bind(('10.99.9.9', 5353))\n"
+    ),
     "io-uring": "fd = libc.syscall(425, 8, ctypes.create_string_buffer(120))\nassert fd >= 0\n",
 }  # fmt: skip
 

@@ -147,6 +147,7 @@ def test_an_id_is_begun_once(root: Path, key: SigningKey) -> None:
     second = catalogue.begin("s-1")
     with pytest.raises(StoreError):
         catalogue.commit(second, draft("s-1"))
+    Catalogue.abandon(second)
     assert catalogue.open_verified("s-1").files and not second.path.exists()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -40,8 +40,8 @@ class CallRequest:
     method: str
     encoding: str
     payload: Payload
-    on_item: Callable[[Payload], None] | None = None
-    """Takes a generator's items as they come."""
+    on_item: Callable[[Payload], Awaitable[None]] | None = None
+    """Takes a generator's items as they come; while it waits, the worker does."""
 
 
 @dataclass(frozen=True)

@@ -173,8 +173,13 @@ class SandboxFactory:
         found: dict[Path, None] = {}
         for text in wanted:
             for path in (Path(text), Path(os.path.realpath(text))):
-                if path.is_absolute() and path.is_dir() and path != Path("/"):
-                    found[path] = None
+                if not path.is_absolute() or not path.is_dir() or path == Path("/"):
+                    continue
+                if path == self._settings.home or self._settings.home in path.parents:
+                    raise SandboxError(
+                        f"{path} is below woodfrog's state directory and cannot be part of an environment"
+                    )
+                found[path] = None
         return tuple(found)
 
     async def spawn_worker(self, sandbox: Sandbox, argv: list[str], env: dict[str, str]) -> SandboxProcess:

@@ -84,12 +84,12 @@ class Instance:
     hostname: str = ""
     frozen_once: bool = False
     serving: bool = False
-    storing: bool = False
-    """Its snapshot is on the way to disk."""
+    staging: Staging | None = None
+    """Its snapshot, until that is committed; its sandbox's files rest on it."""
+    commit_task: asyncio.Task[None] | None = None
     stopping: str | None = None
     exit_error: WoodfrogError | None = None
     pages: ServedPages | None = None
-    working_set: Path | None = None
     learned: bool = False
     start_task: asyncio.Task[None] | None = None
     watch_task: asyncio.Task[None] | None = None
@@ -305,7 +305,7 @@ class LocalBackend:
         phases = header.get("phases")
         if isinstance(phases, dict):
             for name, ms in phases.items():
-                if isinstance(ms, (int, float)):
+                if isinstance(ms, (int, float)) and 0 <= ms < 1e9:
                     instance.phases.add(str(name)[:40], float(ms), parent=parent)
 
     async def _wake(self, instance: Instance) -> None:
@@ -354,44 +354,43 @@ class LocalBackend:
             tag=request.spec.tag,
             params_digest=request.params_digest,
         )
-        staging: Staging | None = None
+        self._drain_logs(instance)  # what lies in the pipes would be printed by every copy
         try:
-            staging = self._catalogue.begin(identity.id)
+            instance.staging = self._catalogue.begin(identity.id)
             with phases("capture"):
                 draft = await capture(
                     instance.sandbox,
                     root_pid=protocol.WORKER_PID,
-                    staging=staging,
+                    staging=instance.staging,
                     identity=identity,
                     criu=self._criu,
                     phases=phases,
                 )
-        except (CaptureError, StoreError) as e:
-            if staging is not None:
-                self._catalogue.abandon(staging)
+        except Exception as e:
             counters["capture.failed"] += 1
-            if isinstance(e, CaptureError) and not e.alive:
-                raise _CaptureGaveUp(e) from e
-            self._observer.on_capture_failed(instance.id, e, alive=True)
+            error = e if isinstance(e, WoodfrogError) else _unexpected("capture", e)
+            if not isinstance(error, StoreError) and not (isinstance(error, CaptureError) and error.alive):
+                raise _CaptureGaveUp(error) from e
+            self._abandon(instance)
+            self._observer.on_capture_failed(instance.id, error, alive=True)
             await self._connect(instance, instance.sandbox)
             return
-        except Exception as e:
-            if staging is not None:
-                self._catalogue.abandon(staging)
-            counters["capture.failed"] += 1
-            raise _CaptureGaveUp(_unexpected("capture", e)) from e
         await self._drop_sandbox(instance)
         try:
-            await self._thaw(instance, draft, staging.path)
+            await self._thaw(instance, draft, instance.staging.path)
         except WoodfrogError as e:
-            self._catalogue.abandon(staging)
             counters["capture.failed"] += 1
-            error = CaptureError(f"the new snapshot does not thaw: {e.message}", phase="thaw")
-            error.fields |= {k: v for k, v in e.fields.items() if k in ("remedy", "log_tail")}
-            raise _CaptureGaveUp(error) from e
+            failure = CaptureError(f"the new snapshot does not thaw: {e.message}", phase="thaw")
+            failure.fields |= {k: v for k, v in e.fields.items() if k in ("remedy", "log_tail")}
+            raise _CaptureGaveUp(failure) from e
         # The first caller need not wait for the disk: the images are ours and in the page cache.
-        instance.storing = True
-        self._spawn(self._commit(instance, staging, draft))
+        instance.commit_task = self._spawn(self._commit(instance, instance.staging, draft))
+
+    def _abandon(self, instance: Instance) -> None:
+        """Drop a snapshot that never was; not while a sandbox rests on its files."""
+        staging, instance.staging = instance.staging, None
+        if staging is not None:
+            self._catalogue.abandon(staging)
 
     async def _commit(self, instance: Instance, staging: Staging, draft: Manifest) -> None:
         try:
@@ -401,9 +400,10 @@ class LocalBackend:
             error = e if isinstance(e, WoodfrogError) else _unexpected("commit", e)
             if instance.id in self._instances:
                 self._observer.on_capture_failed(instance.id, error, alive=True)
+            else:
+                self._abandon(instance)
             return
-        finally:
-            instance.storing = False
+        instance.staging = None
         counters["capture.done"] += 1
         self._observer.on_captured(instance.request, manifest.id)
 
@@ -432,7 +432,7 @@ class LocalBackend:
         )
         instance.snapshot_id = manifest.id
         if lazy is not None and lazy.served is not None:
-            self._adopt_pages(instance, lazy.served, path)
+            self._adopt_pages(instance, lazy.served)
         reseed_kernel_generators()
         with instance.phases("connect"):
             await self._connect(instance, sandbox)
@@ -450,9 +450,8 @@ class LocalBackend:
         # While the working set is being learned, only what is asked for may get into it.
         return Lazy(self._pages, working_set if known else None, around=_AROUND if known else _AROUND_LEARNING)
 
-    def _adopt_pages(self, instance: Instance, served: ServedPages, path: Path) -> None:
+    def _adopt_pages(self, instance: Instance, served: ServedPages) -> None:
         instance.pages = served
-        instance.working_set = path / _WORKING_SET
         served.failed.add_done_callback(lambda failed: self._pages_failed(instance, failed.result()))
 
     def _pages_failed(self, instance: Instance, why: str) -> None:
@@ -467,10 +466,13 @@ class LocalBackend:
 
     async def _learn(self, instance: Instance) -> None:
         """After the first call: keep what it touched, for the next thaw; then let the rest come."""
-        pages, working_set = instance.pages, instance.working_set
-        assert pages is not None and working_set is not None
+        pages = instance.pages
+        assert pages is not None and instance.snapshot_id is not None
+        working_set = self._catalogue.path(instance.snapshot_id) / _WORKING_SET
         try:
             seen = await pages.record()
+            if instance.commit_task is not None:
+                await asyncio.shield(instance.commit_task)
             known = await asyncio.to_thread(_read_or_empty, working_set)
             if not known or set_pages(seen) * _STALE_SHARE > set_pages(known):
                 merged = merge_sets(*filter(None, (known, seen)))
@@ -485,7 +487,9 @@ class LocalBackend:
         pages, instance.pages = instance.pages, None
         if pages is not None:
             pushed, faults, demanded = await pages.drop()
-            log.info("%s: memory: %d pages pushed, %d faults, %d pages on demand", instance.id, pushed, faults, demanded)
+            log.info(
+                "%s: memory: %d pages pushed, %d faults, %d pages on demand", instance.id, pushed, faults, demanded
+            )
             counters["pages.pushed"] += pushed
             counters["pages.faults"] += faults
             counters["pages.demanded"] += demanded
@@ -504,13 +508,17 @@ class LocalBackend:
         with contextlib.suppress(BlockingIOError):
             self._observer.on_log(instance.id, instance.log_fds[fd], os.read(fd, 1 << 16))
 
-    def _close_logs(self, instance: Instance) -> None:
-        loop = asyncio.get_running_loop()
-        for fd, stream in list(instance.log_fds.items()):
-            loop.remove_reader(fd)
-            with contextlib.suppress(OSError):
+    def _drain_logs(self, instance: Instance) -> None:
+        for fd, stream in instance.log_fds.items():
+            with contextlib.suppress(BlockingIOError):
                 while data := os.read(fd, 1 << 16):
                     self._observer.on_log(instance.id, stream, data)
+
+    def _close_logs(self, instance: Instance) -> None:
+        loop = asyncio.get_running_loop()
+        self._drain_logs(instance)
+        for fd in instance.log_fds:
+            loop.remove_reader(fd)
             os.close(fd)
         instance.log_fds.clear()
 
@@ -529,7 +537,7 @@ class LocalBackend:
                 ms = (time.monotonic() - begin) * 1e3
                 if reply.type == "item":
                     if request.on_item is not None:
-                        request.on_item(reply.body)
+                        await request.on_item(reply.body)
                 elif reply.type in ("result", "done"):
                     self._after_call(instance)
                     return Answer("success", reply.body, ms=ms)
@@ -538,9 +546,10 @@ class LocalBackend:
                     return Answer("exception", reply.body, _plain_error(reply.header.get("error")), ms)
                 else:
                     raise protocol.ProtocolError(f"worker answered {reply.type!r} to a call")
-        except (InstanceCrashed, protocol.ProtocolError) as e:
-            if instance.exit_error is None and instance.stopping is None:
-                instance.exit_error = e if isinstance(e, protocol.ProtocolError) else None
+        except WoodfrogError as e:
+            # Whatever it was, what comes next on this connection is not known any more.
+            if instance.exit_error is None and instance.stopping is None and not isinstance(e, InstanceCrashed):
+                instance.exit_error = e
             self._spawn(self._end_lost(instance))
             return Answer("lost", error=e.to_dict())
 
@@ -634,6 +643,8 @@ class LocalBackend:
 
     async def _stop(self, instance: Instance, graceful: bool, reason: str) -> None:
         if instance.stopping is not None:
+            if not graceful and instance.sandbox is not None:
+                await instance.sandbox.destroy()  # the exit hooks took too long
             return
         instance.stopping = reason
         if instance.start_task is not None and not instance.start_task.done():
@@ -679,6 +690,8 @@ class LocalBackend:
             self._close_logs(instance)
         await self._drop_pages(instance)
         self._instances.pop(instance.id, None)
+        if not _running(instance.commit_task):
+            self._abandon(instance)
 
     # Looking
 
@@ -703,7 +716,7 @@ class LocalBackend:
             "function": instance.request.spec.tag,
             "mode": instance.request.mode,
             "stage": instance.stage,
-            "storing": instance.storing,
+            "storing": _running(instance.commit_task),
             "started": instance.started,
             "snapshot": instance.snapshot_id,
             "hostname": instance.hostname,
@@ -761,6 +774,10 @@ def _unexpected(what: str, error: Exception) -> WoodfrogError:
     """An error nobody foresaw: logged whole, told in one line."""
     log.error("%s failed unexpectedly", what, exc_info=error)
     return SandboxError(f"{what} failed unexpectedly: {type(error).__name__}: {error}", code="unexpected")
+
+
+def _running(task: asyncio.Task[None] | None) -> bool:
+    return task is not None and not task.done()
 
 
 def _read_or_empty(path: Path) -> bytes:

@@ -14,7 +14,7 @@ What the daemon owes the machine:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from woodfrog import spec
@@ -137,6 +137,8 @@ class AppDeployed(Event):
     specs: tuple[FunctionSpec, ...]
     keys: dict[str, str]
     """Tag to function key (`spec.function_key` without parameters): services of one key share their snapshots."""
+    snapshots: dict[str, str] = field(default_factory=dict)
+    """Tag to a snapshot that fits: known before `min_containers` start."""
     ephemeral: bool = False
 
 

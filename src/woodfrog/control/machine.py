@@ -133,6 +133,9 @@ def _app_deployed(st: State, ev: AppDeployed) -> None:
     for old in before.values():
         if app.active.get(old.tag) is not old:
             _drain(st, old)
+    for tag, snapshot_id in ev.snapshots.items():
+        if tag in app.active:
+            moves.learn(st, app.active[tag], "", snapshot_id)
     for service in app.active.values():
         if service.spec.scaling.min_containers:
             moves.schedule(st, service.group(""))

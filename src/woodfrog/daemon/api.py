@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 
 import woodfrog
 from woodfrog import protocol
@@ -28,6 +30,7 @@ from woodfrog.errors import (
     HostError,
     IntegrityError,
     NotFoundError,
+    OutputExpired,
     SpecError,
     StoreError,
     WoodfrogError,
@@ -41,7 +44,8 @@ from woodfrog.telemetry import counters
 __all__ = ["TokenAuth", "build"]
 
 _MAX_WAIT_S = 300.0
-_MAX_BODY = 8 << 30
+_MAX_BODY = protocol.MAX_BODY
+_MAX_UPLOAD = 1 << 30
 _EXEC_TIMEOUT_S = 60.0
 _PAGE = 200
 
@@ -63,6 +67,13 @@ def _status_of(error: WoodfrogError) -> int:
     return 500
 
 
+class _Json(JSONResponse):
+    """ASCII only: text from workers may hold what UTF-8 cannot."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, separators=(",", ":")).encode()
+
+
 class TokenAuth:
     """ASGI wrapper for TCP: nothing without the bearer token."""
 
@@ -71,11 +82,11 @@ class TokenAuth:
         self._expected = b"Bearer " + token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] != "lifespan":
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
                 error = DaemonError("wrong or missing token; set WOODFROG_TOKEN", code="unauthorized").to_dict()
-                await JSONResponse({"error": error}, status_code=401)(scope, receive, send)
+                await _Json({"error": error}, status_code=401)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -114,6 +125,19 @@ async def _body(request: Request, spool: Path) -> Payload:
         raise
 
 
+async def _small_body(request: Request) -> bytes:
+    """A body that is wanted in memory."""
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > _MAX_UPLOAD:
+            raise SpecError(
+                f"over {_MAX_UPLOAD >> 20} MiB in one upload; keep data in a Volume and out of the program's directory",
+                code="too-large",
+            )
+    return bytes(data)
+
+
 def _answer(record: CallRecord) -> Response:
     headers = {"Woodfrog-Call": record.row.id, "Woodfrog-Status": record.outcome or "pending"}
     if record.outcome is None:
@@ -121,12 +145,12 @@ def _answer(record: CallRecord) -> Response:
     if record.outcome in ("success", "exception"):
         if record.row.encoding == "json":
             if record.outcome == "exception":
-                return JSONResponse({"error": record.error}, headers=headers)
+                return _Json({"error": record.error}, headers=headers)
             return Response(record.result.read(), media_type="application/json", headers=headers)
         if record.result.path is not None:
             return FileResponse(record.result.path, media_type="application/octet-stream", headers=headers)
         return Response(record.result.data, media_type="application/octet-stream", headers=headers)
-    return JSONResponse({"error": failure_of(record).to_dict()}, headers=headers)
+    return _Json({"error": failure_of(record).to_dict()}, headers=headers)
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:
@@ -164,14 +188,38 @@ def build(
     shutdown: Callable[[], None],
 ) -> FastAPI:
     """The application over one controller."""
-    api = FastAPI(title="woodfrog", version=woodfrog.__version__, docs_url=None, redoc_url=None)
+    api = FastAPI(
+        title="woodfrog",
+        version=woodfrog.__version__,
+        docs_url=None,
+        redoc_url=None,
+        default_response_class=_Json,
+    )
     settings = controller.settings
     spool = settings.home / "calls"
     begun = time.monotonic()
 
     @api.exception_handler(WoodfrogError)
     async def _on_error(request: Request, error: WoodfrogError) -> JSONResponse:
-        return JSONResponse({"error": error.to_dict()}, status_code=_status_of(error))
+        return _Json({"error": error.to_dict()}, status_code=_status_of(error))
+
+    @api.exception_handler(RequestValidationError)
+    async def _on_bad_request(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return await _on_error(request, SpecError(f"{where}: {first['msg']}", code="bad-request"))
+
+    @api.exception_handler(HTTPException)
+    async def _on_http(request: Request, error: HTTPException) -> JSONResponse:
+        said = SpecError(f"{request.method} {request.url.path}: {error.detail}", code="bad-request")
+        return _Json({"error": said.to_dict()}, status_code=error.status_code)
+
+    @api.exception_handler(Exception)
+    async def _on_bug(request: Request, error: Exception) -> JSONResponse:
+        said = DaemonError(
+            f"internal error: {type(error).__name__}: {error}; report it with the daemon's log", code="internal"
+        )
+        return _Json({"error": said.to_dict()}, status_code=500)
 
     def call_of(call_id: str) -> CallRecord:
         record = controller.find_call(call_id)
@@ -213,7 +261,7 @@ def build(
 
     @api.put("/v1/code/{digest}")
     async def put_code(digest: str, request: Request) -> dict[str, Any]:
-        data = await request.body()
+        data = await _small_body(request)
         await asyncio.to_thread(content.put_code, digest, data)
         return {"digest": digest}
 
@@ -223,7 +271,7 @@ def build(
 
     @api.put("/v1/blobs/{digest}")
     async def put_blob(digest: str, request: Request) -> dict[str, Any]:
-        data = await request.body()
+        data = await _small_body(request)
         await asyncio.to_thread(content.put_blob, digest, data)
         return {"digest": digest}
 
@@ -332,16 +380,20 @@ def build(
             raise SpecError("Woodfrog-Params is not base64", code="bad-request") from None
         service, method = split_tag(tag)
         payload = await _body(request, spool)
-        record = controller.submit(
-            call_id,
-            app=app,
-            service=service,
-            method=method,
-            params=params,
-            digest=hashlib.sha256(params).hexdigest() if params else "",
-            encoding=encoding,
-            payload=payload,
-        )
+        try:
+            record = controller.submit(
+                call_id,
+                app=app,
+                service=service,
+                method=method,
+                params=params,
+                digest=hashlib.sha256(params).hexdigest() if params else "",
+                encoding=encoding,
+                payload=payload,
+            )
+        finally:
+            if payload.path is not None:  # the journal has moved it, or nobody wants it
+                payload.path.unlink(missing_ok=True)
         await _wait(record.done, wait)
         return _answer(record)
 
@@ -359,13 +411,21 @@ def build(
     async def items(call_id: str, after: int = Query(0, ge=0), wait: float = 0.0) -> Response:
         """A generator's items from number `after` on, at least one unless the wait runs out."""
         record = call_of(call_id)
+        if after < record.taken:
+            raise OutputExpired(
+                f"items of call {call_id} before number {record.taken} were taken already", call=call_id
+            )
+        record.acknowledge(after)
         deadline = time.monotonic() + min(wait, _MAX_WAIT_S)
         while len(record.items) <= after and not record.done.is_set() and time.monotonic() < deadline:
             record.changed.clear()
             await _wait(record.changed, deadline - time.monotonic())
         out = [(kind, payload.read()) for kind, payload in record.items[after : after + _PAGE]]
         if record.done.is_set() and after + len(out) >= len(record.items):
-            if record.outcome == "success":
+            if record.outcome == "success" and record.from_journal:
+                gone = OutputExpired(f"the items of call {call_id} are no longer kept", call=call_id)
+                out.append((b"f", json.dumps(gone.to_dict()).encode()))
+            elif record.outcome == "success":
                 out.append((b"d", b""))
             elif record.outcome == "exception":
                 out.append((b"e", record.result.read()))
@@ -455,7 +515,9 @@ def build(
         argv = body.get("argv")
         if not isinstance(argv, list) or not argv or not all(isinstance(a, str) for a in argv):
             raise SpecError("exec wants argv: a list of at least one text", code="bad-request")
-        timeout = min(float(body.get("timeout") or _EXEC_TIMEOUT_S), 600.0)
+        timeout = body.get("timeout", _EXEC_TIMEOUT_S)
+        if not isinstance(timeout, (int, float)) or not 0 < timeout <= 600:
+            raise SpecError("exec: timeout is a number of seconds up to 600", code="bad-request")
         return await controller.backend.execute(container(instance_id), argv, timeout)
 
     # Snapshots

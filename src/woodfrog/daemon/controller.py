@@ -14,7 +14,7 @@ from typing import Any
 from woodfrog.backends.base import Answer, Backend, CallRequest, StartRequest
 from woodfrog.backends.connection import Payload
 from woodfrog.control import events as ev
-from woodfrog.control.machine import handle
+from woodfrog.control.machine import InvalidTransition, handle
 from woodfrog.control.state import Config, State
 from woodfrog.daemon.journal import CallRow, DeployRow, Journal
 from woodfrog.daemon.logs import LogBook
@@ -23,6 +23,8 @@ from woodfrog.errors import (
     CallCancelled,
     HostError,
     NotFoundError,
+    OutputExpired,
+    SandboxError,
     SpecError,
     StartupError,
     StoreError,
@@ -40,7 +42,8 @@ log = logging.getLogger("woodfrog")
 
 _JOURNAL_LIMIT = 64 << 20
 _EPHEMERAL_TTL_S = 300.0
-_ITEM_LIMIT = 256 << 20
+_ITEM_LIMIT = 64 << 20
+"""Bytes of unread generator items; beyond it the generator waits for its reader."""
 
 
 @dataclass(eq=False)
@@ -52,6 +55,11 @@ class CallRecord:
     done: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     items: list[tuple[bytes, Payload]] = field(default_factory=list)
+    taken: int = 0
+    """Items the client has."""
+    unread: int = 0
+    """Bytes of items that the client has not said it has."""
+    read: asyncio.Event = field(default_factory=asyncio.Event)
     answer: Answer | None = None
     outcome: str | None = None
     error: dict[str, Any] | None = None
@@ -60,6 +68,25 @@ class CallRecord:
     submitted: float = field(default_factory=time.monotonic)
     instance_id: str | None = None
     mode: str = ""
+    from_journal: bool = False
+    """A finished call read back: a generator's items are not kept there."""
+
+    def acknowledge(self, count: int) -> None:
+        """The client has the first `count` items: they need not be kept."""
+        for i in range(self.taken, min(count, len(self.items))):
+            kind, payload = self.items[i]
+            self.unread -= payload.size
+            if payload.path is not None:
+                payload.path.unlink(missing_ok=True)
+            self.items[i] = (kind, Payload(data=b""))
+            self.taken = i + 1
+        self.read.set()
+
+    def drop_items(self) -> None:
+        for _, payload in self.items:
+            if payload.path is not None:
+                payload.path.unlink(missing_ok=True)
+        self.items.clear()
 
     def trace(self) -> list[dict[str, Any]]:
         return [{"name": p.name, "start_ms": p.start_ms, "ms": p.ms, "parent": p.parent} for p in self.phases]
@@ -135,10 +162,19 @@ class Controller:
         try:
             while self._events:
                 current = self._events.popleft()
-                actions = handle(self.state, current)
+                try:
+                    actions = handle(self.state, current)
+                except InvalidTransition as e:
+                    counters["control.invalid"] += 1
+                    log.error("%s", e.message, exc_info=e)
+                    continue
                 self._note(current, actions)
                 for action in actions:
-                    self._do(action)
+                    try:
+                        self._do(action)
+                    except Exception as e:
+                        # The actions behind it are owed all the same.
+                        log.error("cannot carry out %s", action, exc_info=e)
         finally:
             self._running = False
         if self.shutting_down and not self.state.instances:
@@ -157,7 +193,7 @@ class Controller:
                 self._record_path = None
                 return
             self._record.write(line + "\n")
-        except OSError as e:
+        except (OSError, ValueError) as e:
             log.warning("the event journal ends here: %s", e)
             self._record_path = None
 
@@ -213,7 +249,11 @@ class Controller:
             key = (deploy.app, deploy.version)
             if deploy.version != newest[deploy.app] and key not in unfinished:
                 continue
-            self._take_deploy(deploy)
+            try:
+                self._take_deploy(deploy)
+            except SpecError as e:
+                log.error("app %s version %d cannot be read any more: %s", deploy.app, deploy.version, e.message)
+                continue
             for row in unfinished.pop(key, []):
                 self._take_call(row, self.journal.payload(row.id))
         for rows in unfinished.values():
@@ -247,8 +287,12 @@ class Controller:
         self.active[row.app] = row.version
         self.touched[row.app] = self.now()
         keys = {f.tag: function_key(f, spec.runtime) for f in spec.functions}
-        # Snapshots that fit are told right behind the deploy, before anything is started for it: the machine takes
-        # the events one after the other, and min_containers must thaw rather than boot.
+        snapshots = {}
+        for function in spec.functions:
+            if function.snapshot.enabled:
+                self._known_groups.add((row.app, row.version, function.tag, ""))
+                if found := self.backend.find_snapshot(keys[function.tag]):
+                    snapshots[function.tag] = found
         self.emit(
             ev.AppDeployed(
                 now=self.now(),
@@ -256,11 +300,10 @@ class Controller:
                 version=row.version,
                 specs=spec.functions,
                 keys=keys,
+                snapshots=snapshots,
                 ephemeral=row.ephemeral,
             )
         )
-        for function in spec.functions:
-            self._tell_snapshot(row.app, row.version, function, "")
 
     def _tell_snapshot(self, app: str, version: int, function: FunctionSpec, params_digest: str) -> None:
         group = (app, version, function.tag, params_digest)
@@ -397,7 +440,12 @@ class Controller:
         if row is None or row.outcome is None:
             return None
         record = CallRecord(row, Payload(data=b""))
-        record.outcome, record.error, record.result = row.outcome, row.error, self.journal.result(call_id)
+        record.outcome, record.error = row.outcome, row.error
+        record.from_journal = True
+        try:
+            record.result = self.journal.result(call_id)
+        except OutputExpired as e:
+            record.outcome, record.error = "failure", e.to_dict()
         record.phases = [
             Phase(str(p["name"]), float(p["start_ms"]), float(p["ms"]), p.get("parent")) for p in row.trace
         ]
@@ -409,10 +457,12 @@ class Controller:
 
     async def _run_call(self, action: ev.RunCall) -> None:
         record = self.calls[action.call_id]
-        info = self.instances[action.instance_id]
+        info = self.instances.get(action.instance_id)
+        if info is None:
+            return  # it died before this began; the machine has been told
         info.call_id = action.call_id
         record.instance_id = action.instance_id
-        record.items.clear()
+        record.drop_items()
         waited = (self.now() - record.submitted) * 1e3
         record.phases = [Phase("queue", 0.0, round(waited, 3))]
         if info.served == 0 and info.begun >= record.submitted - 0.001:
@@ -427,14 +477,35 @@ class Controller:
             record.mode = "warm"
         info.served += 1
 
-        def on_item(payload: Payload) -> None:
+        async def on_item(payload: Payload) -> None:
             record.items.append((b"i", payload))
+            record.unread += payload.size
             record.changed.set()
+            while record.unread > _ITEM_LIMIT and not record.done.is_set():
+                record.read.clear()
+                await record.read.wait()
 
         request = CallRequest(action.call_id, record.row.method, record.row.encoding, record.payload, on_item)
-        answer = await self.backend.call(action.instance_id, request)
-        if info.call_id == action.call_id:
-            info.call_id = None
+        try:
+            answer = await self.backend.call(action.instance_id, request)
+        except Exception as e:
+            # What state its connection is in nobody knows: the call fails, the instance goes.
+            log.error("call %s broke", action.call_id, exc_info=e)
+            failure = _as_error("the call", e).to_dict()
+            self.emit(
+                ev.CallFinished(
+                    now=self.now(),
+                    call_id=action.call_id,
+                    instance_id=action.instance_id,
+                    outcome="failure",
+                    error=failure,
+                    instance_ok=False,
+                )
+            )
+            return
+        finally:
+            if info.call_id == action.call_id:
+                info.call_id = None
         total = (self.now() - record.submitted) * 1e3
         record.phases.append(Phase("run", round(total - answer.ms, 3), round(answer.ms, 3)))
         if answer.outcome == "lost":
@@ -475,10 +546,20 @@ class Controller:
         record.payload = Payload(data=b"")
         record.done.set()
         record.changed.set()
+        record.read.set()
 
     # Instances
 
     def _start_instance(self, action: ev.StartInstance) -> None:
+        """Whatever goes wrong, the machine hears of it."""
+        try:
+            self._begin_start(action)
+        except Exception as e:
+            if not isinstance(e, WoodfrogError):
+                log.error("start of %s", action.service_id, exc_info=e)
+            self.on_start_failed(action.instance_id, _as_error("the start", e), user_fault=isinstance(e, SpecError))
+
+    def _begin_start(self, action: ev.StartInstance) -> None:
         name, _, rest = action.service_id.partition("/")
         tag, _, version = rest.rpartition("@")
         row, spec = self.apps[name, int(version)]
@@ -509,10 +590,7 @@ class Controller:
             )
             self.on_start_failed(action.instance_id, error, user_fault=True)
             return
-        try:
-            self.backend.start(request)
-        except WoodfrogError as e:
-            self.on_start_failed(action.instance_id, e, user_fault=False)
+        self.backend.start(request)
 
     def _forget(self, instance_id: str) -> None:
         info = self.instances.pop(instance_id, None)
@@ -576,7 +654,7 @@ class Controller:
         trace = error.fields.get("traceback") if isinstance(error, StartupError) else None
         info = self.instances.get(instance_id)
         if trace and info is not None:
-            data = str(trace).rstrip("\n").encode() + b"\n"
+            data = str(trace).rstrip("\n").encode(errors="replace") + b"\n"
             self.logs.feed(
                 info.request.app,
                 instance=instance_id,
@@ -652,7 +730,9 @@ class Controller:
     def tidy(self) -> None:
         """Forget old answers and ephemeral apps whose client is gone. Called every so often."""
         for call_id in self.journal.prune(time.time() - self.settings.keep_results_s):
-            self.calls.pop(call_id, None)
+            record = self.calls.pop(call_id, None)
+            if record is not None:
+                record.drop_items()
         for call_id, record in list(self.calls.items()):
             # The journal has it: memory is for what somebody may be waiting for.
             if record.done.is_set() and not record.items and self.now() - record.submitted > 60:
@@ -681,6 +761,12 @@ class Controller:
             task.cancel()
         if self._record_path is not None:
             self._record.close()
+
+
+def _as_error(what: str, error: Exception) -> WoodfrogError:
+    if isinstance(error, WoodfrogError):
+        return error
+    return SandboxError(f"{what} failed unexpectedly: {type(error).__name__}: {error}", code="unexpected")
 
 
 def failure_of(record: CallRecord) -> WoodfrogError:

@@ -192,10 +192,10 @@ def _limits() -> dict[int, tuple[int, int]]:
 
 async def _run_criu(sandbox: Sandbox, spec: ProcessSpec, timeout: float, point: str) -> Completed:
     kill = kills_criu(point)
-    criu: list[int] = []
+    criu: list[SandboxProcess] = []
 
     def started(process: SandboxProcess) -> None:
-        criu.append(process.inner_pid)
+        criu.append(process)
         if kill:
             asyncio.get_running_loop().call_later(KILL_AFTER_S, process.send_signal, signal.SIGKILL)
 
@@ -206,9 +206,11 @@ async def _run_criu(sandbox: Sandbox, spec: ProcessSpec, timeout: float, point: 
         return done
     finally:
         if criu and not finished:
-            # A CRIU that was killed leaves its helpers behind, in its session.
+            # A killed CRIU leaves processes behind in its session, and keeps directories busy until it is gone.
             with suppress(SandboxError):
-                await sandbox.signal(-criu[0], signal.SIGKILL)
+                await sandbox.signal(-criu[0].inner_pid, signal.SIGKILL)
+            with suppress(SandboxError, TimeoutError):
+                await asyncio.wait_for(criu[0].wait(), SETTLE_S)
 
 
 def _spec(criu: Criu, argv: tuple[str, ...], *, uid: int = 0, gid: int = 0) -> ProcessSpec:

@@ -167,7 +167,7 @@ def parse_inet(text: str, inodes: frozenset[int]) -> tuple[Connection, ...]:
 
 
 def parse_bound(text: str, inodes: frozenset[int], kind: str) -> tuple[str, ...]:
-    """The sockets of a /proc/PID/net/{tcp,udp} table that keep an address of the sandbox's own: all but connected TCP."""
+    """The sockets of a /proc/PID/net/{tcp,udp} table that keep an address of the sandbox's own: not connected TCP."""
     found = []
     for line in text.splitlines()[1:]:
         fields = line.split()

@@ -294,7 +294,8 @@ def _overlay_path(path: PurePosixPath | Path) -> str:
 
 def _overlay(target: PurePosixPath, lower: list[PurePosixPath | Path], flags: str, rest: str) -> Op:
     # Layers are copied from one upper directory to another host's store: each must be whole in itself.
-    options = f"lowerdir={':'.join(map(_overlay_path, lower))}{rest},redirect_dir=off,metacopy=off,index=off,xino=off"
+    # xino: one device number for the mount and its files, or CRIU takes the path of a bound Unix socket for deleted.
+    options = f"lowerdir={':'.join(map(_overlay_path, lower))}{rest},redirect_dir=off,metacopy=off,index=off,xino=on"
     if len(options) > 4000:
         raise SandboxError(
             f"{len(lower)} file system layers are too many for one mount; capture the function anew",

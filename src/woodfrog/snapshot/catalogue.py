@@ -217,7 +217,8 @@ class Catalogue:
             The manifest with its files' digests.
 
         Raises:
-            StoreError: something could not be written; the staging directory is removed.
+            StoreError: something could not be written. The staging directory is the caller's to abandon: a sandbox
+                may rest on its files.
         """
         try:
             fault("commit.before")
@@ -235,11 +236,7 @@ class Catalogue:
             os.rename(staging.path, final)
             fsync_dir(self.root)
         except OSError as e:
-            self.abandon(staging)
             raise store_error("cannot store the snapshot", staging.path, e) from e
-        except BaseException:
-            self.abandon(staging)
-            raise
         self._manifests[full.id] = full
         self._verified[full.id] = stamp
         return full
