@@ -15,8 +15,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,6 +30,7 @@ from rich.table import Table
 from woodfrog.criu.binary import find_criu
 from woodfrog.errors import WoodfrogError
 from woodfrog.sdk import deploy
+from woodfrog.sdk.call import Call, Target
 from woodfrog.sdk.client import Client
 from woodfrog.settings import Settings, load
 from woodfrog.spec import AppSpec
@@ -66,6 +69,8 @@ class Daemon:
         self.client: Client
 
     def __enter__(self) -> Daemon:
+        # A benchmark that is stopped takes its daemon and its sandboxes with it.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "woodfrog.daemon"],
@@ -81,8 +86,6 @@ class Daemon:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"the daemon did not start:\n{self.log.read_text()[-4000:]}")
             time.sleep(0.05)
-        # What the SDK's own handles (Cls.from_name) find.
-        os.environ["WOODFROG_HOME"] = str(self.home)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -107,10 +110,11 @@ class Daemon:
     # What benchmarks ask of it
 
     def deploy(
-        self, name: str, handles: Sequence[Any], program: tuple[str, str], *, snapshots: bool = True, **scaling: Any
+        self, name: str, module: ModuleType, tags: Sequence[str], *, snapshots: bool = True, **scaling: Any
     ) -> AppSpec:
-        """Deploy some of a program's functions as an app, with snapshots on or off."""
-        bundle = deploy.build(name, handles, program)
+        """Deploy some of a program's functions and classes as an app, with snapshots on or off."""
+        registered = {**module.app.registered_functions, **module.app.registered_classes}
+        bundle = deploy.build(name, [registered[t] for t in tags], (module.__name__, str(module.__file__)))
         functions = tuple(
             dataclasses.replace(
                 f,
@@ -122,6 +126,10 @@ class Daemon:
         bundle = dataclasses.replace(bundle, spec=dataclasses.replace(bundle.spec, functions=functions))
         deploy.send(self.client, bundle, ephemeral=False)
         return bundle.spec
+
+    def call(self, app: str, tag: str, *args: Any) -> Any:
+        """`.remote(*args)` of a handle that has found its daemon."""
+        return Call(Target(self.client, app, tag), args, {}).run()
 
     def containers(self, app: str | None = None) -> list[dict[str, Any]]:
         rows = self.client.request("GET", "/containers").json()["containers"]
@@ -165,6 +173,11 @@ def wait_until(condition: Callable[[], Any], otherwise: str, seconds: float = CH
         if time.monotonic() > deadline:
             raise SystemExit(otherwise)
         time.sleep(0.02)
+
+
+def program(name: str) -> ModuleType:
+    """A program of benchmarks/programs, under the name its containers import it by."""
+    return import_module(name)
 
 
 def has(module: str) -> bool:

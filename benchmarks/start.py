@@ -1,4 +1,5 @@
-"""Starts from nothing to the first answer: cold, plain `criu restore`, woodfrog, fork server; interleaved.
+"""Starts from nothing to the first answer: cold, plain `criu restore`, woodfrog (also with its page server off), fork
+server; interleaved.
 
     python benchmarks/start.py                     # small, arrays, big; 20 rounds of each
     python benchmarks/start.py --model             # and a sentence-transformers model
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import socket
 import statistics
 import subprocess
@@ -21,10 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from common import HERE, Daemon, console, has, machine, number, save, summary, table
+from common import HERE, Daemon, console, has, machine, number, program, save, summary, table
 from plain import Plain, PlainRestore
-
-import woodfrog
 
 WORKLOADS = {
     "small": ("Small", "standard library only"),
@@ -32,8 +32,16 @@ WORKLOADS = {
     "big": ("Big", "600 MB touched, a request reads 5%"),
     "model": ("Model", "all-MiniLM-L6-v2, sentence-transformers"),
 }
-ARMS = ("cold", "plain", "woodfrog", "fork")
-TITLES = {"cold": "cold start", "plain": "criu restore", "woodfrog": "woodfrog", "fork": "fork server"}
+ARMS = ("cold", "plain", "whole", "woodfrog", "fork")
+TITLES = {
+    "cold": "cold start",
+    "plain": "criu restore",
+    "whole": "woodfrog, page server off",
+    "woodfrog": "woodfrog",
+    "fork": "fork server",
+}
+NEVER_MIB = 1 << 30
+"""As `lazy_min_mib`: CRIU copies all memory before the process runs, as the plain arm does."""
 
 
 class ForkServer:
@@ -44,8 +52,11 @@ class ForkServer:
         self._path = str(Path(self._folder.name) / "fork.sock")
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "forkserver.py"), cls, self._path],
+            # OpenMP's threads do not survive a fork, and the child would wait for them for ever.
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
         assert self._process.stdout is not None
         if self._process.stdout.readline() != b"ready\n":
@@ -54,6 +65,7 @@ class ForkServer:
     def measure(self, request: int) -> tuple[float, Any]:
         begin = time.perf_counter()
         with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(60)
             connection.connect(self._path)
             with connection.makefile("rwb") as stream:
                 stream.write(json.dumps(request).encode() + b"\n")
@@ -67,13 +79,12 @@ class ForkServer:
         self._folder.cleanup()
 
 
-def by_call(daemon: Daemon, app: str, cls: str, request: int, expected: str) -> tuple[float, Any, dict[str, Any]]:
+def by_call(daemon: Daemon, app: str, cls: str, expected: str) -> tuple[float, Any, dict[str, Any]]:
     """Scale to zero, let the next sandbox be prepared, then one call: milliseconds at the client."""
     daemon.stop_containers()
     time.sleep(0.3)
-    handle = woodfrog.Cls.from_name(app, cls)()
     begin = time.perf_counter()
-    answer = handle.run.remote(request)
+    answer = daemon.call(app, f"{cls}.run", 0)
     ms = (time.perf_counter() - begin) * 1e3
     trace = daemon.last_trace(app)
     if trace["start"] != expected:
@@ -95,53 +106,58 @@ def phase_medians(traces: list[dict[str, Any]]) -> dict[str, float]:
     return {name: round(statistics.median(values), 3) for name, values in found.items()}
 
 
-def measure(daemon: Daemon, plain: PlainRestore, name: str, rounds: int, loop: Any) -> dict[str, Any]:
+def measure(daemon: Daemon, whole: Daemon, plain: PlainRestore, name: str, rounds: int, loop: Any) -> dict[str, Any]:
     cls, _ = WORKLOADS[name]
-    import starts
-
-    program = ("starts", starts.__file__)
-    handles = [starts.app.registered_classes[cls]]
-    warm_app, cold_app = f"start-{name}", f"start-{name}-cold"
-    spec = daemon.deploy(warm_app, handles, program, scaledown_window=600.0)
-    daemon.deploy(cold_app, handles, program, snapshots=False, scaledown_window=600.0)
+    app, cold_app = f"start-{name}", f"start-{name}-cold"
+    starts = program("starts")
+    spec = daemon.deploy(app, starts, [cls], scaledown_window=600.0)
+    daemon.deploy(cold_app, starts, [cls], snapshots=False, scaledown_window=600.0)
+    whole.deploy(app, starts, [cls], scaledown_window=600.0)
     with console.status(f"{name}: freeze"):
-        expected = woodfrog.Cls.from_name(warm_app, cls)().run.remote(0)
-        snapshot = daemon.wait_for_snapshot(warm_app)
-    server = ForkServer(cls)
+        expected = daemon.call(app, f"{cls}.run", 0)
+        whole.call(app, f"{cls}.run", 0)
+        snapshot = daemon.wait_for_snapshot(app)
+        whole.wait_for_snapshot(app)
+    calls = {"cold": (daemon, cold_app, "cold"), "woodfrog": (daemon, app, "restore"), "whole": (whole, app, "restore")}
     values: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    traces: dict[str, list[dict[str, Any]]] = {"cold": [], "woodfrog": []}
+    traces: dict[str, list[dict[str, Any]]] = {arm: [] for arm in calls}
     plains: list[Plain] = []
+    server = ForkServer(cls)
     try:
-        # One of each that is not counted: caches, kernel features, sandboxes of this size.
-        for number_ in range(-1, rounds):
+        # One round that is not counted: page cache, kernel features, what the page server learns from the first thaw.
+        for turn in range(-1, rounds):
             for arm in ARMS:
-                if arm in ("cold", "woodfrog"):
-                    app, kind = (cold_app, "cold") if arm == "cold" else (warm_app, "restore")
-                    ms, answer, trace = by_call(daemon, app, cls, 0, kind)
-                    if number_ >= 0:
-                        traces[arm].append(trace)
+                if arm in calls:
+                    on, of, kind = calls[arm]
+                    ms, answer, trace = by_call(on, of, cls, kind)
+                    traces[arm].append(trace)
+                    on.stop_containers()
                 elif arm == "plain":
-                    daemon.stop_containers()
                     done = loop.run_until_complete(plain.restore(spec, snapshot["id"], 0))
                     ms, answer = done.ms, done.answer
-                    if number_ >= 0:
-                        plains.append(done)
+                    plains.append(done)
                 else:
                     ms, answer = server.measure(0)
                 if answer != expected:
                     raise SystemExit(f"{name}: the {arm} arm answered {answer!r}, not {expected!r}")
-                if number_ >= 0:
-                    values[arm].append(ms)
+                values[arm].append(ms)
+            if turn < 0:
+                for found in (*values.values(), *traces.values(), plains):
+                    found.clear()
     finally:
         server.close()
         daemon.stop_containers()
+        whole.stop_containers()
     medians = {arm: statistics.median(v) for arm, v in values.items()}
     parts = ("criu", "connect", "wake", "run")
     return {
         "snapshot": {k: snapshot[k] for k in ("memory_bytes", "files_bytes", "tasks")},
         "ms": {arm: summary(v) for arm, v in values.items()},
         "cold_over_woodfrog": round(medians["cold"] / medians["woodfrog"], 2),
-        "overhead_ms": summary([w - p for w, p in zip(values["woodfrog"], values["plain"], strict=True)]),
+        "overhead_ms": {
+            arm: summary([w - p for w, p in zip(values[arm], values["plain"], strict=True)])
+            for arm in ("whole", "woodfrog")
+        },
         "phases_ms": {arm: phase_medians(rows) for arm, rows in traces.items()},
         "plain_phases_ms": {k: round(statistics.median(getattr(p, k) for p in plains), 3) for k in parts},
     }
@@ -153,16 +169,20 @@ def show(name: str, result: dict[str, Any]) -> None:
         [TITLES[arm], *(number(result["ms"][arm][k]) for k in ("min", "median", "p95"))]
         for arm in ARMS
     ]
-    rows.append(["woodfrog over criu restore", *(number(result["overhead_ms"][k]) for k in ("min", "median", "p95"))])
+    for arm, title in (("whole", "the same, over criu restore"), ("woodfrog", "woodfrog over criu restore")):
+        at = 1 + (ARMS.index(arm) if arm == "whole" else len(rows) - 1)
+        rows.insert(at, [title, *(number(result["overhead_ms"][arm][k]) for k in ("min", "median", "p95"))])
     table(
         f"{name} ({WORKLOADS[name][1]}; snapshot {size:.0f} MB): ms to the first answer, "
         f"thaw {result['cold_over_woodfrog']:.1f}x faster than cold",
         ("", "min", "median", "p95"),
         rows,
     )
-    phases = ", ".join(f"{k} {v:.1f}" for k, v in result["phases_ms"]["woodfrog"].items() if v >= 0.1)
-    console.print(f"   woodfrog: {phases}")
-    console.print("   criu restore: " + ", ".join(f"{k} {v:.1f}" for k, v in result["plain_phases_ms"].items()))
+    for arm in ("woodfrog", "whole"):
+        phases = ", ".join(f"{k} {v:.1f}" for k, v in result["phases_ms"][arm].items() if v >= 0.1)
+        console.print(f"   [bold]{TITLES[arm]}[/]: {phases}", soft_wrap=True)
+    phases = ", ".join(f"{k} {v:.1f}" for k, v in result["plain_phases_ms"].items())
+    console.print(f"   [bold]criu restore[/]: {phases}", soft_wrap=True)
 
 
 def main() -> int:
@@ -184,12 +204,12 @@ def main() -> int:
         chosen.remove("arrays")
     result: dict[str, Any] = {"rounds": options.rounds, "pandas": has("pandas"), "workloads": {}}
     loop = uvloop.new_event_loop()
-    with Daemon() as daemon:
+    with Daemon() as daemon, Daemon(lazy_min_mib=NEVER_MIB) as whole:
         result["machine"] = machine(daemon.settings)
         plain = PlainRestore(daemon)
         try:
             for name in chosen:
-                result["workloads"][name] = measure(daemon, plain, name, options.rounds, loop)
+                result["workloads"][name] = measure(daemon, whole, plain, name, options.rounds, loop)
                 show(name, result["workloads"][name])
         finally:
             loop.run_until_complete(plain.close())

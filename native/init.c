@@ -851,9 +851,10 @@ static size_t build_filter(struct sock_filter *f)
 /* ------------------------------------------------------------------------------------------------ spawn */
 
 enum caps_mode { CAPS_NONE, CAPS_HELD, CAPS_AMBIENT };
-enum { SPAWN_NO_NEW_PRIVS = 1, SPAWN_SECCOMP = 2, SPAWN_NEW_SESSION = 4 };
+enum { SPAWN_NO_NEW_PRIVS = 1, SPAWN_SECCOMP = 2, SPAWN_NEW_SESSION = 4, SPAWN_SUBREAPER = 8 };
 static const struct word spawn_words[] = {
-    {"no_new_privs", SPAWN_NO_NEW_PRIVS}, {"seccomp", SPAWN_SECCOMP}, {"new_session", SPAWN_NEW_SESSION}, {NULL, 0},
+    {"no_new_privs", SPAWN_NO_NEW_PRIVS}, {"seccomp", SPAWN_SECCOMP}, {"new_session", SPAWN_NEW_SESSION},
+    {"subreaper", SPAWN_SUBREAPER}, {NULL, 0},
 };
 
 struct limit { int resource; struct rlimit value; };
@@ -952,6 +953,8 @@ static const char *become(const struct spawn *s)
         if (setrlimit((__rlimit_resource_t)s->limits[i].resource, &s->limits[i].value))
             return "rlimit";
     umask(s->mask);
+    if (s->flags & SPAWN_SUBREAPER && prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0))
+        return "subreaper";
     if (s->flags & SPAWN_NO_NEW_PRIVS && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
         return "no_new_privs";
     if (apply_capabilities(s, &step))

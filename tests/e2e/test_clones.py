@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e.harness import Daemon
 
+from e2e.harness import Daemon
 from woodfrog.linux.network import Network
 
 pytestmark = [pytest.mark.root, pytest.mark.criu]

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from e2e.harness import Daemon, until
 
 import woodfrog
+from e2e.harness import Daemon, until
 
 pytestmark = [pytest.mark.root, pytest.mark.criu]
 
@@ -128,11 +128,12 @@ class Executor:
 
 @app.cls(**ONCE)
 class Shell:
-    """A tree three deep, with a child in a session of its own, a stopped one, and one that is dead but not waited for."""
+    """A tree three deep: with a child in a session of its own, a stopped one, and a dead one nobody waited for."""
 
     @woodfrog.enter(snap=True)
     def start(self):
-        self.cat = subprocess.Popen(["sh", "-c", "cat; echo ended"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.cat = subprocess.Popen(["sh", "-c", "cat; echo ended"], **pipes)
         self.sleeper = subprocess.Popen(["sleep", "1000"], start_new_session=True)
         self.stopped = subprocess.Popen(["sh", "-c", "kill -STOP $$; exit 7"])
         self.dead = subprocess.Popen(["sh", "-c", "exit 5"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -15,9 +16,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from e2e.harness import Daemon, until
 
 import woodfrog
+from e2e.harness import Daemon, until
 from woodfrog.errors import (
     CallCancelled,
     ExecutionError,
@@ -377,7 +378,7 @@ def test_exceptions_that_cannot_be_themselves(shop: Any) -> None:
     assert "in stubborn" in caught.value.fields["traceback"]
     with pytest.raises(ExecutionError, match="SystemExit"):
         shop.leave.remote()
-    with pytest.raises(Exception, match="cannot be pickled|cannot pickle") as result:
+    with pytest.raises(Exception, match="cannot be pickled") as result:
         shop.handle.remote()
     assert "lock" in str(result.value)
     with pytest.raises(SerializationError, match="argument 1 of type"):
@@ -618,7 +619,7 @@ def test_scaling(daemon: Daemon) -> None:
     alone = woodfrog.Function.from_name("scaled", "alone")
     times = sorted(alone.map([0.2] * 4), key=lambda found: float(found[1]))
     assert len({found[0] for found in times}) == 1
-    assert all(a[2] <= b[1] for a, b in zip(times, times[1:], strict=False))
+    assert all(a[2] <= b[1] for a, b in itertools.pairwise(times))
 
     spare = woodfrog.Function.from_name("scaled", "spare")
     call = spare.spawn(3)
@@ -759,6 +760,9 @@ class Frozen(Base):
 """
 
 
+ORDER = ["construct", "enter base", "enter snap", "before 2", "before 1", "after 1", "after 2", "enter thaw"]
+
+
 def test_what_a_thawed_copy_still_has(daemon: Daemon) -> None:
     daemon.cli("deploy", str(daemon.program(FROZEN, "frozen.py")), "--snapshot")
     look = woodfrog.Cls.from_name("frozen", "Frozen")().look
@@ -771,7 +775,7 @@ def test_what_a_thawed_copy_still_has(daemon: Daemon) -> None:
         assert snapshot in daemon.snapshots("frozen")
         home = "/home/woodfrog"
         assert found == {
-            "order": ["construct", "enter base", "enter snap", "before 2", "before 1", "after 1", "after 2", "enter thaw"],
+            "order": ORDER,
             "restored": [False, True, False],
             "files": {f: f for f in ("/tmp", home, "/dev/shm", "/var/tmp", "/data/made")},
             "link": "/tmp/kept",

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from e2e.harness import Daemon
 
 pytestmark = [pytest.mark.root, pytest.mark.criu]
 
-BASIC = '''
+BASIC = """
 import woodfrog as modal  # changed: import modal
 
 app = modal.App("basic")
@@ -36,9 +37,9 @@ class MyCls:
     @modal.method()  # added: the page shows the class without what it is called by
     def touch(self):
         print("touched")
-'''
+"""
 
-EMBEDDER = '''
+EMBEDDER = """
 import woodfrog as modal  # changed: import modal
 
 image = modal.Image.debian_slim().pip_install("sentence-transformers")
@@ -77,9 +78,9 @@ def main():
 if __name__ == "__main__":
     cls = modal.Cls.from_name("sentence-transformers", "Embedder")
     cls().run.remote(sentences=["what is the meaning of life?"])
-'''
+"""
 
-AVAILABILITY = '''
+AVAILABILITY = """
 import woodfrog as modal  # changed: import modal
 
 app = modal.App(image=modal.Image.debian_slim().pip_install("torch"))
@@ -101,9 +102,9 @@ class GPUAvailability:
     def demo(self):
         import torch  # added: the page's method has no torch in sight
         print(f"GPUs available: {torch.cuda.is_available()}") # True
-'''
+"""
 
-TWICE = '''
+TWICE = """
 import woodfrog as modal  # changed: import modal
 
 app = modal.App("twice")
@@ -124,9 +125,9 @@ class GPUAvailability:
     @modal.method()  # added, as above
     def demo(self):
         return "served"
-'''
+"""
 
-XFORMERS = '''
+XFORMERS = """
 import woodfrog as modal  # changed: import modal
 
 image = modal.Image.debian_slim().pip_install("xformers>=0.28") # for instance
@@ -138,9 +139,9 @@ app = modal.App("xformers", image=image)
 def my_func():
     import os
     print(os.environ["XFORMERS_ENABLE_TRITON"])
-'''
+"""
 
-STUB = '''
+STUB = """
 import woodfrog as modal  # changed: import modal
 
 stub = modal.Stub("checkpointing-example-simple")
@@ -149,7 +150,7 @@ stub = modal.Stub("checkpointing-example-simple")
 @stub.function(checkpointing_enabled=True)
 def my_func():
     print("hello")
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from e2e.harness import Daemon
 
 pytestmark = [pytest.mark.root, pytest.mark.criu]

@@ -419,6 +419,19 @@ def test_page_server_killed_in_a_call(lazy: Daemon) -> None:
     assert instance not in {c["id"] for c in lazy.get("/containers")["containers"]}
 
 
+def test_page_file_cut_under_a_running_container(lazy: Daemon) -> None:
+    """Memory that cannot be read any more: the call is run again, and the snapshot is not thawed a second time."""
+    instance = thaw_lazily(lazy)
+    (snapshot,) = of_function(lazy, "Lazy")
+    os.truncate(pages(lazy.home / "snapshots" / snapshot), 4096)
+    value, log = call(lazy, "Lazy.check", "first=0", "last=1024")
+    assert value is True
+    assert "bytes, not" in log and "cold start" in log, log
+    assert instance not in {c["id"] for c in lazy.get("/containers")["containers"]}
+    assert snapshot in lazy.snapshots("sys", "retired")
+    until(lambda: of_function(lazy, "Lazy"))
+
+
 @pytest.mark.parametrize("kind", ["empty", "garbage", "truncated", "elsewhere"])
 def test_bad_working_set_costs_time_at_most(lazy: Daemon, kind: str) -> None:
     """It says which pages come first; nothing hangs on it being right."""

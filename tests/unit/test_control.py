@@ -499,6 +499,7 @@ def test_stop_by_hand_puts_the_call_back_in_front() -> None:
     d.call()
     d.ready("i-t-1")
     assert names(d.send(ev.InstanceStopRequested, instance_id="i-t-1")) == ["KillInstance"]
+    assert d.done("c1", "i-t-1") == [], "too late: it runs again"
     d.stopped("i-t-1")
     assert d.ready("i-t-2") == [ev.RunCall(call_id="c1", instance_id="i-t-2")]
 

@@ -193,6 +193,7 @@ class SandboxFactory:
                 inner_pid=protocol.WORKER_PID,
                 stdout=protocol.WORKER_STDOUT,
                 stderr=protocol.WORKER_STDERR,
+                subreaper=True,
             )
         )
 

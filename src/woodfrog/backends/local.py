@@ -446,7 +446,7 @@ class LocalBackend:
         if self._pages is None or not self._pages.alive:
             self._pages = await PageServer.start(uid=self._config.page_server_uid, on_death=self._pages_died)
         working_set = path / _WORKING_SET
-        known = working_set.exists()
+        known = await asyncio.to_thread(_usable, working_set)
         # While the working set is being learned, only what is asked for may get into it.
         return Lazy(self._pages, working_set if known else None, around=_AROUND if known else _AROUND_LEARNING)
 
@@ -784,6 +784,18 @@ def _read_or_empty(path: Path) -> bytes:
     with contextlib.suppress(FileNotFoundError):
         return path.read_bytes()
     return b""
+
+
+def _usable(working_set: Path) -> bool:
+    """Whether there is a working set to push; a damaged one is removed and learned anew."""
+    data = _read_or_empty(working_set)
+    try:
+        return set_pages(data) > 0
+    except ValueError:
+        if working_set.exists():
+            log.warning("%s is damaged; it is learned anew", working_set)
+            working_set.unlink(missing_ok=True)
+        return False
 
 
 def _plain_error(raw: Any) -> dict[str, Any]:

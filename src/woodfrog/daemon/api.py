@@ -536,6 +536,7 @@ def build(
         out["root_pid"] = manifest.root_pid
         out["phases"] = [dict(zip(("name", "ms"), p.split("="), strict=True)) for p in manifest.phases]
         out["files"] = [to_dict(f) for f in manifest.files]
+        out["warnings"] = list(manifest.warnings)
         out["external_files"] = len(manifest.external)
         if log:
             folder = catalogue.path(manifest.id) / "log"

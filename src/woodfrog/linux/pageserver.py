@@ -121,6 +121,8 @@ class ServedPages:
         """The processes are gone. Returns pages pushed, faults, pages given on demand; zeroes if the server died."""
         try:
             self._server._send(_DROP, self._number)
+            if self.failed.done():
+                return 0, 0, 0  # of one that it refused the page server knows nothing and answers nothing
             return await asyncio.wait_for(self._stats, _ANSWER_S)
         except (SandboxError, TimeoutError):
             return 0, 0, 0

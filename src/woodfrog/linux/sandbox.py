@@ -71,6 +71,7 @@ class ProcessSpec:
         inner_pid: the pid it is to have inside; None = the next free one.
         pass_fds: target number (3-255) to descriptor of this process.
         rlimits: `resource.RLIMIT_*` to (soft, hard); -1 = unlimited.
+        subreaper: processes that detach themselves stay in its tree, and so in a snapshot of it.
         umask: file mode mask.
     """
 
@@ -89,6 +90,7 @@ class ProcessSpec:
     pass_fds: Mapping[int, int] = field(default_factory=dict)
     rlimits: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     new_session: bool = True
+    subreaper: bool = False
     umask: int = 0o022
 
 
@@ -550,6 +552,7 @@ class Sandbox:
                 ("no_new_privs", spec.no_new_privs),
                 ("seccomp", spec.seccomp),
                 ("new_session", spec.new_session),
+                ("subreaper", spec.subreaper),
             )
             if on
         ]

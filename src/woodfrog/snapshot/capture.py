@@ -88,5 +88,6 @@ async def capture(
         fs_bytes=0,
         files=(),
         external=tuple(f"{path}|{size}|{mtime}" for path, size, mtime in result.files),
+        warnings=result.warnings,
         phases=tuple(f"{p.name}={p.ms:.1f}" for p in phases.items),
     )

@@ -60,6 +60,8 @@ class Manifest:
     """Kind, mode, owner, target: of directories, symlinks and devices, and of the files in `fs/` and `shm/`."""
     external: tuple[str, ...] = ()
     """Files outside the sandbox that are mapped or open: `path|size|mtime_ns`. They must be unchanged at a restore."""
+    warnings: tuple[str, ...] = ()
+    """What the snapshot does not keep, one line each."""
     phases: tuple[str, ...] = ()
     """How the capture spent its time: `name=ms`."""
 
