@@ -228,11 +228,12 @@ def save(name: str, result: dict[str, Any], target: str | None = None) -> Path:
 
 
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    made = Table(title=title, title_justify="left")
+    made = Table()
     for i, heading in enumerate(headings):
         made.add_column(heading, justify="right" if i else "left")
     for row in rows:
         made.add_row(*row)
+    console.print(f"\n[bold]{title}", soft_wrap=True)
     console.print(made)
 
 

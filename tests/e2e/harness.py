@@ -10,11 +10,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from woodfrog.sdk.client import Client
+from woodfrog.sdk.client import Client, error_from_answer
 from woodfrog.settings import Settings
 
 BIN = Path(sys.executable).parent
@@ -64,10 +65,13 @@ class Daemon:
                 start_new_session=True,
             )
         deadline = time.monotonic() + 60
-        while not self.settings.socket.exists():
+        client = Client(self.settings)
+        # A daemon that was killed left its socket behind.
+        while (client.health(timeout=1.0) or {}).get("pid") != self.process.pid:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"the daemon did not start:\n{self.log.read_text()[-4000:]}")
             time.sleep(0.02)
+        client.close()
         return self
 
     def kill(self) -> None:
@@ -133,6 +137,30 @@ class Daemon:
         self._client = self._client or Client(self.settings)
         return self._client.request("GET", path, params=params).json()
 
+    def call(self, app: str, tag: str, *, timeout: float = 60, **arguments: Any) -> Any:
+        """A call with JSON arguments, without the price of a process.
+
+        Raises:
+            WoodfrogError: the call did not come to an answer.
+            AssertionError: the function raised; with its traceback.
+        """
+        self._client = self._client or Client(self.settings)
+        reply = self._client.request(
+            "POST",
+            f"/apps/{app}/calls/{tag}",
+            data=arguments,
+            headers={"Woodfrog-Call": uuid.uuid4().hex},
+            wait=timeout,
+        )
+        body = reply.body.getvalue()
+        match reply.headers["woodfrog-status"]:
+            case "success":
+                return json.loads(body)
+            case "exception":
+                raise AssertionError(body.decode())
+            case status:
+                raise error_from_answer(json.loads(body or b"null"), f"{app}.{tag}: {status} after {timeout} s")
+
     def app_log(self, app: str) -> list[dict[str, Any]]:
         """An app's log so far."""
         self._client = self._client or Client(self.settings)
@@ -160,18 +188,12 @@ class Daemon:
                 found.add(int(line))
         return sorted(found)
 
-    @staticmethod
-    def orphans() -> list[int]:
-        """Page servers whose daemon is gone, whichever it was."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                name, rest = path.read_text().split(" (", 1)[1].rsplit(") ", 1)
-            except OSError:
-                continue
-            if name.startswith("woodfrog-pages") and rest.split()[1] == "1":
-                found.append(int(path.parent.name))
-        return found
+    def page_server(self) -> int | None:
+        """Host pid of the daemon's page server, once something was thawed through it."""
+        assert self.process is not None
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        found = [int(c) for c in children if Path(f"/proc/{c}/comm").read_text().startswith("woodfrog-pages")]
+        return found[0] if found else None
 
     def cgroups(self) -> list[Path]:
         tag = self.settings.tag
@@ -184,7 +206,7 @@ class Daemon:
     def leaks(self) -> dict[str, list[Any]]:
         """Processes, cgroups and mounts of this daemon's that exist now; {} when it is clean."""
         found: dict[str, list[Any]] = {
-            "processes": [*self.inits(), *self.orphans()],
+            "processes": self.inits(),
             "cgroups": [str(p) for p in self.cgroups()],
             "mounts": self.mounts(),
         }

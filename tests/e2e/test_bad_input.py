@@ -239,7 +239,9 @@ def test_two_functions_of_one_name(daemon: Daemon) -> None:
 
 
 def test_unknown_parameter_names_the_nearest(daemon: Daemon) -> None:
-    done = run(daemon, "import woodfrog\napp = woodfrog.App('x')\n@app.function(memroy=3)\ndef f(): pass\n", name="typo.py")
+    done = run(
+        daemon, "import woodfrog\napp = woodfrog.App('x')\n@app.function(memroy=3)\ndef f(): pass\n", name="typo.py"
+    )
     one_line(done, "memroy", "memory", "typo.py")
 
 

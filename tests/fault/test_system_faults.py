@@ -138,10 +138,10 @@ def daemon() -> Iterator[Daemon]:
         assert "internal error" not in daemon.log.read_text(), daemon.log.read_text()
 
 
-def call(daemon: Daemon, tag: str, *args: str) -> tuple[Any, str]:
+def call(daemon: Daemon, tag: str, **arguments: Any) -> tuple[Any, str]:
     """A call's answer, and what the app's log says of the containers since."""
     begin = time.time()
-    value = json.loads(daemon.cli("call", f"sys.{tag}", *args, timeout=60).stdout)
+    value = daemon.call("sys", tag, **arguments)
     return value, "\n".join(e["line"] for e in daemon.app_log("sys") if e["t"] >= begin - 0.001)
 
 
@@ -213,16 +213,16 @@ ALTERATIONS: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("kind", ALTERATIONS)
 def test_altered_snapshot_is_never_thawed(daemon: Daemon, kind: str) -> None:
     if not of_function(daemon, "Altered"):
-        assert call(daemon, "Altered.run", "x=1")[0] == answer(1)
+        assert call(daemon, "Altered.run", x=1)[0] == answer(1)
         until(lambda: of_function(daemon, "Altered"))
     if kind == "pages-truncated":
-        value, log = call(daemon, "Altered.run", "x=2")  # it thaws as long as nobody touched it
+        value, log = call(daemon, "Altered.run", x=2)  # it thaws as long as nobody touched it
         assert value == answer(2) and "thawed in" in log
     (snapshot,) = of_function(daemon, "Altered")
     alter, word = ALTERATIONS[kind]
     alter(daemon.home / "snapshots" / snapshot)
 
-    value, log = call(daemon, "Altered.run", "x=3")
+    value, log = call(daemon, "Altered.run", x=3)
 
     assert value == answer(3)
     reason = [line for line in log.splitlines() if "did not thaw" in line]
@@ -230,18 +230,18 @@ def test_altered_snapshot_is_never_thawed(daemon: Daemon, kind: str) -> None:
     # The bad one is out of use, a new one takes its place and serves.
     (new,) = until(lambda: [s for s in of_function(daemon, "Altered") if s != snapshot])
     assert snapshot in daemon.snapshots("sys", "retired")
-    value, log = call(daemon, "Altered.run", "x=4")
+    value, log = call(daemon, "Altered.run", x=4)
     assert value == answer(4) and "thawed in" in log and of_function(daemon, "Altered") == [new]
 
 
 def test_damaged_while_the_daemon_was_down(daemon: Daemon) -> None:
     """Everything is read anew by the next daemon: a flipped bit is found by its hash, a bad manifest is listed as damaged."""
-    call(daemon, "Altered.run", "x=1")
+    call(daemon, "Altered.run", x=1)
     (first,) = until(lambda: of_function(daemon, "Altered"))
     daemon.stop()
     flip(pages(daemon.home / "snapshots" / first))
     daemon.start()
-    value, log = call(daemon, "Altered.run", "x=5")
+    value, log = call(daemon, "Altered.run", x=5)
     assert value == answer(5) and "altered" in log
     (second,) = until(lambda: [s for s in of_function(daemon, "Altered") if s != first])
 
@@ -251,7 +251,7 @@ def test_damaged_while_the_daemon_was_down(daemon: Daemon) -> None:
     rows = {s["id"]: s for s in daemon.get("/snapshots")["snapshots"]}
     assert rows[first]["state"] == "retired"
     assert rows[second]["state"] == "damaged" and "sign" in rows[second]["why"]
-    assert call(daemon, "Altered.run", "x=6")[0] == answer(6)
+    assert call(daemon, "Altered.run", x=6)[0] == answer(6)
     until(lambda: of_function(daemon, "Altered"))
     daemon.cli("snapshot", "invalidate", second)
     assert second not in {s["id"] for s in daemon.get("/snapshots")["snapshots"]}
@@ -299,19 +299,21 @@ def test_failed_capture_costs_nothing_but_itself(daemon: Daemon, fault: str) -> 
 # Restores that fail
 
 
-@pytest.mark.parametrize("fault", ["restore.before=raise", "restore.before=enospc", "restore.criu=kill-criu", "restore.after=raise"])
+@pytest.mark.parametrize(
+    "fault", ["restore.before=raise", "restore.before=enospc", "restore.criu=kill-criu", "restore.after=raise"]
+)
 def test_failed_restore_is_a_cold_start(daemon: Daemon, fault: str) -> None:
     if not of_function(daemon, "Altered"):
-        call(daemon, "Altered.run", "x=1")
+        call(daemon, "Altered.run", x=1)
         until(lambda: of_function(daemon, "Altered"))
     snapshots = of_function(daemon, "Altered")
     daemon.stop()
     daemon.start(WOODFROG_FAULTS=f"{fault}*1")
-    value, log = call(daemon, "Altered.run", "x=7")
+    value, log = call(daemon, "Altered.run", x=7)
     assert value == answer(7)
     assert "did not thaw" in log and "cold start" in log and "started in" in log, log
     # Once is no reason to give the snapshot up.
-    value, log = call(daemon, "Altered.run", "x=8")
+    value, log = call(daemon, "Altered.run", x=8)
     assert value == answer(8) and "thawed in" in log
     assert of_function(daemon, "Altered") == snapshots
     nothing_half_made(daemon)
@@ -319,39 +321,41 @@ def test_failed_restore_is_a_cold_start(daemon: Daemon, fault: str) -> None:
 
 def test_snapshot_that_fails_repeatedly_is_retired(daemon: Daemon) -> None:
     if not of_function(daemon, "Altered"):
-        call(daemon, "Altered.run", "x=1")
+        call(daemon, "Altered.run", x=1)
     (bad,) = until(lambda: of_function(daemon, "Altered"))
     daemon.stop()
     daemon.start(WOODFROG_FAULTS="restore.before=raise*3")
     for n in range(3):
-        value, log = call(daemon, "Altered.run", f"x={n}")
+        value, log = call(daemon, "Altered.run", x=n)
         assert value == answer(n) and "did not thaw" in log
     assert bad in daemon.snapshots("sys", "retired")
     (why,) = [s["why"] for s in daemon.get("/snapshots")["snapshots"] if s["id"] == bad]
     assert "injected" in why
-    assert call(daemon, "Altered.run", "x=9")[0] == answer(9)
+    assert call(daemon, "Altered.run", x=9)[0] == answer(9)
     until(lambda: of_function(daemon, "Altered"))
-    value, log = call(daemon, "Altered.run", "x=9")
+    value, log = call(daemon, "Altered.run", x=9)
     assert value == answer(9) and "thawed in" in log
     # A restart does not forget it.
     daemon.stop()
     daemon.start()
     assert bad in daemon.snapshots("sys", "retired")
-    assert "thawed in" in call(daemon, "Altered.run", "x=9")[1]
+    assert "thawed in" in call(daemon, "Altered.run", x=9)[1]
 
 
 # Workers that cannot be dumped
 
 
-@pytest.mark.parametrize(("tag", "words"), [("Stray", ("sleep", "detached")), ("SystemV", ("System V", "shared memory"))])
+@pytest.mark.parametrize(
+    ("tag", "words"), [("Stray", ("sleep", "detached")), ("SystemV", ("System V", "shared memory"))]
+)
 def test_worker_that_cannot_be_dumped_runs_on(daemon: Daemon, tag: str, words: tuple[str, ...]) -> None:
-    value, log = call(daemon, f"{tag}.run", "x=1")
+    value, log = call(daemon, f"{tag}.run", x=1)
     assert value == answer(1)
     (reason,) = [line for line in log.splitlines() if "no snapshot: " in line]
     assert all(w in reason for w in words) and "runs on without a snapshot" in reason, reason
     assert log.count("started in") == 1 and "starting anew" not in log
     for n in range(3):
-        value, log = call(daemon, f"{tag}.run", f"x={n}")
+        value, log = call(daemon, f"{tag}.run", x=n)
         assert value == answer(n)
     # After a few attempts it is left at that, and still said.
     assert "no snapshot: " not in log
@@ -366,19 +370,12 @@ def test_worker_that_cannot_be_dumped_runs_on(daemon: Daemon, tag: str, words: t
 # Memory that follows after the thaw
 
 
-def page_server(daemon: Daemon) -> int:
-    assert daemon.process is not None
-    children = Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text().split()
-    (pid,) = [int(c) for c in children if Path(f"/proc/{c}/comm").read_text().startswith("woodfrog-pages")]
-    return pid
-
-
 def thaw_lazily(daemon: Daemon) -> str:
     """A container of the class Lazy, thawed, of whose memory only a little has been asked for."""
     for container in daemon.get("/containers")["containers"]:
         daemon.cli("container", "stop", container["id"])
     daemon.wait_idle()
-    value, log = call(daemon, "Lazy.check", "first=0", "last=2")
+    value, log = call(daemon, "Lazy.check", first=0, last=2)
     assert value is True and "thawed in" in log
     (container,) = [c for c in daemon.get("/containers")["containers"] if c["function"] == "Lazy"]
     return str(container["id"])
@@ -388,7 +385,7 @@ def thaw_lazily(daemon: Daemon) -> str:
 def lazy(daemon: Daemon) -> Iterator[Daemon]:
     daemon.stop()
     daemon.start(WOODFROG_DRAIN_MS="-1")
-    assert call(daemon, "Lazy.check", "first=0", "last=2")[0] is True
+    assert call(daemon, "Lazy.check", first=0, last=2)[0] is True
     until(lambda: of_function(daemon, "Lazy"))
     yield daemon
     daemon.stop()
@@ -398,23 +395,24 @@ def lazy(daemon: Daemon) -> Iterator[Daemon]:
 def test_page_server_killed_between_calls(lazy: Daemon) -> None:
     """What it served waits for memory that will not come: it is replaced, not believed."""
     instance = thaw_lazily(lazy)
-    os.kill(page_server(lazy), signal.SIGKILL)
-    value, log = call(lazy, "Lazy.check", "first=0", "last=1024")
+    os.kill(lazy.page_server() or 0, signal.SIGKILL)
+    value, log = call(lazy, "Lazy.check", first=0, last=1024)
     assert value is True
     until(lambda: instance not in {c["id"] for c in lazy.get("/containers")["containers"]})
     assert instance in lazy.app_text("sys") or instance in log or "page server" in lazy.log.read_text()
     # A new one serves the next.
     thaw_lazily(lazy)
-    assert call(lazy, "Lazy.check", "first=0", "last=1024")[0] is True
+    assert call(lazy, "Lazy.check", first=0, last=1024)[0] is True
 
 
 def test_page_server_killed_in_a_call(lazy: Daemon) -> None:
     """The call is run again, in another container."""
     instance = thaw_lazily(lazy)
-    server = page_server(lazy)
+    server = lazy.page_server()
+    assert server is not None
     timer = threading.Timer(1.0, os.kill, (server, signal.SIGKILL))
     timer.start()
-    value, _ = call(lazy, "Lazy.check", "first=0", "last=1024", "seconds=2.0")
+    value, _ = call(lazy, "Lazy.check", first=0, last=1024, seconds=2.0)
     assert value is True
     assert instance not in {c["id"] for c in lazy.get("/containers")["containers"]}
 
@@ -424,7 +422,7 @@ def test_page_file_cut_under_a_running_container(lazy: Daemon) -> None:
     instance = thaw_lazily(lazy)
     (snapshot,) = of_function(lazy, "Lazy")
     os.truncate(pages(lazy.home / "snapshots" / snapshot), 4096)
-    value, log = call(lazy, "Lazy.check", "first=0", "last=1024")
+    value, log = call(lazy, "Lazy.check", first=0, last=1024)
     assert value is True
     assert "bytes, not" in log and "cold start" in log, log
     assert instance not in {c["id"] for c in lazy.get("/containers")["containers"]}
@@ -449,7 +447,7 @@ def test_bad_working_set_costs_time_at_most(lazy: Daemon, kind: str) -> None:
     }[kind]
     path.write_bytes(bad)
     thaw_lazily(lazy)
-    assert call(lazy, "Lazy.check", "first=0", "last=1024")[0] is True
+    assert call(lazy, "Lazy.check", first=0, last=1024)[0] is True
     assert of_function(lazy, "Lazy") == [snapshot]
 
 
@@ -517,18 +515,18 @@ def test_mapped_library_replaced_after_the_snapshot(daemon: Daemon) -> None:
     import zlib
 
     wanted = zlib.crc32(b"abc")
-    assert call(daemon, "Mapped.run", "text=abc")[0] == wanted
+    assert call(daemon, "Mapped.run", text="abc")[0] == wanted
     (first,) = until(lambda: of_function(daemon, "Mapped"))
-    value, log = call(daemon, "Mapped.run", "text=abc")
+    value, log = call(daemon, "Mapped.run", text="abc")
     assert value == wanted and "thawed in" in log
     # An upgrade in place: the same bytes, written anew.
     shutil.copyfile(os.path.realpath(libz), libs / "libz.so.1")
-    value, log = call(daemon, "Mapped.run", "text=abc")
+    value, log = call(daemon, "Mapped.run", text="abc")
     assert value == wanted
     (reason,) = [line for line in log.splitlines() if "did not thaw" in line]
     assert "libz.so.1" in reason and "changed" in reason, reason
     (second,) = until(lambda: [s for s in of_function(daemon, "Mapped") if s != first])
-    value, log = call(daemon, "Mapped.run", "text=abc")
+    value, log = call(daemon, "Mapped.run", text="abc")
     assert value == wanted and "thawed in" in log
     # Taken away: no thaw, and an honest error of the cold start.
     (libs / "libz.so.1").unlink()
@@ -577,6 +575,6 @@ def test_changed_environment_is_seen(daemon: Daemon) -> None:
 
     for value in ("one", "two", "one"):
         deploy(value)
-        assert json.loads(daemon.cli("call", "env.mode").stdout) == value
+        assert daemon.call("env", "mode") == value
         until(lambda: daemon.snapshots("env"))
-        assert json.loads(daemon.cli("call", "env.mode").stdout) == value
+        assert daemon.call("env", "mode") == value

@@ -200,9 +200,15 @@ class SandboxFactory:
     async def execute(self, sandbox: Sandbox, argv: list[str], env: dict[str, str], timeout: float) -> dict[str, Any]:
         """Run a command as the worker's user, beside the worker."""
         uid = self._settings.worker_uid
-        done = await sandbox.run(
-            ProcessSpec(tuple(argv), env=env, uid=uid, gid=uid, cwd="/app"), timeout, limit=_EXEC_LIMIT
-        )
+        try:
+            done = await sandbox.run(
+                ProcessSpec(tuple(argv), env=env, uid=uid, gid=uid, cwd="/app"), timeout, limit=_EXEC_LIMIT
+            )
+        except SandboxError as e:
+            if "errno" not in e.fields:
+                raise
+            reason = os.strerror(e.fields["errno"])
+            raise SandboxError(f"{argv[0]} cannot be run in the container: {reason}", code="exec") from None
         return {
             "exit_code": done.status,
             "stdout": done.stdout.decode(errors="replace"),

@@ -146,9 +146,11 @@ def target_of(app_name: str, tag: str) -> str:
 
 @app.command()
 def invalidate(snapshot: Id, as_json: Json = False) -> None:
-    """Remove a snapshot: the function's next start is cold, and makes a new one."""
+    """Remove a snapshot, now or when its last container ends: the next start is cold, and makes a new one."""
     answer = post(connect(), f"/snapshots/{segment(snapshot)}/invalidate")
     if as_json:
         output.show_json(answer)
     else:
-        output.note(f"removed {answer.get('snapshot', snapshot)}")
+        name = answer.get("snapshot", snapshot)
+        gone = answer.get("removed", True)
+        output.note(f"removed {name}" if gone else f"retired {name}: removed with the last container thawed from it")

@@ -290,7 +290,7 @@ def inspect_tree(root_pid: int, init_pid: int) -> Tree:
                 stray = procfs.status(pid)
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if stray.state != "Z":
+            if stray.state != "Z" and not _descends(pid, root_pid):
                 strays.append(Task(pid, stray.ns_pids[-1], stray.name, stray.state, 0))
     sockets = frozenset(int(d.target[8:-1]) for t in tasks for d in t.descriptors if d.target.startswith("socket:["))
     connections: tuple[Connection, ...] = ()
@@ -305,6 +305,18 @@ def inspect_tree(root_pid: int, init_pid: int) -> Tree:
         bound += parse_bound(text, sockets, table[:3])
     everything = tuple(tasks)
     return Tree(everything, tuple(strays), connections, bound, _external_files(everything, maps, init_pid))
+
+
+def _descends(pid: int, root_pid: int) -> bool:
+    """Whether a process is below the root by now: one that was started while the tree was being read is no stray."""
+    try:
+        while pid > 1:
+            if pid == root_pid:
+                return True
+            pid = procfs.stat(pid).parent
+    except (FileNotFoundError, ProcessLookupError):
+        return True  # gone again
+    return False
 
 
 def task_alive(task: Task) -> bool:
