@@ -215,6 +215,6 @@ class Daemon:
     def wait_idle(self, seconds: float = 60) -> None:
         """Until no container is left."""
         deadline = time.monotonic() + seconds
-        while self.json("container", "list"):
-            assert time.monotonic() < deadline, self.json("container", "list")
-            time.sleep(0.2)
+        while containers := self.get("/containers")["containers"]:
+            assert time.monotonic() < deadline, containers
+            time.sleep(0.1)

@@ -1,6 +1,6 @@
 """What users get wrong, and what their code does to itself: one clear line each, and a daemon that goes on.
 
-The requirements of the host (kernel without userfaultfd, without CHECKPOINT_RESTORE, ...) are judged in unit/test_doctor.py.
+What the host must have (a kernel with userfaultfd, with CHECKPOINT_RESTORE, ...) is judged in unit/test_doctor.py.
 """
 
 from __future__ import annotations
@@ -185,8 +185,7 @@ class LeavesInEnter:
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[Daemon]:
-    daemon = Daemon(WOODFROG_LOG_MIB="8")
-    with daemon:
+    with Daemon(WOODFROG_LOG_MIB="8") as daemon:
         daemon.cli("deploy", str(daemon.program(APP, "bad.py")))
         yield daemon
         daemon.stop()
@@ -533,18 +532,15 @@ def test_two_deploys_at_once(daemon: Daemon) -> None:
 # The machine
 
 
+# An ordinary user, who may read the interpreter wherever it lives.
+NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+NOBODY += [f"--{kind}-caps=+dac_read_search" for kind in ("inh", "ambient")]
+
+
 def as_nobody(daemon: Daemon, *args: str) -> CompletedProcess[str]:
-    """The CLI as an ordinary user, who may read the interpreter wherever it lives."""
-    held = "+dac_read_search"
     return subprocess.run(
-        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", f"--inh-caps={held}", f"--ambient-caps={held}",
-         str(BIN / "woodfrog"), *args],
-        env=daemon.env,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd="/",
-    )  # fmt: skip
+        [*NOBODY, str(BIN / "woodfrog"), *args], env=daemon.env, capture_output=True, text=True, timeout=60, cwd="/"
+    )
 
 
 def test_without_root_and_without_a_daemon() -> None:
@@ -566,15 +562,8 @@ def test_daemon_without_root(daemon: Daemon) -> None:
     stopped = Daemon()
     try:
         os.chown(stopped.home, 65534, 65534)
-        held = "+dac_read_search"
-        done = subprocess.run(
-            ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", f"--inh-caps={held}", f"--ambient-caps={held}",
-             sys.executable, "-m", "woodfrog.daemon"],
-            env=stopped.env,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )  # fmt: skip
+        command = [*NOBODY, sys.executable, "-m", "woodfrog.daemon"]
+        done = subprocess.run(command, env=stopped.env, capture_output=True, text=True, timeout=60)
         assert done.returncode == 1 and "root" in done.stderr, done.stderr
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     finally:

@@ -182,7 +182,7 @@ def test_killed_while_restoring(daemon: Daemon, point: str) -> None:
 
 
 def test_killed_in_a_call(daemon: Daemon) -> None:
-    """The call is run again by the next daemon, and its answer is for the client that waits and for one that asks later."""
+    """The call is run again by the next daemon, and the client that waits gets its answer."""
     pending = Pending(daemon, "kill.slow", "x=21", "seconds=1.5")
     until(lambda: "slow begins" in daemon.app_text("kill"))
     daemon.kill()

@@ -235,7 +235,7 @@ def test_altered_snapshot_is_never_thawed(daemon: Daemon, kind: str) -> None:
 
 
 def test_damaged_while_the_daemon_was_down(daemon: Daemon) -> None:
-    """Everything is read anew by the next daemon: a flipped bit is found by its hash, a bad manifest is listed as damaged."""
+    """The next daemon reads all anew: a flipped bit is found by its hash, a bad manifest is listed as damaged."""
     call(daemon, "Altered.run", x=1)
     (first,) = until(lambda: of_function(daemon, "Altered"))
     daemon.stop()
@@ -454,6 +454,29 @@ def test_bad_working_set_costs_time_at_most(lazy: Daemon, kind: str) -> None:
 # A full disk
 
 
+FULL = """
+import os, zlib
+import woodfrog
+
+app = woodfrog.App("full")
+
+@app.cls(enable_memory_snapshot=True)
+class Big:
+    @woodfrog.enter(snap=True)
+    def load(self):
+        self.held = os.urandom(64 << 20)
+        self.crc = zlib.crc32(self.held)
+
+    @woodfrog.method()
+    def ok(self):
+        return zlib.crc32(self.held) == self.crc
+
+@app.function()
+def large(n: int):
+    return "z" * n
+"""
+
+
 def test_state_directory_fills_up_in_mid_capture() -> None:
     """Real: the state directory is on a file system smaller than the memory to be captured."""
     mount = Path(tempfile.mkdtemp(prefix="wf-small-", dir="/var/tmp"))
@@ -461,17 +484,7 @@ def test_state_directory_fills_up_in_mid_capture() -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200m,mode=0755", "woodfrog-test", str(mount)], check=True)
     try:
         with Daemon(under=mount) as daemon:
-            text = (
-                "import os, zlib, woodfrog\napp = woodfrog.App('full')\n"
-                "@app.cls(enable_memory_snapshot=True)\n"
-                "class Big:\n"
-                "    @woodfrog.enter(snap=True)\n"
-                "    def load(self):\n        self.held = os.urandom(64 << 20)\n        self.crc = zlib.crc32(self.held)\n"
-                "    @woodfrog.method()\n"
-                "    def ok(self):\n        return zlib.crc32(self.held) == self.crc\n"
-                "@app.function()\ndef large(n: int):\n    return 'z' * n\n"
-            )
-            daemon.cli("deploy", str(daemon.program(text, "full.py")))
+            daemon.cli("deploy", str(daemon.program(FULL, "full.py")))
             # The daemon starts with no less than a gibibyte.
             subprocess.run(["mount", "-o", "remount,size=48m", str(mount)], check=True)
             assert json.loads(daemon.cli("call", "full.Big.ok").stdout) is True

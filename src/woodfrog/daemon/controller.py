@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from woodfrog.backends.base import Answer, Backend, CallRequest, StartRequest
 from woodfrog.backends.connection import Payload
 from woodfrog.control import events as ev
 from woodfrog.control.machine import InvalidTransition, handle
+from woodfrog.control.replay import journal_header, journal_line
 from woodfrog.control.state import Config, State
 from woodfrog.daemon.journal import CallRow, DeployRow, Journal
 from woodfrog.daemon.logs import LogBook
@@ -145,6 +145,7 @@ class Controller:
         self._record_path: Path | None = folder / f"{time.strftime('%Y%m%dT%H%M%S')}-{run_id}.ndjson"
         self._record = open(self._record_path, "w", buffering=1 << 16)  # noqa: SIM115 - open for the daemon's life
         self._record_path.chmod(0o600)
+        self._record.write(journal_header(self.state.config, run_id) + "\n")
         self._recorded = 0
 
     # The loop
@@ -181,14 +182,14 @@ class Controller:
             self.quiet.set()
 
     def _note(self, event: ev.Event, actions: tuple[ev.Action, ...]) -> None:
-        """Append to the run's event journal; beyond its limit the run is no longer recorded, which is said in it."""
+        """Append to the run's event journal, up to its limit."""
         if self._record_path is None:
             return
-        line = json.dumps({"event": event.to_dict(), "actions": [a.to_dict() for a in actions]}, separators=(",", ":"))
+        line = journal_line(event, actions)
         self._recorded += len(line)
         try:
             if self._recorded > _JOURNAL_LIMIT:
-                self._record.write('{"truncated": true}\n')
+                log.info("the event journal is full: this run is not recorded any further")
                 self._record.close()
                 self._record_path = None
                 return
@@ -298,7 +299,7 @@ class Controller:
                 now=self.now(),
                 app=row.app,
                 version=row.version,
-                specs=spec.functions,
+                specs=tuple(replace(f, secrets=(), env={}) for f in spec.functions),  # no secret in the event journal
                 keys=keys,
                 snapshots=snapshots,
                 ephemeral=row.ephemeral,
