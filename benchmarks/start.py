@@ -139,7 +139,7 @@ def measure(daemon: Daemon, whole: Daemon, plain: PlainRestore, name: str, round
                 else:
                     ms, answer = server.measure(0)
                 if answer != expected:
-                    raise SystemExit(f"{name}: the {arm} arm answered {answer!r}, not {expected!r}")
+                    raise SystemExit(f"{name}: the {arm} arm answered {str(answer)[:100]}, not {str(expected)[:100]}")
                 values[arm].append(ms)
             if turn < 0:
                 for found in (*values.values(), *traces.values(), plains):

@@ -31,7 +31,10 @@ class Settings:
     listen: str = ""
     """Daemon: also listen on this TCP `address:port` (needs `token`)."""
     socket_group: str = ""
-    """Daemon: group that may use the Unix socket beside root. Members can run code as the worker uid and read world-readable files."""
+    """Daemon: group that may use the Unix socket beside root.
+
+    Its members can run code as the worker uid and read what any user of this machine may read.
+    """
     criu: str = ""
     """Path of the criu binary; empty = look in the usual places."""
     gpu: str = ""

@@ -82,8 +82,6 @@ class Instance:
     connection: WorkerConnection | None = None
     snapshot_id: str | None = None
     hostname: str = ""
-    frozen_once: bool = False
-    serving: bool = False
     staging: Staging | None = None
     """Its snapshot, until that is committed; its sandbox's files rest on it."""
     commit_task: asyncio.Task[None] | None = None
@@ -275,6 +273,7 @@ class LocalBackend:
     async def _connect(self, instance: Instance, sandbox: Sandbox) -> None:
         assert instance.process is not None
         gone = asyncio.ensure_future(instance.process.wait())
+        gone.add_done_callback(lambda f: f.cancelled() or f.exception())  # the watch tells, not this
         try:
             instance.connection = await WorkerConnection.open(
                 lambda: sandbox.connect(protocol.WORKER_SOCKET),
@@ -326,7 +325,6 @@ class LocalBackend:
             self._check_failed(reply.header)
         self._take_phases(instance, reply.header, "wake")
         instance.stage = "ready"
-        instance.serving = True
         instance.watch_task = self._spawn(self._watch(instance))
         self._observer.on_ready(instance.id)
 
@@ -338,9 +336,13 @@ class LocalBackend:
         assert instance.connection is not None and instance.sandbox is not None
         self._stage(instance, "capturing")
         with phases("freeze"):
-            reply = await asyncio.wait_for(
-                instance.connection.request({"type": "freeze"}, expect="frozen"), _FREEZE_TIMEOUT_S
-            )
+            try:
+                reply = await asyncio.wait_for(
+                    instance.connection.request({"type": "freeze"}, expect="frozen"), _FREEZE_TIMEOUT_S
+                )
+            except TimeoutError:
+                text = f"before-snapshot hooks did not end within {_FREEZE_TIMEOUT_S:.0f} s"
+                raise _CaptureGaveUp(CaptureError(text, phase="freeze", code="hooks-timeout")) from None
             self._check_failed(reply.header)
             await instance.connection.wait_closed_by_worker(10.0)
             await instance.connection.close()
@@ -681,7 +683,6 @@ class LocalBackend:
 
     async def _discard(self, instance: Instance) -> None:
         sandbox, instance.sandbox = instance.sandbox, None
-        instance.serving = False
         if instance.connection is not None:
             await instance.connection.close()
             instance.connection = None

@@ -1,4 +1,4 @@
-"""What functions refer to by name and the daemon keeps (secrets, volumes), and checks of a spec against this machine."""
+"""Secrets and volumes, which functions name and the daemon keeps, and checks of a spec against this machine."""
 
 from __future__ import annotations
 
