@@ -151,9 +151,7 @@ class Daemon:
     def snapshots(self, app: str, function: str | None = None) -> list[dict[str, Any]]:
         rows = self.client.request("GET", "/snapshots").json()["snapshots"]
         return [
-            r
-            for r in rows
-            if r.get("app") == app and r["state"] == "ready" and function in (None, r.get("function"))
+            r for r in rows if r.get("app") == app and r["state"] == "ready" and function in (None, r.get("function"))
         ]
 
     def wait_for_snapshot(self, app: str, function: str | None = None) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
     python benchmarks/forkserver.py Small /tmp/fork.sock
 
-One line of JSON in (the request), one line of JSON out (the answer). It says `ready` on stdout when it listens, and ends with
-its parent, which holds the other end of its standard input.
+One line of JSON in (the request), one line of JSON out (the answer). It says `ready` on stdout when it listens, and
+ends with its parent, which holds the other end of its standard input.
 """
 
 from __future__ import annotations

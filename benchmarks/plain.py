@@ -1,8 +1,8 @@
 """Plain `criu restore` of a snapshot that woodfrog made, in a sandbox prepared beforehand, without the daemon.
 
-The command is the engine's own, with the kernel-feature cache in place. Timed from the request to start criu, to the first answer
-over the worker's socket. The worker wants its start message first, which renews its random generators: that is woodfrog's
-doing and taken off again, except for the user's own hooks.
+The command is the engine's own, with the kernel-feature cache in place. Timed from the request to start criu, to the
+first answer over the worker's socket. The worker wants its start message first, which renews its random generators:
+that is woodfrog's doing and taken off again, except for the user's own hooks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from woodfrog.backends.connection import Payload, WorkerConnection
 from woodfrog.backends.factory import SandboxFactory
 from woodfrog.criu.binary import find_criu
 from woodfrog.criu.options import check_command, environment, restore_command
-from woodfrog.engine.plan import CACHE, FACTS, IMAGES, parse_facts, restore_plan
+from woodfrog.engine.plan import CACHE, FACTS, IMAGES, WORK, parse_facts, restore_plan
 from woodfrog.linux.sandbox import ProcessSpec, Sandbox
 from woodfrog.spec import AppSpec, FunctionSpec
 from woodfrog.store.content import ContentStore
@@ -79,9 +79,7 @@ class PlainRestore:
         return sandbox
 
     def _criu_spec(self, argv: tuple[str, ...]) -> ProcessSpec:
-        return ProcessSpec(
-            argv, env=environment(CACHE), caps="held", no_new_privs=False, seccomp=False, umask=0o077
-        )
+        return ProcessSpec(argv, env=environment(CACHE), caps="held", no_new_privs=False, seccomp=False, umask=0o077)
 
     async def restore(self, app: AppSpec, snapshot_id: str, request: object, method: str = "run") -> Plain:
         """Restore once and ask once."""
@@ -99,9 +97,14 @@ class PlainRestore:
             await sandbox.bind(images, IMAGES, read_only=True)
             await sandbox.set_last_pid(facts.max_pid)
             start = protocol.StartContext(
-                instance_id="plain", hostname="plain", restored=True, snapshot_id=snapshot_id, entropy=os.urandom(64).hex(),
-                wall_clock=time.time(), env={"PATH": os.defpath, "HOME": "/tmp"},
-            ).header()  # fmt: skip
+                instance_id="plain",
+                hostname="plain",
+                restored=True,
+                snapshot_id=snapshot_id,
+                entropy=os.urandom(64).hex(),
+                wall_clock=time.time(),
+                env={"PATH": os.defpath, "HOME": "/tmp"},
+            ).header()
             call = {"type": "call", "call": uuid.uuid4().hex, "method": method, "encoding": "pickle"}
             body = Payload(data=cloudpickle.dumps(((request,), {})))
             await asyncio.sleep(SETTLE_S)
@@ -111,7 +114,8 @@ class PlainRestore:
             status = await process.wait()
             restored = time.perf_counter()
             if status != 0:
-                raise SystemExit(f"criu restore: {status}\n{sandbox.path('/run/woodfrog/criu/restore.log').read_text()}")
+                said = sandbox.path(f"{WORK}/restore.log").read_text()
+                raise SystemExit(f"criu restore ended with {status}:\n{said}")
             connection = await WorkerConnection.open(
                 lambda: sandbox.connect(protocol.WORKER_SOCKET), timeout=5, spool=self._settings.home,
                 gone=asyncio.get_running_loop().create_future(),

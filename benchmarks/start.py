@@ -142,8 +142,9 @@ def measure(daemon: Daemon, whole: Daemon, plain: PlainRestore, name: str, round
                     raise SystemExit(f"{name}: the {arm} arm answered {str(answer)[:100]}, not {str(expected)[:100]}")
                 values[arm].append(ms)
             if turn < 0:
-                for found in (*values.values(), *traces.values(), plains):
-                    found.clear()
+                values = {arm: [] for arm in ARMS}
+                traces = {arm: [] for arm in calls}
+                plains = []
     finally:
         server.close()
         daemon.stop_containers()
@@ -165,10 +166,7 @@ def measure(daemon: Daemon, whole: Daemon, plain: PlainRestore, name: str, round
 
 def show(name: str, result: dict[str, Any]) -> None:
     size = result["snapshot"]["memory_bytes"] / 1e6
-    rows = [
-        [TITLES[arm], *(number(result["ms"][arm][k]) for k in ("min", "median", "p95"))]
-        for arm in ARMS
-    ]
+    rows = [[TITLES[arm], *(number(result["ms"][arm][k]) for k in ("min", "median", "p95"))] for arm in ARMS]
     for arm, title in (("whole", "the same, over criu restore"), ("woodfrog", "woodfrog over criu restore")):
         at = 1 + (ARMS.index(arm) if arm == "whole" else len(rows) - 1)
         rows.insert(at, [title, *(number(result["overhead_ms"][arm][k]) for k in ("min", "median", "p95"))])

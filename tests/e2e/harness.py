@@ -134,7 +134,7 @@ class Daemon:
 
     def get(self, path: str, **params: Any) -> Any:
         """A JSON answer of the API."""
-        self._client = self._client or Client(self.settings)
+        self._client = self._client or Client(self.settings, reconnect_s=5)
         return self._client.request("GET", path, params=params).json()
 
     def call(self, app: str, tag: str, *, timeout: float = 60, **arguments: Any) -> Any:
@@ -144,7 +144,7 @@ class Daemon:
             WoodfrogError: the call did not come to an answer.
             AssertionError: the function raised; with its traceback.
         """
-        self._client = self._client or Client(self.settings)
+        self._client = self._client or Client(self.settings, reconnect_s=5)
         reply = self._client.request(
             "POST",
             f"/apps/{app}/calls/{tag}",
@@ -163,7 +163,7 @@ class Daemon:
 
     def app_log(self, app: str) -> list[dict[str, Any]]:
         """An app's log so far."""
-        self._client = self._client or Client(self.settings)
+        self._client = self._client or Client(self.settings, reconnect_s=5)
         return list(self._client.logs(app))
 
     def app_text(self, app: str) -> str:

@@ -1,4 +1,4 @@
-"""Workers that are more than one process: servers, pools and pipes started before the freeze go on after the thaw."""
+"""Workers that are more than one process and memory: servers, pools, and what they hold open go on after the thaw."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from e2e.harness import Daemon, until
 pytestmark = [pytest.mark.root, pytest.mark.criu]
 
 PROGRAM = r'''
-import multiprocessing, os, signal, socket, subprocess, sys, threading, time
+import ctypes, fcntl, mmap, multiprocessing, os, pty, queue, select, signal, socket, struct, subprocess, sys
+import threading, time
+from multiprocessing import shared_memory
+
 import woodfrog
 
 app = woodfrog.App("family")
@@ -84,7 +87,7 @@ class Servers:
 
 
 def power(x):
-    return [os.getpid(), x**2]
+    return x**2
 
 
 @app.cls(**ONCE)
@@ -94,7 +97,8 @@ class Pool:
     @woodfrog.enter(snap=True)
     def start(self):
         self.pool = multiprocessing.get_context("fork").Pool(2)
-        self.before = sorted({pid for pid, _ in self.pool.map(power, range(50), chunksize=1)})
+        self.pool.map(power, range(50), chunksize=1)
+        self.before = sorted(child.pid for child in multiprocessing.active_children())
         self.shared = multiprocessing.Value("i", 40)
         self.array = multiprocessing.RawArray("d", [1.0, 2.0])
 
@@ -105,7 +109,7 @@ class Pool:
             self.shared.value += 2
         alive = sorted(child.pid for child in multiprocessing.active_children())
         self.pool.terminate()
-        return [[value for _, value in found], self.before == alive, self.shared.value, list(self.array)]
+        return [found, len(alive) == 2 and self.before == alive, self.shared.value, list(self.array)]
 
 
 @app.cls(**ONCE)
@@ -151,6 +155,151 @@ class Shell:
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.01)
         return [out, sleeping, self.sleeper.wait(5), self.stopped.wait(5), self.dead.wait(5), self.caught]
+
+
+@app.cls(**ONCE)
+class Held:
+    """Every kind of thing that a process can hold open, in use when it is frozen."""
+
+    @woodfrog.enter(snap=True)
+    def start(self):
+        self.listener = socket.create_server(("127.0.0.1", 7001))
+        self.client = socket.create_connection(("127.0.0.1", 7001))
+        self.served, _ = self.listener.accept()
+        self.client.sendall(b"frozen")
+        self.udp, self.udp_client = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+        self.udp.bind(("127.0.0.1", 7002))
+        self.udp_client.connect(("127.0.0.1", 7002))
+        self.pair = socket.socketpair()
+        self.pair[0].send(b"frozen")
+        self.unix = self.bound("/tmp/stream.sock", socket.SOCK_STREAM)
+        self.unix_client = self.connected("/tmp/stream.sock", socket.SOCK_STREAM)
+        self.unix_served, _ = self.unix.accept()
+        self.waiting = self.connected("/tmp/stream.sock", socket.SOCK_STREAM)  # not accepted yet
+        self.datagram = self.bound("/tmp/datagram.sock", socket.SOCK_DGRAM)
+        self.datagram_client = self.connected("/tmp/datagram.sock", socket.SOCK_DGRAM)
+        self.datagram_client.send(b"frozen")
+        self.abstract = self.bound("\0abstract", socket.SOCK_STREAM)
+        self.netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+        self.netlink.bind((0, 0))
+
+        self.pipe = os.pipe()
+        self.epoll = select.epoll()
+        self.epoll.register(self.pipe[0], select.EPOLLIN)
+        self.eventfd = os.eventfd(3)
+        os.mkfifo("/tmp/fifo")
+        self.fifo = os.open("/tmp/fifo", os.O_RDONLY | os.O_NONBLOCK), os.open("/tmp/fifo", os.O_WRONLY)
+        os.write(self.fifo[1], b"frozen")
+        libc = ctypes.CDLL(None)
+        os.mkdir("/tmp/watched")
+        self.inotify = libc.inotify_init1(0)
+        libc.inotify_add_watch(self.inotify, b"/tmp/watched", 0x100)
+        self.timerfd = libc.timerfd_create(1, 0)
+        libc.timerfd_settime(self.timerfd, 0, struct.pack("4q", 0, 50_000_000, 0, 50_000_000), None)
+        self.alarms = 0
+        signal.signal(signal.SIGALRM, self.alarm)
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+
+        self.memfd = os.memfd_create("held")
+        os.write(self.memfd, b"frozen")
+        self.mapped_memfd = mmap.mmap(self.memfd, 6)
+        self.anonymous = mmap.mmap(-1, 4096)
+        self.anonymous[:6] = b"frozen"
+        self.shared = shared_memory.SharedMemory(create=True, size=4096)
+        self.shared.buf[:6] = b"frozen"
+        self.file = open("/tmp/mapped", "w+b")
+        self.file.write(b"frozen" * 1000)
+        self.file.flush()
+        self.mapped = mmap.mmap(self.file.fileno(), 6000)
+        self.mapped[:6] = b"FROZEN"
+        self.deleted = open("/tmp/deleted", "w+b")
+        self.deleted.write(b"frozen" * 1000)
+        self.deleted.flush()
+        self.private = mmap.mmap(self.deleted.fileno(), 6000, mmap.MAP_PRIVATE)
+        self.private[:3] = b"FRO"
+        os.unlink("/tmp/deleted")
+        self.locked = open("/tmp/locked", "w")
+        fcntl.flock(self.locked, fcntl.LOCK_EX)
+        places = ("/proc/self/stat", "/proc/meminfo", "/dev/zero", "/dev/urandom", sys.executable, "/usr/bin")
+        self.places = [os.open(p, os.O_RDONLY) for p in places]
+        self.terminal, other = pty.openpty()
+        self.cat = subprocess.Popen(["cat"], stdin=other, stdout=other, stderr=other, start_new_session=True)
+        os.close(other)
+        self.pidfd = os.pidfd_open(self.cat.pid)
+
+        self.queue, self.event, self.woken = queue.Queue(), threading.Event(), []
+        waits = (
+            self.queue.get,
+            self.event.wait,
+            lambda: time.sleep(0.3),
+            lambda: select.select([self.pipe[0]], [], [], 30),
+            lambda: subprocess.run(["sleep", "0.3"]),
+        )
+        for wait in waits:
+            threading.Thread(target=lambda wait=wait: self.woken.append(wait())).start()
+
+    def alarm(self, *args):
+        self.alarms += 1
+
+    def bound(self, path, kind):
+        s = socket.socket(socket.AF_UNIX, kind)
+        s.bind(path)
+        if kind == socket.SOCK_STREAM:
+            s.listen()
+        return s
+
+    def connected(self, path, kind):
+        s = socket.socket(socket.AF_UNIX, kind)
+        s.connect(path)
+        return s
+
+    @woodfrog.method()
+    def use(self):
+        alarms = self.alarms
+        for s in (self.client, self.pair[0], self.unix_client, self.waiting, self.udp_client, self.datagram_client):
+            s.send(b"+")
+        os.write(self.pipe[1], b"+")
+        os.write(self.fifo[1], b"+")
+        open("/tmp/watched/new", "w").close()
+        self.queue.put(1)
+        self.event.set()
+        os.write(self.terminal, b"echo\n")
+        time.sleep(0.5)
+        found = {
+            "tcp": self.served.recv(100),
+            "udp": self.udp.recv(100),
+            "pair": self.pair[1].recv(100),
+            "stream": self.unix_served.recv(100),
+            "accepted late": self.unix.accept()[0].recv(100),
+            "datagrams": [self.datagram.recv(100), self.datagram.recv(100)],
+            "abstract": self.connected("\0abstract", socket.SOCK_STREAM).getpeername(),
+            "netlink": self.netlink.getsockname()[0] > 0,
+            "epoll": [fd == self.pipe[0] for fd, _ in self.epoll.poll(1)],
+            "eventfd": os.eventfd_read(self.eventfd),
+            "fifo": os.read(self.fifo[0], 100),
+            "inotify": b"new" in os.read(self.inotify, 4096),
+            "timer": struct.unpack("q", os.read(self.timerfd, 8))[0] > 0,
+            "alarms": self.alarms > alarms,
+            "memfd": [os.pread(self.memfd, 100, 0), self.mapped_memfd[:]],
+            "anonymous": self.anonymous[:6],
+            "shared memory": [bytes(self.shared.buf[:6]), open("/dev/shm/" + self.shared.name, "rb").read(6)],
+            "mapped": [self.mapped[:12], open("/tmp/mapped", "rb").read(6)],
+            "deleted": [self.private[:6], os.pread(self.deleted.fileno(), 6, 0)],
+            "places": [len(os.read(fd, 4)) for fd in self.places[:5]] + [len(os.listdir(self.places[5])) > 1],
+            "terminal": os.read(self.terminal, 100).split(),
+            "woken": len(self.woken),
+        }
+        try:
+            with open("/tmp/locked") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found["lock"] = "lost"
+        except BlockingIOError:
+            found["lock"] = "held"
+        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        found["child"] = self.cat.wait(5)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        self.shared.unlink()
+        return found
 '''
 
 
@@ -195,6 +344,37 @@ def test_an_executor_of_spawned_processes(daemon: Daemon) -> None:
 
 def test_a_tree_of_processes_and_signals(daemon: Daemon) -> None:
     assert thawed(daemon, "Shell", "use") == [["through\nended\n", True, -9, 7, 5, ["USR1"]]] * 3
+
+
+def test_what_a_process_can_hold(daemon: Daemon) -> None:
+    expected = {
+        "tcp": b"frozen+",
+        "udp": b"+",
+        "pair": b"frozen+",
+        "stream": b"+",
+        "accepted late": b"+",
+        "datagrams": [b"frozen", b"+"],
+        "abstract": b"\0abstract",
+        "netlink": True,
+        "epoll": [True],
+        "eventfd": 3,
+        "fifo": b"frozen+",
+        "inotify": True,
+        "timer": True,
+        "alarms": True,
+        "memfd": [b"frozen", b"frozen"],
+        "anonymous": b"frozen",
+        "shared memory": [b"frozen", b"frozen"],
+        "mapped": [b"FROZENfrozen", b"FROZEN"],
+        "deleted": [b"FROzen", b"frozen"],
+        "places": [4, 4, 4, 4, 4, True],
+        "terminal": [b"echo", b"echo"],
+        "woken": 5,
+        "lock": "held",
+        "child": -9,
+    }
+    for found in thawed(daemon, "Held", "use"):
+        assert found == expected
 
 
 def test_nothing_is_left_of_them(daemon: Daemon) -> None:

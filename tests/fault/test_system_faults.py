@@ -308,9 +308,14 @@ def test_failed_restore_is_a_cold_start(daemon: Daemon, fault: str) -> None:
         until(lambda: of_function(daemon, "Altered"))
     snapshots = of_function(daemon, "Altered")
     daemon.stop()
-    daemon.start(WOODFROG_FAULTS=f"{fault}*1")
+    # Where CRIU is to be killed it may be done before that: the second time counts too.
+    daemon.start(WOODFROG_FAULTS=f"{fault}*{2 if 'kill' in fault else 1}")
     value, log = call(daemon, "Altered.run", x=7)
     assert value == answer(7)
+    if "kill" in fault:
+        value, more = call(daemon, "Altered.run", x=7)
+        assert value == answer(7)
+        log += more
     assert "did not thaw" in log and "cold start" in log and "started in" in log, log
     # Once is no reason to give the snapshot up.
     value, log = call(daemon, "Altered.run", x=8)
@@ -370,11 +375,18 @@ def test_worker_that_cannot_be_dumped_runs_on(daemon: Daemon, tag: str, words: t
 # Memory that follows after the thaw
 
 
-def thaw_lazily(daemon: Daemon) -> str:
-    """A container of the class Lazy, thawed, of whose memory only a little has been asked for."""
+def working_set(daemon: Daemon) -> Path:
+    (snapshot,) = of_function(daemon, "Lazy")
+    return daemon.home / "snapshots" / snapshot / "working-set"
+
+
+def thaw_lazily(daemon: Daemon, *, learn: bool = True) -> str:
+    """A container of the class Lazy, thawed, of whose memory only a little has been asked for; its id."""
     for container in daemon.get("/containers")["containers"]:
         daemon.cli("container", "stop", container["id"])
     daemon.wait_idle()
+    if learn:
+        working_set(daemon).unlink(missing_ok=True)
     value, log = call(daemon, "Lazy.check", first=0, last=2)
     assert value is True and "thawed in" in log
     (container,) = [c for c in daemon.get("/containers")["containers"] if c["function"] == "Lazy"]
@@ -434,8 +446,8 @@ def test_page_file_cut_under_a_running_container(lazy: Daemon) -> None:
 def test_bad_working_set_costs_time_at_most(lazy: Daemon, kind: str) -> None:
     """It says which pages come first; nothing hangs on it being right."""
     thaw_lazily(lazy)
-    (snapshot,) = of_function(lazy, "Lazy")
-    path = lazy.home / "snapshots" / snapshot / "working-set"
+    before = of_function(lazy, "Lazy")
+    path = working_set(lazy)
     until(path.exists)
     good = path.read_bytes()
     header, ranges = good[:16], good[16:]
@@ -446,9 +458,9 @@ def test_bad_working_set_costs_time_at_most(lazy: Daemon, kind: str) -> None:
         "elsewhere": header + bytes(b ^ 0x55 if n % 16 > 7 else b for n, b in enumerate(ranges)),
     }[kind]
     path.write_bytes(bad)
-    thaw_lazily(lazy)
+    thaw_lazily(lazy, learn=False)
     assert call(lazy, "Lazy.check", first=0, last=1024)[0] is True
-    assert of_function(lazy, "Lazy") == [snapshot]
+    assert of_function(lazy, "Lazy") == before
 
 
 # A full disk

@@ -58,7 +58,7 @@ LAZY_SOCKET = "lazy-pages.socket"
 """Where CRIU looks for a page server, in its work directory."""
 SETTLE_S = 2.0
 """How long the tasks may take to run on after CRIU ended."""
-KILL_AFTER_S = 0.02
+KILL_AFTER_S = 0.01
 """How far CRIU gets before the injected fault `kill-criu`."""
 INJECTED_BLOB = "memfd:CRIUMFD"
 """What CRIU maps into a task to dump it from inside; gone again when it let go of the task."""

@@ -30,12 +30,19 @@ RECONNECT_S = 60.0
 """How long a lost daemon is waited for."""
 START_S = 30.0
 """How long a daemon may take from its start to its first answer."""
+_PIECE = 256 << 10
+"""A request's body is handed to the connection in pieces of this size."""
 _TEMPORARY = (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError)
 
 
 def segment(text: str) -> str:
     """A name as one segment of a URL path."""
     return quote(text, safe="")
+
+
+def _pieces(content: bytes) -> Iterator[bytes]:
+    for at in range(0, len(content), _PIECE):
+        yield content[at : at + _PIECE]
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,12 @@ class Client:
         patience: float = 60.0,
     ) -> Reply:
         timeout = httpx.Timeout(connect=5, read=wait + patience, write=120, pool=None)
-        with self._http.stream(method, path, params=params, headers=headers, content=content, timeout=timeout) as r:
+        body_out: bytes | Iterator[bytes] | None = content
+        if content is not None and len(content) > _PIECE:
+            # httpcore copies what is left of a piece after every write: one piece of 64 MB would take seconds.
+            headers = {**(headers or {}), "content-length": str(len(content))}
+            body_out = _pieces(content)
+        with self._http.stream(method, path, params=params, headers=headers, content=body_out, timeout=timeout) as r:
             # One buffer, however large the body: it is read and unpickled in place.
             body = io.BytesIO()
             for chunk in r.iter_raw():
