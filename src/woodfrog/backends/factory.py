@@ -24,6 +24,7 @@ __all__ = ["SandboxFactory"]
 log = logging.getLogger("woodfrog")
 
 _EXEC_LIMIT = 4 << 20
+_REFILL_DELAY_S = 0.1
 
 
 class SandboxFactory:
@@ -111,7 +112,8 @@ class SandboxFactory:
             if not sandbox.alive:
                 await self.release(sandbox)
                 sandbox = None
-        self._wanted.set()
+        # Not at once: preparing the next one would compete with the start this one is for.
+        asyncio.get_running_loop().call_later(_REFILL_DELAY_S, self._wanted.set)
         if sandbox is None:
             sandbox = await self._prepare(network=not spec.block_network)
         memory = spec.resources.memory_mib

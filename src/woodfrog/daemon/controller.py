@@ -621,7 +621,8 @@ class Controller:
             request.app, f"snapshot {snapshot_id} captured", instance=request.instance_id, function=request.spec.tag
         )
         for warning in self.catalogue.get(snapshot_id).warnings:
-            self.logs.note(request.app, f"snapshot {snapshot_id}: {warning}", function=request.spec.tag)
+            text = f"snapshot {snapshot_id}: {warning}"
+            self.logs.note(request.app, text, instance=request.instance_id, function=request.spec.tag)
         self._supersede(request, snapshot_id)
         if request.instance_id in self.instances:
             self.emit(ev.SnapshotCaptured(now=self.now(), instance_id=request.instance_id, snapshot_id=snapshot_id))
@@ -635,12 +636,15 @@ class Controller:
     def on_capture_failed(self, instance_id: str, error: WoodfrogError, *, alive: bool) -> None:
         what = "it runs on without a snapshot" if alive else "starting anew"
         self._say(instance_id, f"no snapshot: {error.message} ({what})")
+        info = self.instances.get(instance_id)
         if not alive:
             self._forget(instance_id)
         self.emit(ev.CaptureFailed(now=self.now(), instance_id=instance_id, reason=error.message, alive=alive))
+        self._say_given_up(info)
 
     def on_restore_failed(self, instance_id: str, snapshot_id: str, error: WoodfrogError, *, at_fault: bool) -> None:
         self._say(instance_id, f"snapshot {snapshot_id} did not thaw: {error.message} (cold start instead)")
+        info = self.instances.get(instance_id)
         self._forget(instance_id)
         self.emit(
             ev.RestoreFailed(
@@ -651,6 +655,19 @@ class Controller:
                 at_fault=at_fault,
             )
         )
+        self._say_given_up(info)
+
+    def _say_given_up(self, info: InstanceInfo | None) -> None:
+        """Else a function would be cold from now on, and nobody would know why."""
+        request = info.request if info is not None else None
+        service = self.state.find_service(request.app, request.spec.tag) if request is not None else None
+        if request is None or service is None or not self.state.knows(service, request.params_digest).gave_up:
+            return
+        name = f"{request.app}.{request.spec.tag}"
+        text = f"starts cold from now on: {self.settings.capture_attempts} snapshots failed"
+        text += f"; `woodfrog snapshot create {name}` tries again"
+        self.logs.note(request.app, text, instance=request.instance_id, function=request.spec.tag)
+        log.warning("%s %s", name, text)
 
     def on_start_failed(self, instance_id: str, error: WoodfrogError, *, user_fault: bool) -> None:
         self._say(instance_id, f"start failed: {error.message}")

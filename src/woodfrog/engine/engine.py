@@ -44,7 +44,7 @@ from woodfrog.engine.plan import (
 from woodfrog.errors import CaptureError, RestoreError, SandboxError
 from woodfrog.faults import fault, kills_criu
 from woodfrog.linux import procfs
-from woodfrog.linux.pageserver import NEVER, PageServer, ServedPages
+from woodfrog.linux.pageserver import MAX_TASKS, NEVER, PageServer, ServedPages
 from woodfrog.linux.sandbox import Completed, ProcessSpec, Sandbox, SandboxProcess
 from woodfrog.telemetry import Phases
 
@@ -271,6 +271,14 @@ class Lazy:
     around: int = 16 << 12
     drain_ms: int = NEVER
     served: ServedPages | None = None
+
+
+def _servable(index: Path) -> bool:
+    """Whether the page server can take it; CRIU reads everything else itself."""
+    try:
+        return 0 < len(read_index(index.read_bytes())) <= MAX_TASKS
+    except (OSError, ValueError):
+        return False
 
 
 def _serve_pages(sandbox: Sandbox, images: Path, lazy: Lazy) -> None:
@@ -553,7 +561,7 @@ async def restore(
             plan = restore_plan(
                 facts,
                 monotonic_ns=_clock_ns(sandbox.init_pid),
-                lazy_pages=lazy is not None and (images / INDEX).exists(),
+                lazy_pages=lazy is not None and _servable(images / INDEX),
             )
         phase = "prepare"
         with phases("prepare"):
@@ -570,6 +578,10 @@ async def restore(
             limit = timeout or RESTORE_TIMEOUT_S + sum(facts.sizes.values()) / RESTORE_BYTES_PER_S
             done = await _run_criu(sandbox, _spec(criu, restore_command(str(criu.path), plan)), limit, "restore.criu")
             log = _read_log(sandbox.path(f"{WORK}/restore.log"))
+            served = lazy.served if lazy is not None and plan.lazy_pages else None
+            if served is not None and (done.status == 0 or served.failed.done()):
+                # Also when CRIU failed: without a page server it does, and the snapshot is not at fault.
+                await served.safe()
             if done.status != 0:
                 raise _failed("restore", done, log)
             stats = _stats(sandbox.path(f"{WORK}/stats-restore"))
