@@ -94,6 +94,7 @@ class SandboxFactory:
             scratch=self._scratch,
             host=self._host,
             worker_uid=self._settings.worker_uid,
+            limits=Limits(disk_bytes=self._disk_bytes),
             cgroups=self._groups,
             network=lease,
         )

@@ -11,7 +11,7 @@ import signal
 import time
 import uuid
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -352,7 +352,7 @@ class LocalBackend:
             id=f"s-{uuid.uuid4().hex[:12]}",
             function_key=request.function_key,
             worker_class=self._worker_class,
-            app=request.app,
+            app=request.family,
             tag=request.spec.tag,
             params_digest=request.params_digest,
         )
@@ -371,12 +371,16 @@ class LocalBackend:
         except Exception as e:
             counters["capture.failed"] += 1
             error = e if isinstance(e, WoodfrogError) else _unexpected("capture", e)
+            if instance.staging is not None:
+                self._catalogue.keep_failure(instance.staging, error.message)
+                error.fields["snapshot"] = instance.staging.id
             if not isinstance(error, StoreError) and not (isinstance(error, CaptureError) and error.alive):
                 raise _CaptureGaveUp(error) from e
             self._abandon(instance)
             self._observer.on_capture_failed(instance.id, error, alive=True)
             await self._connect(instance, instance.sandbox)
             return
+        draft = replace(draft, phases=tuple(f"{p.name}={p.ms:.1f}" for p in phases.items))
         await self._drop_sandbox(instance)
         try:
             await self._thaw(instance, draft, instance.staging.path)
@@ -429,13 +433,13 @@ class LocalBackend:
         layers = (path / "fs",)
         sandbox = await self._sandbox(instance, layers, path / "shm")
         lazy = await self._lazy(manifest, path)
+        reseed_kernel_generators()
         instance.process = await materialise(
             sandbox, manifest=manifest, images=path / "img", criu=self._criu, phases=instance.phases, lazy=lazy
         )
         instance.snapshot_id = manifest.id
         if lazy is not None and lazy.served is not None:
             self._adopt_pages(instance, lazy.served)
-        reseed_kernel_generators()
         with instance.phases("connect"):
             await self._connect(instance, sandbox)
 

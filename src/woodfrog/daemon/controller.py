@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,7 @@ from woodfrog.errors import (
 )
 from woodfrog.settings import Settings
 from woodfrog.snapshot.catalogue import Catalogue
-from woodfrog.spec import AppSpec, FunctionSpec, from_dict, function_key, to_dict
+from woodfrog.spec import AppSpec, FunctionSpec, ImageSpec, from_dict, function_key, to_dict
 from woodfrog.telemetry import Phase, counters
 
 __all__ = ["CallRecord", "Controller"]
@@ -299,7 +300,7 @@ class Controller:
                 now=self.now(),
                 app=row.app,
                 version=row.version,
-                specs=tuple(replace(f, secrets=(), env={}) for f in spec.functions),  # no secret in the event journal
+                specs=tuple(_lean(f) for f in spec.functions),
                 keys=keys,
                 snapshots=snapshots,
                 ephemeral=row.ephemeral,
@@ -569,6 +570,7 @@ class Controller:
         request = StartRequest(
             instance_id=action.instance_id,
             app=name,
+            family=re.sub(r"-[0-9a-f]{8}$", "", name) if row.ephemeral else name,
             spec=function,
             runtime=spec.runtime,
             function_key=function_key(function, spec.runtime, action.params_digest),
@@ -635,7 +637,9 @@ class Controller:
 
     def on_capture_failed(self, instance_id: str, error: WoodfrogError, *, alive: bool) -> None:
         what = "it runs on without a snapshot" if alive else "starting anew"
-        self._say(instance_id, f"no snapshot: {error.message} ({what})")
+        snapshot_id = error.fields.get("snapshot")
+        log_of = f"; CRIU's log: woodfrog snapshot inspect {snapshot_id} --log" if snapshot_id else ""
+        self._say(instance_id, f"no snapshot: {error.message} ({what}{log_of})")
         info = self.instances.get(instance_id)
         if not alive:
             self._forget(instance_id)
@@ -787,6 +791,11 @@ def _as_error(what: str, error: Exception) -> WoodfrogError:
     if isinstance(error, WoodfrogError):
         return error
     return SandboxError(f"{what} failed unexpectedly: {type(error).__name__}: {error}", code="unexpected")
+
+
+def _lean(spec: FunctionSpec) -> FunctionSpec:
+    """What the control machine needs of a function: its event journal shall hold nobody's secrets."""
+    return replace(spec, secrets=(), env={}, image=ImageSpec())
 
 
 def failure_of(record: CallRecord) -> WoodfrogError:

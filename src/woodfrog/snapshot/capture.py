@@ -89,5 +89,4 @@ async def capture(
         files=(),
         external=tuple(f"{path}|{size}|{mtime}" for path, size, mtime in result.files),
         warnings=result.warnings,
-        phases=tuple(f"{p.name}={p.ms:.1f}" for p in phases.items),
     )
