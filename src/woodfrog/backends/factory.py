@@ -24,7 +24,8 @@ __all__ = ["SandboxFactory"]
 log = logging.getLogger("woodfrog")
 
 _EXEC_LIMIT = 4 << 20
-_REFILL_DELAY_S = 0.1
+_REFILL_DELAY_S = 1.0
+"""Preparing a sandbox takes 20 ms of a processor, and whoever took one needs them all for his start."""
 
 
 class SandboxFactory:
@@ -113,8 +114,7 @@ class SandboxFactory:
             if not sandbox.alive:
                 await self.release(sandbox)
                 sandbox = None
-        # Not at once: preparing the next one would compete with the start this one is for.
-        asyncio.get_running_loop().call_later(_REFILL_DELAY_S, self._wanted.set)
+        asyncio.get_running_loop().call_later(_REFILL_DELAY_S if self._ready else 0.0, self._wanted.set)
         if sandbox is None:
             sandbox = await self._prepare(network=not spec.block_network)
         memory = spec.resources.memory_mib
