@@ -11,6 +11,7 @@
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -18,6 +19,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
@@ -145,6 +147,7 @@ static void child(struct arena *a, int depth)
 	if (wipes && madvise(wipe, PAGE, MADV_KEEPONFORK))
 		die("MADV_KEEPONFORK");
 	if (pid == 0) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
 		if (wipes)
 			become(a, wiped, 1, HAS);
 		check(a, wiped, "wiped");

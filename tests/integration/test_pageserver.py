@@ -208,7 +208,6 @@ def check():
                 m[:100] = b"c" * 100
                 assert zlib.crc32(b"".join(s.encode() for s in little)) == LITTLE
             except BaseException:
-                traceback.print_exc()
                 os._exit(1)
             os._exit(0)
         pids.append(pid)
@@ -269,7 +268,6 @@ async def thaw(rig: Rig, frozen: Frozen, lazy: Lazy, times: int = 2) -> list[tup
     sandbox = await rig.sandbox(layers=(frozen.fs,), shm=frozen.shm)
     await restore(sandbox, images=frozen.images, criu=rig.criu, phases=Phases(), lazy=lazy)
     answers = [ast.literal_eval(await rig.ask(sandbox, patience=60)) for _ in range(times)]
-    print(rig.stderr(sandbox))
     assert lazy.served is not None and not lazy.served.failed.done()
     return answers
 

@@ -127,7 +127,10 @@ def _check_host(settings: Settings) -> Criu:
 
     criu = requirements.probe_criu(find, check=False)
     host = requirements.probe(
-        state_dir=settings.home, worker_uid=settings.worker_uid, native=(init_binary_path(), page_server_path()), criu=criu
+        state_dir=settings.home,
+        worker_uid=settings.worker_uid,
+        native=(init_binary_path(), page_server_path()),
+        criu=criu,
     )
     requirements.demand(requirements.judge(host))
     return found[0]

@@ -37,6 +37,7 @@ _COMMAND = struct.Struct("=IIIIII")
 _MESSAGE = struct.Struct("=IIQQQ")
 _RESTORE, _DROP, _WORKING_SET, _DRAIN = 1, 2, 3, 4
 _ANSWER_S = 10.0
+_EVENTS = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6
 _PAGE = 4096
 _SET = struct.Struct("=QII")
 _RANGE = struct.Struct("=iIQ")
@@ -83,6 +84,17 @@ def _ranges(data: bytes) -> list[tuple[int, int, int]]:
     if magic != _SET_MAGIC or len(data) != _SET.size + count * _RANGE.size:
         raise ValueError("not a working set")
     return list(_RANGE.iter_unpack(data[_SET.size :]))
+
+
+def _has_events(fd: int) -> bool:
+    """Whether a userfaultfd tells of FORK, REMAP, REMOVE and UNMAP: without them, wrong bytes are served."""
+    try:
+        for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
+            if line.startswith("API:"):
+                return int(line.split(":")[2], 16) & _EVENTS == _EVENTS
+    except (OSError, ValueError, IndexError):
+        return False
+    return False
 
 
 class ServedPages:
@@ -275,6 +287,8 @@ class PageServer:
                 served._fail("the daemon has too many open files")
             case 1:  # a descriptor to hold
                 served._held[a] = fd
+                if not _has_events(fd):
+                    served._fail("the userfaultfd tells of no events (CRIU's cache of kernel features is wrong)")
                 return
             case 2 if not served.ready.done():
                 served.ready.set_result((a, b / 1e3))
