@@ -1,4 +1,4 @@
-"""Malformed commands, indexes and working sets against the real page server, with sanitizers where the compiler has them.
+"""Malformed commands, indexes and working sets against the real page server, with sanitizers where there are any.
 
 It refuses or serves, and lives: after every round a well-formed restore is still taken.
 """
@@ -6,6 +6,7 @@ It refuses or serves, and lives: after every round a well-formed restore is stil
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import random
 import socket
@@ -24,7 +25,20 @@ COMMAND = struct.Struct("=IIIIII")
 MESSAGE = struct.Struct("=IIQQQ")
 INDEX, SET = b"FROGIDX1", b"FROGSET1"
 ROUNDS = int(os.environ.get("WOODFROG_FUZZ_ROUNDS", "600"))
-EDGES = (0, 1, 2, 0xFFF, 0x1000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 40, (1 << 57) - 4096, 1 << 63, (1 << 64) - 4096)
+EDGES = (
+    0,
+    1,
+    2,
+    0xFFF,
+    0x1000,
+    0x7FFFFFFF,
+    0x80000000,
+    0xFFFFFFFF,
+    1 << 40,
+    (1 << 57) - 4096,
+    1 << 63,
+    (1 << 64) - 4096,
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +87,21 @@ class Rig:
             with socket.socket(socket.AF_UNIX) as criu:
                 criu.connect(str(self.folder / "socket"))
                 criu.settimeout(5)
-                try:
-                    # With a file for a userfaultfd now and then.
-                    criu.sendmsg([talk], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds[1:2]))] if talk[:1] == b"\1" else [])
-                except OSError:
-                    pass
+                # With a file for a userfaultfd now and then; it may have hung up by now.
+                extra = (
+                    [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds[1:2]))] if talk[:1] == b"\1" else []
+                )
+                with contextlib.suppress(OSError):
+                    criu.sendmsg([talk], extra)
         for fd in fds[1:]:
             os.close(fd)
         return self.number
 
     def lives(self) -> None:
         """A good restore is taken: RESTORE_FINISHED is answered."""
-        number = self.restore(index_of([(7, [(0x1000, 1, 0)])]), [b"x" * 4096], None, struct.pack("=iI", -5, 0x52535446))
+        number = self.restore(
+            index_of([(7, [(0x1000, 1, 0)])]), [b"x" * 4096], None, struct.pack("=iI", -5, 0x52535446)
+        )
         seen = set()
         while 2 not in seen:
             op, found, *_ = MESSAGE.unpack(self.ours.recv(64))
@@ -163,7 +180,9 @@ def some(rng: random.Random) -> tuple[bytes, list[bytes], bytes | None, bytes]:
     ranges = [(rng.choice((7, 8, 9)), number(rng, 32), number(rng, 64)) for _ in range(rng.randrange(6))]
     working_set = None if rng.random() < 0.3 else spoiled(rng, set_of(ranges))
     talk = b"".join(
-        rng.choice((struct.pack("=i", -3), struct.pack("=i", 7), b"\1", struct.pack("=I", 0x52535446), rng.randbytes(3)))
+        rng.choice(
+            (struct.pack("=i", -3), struct.pack("=i", 7), b"\1", struct.pack("=I", 0x52535446), rng.randbytes(3))
+        )
         for _ in range(rng.randrange(1, 6))
     )
     return spoiled(rng, index_of(tasks)), files, working_set, talk

@@ -19,7 +19,9 @@ UID = 64647
 
 
 def compile_c(target: Path, source: Path, *flags: str) -> Path:
-    subprocess.run([shutil.which("cc") or "gcc", *FLAGS, *flags, str(source), "-o", str(target), "-pthread"], check=True)
+    subprocess.run(
+        [shutil.which("cc") or "gcc", *FLAGS, *flags, str(source), "-o", str(target), "-pthread"], check=True
+    )
     return target
 
 
@@ -30,7 +32,16 @@ def sanitized_server(folder: Path) -> Path | None:
     options.write_text('const char *__asan_default_options(void) { return "detect_leaks=0:abort_on_error=1"; }\n')
     source = ROOT / "native" / "pageserver.c"
     done = subprocess.run(
-        [shutil.which("cc") or "gcc", *FLAGS, *SANITIZE, str(source), str(options), "-o", str(folder / "server"), "-pthread"],
+        [
+            shutil.which("cc") or "gcc",
+            *FLAGS,
+            *SANITIZE,
+            str(source),
+            str(options),
+            "-o",
+            str(folder / "server"),
+            "-pthread",
+        ],
         capture_output=True,
     )
     return folder / "server" if done.returncode == 0 else None

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from engine_rig import SOCKET, UID, WORKER_PID, Frozen, Rig
 from engine_rig import PROGRAM as RIG_PROGRAM
+from engine_rig import SOCKET, UID, WORKER_PID, Frozen, Rig
 from integration.pages_rig import UID as SERVER_UID
 from integration.pages_rig import Victim, compile_c, sanitized_server
 from woodfrog.engine.engine import Lazy, restore
@@ -71,7 +71,13 @@ def some_of(folder: Path, every: int) -> bytes:
 
 @pytest.mark.parametrize(
     ("drain_ms", "with_set", "around"),
-    [(NEVER, False, 1 << 12), (NEVER, False, 1 << 16), (NEVER, True, 1 << 16), (0, True, 1 << 14), (15, False, 1 << 16)],
+    [
+        (NEVER, False, 1 << 12),
+        (NEVER, False, 1 << 16),
+        (NEVER, True, 1 << 16),
+        (0, True, 1 << 14),
+        (15, False, 1 << 16),
+    ],
 )
 async def test_random_operations(
     victim: Path, sanitized: Path | None, tmp_path: Path, drain_ms: int, with_set: bool, around: int
@@ -122,7 +128,7 @@ async def test_record_then_push(victim: Path, tmp_path: Path) -> None:
         served = process.serve(server)
         await process.expect("done")
         working_set = await served.record()
-        pid, extents = extents_of(process.folder)
+        _pid, extents = extents_of(process.folder)
         assert set_pages(working_set) == sum(n for _, n, _ in extents)
         assert await process.end() == 0
         pushed, faults, demanded = await served.drop()

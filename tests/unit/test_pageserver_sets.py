@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import struct
 
 import pytest
@@ -32,7 +33,7 @@ ranges = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 20), st.integers(0
 def test_a_merge_is_the_union_in_order_without_overlap(sets: list[Ranges]) -> None:
     merged = unpack(merge_sets(*(pack(s) for s in sets)))
     assert pages(merged) == set().union(*(pages(s) for s in sets))
-    for (p, n, at), (q, _, after) in zip(merged, merged[1:], strict=False):
+    for (p, n, at), (q, _, after) in itertools.pairwise(merged):
         assert (p, at + n) < (q, after), "apart, or they would be one range"
     assert set_pages(pack(merged)) == len(pages(merged))
     assert merge_sets(pack(merged)) == pack(merged)

@@ -240,9 +240,9 @@ async def _fill_cache(sandbox: Sandbox, criu: Criu) -> None:
 async def _fill_lazy_cache(sandbox: Sandbox, criu: Criu) -> bool:
     """A cache of its own for restores with a page server; False when there can be none.
 
-    An unprivileged CRIU does not look for userfaultfd, and with the cache it makes it asks the kernel for no events: the
-    page server would not hear of a fork or of memory given back, and processes would read wrong bytes. So a privileged
-    CRIU makes this one. It keeps it in /run, and only where that is a tmpfs.
+    An unprivileged CRIU does not look for userfaultfd, and with the cache it makes it asks the kernel for no events:
+    the page server would not hear of a fork or of memory given back, and processes would read wrong bytes. So a
+    privileged CRIU makes this one. It keeps it in /run, and only where that is a tmpfs.
     """
     target = sandbox.path(f"{LAZY_CACHE}/criu.kdat")
     if target.exists():

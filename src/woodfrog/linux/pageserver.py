@@ -22,6 +22,7 @@ import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from woodfrog.errors import HostError, SandboxError
 
@@ -126,7 +127,8 @@ class ServedPages:
         Raises:
             SandboxError: their memory cannot be served; kill them.
         """
-        await asyncio.wait({self.held, self.failed}, timeout=_ANSWER_S, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {self.held, self.failed}
+        await asyncio.wait(either, timeout=_ANSWER_S, return_when=asyncio.FIRST_COMPLETED)
         if self.failed.done() or not self.held.done():
             why = self.failed.result() if self.failed.done() else f"no sign of the processes within {_ANSWER_S:.0f} s"
             raise SandboxError(f"memory cannot be served: {why}", code="memory-not-served")
