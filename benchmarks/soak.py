@@ -124,7 +124,7 @@ def settled(daemon: Daemon, like: dict[str, int] | None = None) -> dict[str, int
         if time.monotonic() > deadline:
             return now
         before = now
-        time.sleep(0.5)
+        time.sleep(1.5)  # the pool of prepared sandboxes is filled up a second after one was taken
 
 
 def grown(first: dict[str, int], last: dict[str, int]) -> list[str]:

@@ -141,6 +141,11 @@ def _failed(verb: str, done: Completed, log: str) -> _Failure:
     )
 
 
+def _is_full(directory: Path) -> bool:
+    space = os.statvfs(directory)
+    return space.f_bavail * space.f_frsize < 1 << 16
+
+
 def _unexpected(verb: str, error: Exception) -> _Failure:
     if isinstance(error, _Failure):
         return error
@@ -469,6 +474,9 @@ async def dump(
             done = await _run_criu(sandbox, spec, timeout, "dump.criu")
             if done.status != 0:
                 log = _read_log(log_path)
+                if _is_full(images):
+                    # CRIU's last words did not fit either.
+                    log += f"\nError (images): {os.strerror(errno.ENOSPC)}\n"
                 raise _failed("capture", done, log)
             killed_ok = True
         phase = "finish"
