@@ -68,6 +68,8 @@ class _Missing(Exception):
 
 _OURS = Import("woodfrog.sdk.app")
 _PURE = frozenset({
+    "abc.abstractmethod", "classmethod", "contextlib.contextmanager", "functools.cache", "functools.lru_cache",
+    "functools.wraps", "property", "staticmethod", "typing.overload",
     "bool", "bytes", "dict", "float", "frozenset", "int", "len", "list", "max", "min", "object", "print", "range",
     "set", "sorted", "str", "tuple", "collections.namedtuple", "dataclasses.dataclass", "dataclasses.field",
     "logging.getLogger", "os.environ.get", "os.getcwd", "os.getenv", "os.path.abspath", "os.path.basename",
@@ -174,12 +176,14 @@ class _Module:
                 self._import_from(s)
             case ast.FunctionDef() | ast.AsyncFunctionDef():
                 defaults = [d for d in (*s.args.defaults, *s.args.kw_defaults) if d is not None]
-                self._expressions(*s.decorator_list, *defaults)
-                self._names.pop(s.name, None)
+                self._expressions(*defaults)
+                self._decorators(s.decorator_list)
+                self._names[s.name] = f".{s.name}"
             case ast.ClassDef():
-                self._expressions(*s.decorator_list, *s.bases, *(k.value for k in s.keywords))
+                self._expressions(*s.bases, *(k.value for k in s.keywords))
+                self._decorators(s.decorator_list)
                 self.body(s.body)
-                self._names.pop(s.name, None)
+                self._names[s.name] = f".{s.name}"
             case ast.Assign():
                 self._expressions(s.value)
                 self._bind(s.targets, s.value)
@@ -235,9 +239,7 @@ class _Module:
                 self._bind(target.elts, None)
             elif isinstance(target, ast.Name):
                 known = self._stands_for(value) if value is not None else ""
-                self._names.pop(target.id, None)
-                if known:
-                    self._names[target.id] = known
+                self._names[target.id] = known or f".{target.id}"
             else:
                 raise _Stop  # os.environ[...] = ..., torch.backends.x = ...
 
@@ -258,11 +260,19 @@ class _Module:
         for expression in expressions:
             for node in _evaluated(expression):
                 if isinstance(node, ast.Call):
-                    name = self._stands_for(node.func)
-                    if not name.startswith("woodfrog.") and name not in _PURE:
-                        raise _Stop
+                    self._called(node.func)
                 elif isinstance(node, (ast.Await, ast.Yield, ast.YieldFrom)):
                     raise _Stop
+
+    def _decorators(self, decorators: Sequence[ast.expr]) -> None:
+        self._expressions(*decorators)
+        for decorator in decorators:
+            self._called(decorator.func if isinstance(decorator, ast.Call) else decorator)
+
+    def _called(self, function: ast.expr) -> None:
+        name = self._stands_for(function)
+        if not name.startswith("woodfrog.") and name not in _PURE and not name.endswith((".setter", ".deleter")):
+            raise _Stop
 
     def _if(self, s: ast.If) -> None:
         verdict = self._verdict(s.test)
