@@ -19,7 +19,7 @@ from woodfrog import protocol
 from woodfrog.backends.base import Answer, CallRequest, Observer, StartRequest
 from woodfrog.backends.connection import Payload, WorkerConnection
 from woodfrog.backends.factory import SandboxFactory
-from woodfrog.backends.zygote import PER_INSTANCE, Plan, Zygotes, make_plan
+from woodfrog.backends.zygote import PER_INSTANCE, Plan, Zygotes, make_plan, overlap
 from woodfrog.criu.binary import Criu
 from woodfrog.engine.engine import Lazy
 from woodfrog.errors import (
@@ -87,6 +87,7 @@ class Instance:
     """Its snapshot, until that is committed; its sandbox's files rest on it."""
     zygote: str | None = None
     """What its worker was thawed from before it was told what to serve; its sandbox's files rest on it."""
+    plan: Plan | None = None
     zygote_staging: Staging | None = None
     zygote_task: asyncio.Task[None] | None = None
     commit_task: asyncio.Task[None] | None = None
@@ -366,11 +367,15 @@ class LocalBackend:
             await self._drop_sandbox(instance)
             self._zygotes.failed(plan, e, found.id if found else None)
             instance.zygote = None
+            staging, instance.zygote_staging = instance.zygote_staging, None
+            if staging is not None:
+                self._catalogue.abandon(staging)
             self._stage(instance, "restoring")  # our doing: the function has all of its time again
             return False
         finally:
             if found is None:
                 self._zygotes.end(plan)
+        instance.plan = plan
         counters["zygote.used"] += 1
         return True
 
@@ -382,6 +387,8 @@ class LocalBackend:
         hide_gpu = spec.snapshot.enabled and not spec.snapshot.gpu
         if spec.resources.gpu and not hide_gpu:
             return None, None
+        if any(overlap(v.path, inner) for v in spec.volumes for inner in (*request.runtime.sys_path, _HOME, "/app")):
+            return None, None  # what the libraries are, or find, would depend on what the volume holds
         try:
             root = self._code(request)
             assert root is not None
@@ -471,6 +478,11 @@ class LocalBackend:
         await self._materialise(instance, manifest, self._catalogue.path(zygote_id), None)
         self._stage(instance, "restoring")
 
+    def _blame_zygote(self, instance: Instance, error: WoodfrogError) -> None:
+        """A process that was thawed once may be harder to freeze: a later attempt starts plainly."""
+        if instance.zygote is not None and instance.plan is not None and not isinstance(error, StoreError):
+            self._zygotes.failed(instance.plan, error, None)
+
     def _zygote_layer(self, instance: Instance) -> int | None:
         """The directory of its zygote's files, open: a commit may rename what is above it."""
         if instance.zygote is None:
@@ -529,6 +541,7 @@ class LocalBackend:
         except Exception as e:
             counters["capture.failed"] += 1
             error = e if isinstance(e, WoodfrogError) else _unexpected("capture", e)
+            self._blame_zygote(instance, error)
             if not isinstance(error, StoreError) and not (isinstance(error, CaptureError) and error.alive):
                 raise _CaptureGaveUp(error) from e
             self._abandon(instance)
@@ -539,14 +552,15 @@ class LocalBackend:
             if layer is not None:
                 os.close(layer)
         await self._drop_sandbox(instance)
-        instance.zygote = None
         try:
             await self._thaw(instance, draft, instance.staging.path)
         except WoodfrogError as e:
             counters["capture.failed"] += 1
+            self._blame_zygote(instance, e)
             failure = CaptureError(f"the new snapshot does not thaw: {e.message}", phase="thaw")
             failure.fields |= {k: v for k, v in e.fields.items() if k in ("remedy", "log_tail")}
             raise _CaptureGaveUp(failure) from e
+        instance.zygote = None
         # The first caller need not wait for the disk: the images are ours and in the page cache.
         instance.commit_task = self._spawn(self._commit(instance, instance.staging, draft))
 

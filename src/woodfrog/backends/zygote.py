@@ -26,7 +26,7 @@ from woodfrog.snapshot.catalogue import Catalogue
 from woodfrog.snapshot.manifest import Manifest
 from woodfrog.spec import RuntimeSpec, to_dict
 
-__all__ = ["PER_INSTANCE", "Import", "Plan", "Zygotes", "installed", "local_source", "make_plan", "scan"]
+__all__ = ["PER_INSTANCE", "Import", "Plan", "Zygotes", "installed", "local_source", "make_plan", "overlap", "scan"]
 
 log = logging.getLogger("woodfrog")
 
@@ -378,6 +378,16 @@ def installed(sys_path: Sequence[str]) -> Callable[[str], bool]:
 
 def _top_names(root: Path) -> set[str]:
     return {entry.name.partition(".")[0] for entry in os.scandir(root)}
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether one path is the other, or is below it.
+
+    >>> overlap("/usr/lib", "/usr"), overlap("/usr", "/usr/lib"), overlap("/usr", "/usr2")
+    (True, True, False)
+    """
+    a, b = os.path.normpath(one) + "/", os.path.normpath(other) + "/"
+    return a.startswith(b) or b.startswith(a)
 
 
 def make_plan(module: str, root: Path, runtime: RuntimeSpec, env: Mapping[str, str], *, hide_gpu: bool) -> Plan | None:
