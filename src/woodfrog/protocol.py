@@ -157,7 +157,7 @@ class BootMessage:
     blob_len: int = 0
     """Then a pickled function or class of this many bytes (serialized source)."""
     entropy: str = ""
-    """For a worker thawed from a zygote: random bytes in hex; every generator is reseeded from them before the import."""
+    """For a worker thawed from a zygote: 64 random bytes in hex, which its generators are reseeded from."""
 
     def header(self) -> dict[str, Any]:
         return {"type": "boot", **asdict(self)}

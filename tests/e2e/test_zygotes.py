@@ -1,4 +1,4 @@
-"""Functions that start from a snapshot of a worker with their heavy imports: as a plain start would have it, or plain."""
+"""Functions that start from a snapshot of a worker with their heavy imports: as in a plain start, or by one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def look():
             "signals": {s.name: str(signal.getsignal(s)).partition(" at ")[0] for s in signal.Signals},
             "threads": sorted(t.name for t in threading.enumerate()), "tasks": len(os.listdir("/proc/self/task")),
             "locale": locale.setlocale(locale.LC_ALL), "warnings": [repr(f) for f in warnings.filters],
-            "flags": repr(sys.flags), "pid": os.getpid(), "finders": [str(f).partition(" at ")[0] for f in sys.meta_path],
+            "flags": repr(sys.flags), "pid": os.getpid(),
+            "finders": [str(f).partition(" at ")[0] for f in sys.meta_path],
             "recursion": sys.getrecursionlimit(), "umask": os.umask(0o22), "version": VERSION,
         },
         "drawn": drawn,
