@@ -64,7 +64,7 @@ class Settings:
     """Start functions from snapshots of workers that have imported their heavy modules already."""
     keep_zygotes: int = 3
     """Zygotes kept; the longest unused beyond that are removed."""
-    zygote_min_ms: int = 150
+    zygote_min_ms: int = 50
     """Imports that take less than so many milliseconds are not worth a zygote."""
     capture_attempts: int = 3
     """Failed captures after which a function version runs without snapshots."""

@@ -114,7 +114,7 @@ class LocalConfig:
     drain_ms: int
     zygotes: bool = False
     keep_zygotes: int = 3
-    zygote_min_ms: float = 150
+    zygote_min_ms: float = 50
 
 
 class LocalBackend:
