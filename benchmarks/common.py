@@ -84,7 +84,10 @@ class Daemon:
         deadline = time.monotonic() + START_S
         while self.client.health() is None:
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the daemon did not start:\n{self.log.read_text()[-4000:]}")
+                said = self.log.read_text()[-4000:]
+                self.process.kill()
+                shutil.rmtree(self.home, ignore_errors=True)
+                raise SystemExit(f"the daemon did not start:\n{said}")
             time.sleep(0.05)
         return self
 

@@ -209,10 +209,11 @@ def main() -> int:
             for name in chosen:
                 result["workloads"][name] = measure(daemon, whole, plain, name, options.rounds, loop)
                 show(name, result["workloads"][name])
+                path = save("start", result, options.json)
         finally:
             loop.run_until_complete(plain.close())
     loop.close()
-    console.print(f"Numbers in {save('start', result, options.json)}")
+    console.print(f"Numbers in {path}")
     return 0
 
 

@@ -123,7 +123,7 @@ def main() -> int:
     result = report(console, cold, thaw, difference)
     Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
     console.print(
-        f"Numbers in {options.json}. `woodfrog call embedder.Embedder.run --arg '[[\"hello\"]]' --trace` shows one call's phases."
+        f"Numbers in {options.json}. Look closer: woodfrog snapshot list; woodfrog app logs embedder; woodfrog --help"
     )
     if difference > 1e-6:
         console.print(f"[red]the answers differ by {difference:g}")

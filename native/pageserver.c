@@ -8,7 +8,11 @@
  *
  * A restore belongs to one thread of the pool, so its state needs no lock: events of an address space and copies into
  * it are never handled out of order. (A REMOVE event that was read but not yet acted on must not be overtaken by a
- * copy of what was removed.) Only the first push, before any event is read, is shared by two threads.
+ * copy of what was removed.) Only slices of the push, while no event is read, are shared by two threads.
+ *
+ * These threads go before all others of the machine: none of them may wait for a process or for a disk in a loop.
+ * What cannot be done now (the kernel says EAGAIN while a process changes its memory) is kept and tried again a
+ * millisecond later.
  *
  * The kernel gives a process zeroes when its last userfaultfd descriptor closes. So the daemon gets a copy of each
  * before it is used, and when this program dies the processes wait, until the daemon has killed them, instead of reading
@@ -18,11 +22,11 @@
 #include <fcntl.h>
 #include <grp.h>
 #include <linux/userfaultfd.h>
-#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -42,14 +46,19 @@
 
 #define MAX_FDS 200
 #define MAX_THREADS 16
-#define MAX_TASKS 4096
 #define PAGE 4096ULL
 #define INDEX_MAGIC 0x31584449474f5246ULL /* "FROGIDX1" */
 #define SET_MAGIC 0x31544553474f5246ULL   /* "FROGSET1" */
 #define RESTORE_FINISHED 0x52535446u
+#define MAX_PIECES (1u << 20)
 #define PUSH_CHUNK (512 * PAGE)
+#define PUSH_SLICE 1024 /* pages a thread pushes before events are looked at again */
 #define DRAIN_CHUNK (64 * PAGE)
 #define ZERO_AROUND (16 * PAGE)
+#define EVENTS_A_TURN 64
+#define RETRY_MS 1
+#define FULL_US 2000000 /* so long a full memory cgroup may take to make room, by killing, say */
+#define TOP_PAGE 0x7fffffffe000ULL /* never mapped */
 
 /* ---- what goes over the control socket; native byte order, both ends are this machine ---- */
 
@@ -58,9 +67,10 @@ enum {
 	MSG_HOLD = 1,        /* a userfaultfd to keep open; a = number of the address space */
 	MSG_READY = 2,       /* the working set is in; a = pages, b = microseconds */
 	MSG_WORKING_SET = 3, /* the recorded set, as a memfd; a = ranges */
-	MSG_COMPLETE = 4,    /* an address space is whole, its descriptor may go; a = its number */
+	MSG_COMPLETE = 4,    /* an address space is whole, or gone: its descriptor may go; a = its number */
 	MSG_FAILED = 5,      /* this restore cannot go on; a = errno, b = step */
 	MSG_STATS = 6,       /* answer to DROP: a = pages pushed, b = demand faults, c = pages by demand */
+	MSG_HELD = 7,        /* the processes are about to run, and a copy of every descriptor was sent; a = how many */
 };
 
 struct command {
@@ -104,26 +114,48 @@ struct space {
 	struct space *next;
 	struct extent *extents;
 	size_t count, room;
-	uint64_t *installed; /* a bit for each page of the index */
-	uint64_t *wanted;    /* pages asked for by faults: the working set's record */
+	const struct extent *origin; /* the extents as they were at first, which bits are counted by */
+	size_t origins;
+	uint64_t *installed; /* a bit for each page of the index: it is in, or there is no place for it */
+	uint64_t *wanted;    /* pages asked for by faults: the working set's record; shared with forked children */
 	uint64_t bits;
-	size_t drain_at;
+	uint64_t drain_from; /* address; what lies below is filled in */
+	uint64_t *pending;   /* addresses of faults to be served again */
+	size_t pendings, pending_room;
+	struct timespec full_since;
 	int fd;
 	int32_t pid;
 	uint32_t number;
-	bool forked, over;
+	bool forked, over, gone, full, no_drain;
+};
+
+/* A part of the working set, within one extent. */
+struct piece {
+	struct space *space;
+	const uint8_t *data;
+	uint64_t vaddr;
+	uint32_t pages;
+};
+
+struct push {
+	struct restore *restore;
+	uint32_t at, step;
+	uint64_t copied;
+	bool blocked;
 };
 
 struct restore {
 	struct restore *next;
 	struct thread *thread;
 	struct space *spaces;
-	struct set_range *set;
-	struct file *files[MAX_TASKS];
-	uint32_t id, sets, tasks, around, drain_ms, numbers;
+	struct piece *pieces;
+	struct file **files;
+	uint32_t id, count, tasks, around, drain_ms, numbers;
 	int listener, connection;
 	int32_t expect_pid; /* a descriptor for this task comes next; 0 = a pid comes */
-	bool finished, dropped;
+	bool finished, failed, pushing, warming, stop_warming;
+	pthread_t warmer;
+	struct push parts[2];
 	uint64_t pushed, faults, demanded;
 	struct timespec began;
 	/* handed over by the main thread */
@@ -142,6 +174,8 @@ struct thread {
 	pthread_mutex_t lock;
 	struct job *jobs;
 	struct restore *restores;
+	struct space *dead; /* freed when no event of this round can point to them any more */
+	uint32_t turn;
 	int load;
 };
 
@@ -159,7 +193,7 @@ static uint64_t micros(const struct timespec *from)
 	return (uint64_t)(now.tv_sec - from->tv_sec) * 1000000 + (uint64_t)((now.tv_nsec - from->tv_nsec) / 1000);
 }
 
-static void say(uint32_t op, uint32_t id, uint64_t a, uint64_t b, uint64_t c, int fd)
+static bool say(uint32_t op, uint32_t id, uint64_t a, uint64_t b, uint64_t c, int fd)
 {
 	struct message text = { op, id, a, b, c };
 	struct iovec part = { &text, sizeof text };
@@ -174,10 +208,18 @@ static void say(uint32_t op, uint32_t id, uint64_t a, uint64_t b, uint64_t c, in
 		c_head->cmsg_len = CMSG_LEN(sizeof fd);
 		memcpy(CMSG_DATA(c_head), &fd, sizeof fd);
 	}
+	bool sent = false;
 	pthread_mutex_lock(&send_lock);
-	while (sendmsg(control_fd, &head, MSG_NOSIGNAL) < 0 && errno == EINTR)
-		;
+	/* Too many descriptors on their way (ETOOMANYREFS): the daemon has to take some first. */
+	for (int tries = 0; !sent && tries < 200; tries++) {
+		sent = sendmsg(control_fd, &head, MSG_NOSIGNAL) >= 0;
+		if (!sent && (errno == EPIPE || errno == ECONNRESET))
+			break;
+		if (!sent && errno != EINTR)
+			nanosleep(&(struct timespec){ .tv_nsec = 5000000 }, NULL);
+	}
 	pthread_mutex_unlock(&send_lock);
+	return sent;
 }
 
 /* ---- the page files: mapped once for all restores from one snapshot ---- */
@@ -292,7 +334,6 @@ static bool extent_insert(struct space *space, size_t at, struct extent value)
 static bool extents_cut(struct space *space, uint64_t start, uint64_t end)
 {
 	size_t i = extent_after(space, start);
-	space->drain_at = 0;
 	while (i < space->count && space->extents[i].start < end) {
 		struct extent *e = &space->extents[i];
 		if (e->start < start && e->end > end) {
@@ -343,6 +384,8 @@ static bool extents_move(struct space *space, uint64_t from, uint64_t to, uint64
 		moved[taken++] = e;
 	}
 	bool ok = extents_cut(space, from, from + length) && extents_cut(space, to, to + length);
+	if (taken && moved[0].start < space->drain_from)
+		space->drain_from = moved[0].start;
 	for (size_t i = 0; ok && i < taken; i++)
 		ok = extent_insert(space, extent_after(space, moved[i].start), moved[i]);
 	free(moved);
@@ -353,32 +396,61 @@ static void space_free(struct space *space)
 {
 	if (!space)
 		return;
-	if (space->fd >= 0)
+	if (space->fd >= 0) {
+		/* The daemon has the same file open, so closing alone would leave it watched. */
+		epoll_ctl(space->restore->thread->epoll, EPOLL_CTL_DEL, space->fd, NULL);
 		close(space->fd);
+	}
 	if (space->forked)
 		file_close(space->file);
+	else {
+		free(space->wanted);
+		free((void *)space->origin);
+	}
 	free(space->extents);
 	free(space->installed);
-	free(space->wanted);
+	free(space->pending);
 	free(space);
 }
 
-/* The process is gone, or whole: nothing is left to do for it. */
-static void space_over(struct space *space, bool complete)
+/* The process is gone, or whole: nothing is left to do for it, and no descriptor needs to be held. */
+static void space_over(struct space *space)
 {
 	if (space->over)
 		return;
 	space->over = true;
-	if (space->fd >= 0)
-		close(space->fd);
+	epoll_ctl(space->restore->thread->epoll, EPOLL_CTL_DEL, space->fd, NULL);
+	close(space->fd);
 	space->fd = -1;
-	if (complete)
-		say(MSG_COMPLETE, space->restore->id, space->number, 0, 0, -1);
+	free(space->extents);
+	free(space->installed);
+	free(space->pending);
+	space->extents = NULL;
+	space->installed = space->pending = NULL;
+	space->count = space->pendings = 0;
+	say(MSG_COMPLETE, space->restore->id, space->number, 0, 0, -1);
 }
 
-enum outcome { DONE, AGAIN, GONE, BROKEN };
+/* Nothing is served any more; the processes wait, their descriptors open, until the daemon has killed them. */
+static void restore_failed(struct restore *restore, int error, int step)
+{
+	if (restore->failed)
+		return;
+	restore->failed = true;
+	int epoll = restore->thread->epoll;
+	for (struct space *space = restore->spaces; space; space = space->next)
+		if (space->fd >= 0)
+			epoll_ctl(epoll, EPOLL_CTL_DEL, space->fd, NULL);
+	if (restore->listener >= 0)
+		epoll_ctl(epoll, EPOLL_CTL_DEL, restore->listener, NULL);
+	if (restore->connection >= 0)
+		epoll_ctl(epoll, EPOLL_CTL_DEL, restore->connection, NULL);
+	say(MSG_FAILED, restore->id, (uint64_t)error, (uint64_t)step, 0, -1);
+}
 
-/* Copy [start, end) of one extent in. AGAIN: an event has to be read first. */
+enum outcome { DONE, AGAIN, FULL, GONE, BROKEN };
+
+/* Copy [start, end) of one extent in. AGAIN: an event has to be read first. FULL: the process may not have more memory. */
 static enum outcome copy_in(struct space *space, struct extent e, uint64_t start, uint64_t end, uint64_t *copied)
 {
 	while (start < end) {
@@ -397,8 +469,8 @@ static enum outcome copy_in(struct space *space, struct extent e, uint64_t start
 			start += done;
 			*copied += done / PAGE;
 		}
-		if (!failed || (done && failed != EAGAIN))
-			continue;
+		if (!failed || done)
+			continue; /* after a part the kernel says EAGAIN whatever the reason is: the next try tells */
 		switch (failed) {
 		case EEXIST: /* the process, or an earlier copy, was first */
 			bits_set(space->installed, e.bit + (start - e.start) / PAGE, 1);
@@ -411,13 +483,19 @@ static enum outcome copy_in(struct space *space, struct extent e, uint64_t start
 				if (half != DONE)
 					return half;
 				start = middle;
-			} else {
+			} else if (ioctl(space->fd, UFFDIO_COPY, &copy) && errno == ENOENT) {
+				/*
+				 * Had the map gone by a change whose event is still to be read, EAGAIN would have come this time;
+				 * so there is no such map.
+				 */
 				bits_set(space->installed, e.bit + (start - e.start) / PAGE, 1);
 				start += PAGE;
-			}
+			} /* else it is in now, or the next try tells */
 			break;
 		case EAGAIN:
 			return AGAIN;
+		case ENOMEM:
+			return FULL;
 		case ESRCH:
 			return GONE;
 		default:
@@ -451,45 +529,34 @@ static enum outcome fill(struct space *space, uint64_t start, uint64_t end, uint
 	return DONE;
 }
 
-static void restore_failed(struct restore *restore, int error, int step)
-{
-	if (!restore->dropped)
-		say(MSG_FAILED, restore->id, (uint64_t)error, (uint64_t)step, 0, -1);
-}
-
-static void space_settle(struct space *space, enum outcome outcome, int step)
-{
-	if (outcome == GONE)
-		space_over(space, false);
-	else if (outcome == BROKEN)
-		restore_failed(space->restore, errno, step);
-}
-
 static enum outcome zero_in(struct space *space, uint64_t address, uint64_t length)
 {
-	while (length) {
+	for (;;) {
 		struct uffdio_zeropage zero = { .range = { address, length } };
-		if (!ioctl(space->fd, UFFDIO_ZEROPAGE, &zero))
+		if (!ioctl(space->fd, UFFDIO_ZEROPAGE, &zero) || zero.zeropage > 0)
 			return DONE;
-		int failed = errno;
-		if (failed == EAGAIN)
+		switch (errno) {
+		case EAGAIN:
 			return AGAIN;
-		if (failed == ESRCH)
+		case ENOMEM:
+			return FULL;
+		case ESRCH:
 			return GONE;
-		if (failed == EEXIST) {
+		case EEXIST: {
 			struct uffdio_range range = { address, PAGE };
 			ioctl(space->fd, UFFDIO_WAKE, &range);
 			return DONE;
 		}
-		if (length == PAGE) {
-			if (failed == ENOENT)
+		case ENOENT:
+			if (length == PAGE)
 				return DONE; /* unmapped meanwhile */
-			errno = failed;
-			return BROKEN;
+			break;
+		default:
+			if (length == PAGE)
+				return BROKEN;
 		}
 		length = PAGE; /* the neighbours are another map's: this page alone */
 	}
-	return DONE;
 }
 
 static enum outcome serve_fault(struct space *space, uint64_t address)
@@ -507,11 +574,9 @@ static enum outcome serve_fault(struct space *space, uint64_t address)
 	}
 	uint64_t page = found->bit + (address - found->start) / PAGE;
 	restore->faults++;
-	if (bit_get(space->installed, page)) {
-		struct uffdio_range range = { address, PAGE };
-		ioctl(space->fd, UFFDIO_WAKE, &range);
-		return DONE;
-	}
+	/* It is in by now; or the process lost it in a way that no event tells of (a child's MADV_WIPEONFORK): zeroes. */
+	if (bit_get(space->installed, page))
+		return zero_in(space, address, PAGE);
 	struct extent e = *found;
 	uint64_t around = restore->around, start = address & ~(around - 1), end = start + around;
 	if (start < e.start)
@@ -521,10 +586,93 @@ static enum outcome serve_fault(struct space *space, uint64_t address)
 	/* All that goes in is the working set's: what is touched next without a fault would not be seen otherwise. */
 	bits_set(space->wanted, e.bit + (start - e.start) / PAGE, (end - start) / PAGE);
 	/* The page itself first: its thread waits. */
+	uint64_t before = restore->demanded;
 	enum outcome outcome = copy_in(space, e, address, address + PAGE, &restore->demanded);
-	if (outcome == DONE && around > PAGE)
-		outcome = fill(space, start, end, &restore->demanded);
-	return outcome == AGAIN && bit_get(space->installed, page) ? DONE : outcome;
+	if (outcome != DONE)
+		return outcome;
+	if (restore->demanded == before) {
+		struct uffdio_range range = { address, PAGE };
+		ioctl(space->fd, UFFDIO_WAKE, &range);
+	}
+	/* What lies around it was not asked for; whether that works out, a fault will tell. */
+	if (around > PAGE && fill(space, start, end, &restore->demanded) == GONE)
+		return GONE;
+	return DONE;
+}
+
+static bool space_wait(struct space *space, uint64_t address)
+{
+	if (space->pendings == space->pending_room) {
+		size_t room = space->pending_room ? space->pending_room * 2 : 16;
+		uint64_t *grown = realloc(space->pending, room * sizeof *grown);
+		if (!grown)
+			return false;
+		space->pending = grown;
+		space->pending_room = room;
+	}
+	space->pending[space->pendings++] = address;
+	return true;
+}
+
+/* Serve a fault, or keep it for later. */
+static void space_fault(struct space *space, uint64_t address)
+{
+	struct restore *restore = space->restore;
+	enum outcome outcome = serve_fault(space, address);
+	switch (outcome) {
+	case DONE:
+		space->full = false;
+		return;
+	case FULL:
+		if (!space->full)
+			clock_gettime(CLOCK_MONOTONIC, &space->full_since);
+		space->full = true;
+		if (micros(&space->full_since) > FULL_US) {
+			restore_failed(restore, ENOMEM, 1);
+			return;
+		}
+		break;
+	case AGAIN:
+		break;
+	case GONE:
+		space_over(space);
+		return;
+	case BROKEN:
+		restore_failed(restore, errno, 1);
+		return;
+	}
+	if (!space_wait(space, address))
+		restore_failed(restore, ENOMEM, 2);
+}
+
+static void space_retry(struct space *space)
+{
+	size_t count = space->pendings;
+	space->pendings = 0;
+	/* What is put back lies below what is still to be read. */
+	for (size_t i = 0; i < count && !space->over && !space->restore->failed; i++)
+		space_fault(space, space->pending[i]);
+}
+
+enum { KIND_SPACE = 0, KIND_LISTENER = 1, KIND_CONNECTION = 2, KIND_WAKE = 3 }; /* in the low bits of a pointer */
+
+static bool watch(struct thread *thread, int fd, void *what, int kind)
+{
+	struct epoll_event event = { .events = EPOLLIN, .data.u64 = (uint64_t)(uintptr_t)what | (uint64_t)kind };
+	return epoll_ctl(thread->epoll, EPOLL_CTL_ADD, fd, &event) == 0;
+}
+
+/* From here on the daemon has a copy of the descriptor: what happens when this program dies depends on it. */
+static void space_begin(struct space *space)
+{
+	struct restore *restore = space->restore;
+	space->next = restore->spaces;
+	restore->spaces = space;
+	fcntl(space->fd, F_SETFL, O_NONBLOCK);
+	if (!say(MSG_HOLD, restore->id, space->number, 0, 0, space->fd))
+		restore_failed(restore, errno, 6);
+	else if (!restore->failed && !watch(restore->thread, space->fd, space, KIND_SPACE))
+		restore_failed(restore, errno, 6);
 }
 
 static struct space *space_fork(struct space *parent, int fd)
@@ -536,75 +684,66 @@ static struct space *space_fork(struct space *parent, int fd)
 	*child = *parent;
 	child->fd = fd;
 	child->forked = true;
-	child->drain_at = 0;
+	child->full = child->gone = false;
+	child->pending = NULL;
+	child->pendings = child->pending_room = 0;
 	child->number = parent->restore->numbers++;
 	child->room = parent->count;
 	child->extents = malloc(parent->count * sizeof *child->extents + 1);
 	child->installed = malloc(bytes + 8);
-	child->wanted = calloc(1, bytes + 8);
-	if (!child->extents || !child->installed || !child->wanted) {
+	if (!child->extents || !child->installed) {
 		free(child->extents);
 		free(child->installed);
-		free(child->wanted);
 		free(child);
 		return NULL;
 	}
 	memcpy(child->extents, parent->extents, parent->count * sizeof *child->extents);
 	memcpy(child->installed, parent->installed, bytes);
-	pthread_mutex_lock(&files_lock);
-	child->file->users++;
-	pthread_mutex_unlock(&files_lock);
+	if (child->file) {
+		pthread_mutex_lock(&files_lock);
+		child->file->users++;
+		pthread_mutex_unlock(&files_lock);
+	}
 	return child;
 }
 
-static bool watch(struct thread *thread, int fd, void *what, int kind)
+/* Nothing tells when a child ends: a program that starts many would keep all their descriptors open. */
+static void reap(struct restore *restore)
 {
-	struct epoll_event event = { .events = EPOLLIN, .data.u64 = (uint64_t)(uintptr_t)what | (uint64_t)kind };
-	return epoll_ctl(thread->epoll, EPOLL_CTL_ADD, fd, &event) == 0;
+	for (struct space **at = &restore->spaces; *at;) {
+		struct space *space = *at;
+		struct uffdio_zeropage probe = { .range = { TOP_PAGE, PAGE } };
+		if (space->forked && !space->over && ioctl(space->fd, UFFDIO_ZEROPAGE, &probe) && errno == ESRCH)
+			space_over(space);
+		if (space->forked && space->over) {
+			*at = space->next;
+			space->next = restore->thread->dead;
+			restore->thread->dead = space;
+		} else
+			at = &space->next;
+	}
 }
 
-enum { KIND_SPACE = 0, KIND_LISTENER = 1, KIND_CONNECTION = 2, KIND_WAKE = 3 }; /* in the low bits of a pointer */
-
-/* Read and carry out what the kernel tells of one address space, until there is nothing more. */
+/*
+ * Read and carry out what the kernel tells of one address space. One at a time: reading an event lets the process go
+ * on, so nothing may be copied between that and acting on it.
+ */
 static void space_events(struct space *space)
 {
-	uint64_t again[256];
-	int waiting = 0;
-	for (int rounds = 0; !space->over && rounds < 1024; rounds++) {
+	struct restore *restore = space->restore;
+	for (int i = 0; i < EVENTS_A_TURN && !space->over && !restore->failed; i++) {
 		struct uffd_msg event;
 		ssize_t got = read(space->fd, &event, sizeof event);
 		if (got != (ssize_t)sizeof event) {
-			if (got < 0 && errno == EINTR)
-				continue;
-			int left = 0;
-			for (int i = 0; i < waiting && !space->over; i++) {
-				enum outcome outcome = serve_fault(space, again[i]);
-				if (outcome == AGAIN)
-					again[left++] = again[i];
-				else
-					space_settle(space, outcome, 1);
-			}
-			waiting = left;
-			if (!waiting)
-				return;
-			struct pollfd soon = { .fd = space->fd, .events = POLLIN };
-			poll(&soon, 1, 1);
-			continue;
+			if (got < 0 && errno != EAGAIN && errno != EINTR)
+				restore_failed(restore, errno, 3); /* no descriptor for a child, perhaps */
+			return;
 		}
 		bool ok = true;
 		switch (event.event) {
-		case UFFD_EVENT_PAGEFAULT: {
-			enum outcome outcome = serve_fault(space, event.arg.pagefault.address);
-			if (outcome == AGAIN) {
-				if (waiting == 256) {
-					restore_failed(space->restore, EAGAIN, 2);
-					return;
-				}
-				again[waiting++] = event.arg.pagefault.address;
-			} else
-				space_settle(space, outcome, 1);
+		case UFFD_EVENT_PAGEFAULT:
+			space_fault(space, event.arg.pagefault.address);
 			break;
-		}
 		case UFFD_EVENT_REMOVE:
 		case UFFD_EVENT_UNMAP:
 			ok = extents_cut(space, event.arg.remove.start, event.arg.remove.end);
@@ -613,112 +752,107 @@ static void space_events(struct space *space)
 			ok = extents_move(space, event.arg.remap.from, event.arg.remap.to, event.arg.remap.len);
 			break;
 		case UFFD_EVENT_FORK: {
-			int fd = (int)event.arg.fork.ufd;
-			fcntl(fd, F_SETFL, O_NONBLOCK);
-			struct space *child = space_fork(space, fd);
-			ok = child != NULL;
-			if (child) {
-				say(MSG_HOLD, space->restore->id, child->number, 0, 0, fd);
-				child->next = space->restore->spaces;
-				space->restore->spaces = child;
-				ok = watch(space->restore->thread, fd, child, KIND_SPACE);
-			}
+			struct space *child = space_fork(space, (int)event.arg.fork.ufd);
+			if (child)
+				space_begin(child);
+			else
+				ok = false;
+			reap(restore);
 			break;
 		}
 		default:
 			break;
 		}
 		if (!ok)
-			restore_failed(space->restore, ENOMEM, 3);
+			restore_failed(restore, ENOMEM, 3);
 	}
 }
 
 /* ---- the working set ---- */
 
-struct push {
-	struct restore *restore;
-	uint32_t begin, step;
-	uint64_t copied;
-	struct space *blocked;
-};
-
-static struct space *space_of(struct restore *restore, int32_t pid)
-{
-	for (struct space *space = restore->spaces; space; space = space->next)
-		if (space->pid == pid && !space->forked)
-			return space;
-	return NULL;
-}
-
-/* Push every `step`th range from `begin` on; stops, and can go on later, where an event has to be read first. */
+/* Push every `step`th piece from `at` on, one slice; stops where an event has to be read first. */
 static void *push_part(void *argument)
 {
 	struct push *push = argument;
 	struct restore *restore = push->restore;
-	push->blocked = NULL;
-	for (; push->begin < restore->sets; push->begin += push->step) {
-		struct set_range *range = &restore->set[push->begin];
-		struct space *space = space_of(restore, range->pid);
-		if (!space || space->over || space->fd < 0)
+	uint64_t until = push->copied + PUSH_SLICE;
+	push->blocked = false;
+	for (; push->at < restore->count && push->copied < until; push->at += push->step) {
+		struct piece *piece = &restore->pieces[push->at];
+		struct space *space = piece->space;
+		if (space->fd < 0 || __atomic_load_n(&space->gone, __ATOMIC_RELAXED))
 			continue;
-		enum outcome outcome = fill(space, range->vaddr, range->vaddr + range->pages * PAGE, &push->copied);
+		enum outcome outcome = fill(space, piece->vaddr, piece->vaddr + piece->pages * PAGE, &push->copied);
 		if (outcome == AGAIN) {
-			push->blocked = space;
+			push->blocked = true;
 			return NULL;
 		}
-		if (outcome != DONE)
-			push->begin = restore->sets; /* gone, or broken: the next event tells */
+		if (outcome == GONE)
+			__atomic_store_n(&space->gone, true, __ATOMIC_RELAXED);
+		else if (outcome != DONE) {
+			push->at = restore->count; /* whether it can be had at all, a fault will tell */
+			return NULL;
+		}
 	}
 	return NULL;
 }
 
-static void push_set(struct restore *restore)
+/* A slice of the working set, by two threads; no event is read meanwhile. */
+static void push_step(struct restore *restore)
 {
-	struct timespec begin;
-	clock_gettime(CLOCK_MONOTONIC, &begin);
-	struct push parts[2] = { { restore, 0, 1, 0, NULL }, { restore, 1, 2, 0, NULL } };
-	int count = 1;
+	struct push *parts = restore->parts;
 	pthread_t helper;
-	if (restore->sets > 16 && pthread_create(&helper, NULL, push_part, &parts[1]) == 0) {
-		parts[0].step = 2;
-		count = 2;
-	}
+	bool helped = parts[0].at + 16 < restore->count && parts[1].at < restore->count &&
+		      pthread_create(&helper, NULL, push_part, &parts[1]) == 0;
 	push_part(&parts[0]);
-	if (count == 2)
+	if (helped)
 		pthread_join(helper, NULL);
-	/* The processes run by now, and what they did to their memory comes first. */
-	for (int i = 0; i < count; i++)
-		while (parts[i].blocked && !restore->dropped) {
-			space_events(parts[i].blocked);
-			push_part(&parts[i]);
-			if (parts[i].blocked && !parts[i].blocked->over) {
-				struct pollfd soon = { .fd = parts[i].blocked->fd, .events = POLLIN };
-				poll(&soon, 1, 1);
-			}
-		}
-	for (int i = 0; i < count; i++)
-		restore->pushed += parts[i].copied;
-	say(MSG_READY, restore->id, restore->pushed, micros(&begin), 0, -1);
+	else
+		push_part(&parts[1]);
+	for (struct space *space = restore->spaces; space; space = space->next)
+		if (space->gone)
+			space_over(space);
+	if (parts[0].at < restore->count || parts[1].at < restore->count)
+		return;
+	restore->pushing = false;
+	restore->pushed = parts[0].copied + parts[1].copied;
+	say(MSG_READY, restore->id, restore->pushed, micros(&restore->began), 0, -1);
+}
+
+static void push_begin(struct restore *restore)
+{
+	__atomic_store_n(&restore->stop_warming, true, __ATOMIC_RELAXED);
+	restore->finished = restore->pushing = true;
+	clock_gettime(CLOCK_MONOTONIC, &restore->began);
+	for (uint32_t i = 0; i < 2; i++)
+		restore->parts[i] = (struct push){ .restore = restore, .at = i, .step = 2 };
+	uint64_t spaces = 0;
+	for (struct space *space = restore->spaces; space; space = space->next)
+		spaces++;
+	say(MSG_HELD, restore->id, spaces, 0, 0, -1);
 }
 
 /* Have the working set's pages at hand, from disk if need be, while CRIU is still busy. */
-static void warm_up(struct restore *restore)
+static void *warm_up(void *argument)
 {
-	for (uint32_t i = 0; i < restore->sets; i++) {
-		struct set_range *range = &restore->set[i];
-		for (struct space *space = restore->prepared; space; space = space->next) {
-			if (space->pid != range->pid)
-				continue;
-			uint64_t start = range->vaddr, end = start + range->pages * PAGE;
-			for (size_t k = extent_after(space, start); k < space->count && space->extents[k].start < end; k++) {
-				struct extent e = space->extents[k];
-				uint64_t at = e.start > start ? e.start : start, stop = e.end < end ? e.end : end;
-				uint64_t offset = e.offset + (at - e.start);
-				if (offset + (stop - at) <= space->file->length)
-					madvise((void *)(space->file->data + offset), stop - at, MADV_POPULATE_READ);
-			}
-		}
-	}
+	struct restore *restore = argument;
+	for (uint32_t i = 0; i < restore->count && !__atomic_load_n(&restore->stop_warming, __ATOMIC_RELAXED); i++)
+		madvise((void *)restore->pieces[i].data, restore->pieces[i].pages * PAGE, MADV_POPULATE_READ);
+	return NULL;
+}
+
+/* On a thread of its own, and of no priority: it waits for the disk. */
+static void warm_begin(struct restore *restore)
+{
+	pthread_attr_t ordinary;
+	struct sched_param none = { 0 };
+	if (!restore->count || pthread_attr_init(&ordinary))
+		return;
+	pthread_attr_setinheritsched(&ordinary, PTHREAD_EXPLICIT_SCHED);
+	pthread_attr_setschedpolicy(&ordinary, SCHED_OTHER);
+	pthread_attr_setschedparam(&ordinary, &none);
+	restore->warming = pthread_create(&restore->warmer, &ordinary, warm_up, restore) == 0;
+	pthread_attr_destroy(&ordinary);
 }
 
 static void record(struct restore *restore)
@@ -735,8 +869,9 @@ static void record(struct restore *restore)
 		for (struct space *space = restore->spaces; space; space = space->next) {
 			if (space->forked)
 				continue;
-			for (size_t i = 0; i < space->count; i++) {
-				struct extent *e = &space->extents[i];
+			/* Where the pages were at first, for that is where the next restore has them. */
+			for (size_t i = 0; i < space->origins; i++) {
+				const struct extent *e = &space->origin[i];
 				uint64_t pages = (e->end - e->start) / PAGE;
 				for (uint64_t p = 0; p < pages;) {
 					uint64_t from = p;
@@ -761,32 +896,62 @@ static void record(struct restore *restore)
 
 /* ---- filling in the rest ---- */
 
-/* One step; false when nothing is left to do. */
+/* One step; false when there was nothing to do. */
 static bool drain_step(struct space *space)
 {
 	uint64_t copied = 0;
-	while (space->drain_at < space->count) {
-		struct extent e = space->extents[space->drain_at];
-		uint64_t at = e.start;
+	for (size_t i = extent_after(space, space->drain_from); i < space->count; i++) {
+		struct extent e = space->extents[i];
+		uint64_t at = e.start > space->drain_from ? e.start : space->drain_from;
 		while (at < e.end && bit_get(space->installed, e.bit + (at - e.start) / PAGE))
 			at += PAGE;
-		if (at == e.end) {
-			space->drain_at++;
+		space->drain_from = at;
+		if (at == e.end)
 			continue;
-		}
 		uint64_t stop = at + DRAIN_CHUNK < e.end ? at + DRAIN_CHUNK : e.end;
-		enum outcome outcome = fill(space, at, stop, &copied);
-		space_settle(space, outcome, 5);
-		return !space->over;
+		switch (fill(space, at, stop, &copied)) {
+		case GONE:
+			space_over(space);
+			break;
+		case FULL:
+		case BROKEN:
+			/* Nobody asked for it; whether it can be had at all, a fault will tell. */
+			space->no_drain = true;
+			break;
+		default:
+			break;
+		}
+		return true;
 	}
-	space_over(space, true);
-	return false;
+	if (space->pendings)
+		return false;
+	space_over(space);
+	return true;
 }
+
+static bool drains(const struct space *space) { return !space->over && !space->no_drain; }
 
 static bool draining(const struct restore *restore)
 {
-	return restore->finished && !restore->dropped && restore->drain_ms != UINT32_MAX &&
+	return restore->finished && !restore->pushing && !restore->failed && restore->drain_ms != UINT32_MAX &&
 	       micros(&restore->began) >= (uint64_t)restore->drain_ms * 1000;
+}
+
+/* One step for one restore of this thread, in turn: however many there are, the other programs have the processor. */
+static void drain(struct thread *thread)
+{
+	uint32_t n = 0, turn = thread->turn++;
+	for (struct restore *r = thread->restores; r; r = r->next)
+		n += draining(r);
+	for (uint32_t k = 0; k < n; k++) {
+		uint32_t skip = (turn + k) % n;
+		struct restore *r = thread->restores;
+		while (!draining(r) || skip--)
+			r = r->next;
+		for (struct space *s = r->spaces; s; s = s->next)
+			if (drains(s) && drain_step(s))
+				return;
+	}
 }
 
 /* ---- CRIU's side ---- */
@@ -805,19 +970,16 @@ static void take_task(struct restore *restore, int32_t pid, int fd)
 		if (space->pid != pid)
 			continue;
 		*at = space->next;
-		space->next = restore->spaces;
-		restore->spaces = space;
 		space->fd = fd;
-		fcntl(fd, F_SETFL, O_NONBLOCK);
-		/* Before it is used: what happens when this program dies depends on it. */
-		say(MSG_HOLD, restore->id, space->number, 0, 0, fd);
-		if (!watch(restore->thread, fd, space, KIND_SPACE))
-			restore_failed(restore, errno, 6);
+		space_begin(space);
 		return;
 	}
 	/* A task without lazy pages of its own: zeroes are right, and none are ever asked for. */
 	struct space *space = calloc(1, sizeof *space);
-	if (!space) {
+	if (space)
+		space->installed = calloc(1, 16);
+	if (!space || !space->installed) {
+		free(space);
 		close(fd);
 		restore_failed(restore, ENOMEM, 7);
 		return;
@@ -826,25 +988,22 @@ static void take_task(struct restore *restore, int32_t pid, int fd)
 	space->fd = fd;
 	space->pid = pid;
 	space->number = restore->numbers++;
-	space->installed = calloc(1, 8);
-	space->wanted = calloc(1, 8);
-	space->next = restore->spaces;
-	restore->spaces = space;
-	fcntl(fd, F_SETFL, O_NONBLOCK);
-	say(MSG_HOLD, restore->id, space->number, 0, 0, fd);
-	watch(restore->thread, fd, space, KIND_SPACE);
+	space_begin(space);
 }
 
 static void connection_ready(struct restore *restore)
 {
-	for (;;) {
+	for (int i = 0; i < EVENTS_A_TURN && !restore->failed && restore->connection >= 0; i++) {
 		uint32_t word = 0;
-		struct iovec part = { &word, restore->expect_pid ? 1 : sizeof word };
+		bool wait_fd = restore->expect_pid != 0;
+		struct iovec part = { &word, wait_fd ? 1 : sizeof word };
 		union { char space[CMSG_SPACE(sizeof(int))]; struct cmsghdr align; } control;
-		struct msghdr head = {
-			.msg_iov = &part, .msg_iovlen = 1, .msg_control = control.space, .msg_controllen = sizeof control.space,
-		};
-		ssize_t got = recvmsg(restore->connection, &head, MSG_DONTWAIT | MSG_CMSG_CLOEXEC | (restore->expect_pid ? 0 : MSG_PEEK));
+		struct msghdr head = { .msg_iov = &part, .msg_iovlen = 1 };
+		if (wait_fd) {
+			head.msg_control = control.space;
+			head.msg_controllen = CMSG_LEN(sizeof(int)); /* one descriptor, no more */
+		}
+		ssize_t got = recvmsg(restore->connection, &head, MSG_DONTWAIT | MSG_CMSG_CLOEXEC | (wait_fd ? 0 : MSG_PEEK));
 		if (got < 0 && errno == EINTR)
 			continue;
 		if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
@@ -853,11 +1012,10 @@ static void connection_ready(struct restore *restore)
 			connection_over(restore);
 			return;
 		}
-		if (restore->expect_pid) {
+		if (wait_fd) {
 			struct cmsghdr *c_head = CMSG_FIRSTHDR(&head);
-			if (!c_head || c_head->cmsg_type != SCM_RIGHTS) {
-				restore_failed(restore, EPROTO, 8);
-				connection_over(restore);
+			if (!c_head || c_head->cmsg_type != SCM_RIGHTS || c_head->cmsg_len != CMSG_LEN(sizeof(int))) {
+				restore_failed(restore, head.msg_flags & MSG_CTRUNC ? EMFILE : EPROTO, 8);
 				return;
 			}
 			int fd;
@@ -870,9 +1028,8 @@ static void connection_ready(struct restore *restore)
 			return; /* the rest is on its way; the next event tells */
 		recv(restore->connection, &word, sizeof word, MSG_DONTWAIT);
 		if (word == RESTORE_FINISHED) {
-			restore->finished = true;
-			clock_gettime(CLOCK_MONOTONIC, &restore->began);
-			push_set(restore);
+			if (!restore->finished)
+				push_begin(restore);
 		} else if ((int32_t)word > 0)
 			restore->expect_pid = (int32_t)word;
 		/* A negative pid is a zombie: no descriptor follows. */
@@ -883,6 +1040,10 @@ static void connection_ready(struct restore *restore)
 
 static void restore_free(struct restore *restore)
 {
+	if (restore->warming) {
+		__atomic_store_n(&restore->stop_warming, true, __ATOMIC_RELAXED);
+		pthread_join(restore->warmer, NULL);
+	}
 	while (restore->spaces) {
 		struct space *next = restore->spaces->next;
 		space_free(restore->spaces);
@@ -895,11 +1056,14 @@ static void restore_free(struct restore *restore)
 	}
 	for (uint32_t i = 0; i < restore->tasks; i++)
 		file_close(restore->files[i]);
-	if (restore->listener >= 0)
+	if (restore->listener >= 0) {
+		epoll_ctl(restore->thread->epoll, EPOLL_CTL_DEL, restore->listener, NULL);
 		close(restore->listener);
+	}
 	if (restore->connection >= 0)
 		close(restore->connection);
-	free(restore->set);
+	free(restore->files);
+	free(restore->pieces);
 	free(restore);
 }
 
@@ -919,7 +1083,7 @@ static bool load_index(struct restore *restore, int fd, const int *page_fds, uin
 	struct stat info;
 	struct index_head head;
 	if (fstat(fd, &info) || !read_all(fd, &head, sizeof head, 0) || head.magic != INDEX_MAGIC ||
-	    head.tasks != page_files || head.tasks > MAX_TASKS)
+	    head.tasks != page_files || !(restore->files = calloc(head.tasks + 1, sizeof *restore->files)))
 		return false;
 	off_t at = sizeof head, extents_at = at + (off_t)(head.tasks * sizeof(struct index_task));
 	for (uint32_t t = 0; t < head.tasks; t++) {
@@ -959,14 +1123,34 @@ static bool load_index(struct restore *restore, int fd, const int *page_fds, uin
 			return false;
 		extents_at += (off_t)(task.extents * sizeof *raw);
 		space->count = task.extents;
+		struct extent *origin = malloc(space->count * sizeof *origin + 1);
+		space->origin = origin;
+		space->origins = space->count;
 		space->installed = calloc(space->bits / 64 + 2, 8);
 		space->wanted = calloc(space->bits / 64 + 2, 8);
-		if (!space->installed || !space->wanted)
+		if (!origin || !space->installed || !space->wanted)
 			return false;
+		memcpy(origin, space->extents, space->count * sizeof *origin);
 	}
 	return true;
 }
 
+static bool add_piece(struct restore *restore, uint32_t *room, struct piece piece)
+{
+	if (restore->count == *room) {
+		if (*room >= MAX_PIECES)
+			return false;
+		*room = *room ? *room * 2 : 256;
+		struct piece *grown = realloc(restore->pieces, *room * sizeof *grown);
+		if (!grown)
+			return false;
+		restore->pieces = grown;
+	}
+	restore->pieces[restore->count++] = piece;
+	return true;
+}
+
+/* What of a working set this index has, in pieces that two threads share evenly. */
 static bool load_set(struct restore *restore, int fd)
 {
 	struct stat info;
@@ -974,30 +1158,28 @@ static bool load_set(struct restore *restore, int fd)
 	if (fstat(fd, &info) || !read_all(fd, &head, sizeof head, 0) || head.magic != SET_MAGIC ||
 	    info.st_size != (off_t)(sizeof head + head.ranges * sizeof(struct set_range)))
 		return false;
-	restore->set = malloc(head.ranges * sizeof *restore->set + 1);
-	if (!restore->set || !read_all(fd, restore->set, head.ranges * sizeof *restore->set, sizeof head))
-		return false;
-	/* Long ranges in pieces, so that two threads share them evenly. */
-	uint32_t pieces = 0;
-	for (uint32_t i = 0; i < head.ranges; i++)
-		pieces += (uint32_t)((restore->set[i].pages * PAGE + PUSH_CHUNK - 1) / PUSH_CHUNK);
-	struct set_range *split = malloc(pieces * sizeof *split + 1);
-	if (!split)
-		return false;
-	uint32_t n = 0;
-	for (uint32_t i = 0; i < head.ranges; i++) {
-		struct set_range range = restore->set[i];
-		while (range.pages) {
-			uint32_t take = range.pages < PUSH_CHUNK / PAGE ? range.pages : (uint32_t)(PUSH_CHUNK / PAGE);
-			split[n++] = (struct set_range){ range.pid, take, range.vaddr };
-			range.vaddr += take * PAGE;
-			range.pages -= take;
+	struct set_range *ranges = malloc(head.ranges * sizeof *ranges + 1);
+	bool ok = ranges && read_all(fd, ranges, head.ranges * sizeof *ranges, sizeof head);
+	uint32_t room = 0;
+	for (uint32_t i = 0; ok && i < head.ranges; i++) {
+		uint64_t start = ranges[i].vaddr, end = start + ranges[i].pages * PAGE;
+		ok = !(start & (PAGE - 1)) && start < 1ULL << 57;
+		struct space *space = restore->prepared;
+		while (ok && space && space->pid != ranges[i].pid)
+			space = space->next;
+		for (size_t k = space ? extent_after(space, start) : 0;
+		     ok && space && k < space->count && space->extents[k].start < end; k++) {
+			struct extent e = space->extents[k];
+			uint64_t at = e.start > start ? e.start : start, stop = e.end < end ? e.end : end;
+			for (uint64_t next; ok && at < stop; at = next) {
+				next = stop - at < PUSH_CHUNK ? stop : at + PUSH_CHUNK;
+				const uint8_t *data = space->file->data + e.offset + (at - e.start);
+				ok = add_piece(restore, &room, (struct piece){ space, data, at, (uint32_t)((next - at) / PAGE) });
+			}
 		}
 	}
-	free(restore->set);
-	restore->set = split;
-	restore->sets = n;
-	return true;
+	free(ranges);
+	return ok;
 }
 
 static struct restore *restore_new(const struct command *command, const int *fds, uint32_t count)
@@ -1014,11 +1196,14 @@ static struct restore *restore_new(const struct command *command, const int *fds
 	restore->drain_ms = command->drain_ms;
 	restore->connection = -1;
 	restore->listener = fds[0];
-	if (!load_index(restore, fds[1], fds + first, count - first) || (set && !load_set(restore, fds[2]))) {
+	if (!load_index(restore, fds[1], fds + first, count - first)) {
 		restore->listener = -1; /* the caller closes what it was given */
 		restore_free(restore);
 		return NULL;
 	}
+	/* A working set only makes things fast: one that cannot be used is left out, and READY tells of no pages. */
+	if (set && !load_set(restore, fds[2]))
+		restore->count = 0;
 	return restore;
 }
 
@@ -1034,7 +1219,7 @@ static void carry_out(struct thread *thread, struct job *job)
 		if (!watch(thread, restore->listener, restore, KIND_LISTENER))
 			restore_failed(restore, errno, 9);
 		else
-			warm_up(restore);
+			warm_begin(restore);
 		return;
 	}
 	while (*at && (*at)->id != job->command.id)
@@ -1051,7 +1236,6 @@ static void carry_out(struct thread *thread, struct job *job)
 		break;
 	case CMD_DROP:
 		*at = restore->next;
-		restore->dropped = true;
 		say(MSG_STATS, restore->id, restore->pushed, restore->faults, restore->demanded, -1);
 		restore_free(restore);
 		__atomic_fetch_sub(&thread->load, 1, __ATOMIC_RELAXED);
@@ -1077,27 +1261,55 @@ static void run_jobs(struct thread *thread)
 	}
 }
 
+/* Milliseconds until there is something to do that no event tells of; -1 = for ever. */
+static int patience(const struct thread *thread)
+{
+	int wait = -1;
+	for (struct restore *r = thread->restores; r; r = r->next) {
+		if (r->failed)
+			continue;
+		int until = -1;
+		if (r->pushing)
+			until = r->parts[0].blocked || r->parts[1].blocked ? RETRY_MS : 0;
+		bool left = false;
+		for (struct space *s = r->spaces; s; s = s->next) {
+			left |= drains(s);
+			if (s->pendings && until < 0)
+				until = RETRY_MS;
+		}
+		if (until < 0 && left && r->finished && r->drain_ms != UINT32_MAX) {
+			uint64_t past = micros(&r->began) / 1000;
+			until = past >= r->drain_ms ? RETRY_MS : (int)(r->drain_ms - past) + 1;
+		}
+		if (until >= 0 && (wait < 0 || until < wait))
+			wait = until;
+	}
+	return wait;
+}
+
+static void listener_ready(struct thread *thread, struct restore *restore)
+{
+	int fd = accept4(restore->listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+	if (fd < 0) {
+		if (errno != EAGAIN && errno != EINTR && errno != ECONNABORTED)
+			restore_failed(restore, errno, 10);
+		return;
+	}
+	/* One CRIU, once. */
+	epoll_ctl(thread->epoll, EPOLL_CTL_DEL, restore->listener, NULL);
+	close(restore->listener);
+	restore->listener = -1;
+	restore->connection = fd;
+	if (!watch(thread, fd, restore, KIND_CONNECTION))
+		restore_failed(restore, errno, 10);
+}
+
 static void *serve(void *argument)
 {
 	struct thread *thread = argument;
 	for (;;) {
-		int wait = -1;
-		for (struct restore *r = thread->restores; r; r = r->next) {
-			if (!r->finished || r->drain_ms == UINT32_MAX)
-				continue;
-			bool left = false;
-			for (struct space *s = r->spaces; s && !left; s = s->next)
-				left = !s->over;
-			if (left && draining(r))
-				wait = 1; /* a step a millisecond: this thread goes before all others, the rest need not */
-			else if (left && wait) {
-				uint64_t past = micros(&r->began) / 1000;
-				int until = past >= r->drain_ms ? 0 : (int)(r->drain_ms - past) + 1;
-				wait = wait < 0 || until < wait ? until : wait;
-			}
-		}
 		struct epoll_event events[64];
-		int count = epoll_wait(thread->epoll, events, 64, wait);
+		int count = epoll_wait(thread->epoll, events, 64, patience(thread));
 		bool jobs = false;
 		for (int i = 0; i < count; i++) {
 			void *what = (void *)(uintptr_t)(events[i].data.u64 & ~3ULL);
@@ -1105,41 +1317,35 @@ static void *serve(void *argument)
 			case KIND_WAKE:
 				jobs = true;
 				break;
-			case KIND_LISTENER: {
-				struct restore *restore = what;
-				int fd = accept4(restore->listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-				if (fd < 0)
-					break;
-				/* One CRIU, once. */
-				close(restore->listener);
-				restore->listener = -1;
-				restore->connection = fd;
-				if (!watch(thread, fd, restore, KIND_CONNECTION))
-					restore_failed(restore, errno, 10);
+			case KIND_LISTENER:
+				if (((struct restore *)what)->listener >= 0)
+					listener_ready(thread, what);
 				break;
-			}
-			case KIND_CONNECTION: {
-				struct restore *restore = what;
-				if (restore->connection >= 0)
-					connection_ready(restore);
+			case KIND_CONNECTION:
+				connection_ready(what);
 				break;
-			}
-			default: {
-				struct space *space = what;
-				if (!space->over)
-					space_events(space);
-			}
+			default:
+				if (!((struct space *)what)->over)
+					space_events(what);
 			}
 		}
-		/* Last: a job may free what an event of this round pointed to. */
+		/* Last: these free what an event of this round may have pointed to. */
+		while (thread->dead) {
+			struct space *next = thread->dead->next;
+			space_free(thread->dead);
+			thread->dead = next;
+		}
 		if (jobs)
 			run_jobs(thread);
+		for (struct restore *r = thread->restores; r; r = r->next) {
+			for (struct space *s = r->spaces; s && !r->failed; s = s->next)
+				if (s->pendings)
+					space_retry(s);
+			if (r->pushing && !r->failed)
+				push_step(r);
+		}
 		if (count <= 0)
-			for (struct restore *r = thread->restores; r; r = r->next)
-				if (draining(r))
-					for (struct space *s = r->spaces; s; s = s->next)
-						if (!s->over && drain_step(s))
-							break;
+			drain(thread);
 	}
 	return NULL;
 }
@@ -1149,6 +1355,8 @@ static void post(struct thread *thread, const struct command *command, struct re
 	struct job *job = calloc(1, sizeof *job);
 	if (!job) {
 		say(MSG_FAILED, command->id, ENOMEM, 11, 0, -1);
+		if (restore)
+			restore_free(restore);
 		return;
 	}
 	job->command = *command;
@@ -1201,9 +1409,11 @@ static void control(void)
 				post(thread, &command, restore);
 			} else
 				say(MSG_FAILED, command.id, EINVAL, 12, 0, -1);
-		} else if (whole)
+		} else if (whole) {
 			for (int i = 0; i < thread_count; i++)
 				post(&threads[i], &command, NULL);
+		} else if (got >= (ssize_t)offsetof(struct command, fds))
+			say(MSG_FAILED, command.id, EMFILE, 12, 0, -1); /* not all of its descriptors could be taken */
 		for (uint32_t i = keep; i < count; i++)
 			close(fds[i]);
 	}
@@ -1226,6 +1436,11 @@ int main(int argc, char **argv)
 	control_fd = atoi(argv[2]);
 	fcntl(control_fd, F_SETFD, FD_CLOEXEC);
 	signal(SIGPIPE, SIG_IGN);
+	struct rlimit open_files;
+	if (!getrlimit(RLIMIT_NOFILE, &open_files)) {
+		open_files.rlim_cur = open_files.rlim_max;
+		setrlimit(RLIMIT_NOFILE, &open_files);
+	}
 	if (uid && (setgroups(0, NULL) || setresgid(uid, uid, uid) || setresuid(uid, uid, uid))) {
 		perror("woodfrog-pageserver: cannot drop privileges");
 		return 1;

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -56,3 +57,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         reasons = (obstacle(mark.name) for mark in item.iter_markers())
         if reason := next(filter(None, reasons), None):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """Tests of the worker's parts import them, and a process with the worker's state takes itself for a worker."""
+    sys.modules.pop("woodfrog.worker.state", None)

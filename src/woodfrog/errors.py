@@ -174,20 +174,9 @@ class CaptureError(SnapshotError):
         phase: str = "",
         remedy: str = "",
         log_tail: str = "",
-        code: str | None = None,
-        retryable: bool | None = None,
         **fields: Any,
     ) -> None:
-        super().__init__(
-            message,
-            code=code,
-            retryable=retryable,
-            alive=alive,
-            phase=phase,
-            remedy=remedy,
-            log_tail=log_tail,
-            **fields,
-        )
+        super().__init__(message, alive=alive, phase=phase, remedy=remedy, log_tail=log_tail, **fields)
 
     @property
     def alive(self) -> bool:
@@ -203,28 +192,8 @@ class RestoreError(SnapshotError):
 
     code = "restore-failed"
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        snapshot_at_fault: bool = False,
-        phase: str = "",
-        remedy: str = "",
-        log_tail: str = "",
-        code: str | None = None,
-        retryable: bool | None = None,
-        **fields: Any,
-    ) -> None:
-        super().__init__(
-            message,
-            code=code,
-            retryable=retryable,
-            snapshot_at_fault=snapshot_at_fault,
-            phase=phase,
-            remedy=remedy,
-            log_tail=log_tail,
-            **fields,
-        )
+    def __init__(self, message: str, *, snapshot_at_fault: bool = False, **fields: Any) -> None:
+        super().__init__(message, snapshot_at_fault=snapshot_at_fault, **fields)
 
     @property
     def snapshot_at_fault(self) -> bool:

@@ -46,7 +46,8 @@ class Settings:
     lazy_min_mib: int = 16
     """Snapshots of at least so much memory are thawed through the page server; smaller ones are read at once."""
     drain_ms: int = 500
-    """How long after its first call the rest of a thawed process's memory is filled in; -1 = never (least memory)."""
+    """How long after its thaw, but not before its first call is answered, the rest of a process's memory is filled in;
+    -1 = never (least memory)."""
     network_subnet: str = "10.231.0.0/16"
     """Addresses of the sandboxes."""
     network_bridge: str = "wf0"
@@ -68,8 +69,6 @@ class Settings:
     """Imports that take less than so many milliseconds are not worth a zygote."""
     capture_attempts: int = 3
     """Failed captures after which a function version runs without snapshots."""
-    idle_exit_s: float = 0.0
-    """Daemon: exit after so many idle seconds without deployed apps; 0 = never."""
     faults: str = ""
     """Fault injection for tests: `point=action[,point=action]`."""
 
@@ -84,7 +83,7 @@ class Settings:
 
     @property
     def kdat_dir(self) -> Path:
-        """CRIU's run-time directory; on tmpfs, or CRIU probes the kernel again at every start (10-15 ms)."""
+        """CRIU's run-time directory; on tmpfs, or CRIU probes the kernel again at every start (26 ms)."""
         return Path("/dev/shm") / f"woodfrog-{self.tag}" / "criu"
 
 

@@ -109,7 +109,7 @@ class Recorder:
 
 
 def request(number: int, *, mode: Any = "cold", snapshot_id: str | None = None, capture: bool = False) -> StartRequest:
-    return StartRequest(f"i-{number}", "demo", FUNCTION, RUNTIME, "key", mode, snapshot_id, capture, {})
+    return StartRequest(f"i-{number}", "demo", "demo", FUNCTION, RUNTIME, "key", mode, snapshot_id, capture, {})
 
 
 def catalogue_in(home: Path) -> Catalogue:

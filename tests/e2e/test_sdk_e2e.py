@@ -682,7 +682,7 @@ def test_scaling(daemon: Daemon) -> None:
     time.sleep(1)
     assert len(containers("always")) == 2
     daemon.cli("app", "stop", "scaled")
-    until(lambda: not daemon.json("container", "list", "--app", "scaled"), 20)
+    until(lambda: "scaled" not in [c["app"] for c in daemon.get("/containers")["containers"]], 20)
 
 
 # Freeze and thaw
@@ -842,3 +842,36 @@ def test_what_a_thawed_copy_still_has(daemon: Daemon) -> None:
         }
     assert len({host[0] for host in hosts}) == 1  # where the snapshot was made
     assert len({host[1] for host in hosts}) == 3
+
+
+FICKLE = """
+import socket
+import woodfrog
+app = woodfrog.App("fickle")
+shelf = woodfrog.Volume.from_name("fickle", create_if_missing=True)
+
+@app.cls(enable_memory_snapshot=True, single_use_containers=True, volumes={"/shelf": shelf})
+class Fickle:
+    @woodfrog.enter(snap=True)
+    def open(self):
+        self.file = open("/shelf/log", "a+")
+
+    @woodfrog.method()
+    def write(self):
+        self.file.write("x")
+        self.file.flush()
+        return open("/shelf/log").read()
+"""
+
+
+def test_a_file_of_a_volume_that_is_open_in_the_freeze_and_changes(daemon: Daemon) -> None:
+    """The snapshot no longer fits what is there: every call is answered all the same; in the end none is tried."""
+    daemon.cli("deploy", str(daemon.program(FICKLE, "fickle.py")))
+    write = woodfrog.Cls.from_name("fickle", "Fickle")().write
+    for number in range(1, 9):
+        assert write.remote() == "x" * number
+        until(lambda: "fickle" not in [c["app"] for c in daemon.get("/containers")["containers"]], 20)
+    said = daemon.app_text("fickle")
+    assert "/fickle/log was changed since the snapshot was made (cold start instead)" in said
+    [line] = [line for line in said.splitlines() if "cold from now on" in line]
+    assert "woodfrog snapshot create fickle.Fickle" in line

@@ -27,6 +27,7 @@ from woodfrog.errors import error_from_dict
 from woodfrog.protocol import unpack_items
 from woodfrog.settings import Settings
 from woodfrog.snapshot.catalogue import Catalogue
+from woodfrog.snapshot.compat import WorkerClass
 from woodfrog.snapshot.manifest import SigningKey
 from woodfrog.spec import (
     AppSpec,
@@ -109,7 +110,7 @@ class Daemon:
             self.controller,
             content=content,
             catalogue=self.catalogue,
-            worker_class=WORKER_CLASS,
+            worker_class=WorkerClass(WORKER_CLASS, {}),
             shutdown=self._down,
         )
         self.http = httpx.AsyncClient(

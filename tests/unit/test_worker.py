@@ -183,6 +183,7 @@ def test_every_family_is_documented() -> None:
 def test_worker_state_is_seen_by_the_hooks_module(monkeypatch: pytest.MonkeyPatch) -> None:
     from woodfrog.worker import state
 
+    monkeypatch.setitem(sys.modules, "woodfrog.worker.state", state)
     assert (hooks.restored(), hooks.snapshot_id()) == (False, None)
     monkeypatch.setattr(state, "restored", True)
     monkeypatch.setattr(state, "snapshot_id", "s-1")

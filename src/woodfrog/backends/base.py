@@ -20,6 +20,8 @@ class StartRequest:
 
     instance_id: str
     app: str
+    family: str
+    """The app's name without what makes an ephemeral app's unique: its runs share their snapshots."""
     spec: FunctionSpec
     runtime: RuntimeSpec
     function_key: str

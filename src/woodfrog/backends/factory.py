@@ -24,6 +24,8 @@ __all__ = ["SandboxFactory"]
 log = logging.getLogger("woodfrog")
 
 _EXEC_LIMIT = 4 << 20
+_REFILL_DELAY_S = 1.0
+"""Preparing a sandbox takes 20 ms of a processor, and whoever took one needs them all for his start."""
 
 
 class SandboxFactory:
@@ -93,6 +95,7 @@ class SandboxFactory:
             scratch=self._scratch,
             host=self._host,
             worker_uid=self._settings.worker_uid,
+            limits=Limits(disk_bytes=self._disk_bytes),
             cgroups=self._groups,
             network=lease,
         )
@@ -111,7 +114,7 @@ class SandboxFactory:
             if not sandbox.alive:
                 await self.release(sandbox)
                 sandbox = None
-        self._wanted.set()
+        asyncio.get_running_loop().call_later(_REFILL_DELAY_S if self._ready else 0.0, self._wanted.set)
         if sandbox is None:
             sandbox = await self._prepare(network=not spec.block_network)
         memory = spec.resources.memory_mib

@@ -11,7 +11,7 @@ import signal
 import time
 import uuid
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -452,6 +452,7 @@ class LocalBackend:
                 criu=self._criu,
                 phases=phases,
             )
+        draft = replace(draft, phases=tuple(f"{p.name}={p.ms:.1f}" for p in phases.items))
         await self._drop_sandbox(instance)
         with phases("zygote.restore"):
             await self._materialise(instance, draft, staging.path, None)
@@ -517,7 +518,7 @@ class LocalBackend:
             id=f"s-{uuid.uuid4().hex[:12]}",
             function_key=request.function_key,
             worker_class=self._worker_class,
-            app=request.app,
+            app=request.family,
             tag=request.spec.tag,
             params_digest=request.params_digest,
         )
@@ -542,6 +543,9 @@ class LocalBackend:
             counters["capture.failed"] += 1
             error = e if isinstance(e, WoodfrogError) else _unexpected("capture", e)
             self._blame_zygote(instance, error)
+            if instance.staging is not None:
+                self._catalogue.keep_failure(instance.staging, error.message)
+                error.fields["snapshot"] = instance.staging.id
             if not isinstance(error, StoreError) and not (isinstance(error, CaptureError) and error.alive):
                 raise _CaptureGaveUp(error) from e
             self._abandon(instance)
@@ -551,6 +555,7 @@ class LocalBackend:
         finally:
             if layer is not None:
                 os.close(layer)
+        draft = replace(draft, phases=tuple(f"{p.name}={p.ms:.1f}" for p in phases.items))
         await self._drop_sandbox(instance)
         try:
             await self._thaw(instance, draft, instance.staging.path)
@@ -607,12 +612,12 @@ class LocalBackend:
     async def _materialise(self, instance: Instance, manifest: Manifest, path: Path, lazy: Lazy | None) -> None:
         self._stage(instance, "restoring")
         sandbox = await self._sandbox(instance, (path / "fs",), path / "shm")
+        reseed_kernel_generators()
         instance.process = await materialise(
             sandbox, manifest=manifest, images=path / "img", criu=self._criu, phases=instance.phases, lazy=lazy
         )
         if lazy is not None and lazy.served is not None:
             self._adopt_pages(instance, lazy.served)
-        reseed_kernel_generators()
         with instance.phases("connect"):
             await self._connect(instance, sandbox)
 

@@ -72,7 +72,7 @@ def parse_pagemap(data: bytes) -> tuple[int, tuple[tuple[int, int, int], ...]]:
 
 
 def write_index(tasks: list[PageTask]) -> bytes:
-    """The page index as `native/pageserver.c` reads it. Tasks in order; their pages files go with it in the same order."""
+    """The page index as `native/pageserver.c` reads it; the tasks' pages files go with it in the same order."""
     out = [_HEAD.pack(_INDEX_MAGIC, len(tasks), 0)]
     out += [_TASK.pack(t.pid, len(t.extents)) for t in tasks]
     for task in tasks:

@@ -32,6 +32,7 @@ from woodfrog.daemon.logs import LogBook
 from woodfrog.daemon.resources import Resources
 from woodfrog.errors import DaemonError, HostError, SpecError, WoodfrogError
 from woodfrog.linux import requirements
+from woodfrog.linux.pageserver import page_server_path
 from woodfrog.linux.sandbox import init_binary_path
 from woodfrog.settings import Settings, load
 from woodfrog.snapshot.catalogue import Catalogue
@@ -126,7 +127,10 @@ def _check_host(settings: Settings) -> Criu:
 
     criu = requirements.probe_criu(find, check=False)
     host = requirements.probe(
-        state_dir=settings.home, worker_uid=settings.worker_uid, native=(init_binary_path(),), criu=criu
+        state_dir=settings.home,
+        worker_uid=settings.worker_uid,
+        native=(init_binary_path(), page_server_path()),
+        criu=criu,
     )
     requirements.demand(requirements.judge(host))
     return found[0]
@@ -171,7 +175,7 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, down.set)
 
-    api = build(controller, content=content, catalogue=catalogue, worker_class=cls.digest, shutdown=down.set)
+    api = build(controller, content=content, catalogue=catalogue, worker_class=cls, shutdown=down.set)
     servers: list[tuple[_Server, socket.socket]] = []
 
     def server(app: Any, sock: socket.socket) -> None:

@@ -36,6 +36,7 @@ from woodfrog.errors import (
     WoodfrogError,
 )
 from woodfrog.snapshot.catalogue import Catalogue
+from woodfrog.snapshot.compat import WorkerClass, explain_mismatch
 from woodfrog.snapshot.manifest import Manifest
 from woodfrog.spec import function_key, split_tag, to_dict
 from woodfrog.store.content import ContentStore
@@ -161,15 +162,17 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
             return
 
 
-def _snapshot_row(catalogue: Catalogue, manifest: Manifest, worker_class: str) -> dict[str, Any]:
-    retired = catalogue.retired(manifest.id)
-    state = "retired" if retired else "ready" if manifest.worker_class == worker_class else "other-host"
+def _snapshot_row(catalogue: Catalogue, manifest: Manifest, here: WorkerClass) -> dict[str, Any]:
+    why = catalogue.retired(manifest.id)
+    state = "retired" if why else "ready"
+    if not why and manifest.worker_class != here.digest:
+        state, why = "other-host", explain_mismatch(manifest.host, here.parts)
     return {
         "id": manifest.id,
         "app": manifest.app,
         "function": manifest.tag,
         "state": state,
-        "why": retired,
+        "why": why,
         "created": manifest.created,
         "memory_bytes": manifest.pages_bytes,
         "files_bytes": manifest.fs_bytes,
@@ -186,7 +189,7 @@ def build(
     *,
     content: ContentStore,
     catalogue: Catalogue,
-    worker_class: str,
+    worker_class: WorkerClass,
     shutdown: Callable[[], None],
 ) -> FastAPI:
     """The application over one controller."""
@@ -241,7 +244,7 @@ def build(
             "pid": os.getpid(),
             "state_dir": str(settings.home),
             "uptime_s": round(time.monotonic() - begun, 1),
-            "worker_class": worker_class,
+            "worker_class": worker_class.digest,
             "counters": dict(counters),
         }
 
@@ -532,6 +535,10 @@ def build(
 
     @api.get("/v1/snapshots/{snapshot_id}")
     async def snapshot_detail(snapshot_id: str, log: bool = False) -> dict[str, Any]:
+        failed = catalogue.failure(snapshot_id)
+        if failed is not None:
+            row = {"id": snapshot_id, "state": "failed", "why": failed.splitlines()[0]}
+            return {**row, "log": {"dump.log": failed}} if log else row
         manifest = catalogue.get(snapshot_id)
         out = _snapshot_row(catalogue, manifest, worker_class)
         out["host"] = manifest.host

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,7 @@ from woodfrog.errors import (
 )
 from woodfrog.settings import Settings
 from woodfrog.snapshot.catalogue import Catalogue
-from woodfrog.spec import AppSpec, FunctionSpec, from_dict, function_key, to_dict
+from woodfrog.spec import AppSpec, FunctionSpec, ImageSpec, from_dict, function_key, to_dict
 from woodfrog.telemetry import Phase, counters
 
 __all__ = ["CallRecord", "Controller"]
@@ -299,7 +300,7 @@ class Controller:
                 now=self.now(),
                 app=row.app,
                 version=row.version,
-                specs=tuple(replace(f, secrets=(), env={}) for f in spec.functions),  # no secret in the event journal
+                specs=tuple(_lean(f) for f in spec.functions),
                 keys=keys,
                 snapshots=snapshots,
                 ephemeral=row.ephemeral,
@@ -569,6 +570,7 @@ class Controller:
         request = StartRequest(
             instance_id=action.instance_id,
             app=name,
+            family=re.sub(r"-[0-9a-f]{8}$", "", name) if row.ephemeral else name,
             spec=function,
             runtime=spec.runtime,
             function_key=function_key(function, spec.runtime, action.params_digest),
@@ -621,7 +623,8 @@ class Controller:
             request.app, f"snapshot {snapshot_id} captured", instance=request.instance_id, function=request.spec.tag
         )
         for warning in self.catalogue.get(snapshot_id).warnings:
-            self.logs.note(request.app, f"snapshot {snapshot_id}: {warning}", function=request.spec.tag)
+            text = f"snapshot {snapshot_id}: {warning}"
+            self.logs.note(request.app, text, instance=request.instance_id, function=request.spec.tag)
         self._supersede(request, snapshot_id)
         if request.instance_id in self.instances:
             self.emit(ev.SnapshotCaptured(now=self.now(), instance_id=request.instance_id, snapshot_id=snapshot_id))
@@ -634,13 +637,18 @@ class Controller:
 
     def on_capture_failed(self, instance_id: str, error: WoodfrogError, *, alive: bool) -> None:
         what = "it runs on without a snapshot" if alive else "starting anew"
-        self._say(instance_id, f"no snapshot: {error.message} ({what})")
+        snapshot_id = error.fields.get("snapshot")
+        log_of = f"; CRIU's log: woodfrog snapshot inspect {snapshot_id} --log" if snapshot_id else ""
+        self._say(instance_id, f"no snapshot: {error.message} ({what}{log_of})")
+        info = self.instances.get(instance_id)
         if not alive:
             self._forget(instance_id)
         self.emit(ev.CaptureFailed(now=self.now(), instance_id=instance_id, reason=error.message, alive=alive))
+        self._say_given_up(info)
 
     def on_restore_failed(self, instance_id: str, snapshot_id: str, error: WoodfrogError, *, at_fault: bool) -> None:
         self._say(instance_id, f"snapshot {snapshot_id} did not thaw: {error.message} (cold start instead)")
+        info = self.instances.get(instance_id)
         self._forget(instance_id)
         self.emit(
             ev.RestoreFailed(
@@ -651,6 +659,19 @@ class Controller:
                 at_fault=at_fault,
             )
         )
+        self._say_given_up(info)
+
+    def _say_given_up(self, info: InstanceInfo | None) -> None:
+        """Else a function would be cold from now on, and nobody would know why."""
+        request = info.request if info is not None else None
+        service = self.state.find_service(request.app, request.spec.tag) if request is not None else None
+        if request is None or service is None or not self.state.knows(service, request.params_digest).gave_up:
+            return
+        name = f"{request.app}.{request.spec.tag}"
+        text = f"starts cold from now on: {self.settings.capture_attempts} snapshots failed"
+        text += f"; `woodfrog snapshot create {name}` tries again"
+        self.logs.note(request.app, text, instance=request.instance_id, function=request.spec.tag)
+        log.warning("%s %s", name, text)
 
     def on_start_failed(self, instance_id: str, error: WoodfrogError, *, user_fault: bool) -> None:
         self._say(instance_id, f"start failed: {error.message}")
@@ -770,6 +791,11 @@ def _as_error(what: str, error: Exception) -> WoodfrogError:
     if isinstance(error, WoodfrogError):
         return error
     return SandboxError(f"{what} failed unexpectedly: {type(error).__name__}: {error}", code="unexpected")
+
+
+def _lean(spec: FunctionSpec) -> FunctionSpec:
+    """What the control machine needs of a function: its event journal shall hold nobody's secrets."""
+    return replace(spec, secrets=(), env={}, image=ImageSpec())
 
 
 def failure_of(record: CallRecord) -> WoodfrogError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 from woodfrog.errors import NotFoundError, SpecError
@@ -26,11 +27,28 @@ def check_name(kind: str, name: str) -> str:
     return name
 
 
+def _check_open(name: str) -> None:
+    """A client that is not root may name directories anybody can enter, or the daemon's own Python.
+
+    Raises:
+        SpecError: it would get to see, inside its sandbox, what is closed to it outside.
+    """
+    path = Path(os.path.realpath(name))
+    if any(own == path or own in path.parents for own in (Path(sys.prefix), Path(sys.base_prefix))):
+        return
+    for part in (path, *path.parents):
+        if part.is_dir() and not part.stat().st_mode & 0o001:
+            raise SpecError(
+                f"{name} cannot be part of the Python environment: {part} is not open to all users", code="runtime"
+            )
+
+
 class Resources:
     """Secrets in `<home>/secrets` (mode 0600), volumes in `<home>/volumes` (owned by the worker uid)."""
 
     def __init__(self, settings: Settings, content: ContentStore) -> None:
         self._uid = settings.worker_uid
+        self._others = bool(settings.socket_group or settings.listen)
         self._content = content
         self._secrets = settings.home / "secrets"
         self._volumes = settings.home / "volumes"
@@ -105,9 +123,13 @@ class Resources:
         """
         check_name("app", spec.name)
         seen: set[str] = set()
-        for name in (spec.runtime.executable, spec.runtime.prefix, spec.runtime.base_prefix):
+        runtime = spec.runtime
+        for name in (runtime.executable, runtime.prefix, runtime.base_prefix):
             if not os.path.exists(name):
                 raise SpecError(f"the Python environment {name} does not exist on the daemon's machine", code="runtime")
+        if self._others:
+            for name in (runtime.executable, runtime.prefix, runtime.base_prefix, *runtime.sys_path):
+                _check_open(name)
         for function in spec.functions:
             where = f"{spec.name}.{function.tag}"
             check_name("function", function.tag)

@@ -44,7 +44,7 @@ from woodfrog.engine.plan import (
 from woodfrog.errors import CaptureError, RestoreError, SandboxError
 from woodfrog.faults import fault, kills_criu
 from woodfrog.linux import procfs
-from woodfrog.linux.pageserver import NEVER, PageServer, ServedPages
+from woodfrog.linux.pageserver import MAX_TASKS, NEVER, PageServer, ServedPages
 from woodfrog.linux.sandbox import Completed, ProcessSpec, Sandbox, SandboxProcess
 from woodfrog.telemetry import Phases
 
@@ -56,6 +56,7 @@ RESTORE_BYTES_PER_S = 20e6
 """The slowest disk that a restore waits for."""
 LAZY_SOCKET = "lazy-pages.socket"
 """Where CRIU looks for a page server, in its work directory."""
+LAZY_CACHE = f"{CACHE}/lazy"
 SETTLE_S = 2.0
 """How long the tasks may take to run on after CRIU ended."""
 KILL_AFTER_S = 0.01
@@ -213,12 +214,12 @@ async def _run_criu(sandbox: Sandbox, spec: ProcessSpec, timeout: float, point: 
                 await asyncio.wait_for(criu[0].wait(), SETTLE_S)
 
 
-def _spec(criu: Criu, argv: tuple[str, ...], *, uid: int = 0, gid: int = 0) -> ProcessSpec:
+def _spec(criu: Criu, argv: tuple[str, ...], *, uid: int = 0, gid: int = 0, cache: str = CACHE) -> ProcessSpec:
     """CRIU as root, or as the worker's uid with every capability that is held: a process of another uid cannot be
     dumped without CAP_SYS_RESOURCE, which containers and some virtual machines lack, and one's own always can."""
     return ProcessSpec(
         argv=argv,
-        env=environment(CACHE),
+        env=environment(cache),
         uid=uid,
         gid=gid,
         caps="ambient" if uid else "held",
@@ -234,6 +235,29 @@ async def _fill_cache(sandbox: Sandbox, criu: Criu) -> None:
     could alter."""
     if not sandbox.path(f"{CACHE}/criu.kdat").exists():
         await sandbox.run(_spec(criu, check_command(str(criu.path))), 60.0)
+
+
+async def _fill_lazy_cache(sandbox: Sandbox, criu: Criu) -> bool:
+    """A cache of its own for restores with a page server; False when there can be none.
+
+    An unprivileged CRIU does not look for userfaultfd, and with the cache it makes it asks the kernel for no events:
+    the page server would not hear of a fork or of memory given back, and processes would read wrong bytes. So a
+    privileged CRIU makes this one. It keeps it in /run, and only where that is a tmpfs.
+    """
+    target = sandbox.path(f"{LAZY_CACHE}/criu.kdat")
+    if target.exists():
+        return True
+    script = 'mount -t tmpfs tmpfs /run && { "$0" check --no-default-config >/dev/null 2>&1; cat /run/criu.kdat; }'
+    argv = ("unshare", "--mount", "--propagation", "private", "/bin/sh", "-c", script, str(criu.path))
+    done = await sandbox.run(_spec(criu, argv), 60.0)
+    if done.status != 0 or not done.stdout:
+        return False
+    target.parent.mkdir(mode=0o700, exist_ok=True)
+    # Several sandboxes share this directory.
+    temporary = target.with_name(f".{sandbox.id}")
+    temporary.write_bytes(done.stdout)
+    temporary.replace(target)
+    return True
 
 
 def _pages_bytes(images: Path) -> int:
@@ -271,6 +295,14 @@ class Lazy:
     around: int = 16 << 12
     drain_ms: int = NEVER
     served: ServedPages | None = None
+
+
+def _servable(index: Path) -> bool:
+    """Whether the page server can take it; CRIU reads everything else itself."""
+    try:
+        return 0 < len(read_index(index.read_bytes())) <= MAX_TASKS
+    except (OSError, ValueError):
+        return False
 
 
 def _serve_pages(sandbox: Sandbox, images: Path, lazy: Lazy) -> None:
@@ -553,10 +585,12 @@ async def restore(
             plan = restore_plan(
                 facts,
                 monotonic_ns=_clock_ns(sandbox.init_pid),
-                lazy_pages=lazy is not None and (images / INDEX).exists(),
+                lazy_pages=lazy is not None and _servable(images / INDEX),
             )
         phase = "prepare"
         with phases("prepare"):
+            if plan.lazy_pages and not await _fill_lazy_cache(sandbox, criu):
+                plan = replace(plan, lazy_pages=False)
             await sandbox.bind(images, IMAGES, read_only=True)
             undo.push("unbind images", lambda: sandbox.unbind(IMAGES))
             undo.push("kill what was restored", lambda: _kill_all(sandbox))
@@ -568,8 +602,13 @@ async def restore(
         phase = "criu"
         with phases("criu") as criu_phase:
             limit = timeout or RESTORE_TIMEOUT_S + sum(facts.sizes.values()) / RESTORE_BYTES_PER_S
-            done = await _run_criu(sandbox, _spec(criu, restore_command(str(criu.path), plan)), limit, "restore.criu")
+            spec = _spec(criu, restore_command(str(criu.path), plan), cache=LAZY_CACHE if plan.lazy_pages else CACHE)
+            done = await _run_criu(sandbox, spec, limit, "restore.criu")
             log = _read_log(sandbox.path(f"{WORK}/restore.log"))
+            served = lazy.served if lazy is not None and plan.lazy_pages else None
+            if served is not None and (done.status == 0 or served.failed.done()):
+                # Also when CRIU failed: without a page server it does, and the snapshot is not at fault.
+                await served.safe()
             if done.status != 0:
                 raise _failed("restore", done, log)
             stats = _stats(sandbox.path(f"{WORK}/stats-restore"))

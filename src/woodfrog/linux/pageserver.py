@@ -22,18 +22,23 @@ import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from woodfrog.errors import HostError, SandboxError
 
-__all__ = ["NEVER", "PageServer", "ServedPages", "merge_sets", "page_server_path", "set_pages"]
+__all__ = ["MAX_TASKS", "NEVER", "PageServer", "ServedPages", "merge_sets", "page_server_path", "set_pages"]
 
 NEVER = 0xFFFFFFFF
 """`drain_ms`: leave what nobody asks for out."""
+
+MAX_TASKS = 190
+"""Processes of one restore: a descriptor for each has to fit into one message."""
 
 _COMMAND = struct.Struct("=IIIIII")
 _MESSAGE = struct.Struct("=IIQQQ")
 _RESTORE, _DROP, _WORKING_SET, _DRAIN = 1, 2, 3, 4
 _ANSWER_S = 10.0
+_EVENTS = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6
 _PAGE = 4096
 _SET = struct.Struct("=QII")
 _RANGE = struct.Struct("=iIQ")
@@ -82,6 +87,17 @@ def _ranges(data: bytes) -> list[tuple[int, int, int]]:
     return list(_RANGE.iter_unpack(data[_SET.size :]))
 
 
+def _has_events(fd: int) -> bool:
+    """Whether a userfaultfd tells of FORK, REMAP, REMOVE and UNMAP: without them, wrong bytes are served."""
+    try:
+        for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
+            if line.startswith("API:"):
+                return int(line.split(":")[2], 16) & _EVENTS == _EVENTS
+    except (OSError, ValueError, IndexError):
+        return False
+    return False
+
+
 class ServedPages:
     """The memory of one restore."""
 
@@ -91,6 +107,9 @@ class ServedPages:
         self._number = number
         self.ready: asyncio.Future[tuple[int, float]] = loop.create_future()
         """(pages pushed, ms they took), once CRIU has laid the memory out and the working set is in."""
+        self.held: asyncio.Future[int] = loop.create_future()
+        """How many descriptors were handed over, once the processes are about to run: from here on the page server's
+        death makes them wait."""
         self.failed: asyncio.Future[str] = loop.create_future()
         """Set when this restore cannot go on: its processes wait for ever and must be killed."""
         self._recorded: asyncio.Future[bytes] | None = None
@@ -102,15 +121,29 @@ class ServedPages:
         """Everything is in and the kernel serves these processes alone."""
         return self.ready.done() and not self._held
 
+    async def safe(self) -> None:
+        """Wait, after CRIU ended well, until no death of the page server can show the processes zeroes.
+
+        Raises:
+            SandboxError: their memory cannot be served; kill them.
+        """
+        either: set[asyncio.Future[Any]] = {self.held, self.failed}
+        await asyncio.wait(either, timeout=_ANSWER_S, return_when=asyncio.FIRST_COMPLETED)
+        if self.failed.done() or not self.held.done():
+            why = self.failed.result() if self.failed.done() else f"no sign of the processes within {_ANSWER_S:.0f} s"
+            raise SandboxError(f"memory cannot be served: {why}", code="memory-not-served")
+
     async def record(self) -> bytes:
         """The working set so far: what faults asked for, as `serve` takes it.
 
         Raises:
             SandboxError: the page server died.
         """
+        if self.failed.done():
+            raise SandboxError(f"memory cannot be served: {self.failed.result()}", code="memory-not-served")
         if self._recorded is None:
-            self._recorded = asyncio.get_running_loop().create_future()
             self._server._send(_WORKING_SET, self._number)
+            self._recorded = asyncio.get_running_loop().create_future()
         return await asyncio.wait_for(asyncio.shield(self._recorded), _ANSWER_S)
 
     def drain(self, after_ms: int = 0) -> None:
@@ -128,6 +161,12 @@ class ServedPages:
             return 0, 0, 0
         finally:
             self._server._forget(self._number)
+
+    def _fail(self, why: str) -> None:
+        if not self.failed.done():
+            self.failed.set_result(why)
+        if self._recorded is not None and not self._recorded.done():
+            self._recorded.set_exception(SandboxError(f"memory cannot be served: {why}", code="memory-not-served"))
 
     def _close(self) -> None:
         while self._held:
@@ -246,25 +285,34 @@ class PageServer:
                 os.close(fd)
             return
         match op:
+            case 1 if fd < 0:  # the message came without it
+                served._fail("the daemon has too many open files")
             case 1:  # a descriptor to hold
                 served._held[a] = fd
+                if not _has_events(fd):
+                    served._fail("the userfaultfd tells of no events (CRIU's cache of kernel features is wrong)")
                 return
             case 2 if not served.ready.done():
                 served.ready.set_result((a, b / 1e3))
             case 3:  # the recorded set
                 if served._recorded is not None and not served._recorded.done():
-                    with open(fd, "rb", closefd=False) as f:
-                        f.seek(0)
-                        served._recorded.set_result(f.read())
+                    try:
+                        served._recorded.set_result(os.pread(fd, os.fstat(fd).st_size, 0))
+                    except OSError as e:
+                        served._recorded.set_exception(
+                            SandboxError(f"cannot read the working set: {e.strerror}", code="working-set")
+                        )
                     served._recorded = None
             case 4:  # an address space is whole
                 held = served._held.pop(a, -1)
                 if held >= 0:
                     os.close(held)
-            case 5 if not served.failed.done():
-                served.failed.set_result(f"{os.strerror(a)} (step {b})")
+            case 5:
+                served._fail(f"{os.strerror(a)} (step {b})")
             case 6 if not served._stats.done():
                 served._stats.set_result((a, b, c))
+            case 7 if not served.held.done():
+                served.held.set_result(a)
         if fd >= 0:
             os.close(fd)
 
@@ -280,9 +328,12 @@ class PageServer:
         self._loop.remove_reader(self._sock.fileno())
         self._sock.close()
         for served in self._served.values():
-            if not served.failed.done():
-                served.failed.set_result("the page server died")
+            served._fail("the page server died")
+            if not served._stats.done():
+                served._stats.set_result((0, 0, 0))
         if not self._closing:
+            self._process.kill()  # what it says cannot be understood, if it is not dead
+            self._reaped = self._loop.run_in_executor(None, self._process.wait)
             self._on_death()
 
     async def close(self) -> None:

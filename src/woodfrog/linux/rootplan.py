@@ -245,7 +245,7 @@ def etc_files(
     )
 
 
-def base_plan(scratch: Path, host: HostRoot, worker_uid: int) -> tuple[Op, ...]:
+def base_plan(scratch: Path, host: HostRoot, worker_uid: int, shm_bytes: int | None = None) -> tuple[Op, ...]:
     """/proc, /sys, /dev and /run/woodfrog, made below `scratch` to be moved into the root later."""
     s = _absolute(scratch, "scratch")
     uid = worker_uid
@@ -274,7 +274,8 @@ def base_plan(scratch: Path, host: HostRoot, worker_uid: int) -> tuple[Op, ...]:
         ops.append(Op("symlink", (target, str(dev / name))))
     ops += [_mkdir(dev / "pts"), _mkdir(dev / "shm")]
     ops.append(_mount("devpts", dev / "pts", "nosuid,noexec", "newinstance,ptmxmode=0666,mode=0620,gid=5"))
-    ops.append(_mount("tmpfs", dev / "shm", "nosuid,nodev", "mode=1777"))
+    size = f",size={shm_bytes}" if shm_bytes else ""
+    ops.append(_mount("tmpfs", dev / "shm", "nosuid,nodev", f"mode=1777{size}"))
 
     run = s / "run"
     ops.append(_mount("tmpfs", run, "nosuid,nodev,noexec", "mode=0711,size=64m"))

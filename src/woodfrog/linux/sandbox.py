@@ -346,7 +346,7 @@ class Sandbox:
                 self.cgroup = cgroups.create(id, limits)
             self._launch(init_binary, time_offsets_ns)
             await asyncio.wait_for(self._started, STARTUP_TIMEOUT_S)
-            base = self._ops(base_plan(scratch, host, worker_uid))
+            base = self._ops(base_plan(scratch, host, worker_uid, limits.disk_bytes))
             if network is None:
                 await base
             else:

@@ -324,7 +324,7 @@ def start_daemon(client: Client, *, command: list[str] | None = None, timeout: f
         if client.health() is not None:
             return
         command = command or [sys.executable, "-P", "-m", "woodfrog.daemon"]
-        with open(log, "ab") as out:
+        with open(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600), "ab") as out:
             begin = out.tell()
             process = subprocess.Popen(
                 command,

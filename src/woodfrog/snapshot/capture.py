@@ -144,7 +144,6 @@ async def capture(
         files=(),
         external=(*(f"{path}|{size}|{mtime}" for path, size, mtime in result.files), *sources),
         warnings=result.warnings,
-        phases=tuple(f"{p.name}={p.ms:.1f}" for p in phases.items),
         kind="zygote" if identity.modules else "function",
         modules=identity.modules,
         seen=identity.seen,

@@ -21,6 +21,7 @@ __all__ = ["Catalogue", "Staging", "inventory"]
 
 _PARTS = ("img", "fs", "shm")
 _RETIRED = "retired"
+_KEPT_FAILURES = 20
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Catalogue:
 
     def __init__(self, root: Path, key: SigningKey) -> None:
         self.root = root
+        self._failures = root.parent / "failed-captures"
         self._key = key
         self._manifests: dict[str, Manifest] = {}
         self._verified: dict[str, tuple[tuple[int, int, int, int], ...]] = {}
@@ -240,6 +242,25 @@ class Catalogue:
         self._manifests[full.id] = full
         self._verified[full.id] = stamp
         return full
+
+    def keep_failure(self, staging: Staging, why: str) -> None:
+        """Keep the log of a capture that failed, for `failure`; the newest few."""
+        try:
+            self._failures.mkdir(mode=0o700, exist_ok=True)
+            texts = [p.read_text(errors="replace") for p in (*staging.images.glob("*.log"), *staging.log.glob("*.log"))]
+            write_atomic(self._failures / f"{staging.id}.log", "\n".join([why, *texts]).encode(errors="replace"))
+            for old in sorted(self._failures.iterdir(), key=lambda p: p.stat().st_mtime)[:-_KEPT_FAILURES]:
+                old.unlink()
+        except (OSError, StoreError):
+            return  # a full disk may be why the capture failed
+
+    def failure(self, snapshot_id: str) -> str | None:
+        """What is known of a capture that failed: the reason, then CRIU's log."""
+        path = self._failures / f"{snapshot_id}.log"
+        try:
+            return path.read_text(errors="replace") if path.parent == self._failures else None
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     @staticmethod
     def abandon(staging: Staging) -> None:

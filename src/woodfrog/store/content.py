@@ -88,6 +88,7 @@ class ContentStore:
         for folder in (self.blobs, self.code):
             folder.mkdir(parents=True, exist_ok=True)
         os.chmod(self.blobs, 0o700)
+        os.chmod(self.code, 0o700)
         for leftover in [*self.code.glob(".*"), *self.blobs.glob(".*")]:
             remove_tree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 

@@ -1,0 +1,235 @@
+"""Page servers and processes that die, files that are wrong, memory that is full: never a wrong byte, never a hang."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e.harness import Daemon, until
+from integration.pages_rig import UID, Victim, compile_c
+from integration.test_pageserver import page_server, some_of
+from woodfrog.linux import cgroups
+from woodfrog.linux.cgroups import Limits
+from woodfrog.linux.pageserver import PageServer
+
+pytestmark = [pytest.mark.root]
+
+SOURCE = Path(__file__).parents[1] / "integration" / "pageserver_victim.c"
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_c(tmp_path_factory.mktemp("victim") / "victim", SOURCE, "-O1")
+
+
+@pytest.fixture
+async def spare(victim: Path, tmp_path: Path) -> AsyncIterator[list[Victim]]:
+    """Killed at the end, whatever happens."""
+    started: list[Victim] = []
+    yield started
+    for process in started:
+        await process.kill()
+
+
+async def serves_well(server: PageServer, victim: Path, folder: Path) -> None:
+    process = await Victim.start(victim, folder, operations=200, pages=256)
+    process.serve(server)
+    await process.expect("done")
+    assert await process.end() == 0
+    assert process.served is not None
+    await process.served.drop()
+
+
+async def test_killed_page_server_leaves_processes_waiting(victim: Path, tmp_path: Path, spare: list[Victim]) -> None:
+    """At random moments of ten restores: nothing reads zeroes, and what waits can be killed."""
+    rng = random.Random(5)
+    for n in range(10):
+        died = asyncio.Event()
+        server = await PageServer.start(uid=UID, on_death=died.set)
+        process = await Victim.start(victim, tmp_path / f"v{n}", operations=4000, threads=3, seed=n)
+        spare.append(process)
+        served = process.serve(server, working_set=some_of(process.folder, 3) if n % 2 else None)
+        await served.safe()
+        await asyncio.sleep(rng.random() * 0.1)
+        os.kill(server.pid, signal.SIGKILL)
+        await asyncio.wait_for(died.wait(), 5)
+        assert served.failed.result() == "the page server died" and not server.alive
+        await asyncio.sleep(0.2)
+        if process.process.returncode is not None:  # it had all it wanted
+            assert process.process.returncode == 0
+        process.process.kill()
+        assert await asyncio.wait_for(process.process.wait(), 5) == -signal.SIGKILL, await process.words()
+        assert await served.drop() == (0, 0, 0) and not served._held
+        await server.close()
+
+
+async def test_dropped_and_killed_at_any_time(victim: Path, tmp_path: Path, spare: list[Victim]) -> None:
+    rng = random.Random(6)
+    async with page_server() as server:
+
+        async def one(n: int) -> None:
+            process = await Victim.start(victim, tmp_path / f"v{n}", operations=4000, threads=2, seed=n)
+            spare.append(process)
+            served = process.serve(server, working_set=some_of(process.folder, 2), drain_ms=n % 3)
+            await asyncio.sleep(rng.random() * 0.05)
+            if n % 2:
+                process.process.kill()
+                await asyncio.sleep(rng.random() * 0.01)
+            # A process that lives on reads zeroes from here on, as the daemon knows: it drops only the dead.
+            await served.drop()
+            await process.kill()
+
+        for _ in range(3):
+            await asyncio.gather(*(one(rng.randrange(1 << 30)) for _ in range(8)))
+        before = len(os.listdir("/proc/self/fd"))
+        await serves_well(server, victim, tmp_path / "last")
+        assert len(os.listdir("/proc/self/fd")) <= before
+        # Neither does the server keep any: control socket, epoll and wake-up of each thread, standard ones.
+        assert len(os.listdir(f"/proc/{server.pid}/fd")) <= 4 + 2 * 16
+
+
+async def test_files_that_are_wrong(victim: Path, tmp_path: Path, spare: list[Victim]) -> None:
+    async with page_server() as server:
+        # An index of more than the pages file has; one of another kind of file.
+        for n, damage in enumerate((lambda f: os.truncate(f / "pages", 4096), lambda f: os.truncate(f / "index", 40))):
+            process = await Victim.start(victim, tmp_path / f"v{n}")
+            spare.append(process)
+            damage(process.folder)
+            served = process.serve(server)
+            assert "Invalid argument" in await asyncio.wait_for(served.failed, 5)
+            await served.drop()
+        # A working set of nonsense is left out.
+        process = await Victim.start(victim, tmp_path / "set", pages=256)
+        spare.append(process)
+        served = process.serve(server, working_set=struct.pack("=QII", int.from_bytes(b"FROGSET1", "little"), 7, 0))
+        assert (await asyncio.wait_for(served.ready, 5))[0] == 0
+        await process.expect("done")
+        assert await process.end() == 0
+        # Cut while it is served: no byte is made up.
+        process = await Victim.start(victim, tmp_path / "cut", pages=4096)
+        spare.append(process)
+        os.truncate(process.folder / "pages", os.path.getsize(process.folder / "pages"))
+        loop = asyncio.get_running_loop()
+        held = os.open(process.folder / "pages", os.O_RDWR)
+        process.go = lambda: None  # type: ignore[method-assign]
+        served = process.serve(server)
+        await asyncio.sleep(0.1)
+        os.ftruncate(held, 1 << 20)
+        os.close(held)
+        del process.go  # type: ignore[attr-defined]
+        process.go()
+        assert "Bad address" in await asyncio.wait_for(served.failed, 5)
+        await served.drop()
+        assert loop.is_running()
+        await serves_well(server, victim, tmp_path / "last")
+
+
+async def test_full_memory_cgroup(victim: Path, tmp_path: Path, spare: list[Victim]) -> None:
+    """The kernel kills the process, or the page server says that there is no memory: it never waits for ever."""
+    groups = cgroups.detect(f"p{os.getpid():x}{os.urandom(2).hex()}")
+    group = groups.create("small", Limits(memory_bytes=6 << 20))
+    try:
+        async with page_server() as server:
+            process = await Victim.start(victim, tmp_path / "v", pages=4096, threads=2)
+            spare.append(process)
+            for path in group.attach_paths():
+                path.write_text(str(process.process.pid))
+            served = process.serve(server)
+            ended = asyncio.ensure_future(process.process.wait())
+            await asyncio.wait({ended, served.failed}, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+            assert ended.done() or served.failed.done(), "it waits for ever"
+            if served.failed.done():
+                assert "Cannot allocate memory" in served.failed.result()
+            else:
+                assert ended.result() == -signal.SIGKILL and group.oom_kills() > 0
+            await process.kill()
+            await ended
+            await served.drop()
+            await serves_well(server, victim, tmp_path / "last")
+    finally:
+        await group.destroy()
+
+
+APP = """
+import time, zlib
+import woodfrog
+
+app = woodfrog.App("pages")
+
+@app.cls(enable_memory_snapshot=True)
+class Big:
+    @woodfrog.enter(snap=True)
+    def load(self):
+        self.blocks = [bytes([i % 251]) * 65536 for i in range(1024)]
+        self.sum = 0
+        for b in self.blocks:
+            self.sum = zlib.crc32(b, self.sum)
+
+    @woodfrog.method()
+    def check(self, spread):
+        found = 0
+        for i, b in enumerate(self.blocks):
+            found = zlib.crc32(b, found)
+            if spread and i % 64 == 0:
+                time.sleep(0.02)
+        return found == self.sum
+"""
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Daemon]:
+    with Daemon(WOODFROG_DRAIN_MS="-1") as made:
+        made.cli("deploy", str(made.program(APP)))
+        yield made
+
+
+@pytest.mark.criu
+def test_page_server_killed_at_random_moments_of_ten_thaws(daemon: Daemon) -> None:
+    assert daemon.call("pages", "Big.check", spread=False) is True
+    daemon.wait_snapshot("pages")
+    rng = random.Random(7)
+
+    def stop_all() -> None:
+        for container in daemon.get("/containers")["containers"]:
+            daemon.cli("container", "stop", container["id"], check=False)  # it may be gone by now
+        daemon.wait_idle()
+
+    killed = 0
+    for _ in range(10):
+        stop_all()
+        server = daemon.page_server()
+        done = threading.Event()
+
+        def kill(server: int | None = server, delay: float = rng.random() * 0.6, done: threading.Event = done) -> None:
+            end = time.monotonic() + 5
+            while server is None and time.monotonic() < end and not done.is_set():
+                server = daemon.page_server()
+            time.sleep(delay)
+            if server is not None:
+                os.kill(server, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        assert daemon.call("pages", "Big.check", spread=True, timeout=60) is True
+        done.set()
+        killer.join()
+        killed += "page server died" in daemon.log.read_text()
+    assert killed
+    stop_all()
+    # The next thaw has a new one, and the snapshot was not blamed.
+    assert daemon.call("pages", "Big.check", spread=False) is True
+    assert until(daemon.page_server)
+    assert len(daemon.snapshots("pages")) == 1
+    assert subprocess.run(
+        ["pgrep", "-P", str(daemon.process.pid if daemon.process else 0), "-x", "woodfrog-pages"]
+    ).returncode in (0, 1)

@@ -1,0 +1,56 @@
+"""Specs against this machine: what a client may name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from woodfrog.daemon.resources import Resources
+from woodfrog.errors import NotFoundError, SpecError
+from woodfrog.settings import Settings
+from woodfrog.spec import AppSpec, FunctionSpec, MethodSpec, RuntimeSpec, SecretSpec, SourceSpec, VolumeMount
+from woodfrog.store.content import ContentStore
+
+
+def resources(home: Path, **settings: str) -> Resources:
+    return Resources(Settings(home=home, worker_uid=home.stat().st_uid, **settings), ContentStore(home))
+
+
+def app(*, sys_path: tuple[str, ...] = (), **function: object) -> AppSpec:
+    runtime = RuntimeSpec(sys.executable, sys.prefix, sys.base_prefix, "3", sys_path)
+    source = SourceSpec("module", "m", "f")
+    spec = FunctionSpec("f", "function", source, (MethodSpec("f"),), **function)  # type: ignore[arg-type]
+    return AppSpec("demo", runtime, (spec,))
+
+
+def test_clients_that_are_not_root_name_no_closed_directory(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    (closed / "lib").mkdir(parents=True)
+    closed.chmod(0o700)
+    resources(tmp_path).check(app(sys_path=(str(closed / "lib"),)))
+    for opened in ({"socket_group": "frogs"}, {"listen": "127.0.0.1:1"}):
+        strict = resources(tmp_path, **opened)
+        strict.check(app())
+        with pytest.raises(SpecError, match="not open to all users"):
+            strict.check(app(sys_path=(str(closed / "lib"),)))
+
+
+@pytest.mark.parametrize("path", ["/", "relative", "/proc/x", "/app", "/usr/lib/x", "/data/../etc"])
+def test_volumes_do_not_cover_the_systems_places(tmp_path: Path, path: str) -> None:
+    with pytest.raises(SpecError, match="volume path"):
+        resources(tmp_path).check(app(volumes=(VolumeMount("v", path),)))
+
+
+def test_names_that_must_exist(tmp_path: Path) -> None:
+    held = resources(tmp_path)
+    with pytest.raises(NotFoundError, match="woodfrog secret create"):
+        held.check(app(secrets=(SecretSpec(name="token"),)))
+    held.put_secret("token", {"A": "1"})
+    held.check(app(secrets=(SecretSpec(name="token", required_keys=("A",)),)))
+    with pytest.raises(SpecError, match="lacks the required key 'B'"):
+        held.check(app(secrets=(SecretSpec(name="token", required_keys=("B",)),)))
+    with pytest.raises(NotFoundError, match="create_if_missing"):
+        held.check(app(volumes=(VolumeMount("v", "/data", create=False),)))
+    assert (tmp_path / "secrets" / "token.json").stat().st_mode & 0o077 == 0
