@@ -4,6 +4,7 @@ A frame is a fixed head (`!4sII Q`: magic, protocol version, header length, body
 `"type"`, and an opaque body (pickled by the user's side; the daemon never unpickles).
 
 Daemon → worker                          Worker → daemon
+    preload {modules, env, sys_path, ...}    preloaded {phases, seen, files}; or failed
     boot    {function, code, env, ...}       booted   {phases, warnings}
                                              failed   {stage, error}         then the worker exits
     freeze  {}                               frozen   {phases} then it closes and blocks in accept(); or failed
@@ -12,7 +13,8 @@ Daemon → worker                          Worker → daemon
     stop    {}                               stopped  {} then it exits 0; or failed (stage "exit"), then it exits 1
     ping    {}                               pong     {}
 
-Stages of `failed`: "import", "enter" (snap=True), "before-snapshot", "after-restore", "enter-restore"
+`freeze` follows `preloaded` (a zygote; `boot` comes after the thaw) or `booted`.
+Stages of `failed`: "preload", "import", "enter" (snap=True), "before-snapshot", "after-restore", "enter-restore"
 (snap=False), "exit".
 `error` in `failed` is {"type", "message", "traceback"}; the body, if not empty, is the pickled exception.
 The socket is closed by the worker only for a freeze, or by dying.
@@ -41,6 +43,7 @@ __all__ = [
     "WORKER_STDOUT",
     "BootMessage",
     "Frame",
+    "PreloadMessage",
     "ProtocolError",
     "StartContext",
     "pack",
@@ -153,9 +156,28 @@ class BootMessage:
     params_len: int = 0
     blob_len: int = 0
     """Then a pickled function or class of this many bytes (serialized source)."""
+    entropy: str = ""
+    """For a worker thawed from a zygote: 64 random bytes in hex, which its generators are reseeded from."""
 
     def header(self) -> dict[str, Any]:
         return {"type": "boot", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class PreloadMessage:
+    """What a worker imports before it knows what it will serve. It leaves a process as `boot` would have it."""
+
+    modules: list[tuple[str, list[str]]]
+    """`(module, names)` each: `import module`, or `from module import names`."""
+    sys_path: list[str]
+    """The environment's import path, without the code directory."""
+    env: dict[str, str]
+    cwd: str = "/app"
+    argv: list[str] = field(default_factory=lambda: [""])
+    hide_gpu: bool = False
+
+    def header(self) -> dict[str, Any]:
+        return {"type": "preload", **asdict(self)}
 
 
 @dataclass(frozen=True)

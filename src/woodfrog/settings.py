@@ -61,6 +61,12 @@ class Settings:
     """Snapshots kept per function and kind of host: the current version's and earlier ones'."""
     snapshot_failures: int = 3
     """Restore failures after which a snapshot is retired."""
+    zygotes: bool = True
+    """Start functions from snapshots of workers that have imported their heavy modules already."""
+    keep_zygotes: int = 3
+    """Zygotes kept; the longest unused beyond that are removed."""
+    zygote_min_ms: int = 50
+    """Imports that take less than so many milliseconds are not worth a zygote."""
     capture_attempts: int = 3
     """Failed captures after which a function version runs without snapshots."""
     faults: str = ""
@@ -81,16 +87,21 @@ class Settings:
         return Path("/dev/shm") / f"woodfrog-{self.tag}" / "criu"
 
 
+_BOOLS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
 def _convert(name: str, kind: str, raw: Any) -> Any:
     try:
         if kind == "int":
             return int(raw)
+        if kind == "bool":
+            return _BOOLS[str(raw).lower()]
         if kind == "float":
             return float(raw)
         if kind == "Path":
             return Path(str(raw)).absolute()
         return str(raw)
-    except (TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         raise SpecError(f"setting {name}: {raw!r} is not of type {kind}", code="bad-setting") from None
 
 

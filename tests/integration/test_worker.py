@@ -229,6 +229,82 @@ def test_function_from_boot_to_stop(worker: Callable[[str], Worker]) -> None:
     assert w.err() == ""
 
 
+SURROUNDINGS = """
+    import os, random, sys
+    import first, second.part
+    drawn = random.random()
+    def look(x):
+        return {
+            "argv": sys.argv, "path": sys.path, "cwd": os.getcwd(), "env": dict(os.environ), "drawn": drawn,
+            "order": [m for m in sys.modules if m.partition(".")[0] in ("first", "second", "prog")],
+            "seen": [first.SEEN, second.part.lazy()],
+        }
+"""
+
+
+def test_a_preloaded_worker_is_as_a_plain_start_would_have_it(worker: Callable[[str], Worker], tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    (site / "second").mkdir(parents=True)
+    (site / "first.py").write_text(
+        "import os, random, sys\n"
+        "SEEN = [os.getcwd() == sys.path[0] or os.getcwd(), sys.argv, os.environ['PLACE'], os.environ.get('ONE')]\n"
+        "random.random()\nos.environ['LEFT'] = 'by an import'\nsys.path.append('/appended')\nprint('imported')\n"
+        "try:\n    import maybe\nexcept ImportError: pass\n"
+    )
+    (site / "second" / "__init__.py").write_text("")
+    (site / "second" / "part.py").write_text("def lazy(): return 1")
+    answers = []
+    for mode in ("plain", "preloaded", "zygote", "zygote"):
+        w = worker(SURROUNDINGS)
+        env = {"PATH": os.environ["PATH"], "PLACE": "boot"}
+        common: dict[str, Any] = {"cwd": "/tmp", "argv": ["a", "b"]}
+        paths = [p for p in sys.path if p]
+        if mode != "plain":
+            modules = [("first", []), ("second", ["part"])]
+            message = protocol.PreloadMessage(modules, [str(site), *paths], env, **common)
+            preloaded = w.ask(message.header())[0]
+            assert preloaded["type"] == "preloaded" and set(preloaded["phases"]) == {"preload"}
+            assert {"first", "second", "maybe"} <= set(preloaded["seen"]) and "prog" not in preloaded["seen"]
+            assert str(site / "second" / "part.py") in preloaded["files"]
+        if mode == "zygote":
+            assert w.freeze()["type"] == "frozen"
+        entropy = os.urandom(64).hex() if mode == "zygote" else ""
+        sys_path = [str(w.root), str(site), *paths]
+        booted = w.boot("look", sys_path=sys_path, env={**env, "ONE": "own"}, entropy=entropy, **common)
+        assert booted["type"] == "booted"
+        assert w.freeze()["type"] == "frozen"
+        assert w.start(restored=True, env={**env, "ONE": "own"})["type"] == "ready"
+        answer = w.call("look", 1)
+        answer["path"].remove(str(w.root))
+        answers.append(answer)
+        assert w.stdout.read_text() == "imported\n" and w.err() == ""
+    assert len({a.pop("drawn") for a in answers}) == 4
+    plain, *others = answers
+    assert plain["seen"][0] == ["/tmp", ["a", "b"], "boot", "own"]
+    assert plain["path"][-1] == "/appended"
+    for other in others:
+        # A zygote does not know what is for one instance alone, and a program's name comes after what it imports.
+        assert other["seen"][0] == ["/tmp", ["a", "b"], "boot", None]
+        assert [m for m in other["order"] if m != "prog"] == [m for m in plain["order"] if m != "prog"]
+        for key in ("argv", "path", "cwd", "env"):
+            assert other[key] == plain[key]
+
+
+@pytest.mark.parametrize(
+    "source", ["raise ValueError('broken')", "import sys; sys.path.reverse()", "import os; os.chdir('/')", "1 +"]
+)
+def test_a_preload_that_fails_says_nothing_to_the_user(
+    worker: Callable[[str], Worker], tmp_path: Path, source: str
+) -> None:
+    (tmp_path / "faulty.py").write_text(source)
+    w = worker("")
+    message = protocol.PreloadMessage([("faulty", [])], [str(tmp_path), *filter(None, sys.path)], {}, cwd="/tmp")
+    failed = w.ask(message.header())[0]
+    assert (failed["type"], failed["stage"]) == ("failed", "preload")
+    assert w.process.wait(20) == 1
+    assert w.err() == ""
+
+
 def test_class_hooks_run_in_order_around_a_freeze(worker: Callable[[str], Worker]) -> None:
     w = worker(
         """

@@ -335,7 +335,7 @@ def test_settings_order(tmp_path: Path) -> None:
 
 def test_every_setting_is_read_from_the_environment() -> None:
     for f in fields(Settings):
-        value = {"int": "11", "float": "1.5"}.get(str(f.type), "/x")
+        value = {"int": "11", "float": "1.5", "bool": "False"}.get(str(f.type), "/x")
         got = load({"WOODFROG_HOME": "/nowhere", "WOODFROG_" + f.name.upper(): value})
         assert str(getattr(got, f.name)) == value
 

@@ -19,6 +19,7 @@ from woodfrog import protocol
 from woodfrog.backends.base import Answer, CallRequest, Observer, StartRequest
 from woodfrog.backends.connection import Payload, WorkerConnection
 from woodfrog.backends.factory import SandboxFactory
+from woodfrog.backends.zygote import PER_INSTANCE, Plan, Zygotes, make_plan, overlap
 from woodfrog.criu.binary import Criu
 from woodfrog.engine.engine import Lazy
 from woodfrog.errors import (
@@ -84,6 +85,11 @@ class Instance:
     hostname: str = ""
     staging: Staging | None = None
     """Its snapshot, until that is committed; its sandbox's files rest on it."""
+    zygote: str | None = None
+    """What its worker was thawed from before it was told what to serve; its sandbox's files rest on it."""
+    plan: Plan | None = None
+    zygote_staging: Staging | None = None
+    zygote_task: asyncio.Task[None] | None = None
     commit_task: asyncio.Task[None] | None = None
     stopping: str | None = None
     exit_error: WoodfrogError | None = None
@@ -106,6 +112,9 @@ class LocalConfig:
     page_server_uid: int
     lazy_min_bytes: int
     drain_ms: int
+    zygotes: bool = False
+    keep_zygotes: int = 3
+    zygote_min_ms: float = 50
 
 
 class LocalBackend:
@@ -132,6 +141,7 @@ class LocalBackend:
         self._instances: dict[str, Instance] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._pages: PageServer | None = None
+        self._zygotes = Zygotes(catalogue, worker_class.digest, keep=config.keep_zygotes)
 
     # Starting
 
@@ -230,21 +240,9 @@ class LocalBackend:
     async def _boot(self, instance: Instance) -> None:
         request, phases = instance.request, instance.phases
         spec = request.spec
-        sandbox = await self._sandbox(instance)
+        if not await self._boot_zygote(instance):
+            await self._spawn_worker(instance)
         self._stage(instance, "importing")
-        with phases("spawn"):
-            instance.process = await self._factory.spawn_worker(
-                sandbox,
-                [request.runtime.executable, "-P", "-m", "woodfrog.worker"],
-                {
-                    "PATH": "/usr/bin:/bin",
-                    "HOME": _HOME,
-                    "LANG": "C.UTF-8",
-                    "PYTHONPATH": str(self._factory.package_root),
-                },
-            )
-        with phases("connect"):
-            await self._connect(instance, sandbox)
         assert instance.connection is not None
         blob = self._content.get_blob(spec.source.blob_digest) if spec.source.blob_digest else b""
         message = protocol.BootMessage(
@@ -262,6 +260,7 @@ class LocalBackend:
             has_params=bool(request.params),
             params_len=len(request.params),
             blob_len=len(blob),
+            entropy=os.urandom(64).hex() if instance.zygote else "",
         )
         with phases("boot"):
             reply = await instance.connection.request(
@@ -269,6 +268,24 @@ class LocalBackend:
             )
             self._check_failed(reply.header)
         self._take_phases(instance, reply.header, "boot")
+
+    async def _spawn_worker(self, instance: Instance) -> None:
+        request, phases = instance.request, instance.phases
+        sandbox = await self._sandbox(instance)
+        self._stage(instance, "importing")
+        with phases("spawn"):
+            instance.process = await self._factory.spawn_worker(
+                sandbox,
+                [request.runtime.executable, "-P", "-m", "woodfrog.worker"],
+                {
+                    "PATH": "/usr/bin:/bin",
+                    "HOME": _HOME,
+                    "LANG": "C.UTF-8",
+                    "PYTHONPATH": str(self._factory.package_root),
+                },
+            )
+        with phases("connect"):
+            await self._connect(instance, sandbox)
 
     async def _connect(self, instance: Instance, sandbox: Sandbox) -> None:
         assert instance.process is not None
@@ -328,6 +345,155 @@ class LocalBackend:
         instance.watch_task = self._spawn(self._watch(instance))
         self._observer.on_ready(instance.id)
 
+    # Zygotes
+
+    async def _boot_zygote(self, instance: Instance) -> bool:
+        """Have a worker with the program's heavy imports; False = there is no worker, do without."""
+        plan, root = await self._plan(instance)
+        if plan is None or root is None or not self._zygotes.usable(plan):
+            return False
+        found = self._zygotes.find(plan, root)
+        if found is None and not self._zygotes.begin(plan):
+            return False
+        try:
+            if found is not None:
+                with instance.phases("zygote.restore"):
+                    await self._thaw_zygote(instance, found.id)
+            else:
+                with instance.phases("zygote.make"):
+                    await self._make_zygote(instance, plan, root)
+        except (WoodfrogError, OSError, TimeoutError) as e:
+            counters["zygote.failed"] += 1
+            await self._drop_sandbox(instance)
+            self._zygotes.failed(plan, e, found.id if found else None)
+            instance.zygote = None
+            staging, instance.zygote_staging = instance.zygote_staging, None
+            if staging is not None:
+                self._catalogue.abandon(staging)
+            self._stage(instance, "restoring")  # our doing: the function has all of its time again
+            return False
+        finally:
+            if found is None:
+                self._zygotes.end(plan)
+        instance.plan = plan
+        counters["zygote.used"] += 1
+        return True
+
+    async def _plan(self, instance: Instance) -> tuple[Plan | None, Path | None]:
+        request = instance.request
+        spec = request.spec
+        if not self._config.zygotes or spec.source.kind != "module" or not spec.source.code_digest:
+            return None, None
+        hide_gpu = spec.snapshot.enabled and not spec.snapshot.gpu
+        if spec.resources.gpu and not hide_gpu:
+            return None, None
+        if any(overlap(v.path, inner) for v in spec.volumes for inner in (*request.runtime.sys_path, _HOME, "/app")):
+            return None, None  # what the libraries are, or find, would depend on what the volume holds
+        try:
+            root = self._code(request)
+            assert root is not None
+            with instance.phases("scan"):
+                return await asyncio.to_thread(
+                    make_plan, spec.source.module, root, request.runtime, self._env(instance), hide_gpu=hide_gpu
+                ), root
+        except (OSError, WoodfrogError):
+            return None, None  # the plain start tells what is wrong
+
+    async def _make_zygote(self, instance: Instance, plan: Plan, root: Path) -> None:
+        """Import in a new worker; if that took long, freeze it for others and go on with a thawed copy."""
+        request, phases = instance.request, instance.phases
+        await self._spawn_worker(instance)
+        assert instance.connection is not None and instance.sandbox is not None
+        message = protocol.PreloadMessage(
+            modules=[(i.module, list(i.names)) for i in plan.imports],
+            sys_path=list(request.runtime.sys_path),
+            env={k: v for k, v in self._env(instance).items() if k not in PER_INSTANCE},
+            hide_gpu=request.spec.snapshot.enabled and not request.spec.snapshot.gpu,
+        )
+        with phases("preload") as took:
+            reply = await instance.connection.request(message.header(), expect="preloaded")
+            self._check_failed(reply.header)
+        seen, files = _texts(reply.header.get("seen")), _texts(reply.header.get("files"))
+        if not self._zygotes.suits(seen, root):
+            self._zygotes.give_up(plan)
+            raise SandboxError("the program has a module of a name that the libraries look for", code="zygote-hidden")
+        if took.ms < self._config.zygote_min_ms:
+            self._zygotes.give_up(plan)
+            return  # this worker goes on: nothing of it was frozen
+        self._stage(instance, "restoring")
+        with phases("freeze"):
+            reply = await asyncio.wait_for(
+                instance.connection.request({"type": "freeze"}, expect="frozen"), _FREEZE_TIMEOUT_S
+            )
+            self._check_failed(reply.header)
+            await instance.connection.wait_closed_by_worker(10.0)
+            await instance.connection.close()
+            instance.connection = None
+        self._drain_logs(instance)
+        identity = SnapshotIdentity(
+            id=f"z-{uuid.uuid4().hex[:12]}",
+            function_key=self._zygotes.function_key(plan.key),
+            worker_class=self._worker_class,
+            app="",
+            tag="(zygote)",
+            params_digest="",
+            modules=plan.modules,
+            seen=seen,
+            sources=files,
+        )
+        staging = self._catalogue.begin(identity.id)
+        instance.zygote_staging = staging
+        with phases("capture"):
+            draft = await capture(
+                instance.sandbox,
+                root_pid=protocol.WORKER_PID,
+                staging=staging,
+                identity=identity,
+                criu=self._criu,
+                phases=phases,
+            )
+        draft = replace(draft, phases=tuple(f"{p.name}={p.ms:.1f}" for p in phases.items))
+        await self._drop_sandbox(instance)
+        with phases("zygote.restore"):
+            await self._materialise(instance, draft, staging.path, None)
+        instance.zygote = draft.id
+        instance.zygote_task = self._spawn(self._commit_zygote(instance, plan, staging, draft))
+
+    async def _commit_zygote(self, instance: Instance, plan: Plan, staging: Staging, draft: Manifest) -> None:
+        try:
+            await asyncio.to_thread(self._catalogue.commit, staging, draft)
+        except Exception as e:
+            self._zygotes.failed(plan, e, None)
+            if instance.id not in self._instances:
+                self._catalogue.abandon(staging)
+            return
+        instance.zygote_staging = None
+        counters["zygote.made"] += 1
+        self._zygotes.trim(self.snapshots_in_use())
+
+    async def _thaw_zygote(self, instance: Instance, zygote_id: str) -> None:
+        with instance.phases("verify"):
+            manifest = await asyncio.to_thread(self._catalogue.open_verified, zygote_id)
+        instance.zygote = zygote_id
+        # All of its memory at once: a process whose pages are still to come cannot be frozen again.
+        await self._materialise(instance, manifest, self._catalogue.path(zygote_id), None)
+        self._stage(instance, "restoring")
+
+    def _blame_zygote(self, instance: Instance, error: WoodfrogError) -> None:
+        """A process that was thawed once may be harder to freeze: a later attempt starts plainly."""
+        if instance.zygote is not None and instance.plan is not None and not isinstance(error, StoreError):
+            self._zygotes.failed(instance.plan, error, None)
+
+    def _zygote_layer(self, instance: Instance) -> int | None:
+        """The directory of its zygote's files, open: a commit may rename what is above it."""
+        if instance.zygote is None:
+            return None
+        staged = [instance.zygote_staging.fs] if instance.zygote_staging is not None else []
+        for path in (*staged, self._catalogue.path(instance.zygote) / "fs"):
+            with contextlib.suppress(FileNotFoundError):
+                return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        raise StoreError(f"the files of zygote {instance.zygote} are gone", code="zygote-gone")
+
     # Freezing
 
     async def _freeze_and_thaw(self, instance: Instance) -> None:
@@ -357,7 +523,11 @@ class LocalBackend:
             params_digest=request.params_digest,
         )
         self._drain_logs(instance)  # what lies in the pipes would be printed by every copy
+        layer = None
         try:
+            if instance.pages is not None and not instance.pages.complete:
+                raise CaptureError("its memory is not complete yet", alive=True, phase="freeze", code="lazy-pages")
+            layer = self._zygote_layer(instance)
             instance.staging = self._catalogue.begin(identity.id)
             with phases("capture"):
                 draft = await capture(
@@ -367,10 +537,12 @@ class LocalBackend:
                     identity=identity,
                     criu=self._criu,
                     phases=phases,
+                    below=None if layer is None else Path(f"/proc/{os.getpid()}/fd/{layer}"),
                 )
         except Exception as e:
             counters["capture.failed"] += 1
             error = e if isinstance(e, WoodfrogError) else _unexpected("capture", e)
+            self._blame_zygote(instance, error)
             if instance.staging is not None:
                 self._catalogue.keep_failure(instance.staging, error.message)
                 error.fields["snapshot"] = instance.staging.id
@@ -380,15 +552,20 @@ class LocalBackend:
             self._observer.on_capture_failed(instance.id, error, alive=True)
             await self._connect(instance, instance.sandbox)
             return
+        finally:
+            if layer is not None:
+                os.close(layer)
         draft = replace(draft, phases=tuple(f"{p.name}={p.ms:.1f}" for p in phases.items))
         await self._drop_sandbox(instance)
         try:
             await self._thaw(instance, draft, instance.staging.path)
         except WoodfrogError as e:
             counters["capture.failed"] += 1
+            self._blame_zygote(instance, e)
             failure = CaptureError(f"the new snapshot does not thaw: {e.message}", phase="thaw")
             failure.fields |= {k: v for k, v in e.fields.items() if k in ("remedy", "log_tail")}
             raise _CaptureGaveUp(failure) from e
+        instance.zygote = None
         # The first caller need not wait for the disk: the images are ours and in the page cache.
         instance.commit_task = self._spawn(self._commit(instance, instance.staging, draft))
 
@@ -429,15 +606,16 @@ class LocalBackend:
         counters["restore.done"] += 1
 
     async def _thaw(self, instance: Instance, manifest: Manifest, path: Path) -> None:
+        await self._materialise(instance, manifest, path, await self._lazy(manifest, path))
+        instance.snapshot_id = manifest.id
+
+    async def _materialise(self, instance: Instance, manifest: Manifest, path: Path, lazy: Lazy | None) -> None:
         self._stage(instance, "restoring")
-        layers = (path / "fs",)
-        sandbox = await self._sandbox(instance, layers, path / "shm")
-        lazy = await self._lazy(manifest, path)
+        sandbox = await self._sandbox(instance, (path / "fs",), path / "shm")
         reseed_kernel_generators()
         instance.process = await materialise(
             sandbox, manifest=manifest, images=path / "img", criu=self._criu, phases=instance.phases, lazy=lazy
         )
-        instance.snapshot_id = manifest.id
         if lazy is not None and lazy.served is not None:
             self._adopt_pages(instance, lazy.served)
         with instance.phases("connect"):
@@ -697,6 +875,8 @@ class LocalBackend:
         self._instances.pop(instance.id, None)
         if not _running(instance.commit_task):
             self._abandon(instance)
+        if instance.zygote_staging is not None and not _running(instance.zygote_task):
+            self._catalogue.abandon(instance.zygote_staging)
 
     # Looking
 
@@ -708,6 +888,7 @@ class LocalBackend:
         used = {i.snapshot_id for i in self._instances.values()} | {
             i.request.snapshot_id for i in self._instances.values()
         }
+        used |= {i.zygote for i in self._instances.values()}
         return {s for s in used if s is not None}
 
     def describe(self, instance_id: str) -> dict[str, Any] | None:
@@ -779,6 +960,11 @@ def _unexpected(what: str, error: Exception) -> WoodfrogError:
     """An error nobody foresaw: logged whole, told in one line."""
     log.error("%s failed unexpectedly", what, exc_info=error)
     return SandboxError(f"{what} failed unexpectedly: {type(error).__name__}: {error}", code="unexpected")
+
+
+def _texts(raw: Any) -> tuple[str, ...]:
+    """A list of texts, whatever the worker sent."""
+    return tuple(str(text)[:4096] for text in raw[:100_000]) if isinstance(raw, list) else ()
 
 
 def _running(task: asyncio.Task[None] | None) -> bool:

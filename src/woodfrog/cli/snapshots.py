@@ -47,7 +47,7 @@ def list_snapshots(
             output.size(s.get("memory_bytes")),
             output.size(s.get("files_bytes")),
             output.ago(s.get("created")),
-            s.get("why"),
+            s.get("why") or ", ".join(s.get("modules") or ()),
         )
         for s in snapshots
     ]

@@ -179,6 +179,8 @@ def _snapshot_row(catalogue: Catalogue, manifest: Manifest, here: WorkerClass) -
         "tasks": manifest.tasks,
         "function_key": manifest.function_key,
         "worker_class": manifest.worker_class,
+        "kind": manifest.kind,
+        "modules": list(manifest.modules),
     }
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +33,11 @@ class SnapshotIdentity:
     app: str
     tag: str
     params_digest: str
+    modules: tuple[str, ...] = ()
+    """For a zygote: what it has imported."""
+    seen: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    """For a zygote: the files it was imported from, which must be unchanged at a restore."""
 
 
 async def copy_tree(source: Path, target: Path, what: str) -> None:
@@ -48,12 +56,55 @@ async def copy_tree(source: Path, target: Path, what: str) -> None:
         raise StoreError(f"{what}: {lines[0] if lines else 'cp failed'}", code="disk-full" if full else "copy-failed")
 
 
+def uncover(upper: Path, lower: Path) -> None:
+    """Make way in `lower` for a copy of the overlay layer `upper`: remove what that replaces or hides."""
+    with os.scandir(upper) as entries:
+        for entry in entries:
+            target = lower / entry.name
+            if not os.path.lexists(target):
+                continue
+            is_dir = entry.is_dir(follow_symlinks=False)
+            if is_dir and target.is_dir() and not target.is_symlink() and not _opaque(entry.path):
+                uncover(Path(entry.path), target)
+            elif target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target)
+            else:
+                target.unlink()
+
+
+def _opaque(path: str) -> bool:
+    try:
+        return os.getxattr(path, "trusted.overlay.opaque") == b"y"
+    except OSError:
+        return False
+
+
+def _unchanged_since(paths: tuple[str, ...]) -> list[str]:
+    found = []
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):  # it is in the sandbox alone
+            info = os.stat(path)
+            found.append(f"{path}|{info.st_size}|{info.st_mtime_ns}")
+    return found
+
+
 async def capture(
-    sandbox: Sandbox, *, root_pid: int, staging: Staging, identity: SnapshotIdentity, criu: Criu, phases: Phases
+    sandbox: Sandbox,
+    *,
+    root_pid: int,
+    staging: Staging,
+    identity: SnapshotIdentity,
+    criu: Criu,
+    phases: Phases,
+    below: Path | None = None,
 ) -> Manifest:
     """Freeze the tree of `root_pid` (a pid inside the sandbox) into `staging`.
 
     On success the processes are dead and the sandbox is only good for being destroyed.
+
+    Args:
+        below: the layer that the sandbox's own files lie on, of the zygote it was thawed from. It becomes part of the
+        snapshot, which so depends on no other.
 
     Returns:
         The manifest to commit, still without its files' digests.
@@ -66,10 +117,14 @@ async def capture(
     fault("capture.files")
     try:
         with phases("files"):
+            if below is not None:
+                await copy_tree(below, staging.fs, "cannot store the zygote's files")
+                await asyncio.to_thread(uncover, sandbox.upper_path(), staging.fs)
             await copy_tree(sandbox.upper_path(), staging.fs, "cannot store the sandbox's files")
             await copy_tree(sandbox.path("/dev/shm"), staging.shm, "cannot store the sandbox's shared memory")
     except StoreError as e:
         raise CaptureError(e.message, alive=False, phase="files", code=e.code) from e
+    sources = await asyncio.to_thread(_unchanged_since, identity.sources)
     for log in staging.images.glob("*.log"):
         log.rename(staging.log / log.name)
     return Manifest(
@@ -87,6 +142,9 @@ async def capture(
         pages_bytes=result.pages_bytes,
         fs_bytes=0,
         files=(),
-        external=tuple(f"{path}|{size}|{mtime}" for path, size, mtime in result.files),
+        external=(*(f"{path}|{size}|{mtime}" for path, size, mtime in result.files), *sources),
         warnings=result.warnings,
+        kind="zygote" if identity.modules else "function",
+        modules=identity.modules,
+        seen=identity.seen,
     )

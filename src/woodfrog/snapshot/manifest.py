@@ -64,6 +64,12 @@ class Manifest:
     """What the snapshot does not keep, one line each."""
     phases: tuple[str, ...] = ()
     """How the capture spent its time: `name=ms`."""
+    kind: str = "function"
+    """"function" or "zygote": a worker with nothing but imports, which functions start from."""
+    modules: tuple[str, ...] = ()
+    """A zygote's imports, in order."""
+    seen: tuple[str, ...] = ()
+    """Every top-level module that they looked for; a program that has one of these names cannot start from it."""
 
 
 def encode(manifest: Manifest) -> bytes:

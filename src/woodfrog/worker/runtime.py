@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import AsyncGeneratorType, GeneratorType
 from typing import Any
 
@@ -36,6 +37,35 @@ class StageError(Exception):
         self.cause = cause
 
 
+@dataclass(frozen=True)
+class _Traces:
+    """What imports left in the process's surroundings; a boot keeps it."""
+
+    path_before: tuple[str, ...] = ()
+    path_after: tuple[str, ...] = ()
+    env: dict[str, str | None] = field(default_factory=dict)
+
+
+def _traces(message: dict[str, Any], env: dict[str, str]) -> _Traces:
+    """Raises RuntimeError for what could not be told apart from what `message` set."""
+    given, now = message["sys_path"], list(sys.path)
+    at = next((i for i in range(len(now) - len(given) + 1) if now[i : i + len(given)] == given), None)
+    if at is None or sys.argv != message["argv"] or os.getcwd() != os.path.realpath(message["cwd"]):
+        raise RuntimeError("an import rearranged sys.path or sys.argv, or changed the working directory")
+    changed = {name: os.environ.get(name) for name in {*env, *os.environ} if os.environ.get(name) != env.get(name)}
+    return _Traces(tuple(now[:at]), tuple(now[at + len(given) :]), changed)
+
+
+class _Lookups:
+    """The first finder: finds nothing, and knows every top-level module that was looked for."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        self.names.add(name.partition(".")[0])
+
+
 class Runtime:
     """One booted function or class."""
 
@@ -46,6 +76,7 @@ class Runtime:
         self._loop: Any = None
         self._methods: dict[str, bool] = {}
         self._hidden_gpu = False
+        self._preloaded: _Traces | None = None
         self.phases: dict[str, float] = {}
 
     @contextmanager
@@ -59,6 +90,41 @@ class Runtime:
         finally:
             self.phases[phase] = round((time.perf_counter() - begin) * 1e3, 3)
 
+    def preload(self, message: dict[str, Any]) -> tuple[dict[str, float], list[str], list[str]]:
+        """Import what the program will import first; phases, the top-level modules looked for, and the files loaded.
+
+        Raises:
+            StageError: "preload".
+        """
+        self.phases = {}
+        with self._stage("preload", "preload"):
+            self._surround(message)
+            env, lookups = dict(os.environ), _Lookups()
+            sys.meta_path.insert(0, lookups)
+            try:
+                for module, names in message["modules"]:
+                    found = __import__(module, {}, {}, names, 0)
+                    for name in names:
+                        getattr(found, name)
+            finally:
+                sys.meta_path.remove(lookups)
+            self._preloaded = _traces(message, env)
+        files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+        return self.phases, sorted(lookups.names), sorted(f for f in files if isinstance(f, str))
+
+    def _surround(self, message: dict[str, Any]) -> None:
+        """Environment, arguments, import path and directory of the user's code."""
+        traces = self._preloaded or _Traces()
+        hidden = _NO_GPU if message.get("hide_gpu") else {}
+        env = {**message["env"], **hidden, **traces.env}
+        renew.set_environ({name: value for name, value in env.items() if value is not None})
+        sys.argv = list(message["argv"])
+        sys.path[:] = [*traces.path_before, *message["sys_path"], *traces.path_after]
+        try:
+            os.chdir(message["cwd"])
+        except OSError as e:
+            raise SpecError(f"the working directory {message['cwd']} cannot be entered: {e.strerror}") from None
+
     def boot(self, boot: dict[str, Any], body: bytearray) -> dict[str, float]:
         """Import, construct, run enter(snap=True).
 
@@ -68,14 +134,11 @@ class Runtime:
         self._boot, self.phases = boot, {}
         self._methods = {m["name"]: bool(m.get("generator")) for m in boot["methods"]}
         self._hidden_gpu = bool(boot.get("hide_gpu"))
+        if boot.get("entropy"):
+            with self._stage("import", "renew"):
+                renew.renew(bytes.fromhex(boot["entropy"]))
         with self._stage("import", "import"):
-            renew.set_environ({**boot["env"], **(_NO_GPU if self._hidden_gpu else {})})
-            sys.argv = list(boot["argv"])
-            sys.path[:] = boot["sys_path"]
-            try:
-                os.chdir(boot["cwd"])
-            except OSError as e:
-                raise SpecError(f"the working directory {boot['cwd']} cannot be entered: {e.strerror}") from None
+            self._surround(boot)
             self._target = self._load(bytes(body[boot.get("params_len", 0) :]))
         if boot["kind"] == "class":
             with self._stage("enter", "construct"):
@@ -119,11 +182,28 @@ class Runtime:
         with self._stage("before-snapshot", "before_snapshot"):
             for hook in reversed(_registered("_before_snapshot")):
                 self._settle(hook())
-            codec.preload()
-            renew.prepare()
-            gc.collect()
-            renew.trim_heap()
+            self._tidy()
         return self.phases
+
+    def settle(self) -> dict[str, float]:
+        """The same for a worker that has no program yet.
+
+        Raises:
+            StageError: "preload".
+        """
+        self.phases = {}
+        with self._stage("preload", "settle"):
+            self._tidy()
+            gc.freeze()  # so that the program's own freeze need not go through all of it once more
+        return self.phases
+
+    @staticmethod
+    def _tidy() -> None:
+        codec.preload()
+        renew.prepare()
+        gc.collect()
+        gc.unfreeze()
+        renew.trim_heap()
 
     def start(self, context: dict[str, Any]) -> tuple[dict[str, float], list[str]]:
         """Take on the identity of this instance; phases and warnings.
@@ -136,6 +216,8 @@ class Runtime:
         restored = bool(context["restored"])
         state.restored, state.instance_id = restored, context["instance_id"]
         state.snapshot_id = context["snapshot_id"] if restored else None
+        if self._preloaded is not None and not restored:
+            gc.unfreeze()
         with self._stage("after-restore", "reseed"):
             renew.set_environ(context["env"])
             if restored:

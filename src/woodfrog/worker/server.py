@@ -25,7 +25,7 @@ __all__ = ["serve"]
 T = TypeVar("T")
 _JOIN = 1 << 16
 """Frames up to this size go out in one write."""
-_GOOD = frozenset({"booted", "frozen", "ready", "result", "item", "done", "stopped", "pong"})
+_GOOD = frozenset({"booted", "frozen", "preloaded", "ready", "result", "item", "done", "stopped", "pong"})
 
 
 class _Gone(Exception):
@@ -114,7 +114,7 @@ class _Worker:
                 status = self._converse()
             except _Gone:
                 # Before the boot and in the freeze a connection may come and go; otherwise nobody is left to serve.
-                status = None if self._state in ("new", "frozen") else 0
+                status = None if self._state in ("new", "zygote", "frozen") else 0
             except ProtocolError as e:
                 print(f"woodfrog worker: {e}", file=sys.stderr)
                 status = 2
@@ -137,14 +137,24 @@ class _Worker:
             except StageError as e:
                 self._failed(e.stage, e.cause)
                 return 1
-            if self._state == "frozen" or status is not None:
+            if self._state in ("zygote", "frozen") or status is not None:
                 return status
 
     def _handle(self, header: dict[str, Any], body: bytearray) -> int | None:
         kind = header["type"]
         if kind == "ping":
             self._send({"type": "pong"})
-        elif kind == "boot" and self._state == "new":
+        elif kind == "preload" and self._state == "new":
+            phases, seen, files = self._runtime.preload(header)
+            self._state = "preloaded"
+            _flush()
+            self._send({"type": "preloaded", "phases": phases, "seen": seen, "files": files})
+        elif kind == "freeze" and self._state == "preloaded":
+            phases = self._runtime.settle()
+            _flush()
+            self._send({"type": "frozen", "phases": phases})
+            self._state = "zygote"
+        elif kind == "boot" and self._state in ("new", "preloaded", "zygote"):
             phases = self._runtime.boot(header, body)
             self._state = "booted"
             _flush()
@@ -211,7 +221,8 @@ class _Worker:
 
     def _failed(self, stage: str, error: BaseException) -> None:
         plain = codec.format_error(error)
-        print(plain["traceback"], end="", file=sys.stderr)
+        if stage != "preload":  # a plain start follows, and fails in the program's own words
+            print(plain["traceback"], end="", file=sys.stderr)
         _flush()
         data = codec.pickle_exception(error)
         self._send({"type": "failed", "stage": stage, "error": plain}, [data] if data else ())
