@@ -61,8 +61,9 @@ class Settings:
     """Snapshots kept per function and kind of host: the current version's and earlier ones'."""
     snapshot_failures: int = 3
     """Restore failures after which a snapshot is retired."""
-    zygotes: bool = True
-    """Start functions from snapshots of workers that have imported their heavy modules already."""
+    zygotes: bool = False
+    """Start functions from snapshots of workers that have imported their heavy modules already. Off by default: a first
+    start on new libraries takes a tenth longer, and a digest over the environment's values is kept and shown."""
     keep_zygotes: int = 3
     """Zygotes kept; the longest unused beyond that are removed."""
     zygote_min_ms: int = 50

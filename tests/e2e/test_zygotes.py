@@ -55,7 +55,7 @@ VERSION = 1
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[Daemon]:
-    with Daemon(WOODFROG_ZYGOTE_MIN_MS="0") as daemon:
+    with Daemon(WOODFROG_ZYGOTES="1", WOODFROG_ZYGOTE_MIN_MS="0") as daemon:
         yield daemon
 
 
