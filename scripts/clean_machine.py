@@ -37,6 +37,8 @@ DEFAULT_STATE = Path("/var/lib/woodfrog")
 NAME = "woodfrog"
 CGROUPS = Path("/sys/fs/cgroup")
 SHARED_MEMORY = Path("/dev/shm")
+RUN = Path("/run/woodfrog")
+FORWARDING_WAS_OFF = "forwarding-was-off"
 KDAT_LEFTOVERS = (Path("/run/criu.kdat"), Path("/run/criu.kdat.tmp"))
 
 
@@ -161,6 +163,13 @@ def remove_tree(path: Path) -> None:
     shutil.rmtree(path)
 
 
+def forwarding_off_again() -> None:
+    """As it was before a daemon turned it on for its sandboxes."""
+    if (RUN / FORWARDING_WAS_OFF).exists():
+        say("clean", "turn IPv4 forwarding off, as it was before")
+        Path("/proc/sys/net/ipv4/ip_forward").write_text("0")
+
+
 def remove_packages(prefix: Path) -> None:
     """Remove the packages that set-up installed. dpkg keeps, and names, those that something else needs."""
     ours = sorted(installed(recorded(prefix)) if recorded(prefix) else ())
@@ -189,6 +198,9 @@ def clean(prefix: Path, state: Path) -> None:
         if entry.is_dir() and pattern.fullmatch(entry.name):
             remove_tree(entry)
     remove_tree(state)
+    if everything:
+        forwarding_off_again()
+        remove_tree(RUN)
     if (prefix / "criu").exists():
         for leftover in KDAT_LEFTOVERS if everything else ():
             leftover.unlink(missing_ok=True)
@@ -216,7 +228,7 @@ def main() -> int:
         if prefix != DEFAULT_PREFIX:
             refuse_foreign(prefix, {"criu", RECORD})
         if state != DEFAULT_STATE:
-            refuse_foreign(state, {"woodfrogd.sock", "snapshots", "journal.db", "config.toml"})
+            refuse_foreign(state, {"woodfrogd.sock", "snapshots", "journal.sqlite", "config.toml"})
         clean(prefix, state)
     except (SetupError, OSError) as error:
         print(f"clean: {error}", file=sys.stderr)

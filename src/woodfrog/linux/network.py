@@ -30,6 +30,8 @@ from woodfrog.errors import HostError, SandboxError
 __all__ = ["Network", "NetworkLease", "Resolver", "nft_rules", "resolver"]
 
 LEASES = Path("/run/woodfrog")
+FORWARDING_WAS_OFF = "forwarding-was-off"
+"""Made beside the leases when forwarding was turned on here: `make clean-machine` turns it off again."""
 SYS_NET = Path("/sys/class/net")
 LINK_GONE_TIMEOUT_S = 2.0
 
@@ -209,6 +211,7 @@ class Network:
         if forward.read_text().strip() != "1":
             try:
                 forward.write_text("1")
+                (self._leases.parent / FORWARDING_WAS_OFF).touch()
             except OSError as e:
                 raise HostError(
                     f"network: cannot turn on forwarding ({e.strerror}); run: sysctl -w net.ipv4.ip_forward=1",
