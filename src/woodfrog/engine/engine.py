@@ -15,7 +15,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -57,6 +57,8 @@ RESTORE_BYTES_PER_S = 20e6
 LAZY_SOCKET = "lazy-pages.socket"
 """Where CRIU looks for a page server, in its work directory."""
 LAZY_CACHE = f"{CACHE}/lazy"
+CRIU_LAST_WORDS_S = 0.5
+"""How long CRIU may take to notice by itself that its page server is gone."""
 SETTLE_S = 2.0
 """How long the tasks may take to run on after CRIU ended."""
 KILL_AFTER_S = 0.01
@@ -611,9 +613,9 @@ async def restore(
         with phases("criu") as criu_phase:
             limit = timeout or RESTORE_TIMEOUT_S + sum(facts.sizes.values()) / RESTORE_BYTES_PER_S
             spec = _spec(criu, restore_command(str(criu.path), plan), cache=LAZY_CACHE if plan.lazy_pages else CACHE)
-            done = await _run_criu(sandbox, spec, limit, "restore.criu")
-            log = _read_log(sandbox.path(f"{WORK}/restore.log"))
             served = lazy.served if lazy is not None and plan.lazy_pages else None
+            done = await _while_served(_run_criu(sandbox, spec, limit, "restore.criu"), served)
+            log = _read_log(sandbox.path(f"{WORK}/restore.log"))
             if served is not None and (done.status == 0 or served.failed.done()):
                 # Also when CRIU failed: without a page server it does, and the snapshot is not at fault.
                 await served.safe()
@@ -651,6 +653,29 @@ async def restore(
             code=failure.code,
             **fields,
         ) from e
+
+
+async def _while_served(criu: Coroutine[Any, Any, Completed], served: ServedPages | None) -> Completed:
+    """Let CRIU finish, unless the memory it restores can no longer be served: its tasks may wait for some of it.
+
+    Raises:
+        SandboxError: it was ended for that.
+    """
+    if served is None:
+        return await criu
+    running = asyncio.ensure_future(criu)
+    try:
+        either: set[asyncio.Future[Any]] = {running, served.failed}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not running.done():
+            await asyncio.wait({running}, timeout=CRIU_LAST_WORDS_S)
+        if running.done():
+            return running.result()
+        raise SandboxError(f"memory cannot be served: {served.failed.result()}", code="memory-not-served")
+    finally:
+        if not running.done():
+            running.cancel()
+            await asyncio.wait({running})
 
 
 async def _drop_pages(lazy: Lazy) -> None:
