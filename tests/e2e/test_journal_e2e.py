@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from e2e.harness import Daemon
 
+from e2e.harness import Daemon
 from woodfrog.control.replay import replay
 
 pytestmark = [pytest.mark.root, pytest.mark.criu]
