@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from woodfrog.errors import DaemonError, HostError, WoodfrogError
 
@@ -255,5 +255,16 @@ class Progress:
         with self._lock:
             self.clear()
             stream = sys.stderr if error else sys.stdout
-            stream.write(line)
-            stream.flush()
+            _write_whole(stream, line)
+
+
+def _write_whole(stream: TextIO, line: str) -> None:
+    """Write a line in one piece: the program's own `print` on another thread writes text and line end apart."""
+    try:
+        if not stream.isatty():
+            os.write(stream.fileno(), line.encode(errors="replace"))
+            return
+    except (OSError, ValueError):
+        pass  # not a real file: a test's, or a notebook's
+    stream.write(line)
+    stream.flush()
