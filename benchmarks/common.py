@@ -71,6 +71,16 @@ class Daemon:
     def __enter__(self) -> Daemon:
         # A benchmark that is stopped takes its daemon and its sandboxes with it.
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        self.client = Client(self.settings)
+        try:
+            self.start()
+        except BaseException:
+            shutil.rmtree(self.home, ignore_errors=True)
+            raise
+        return self
+
+    def start(self) -> None:
+        """Start the process; again, after it was stopped or killed."""
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "woodfrog.daemon"],
@@ -80,19 +90,17 @@ class Daemon:
                 stderr=log,
                 start_new_session=True,
             )
-        self.client = Client(self.settings)
         deadline = time.monotonic() + START_S
-        while self.client.health() is None:
+        # One that was killed left its socket behind.
+        while (self.client.health() or {}).get("pid") != self.process.pid:
             if self.process.poll() is not None or time.monotonic() > deadline:
-                said = self.log.read_text()[-4000:]
                 self.process.kill()
-                shutil.rmtree(self.home, ignore_errors=True)
-                raise SystemExit(f"the daemon did not start:\n{said}")
+                raise SystemExit(f"the daemon did not start:\n{self.log.read_text()[-4000:]}")
             time.sleep(0.05)
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.stop()
+        self.client.close()
         if exc[0] is not None and not isinstance(exc[1], KeyboardInterrupt):
             console.print(f"[dim]the end of the daemon's log:\n{self.log.read_text()[-3000:]}")
         shutil.rmtree(self.home, ignore_errors=True)
@@ -101,7 +109,6 @@ class Daemon:
     def stop(self) -> None:
         if self.process.poll() is not None:
             return
-        self.client.close()
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(60)
@@ -113,9 +120,21 @@ class Daemon:
     # What benchmarks ask of it
 
     def deploy(
-        self, name: str, module: ModuleType, tags: Sequence[str], *, snapshots: bool = True, **scaling: Any
+        self,
+        name: str,
+        module: ModuleType,
+        tags: Sequence[str],
+        *,
+        snapshots: bool = True,
+        plain: bool | None = None,
+        **scaling: Any,
     ) -> AppSpec:
-        """Deploy some of a program's functions and classes as an app, with snapshots on or off."""
+        """Deploy some of a program's functions and classes as an app.
+
+        Args:
+            snapshots: whether they keep theirs.
+            plain: their starts without a snapshot begin at nothing, not in a zygote; by default if snapshots are off.
+        """
         registered = {**module.app.registered_functions, **module.app.registered_classes}
         bundle = deploy.build(name, [registered[t] for t in tags], (module.__name__, str(module.__file__)))
         functions = tuple(
@@ -123,6 +142,7 @@ class Daemon:
                 f,
                 snapshot=dataclasses.replace(f.snapshot, enabled=f.snapshot.enabled and snapshots),
                 scaling=dataclasses.replace(f.scaling, **scaling),
+                plain_start=not snapshots if plain is None else plain,
             )
             for f in bundle.spec.functions
         )
@@ -160,6 +180,21 @@ class Daemon:
     def wait_for_snapshot(self, app: str, function: str | None = None) -> dict[str, Any]:
         wait_until(lambda: self.snapshots(app, function), f"no snapshot of {app} was made")
         return self.snapshots(app, function)[-1]
+
+    def wait_for_packing(self, app: str, seconds: float = CHANGE_S) -> str:
+        """Until the memory of an app's newest snapshot is in the page store, where it goes after the first call.
+
+        Returns:
+            The snapshot's form: "packed", or "loose" when it stays as it was captured.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            row = self.wait_for_snapshot(app)
+            form = str(json.loads((self.home / "snapshots" / row["id"] / "manifest.json").read_text())["form"])
+            small = row["memory_bytes"] < self.settings.lazy_min_mib << 20
+            if form == "packed" or small or time.monotonic() > deadline:
+                return form
+            time.sleep(0.1)
 
     def last_trace(self, app: str) -> dict[str, Any]:
         calls = self.client.request("GET", "/calls", params={"limit": "20"}).json()["calls"]

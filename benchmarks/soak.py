@@ -12,6 +12,7 @@ compared and counted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -52,31 +53,44 @@ def disk_bytes(home: Path) -> int:
     return total
 
 
+def children_of(pid: int) -> list[int]:
+    try:
+        return [int(p) for t in Path(f"/proc/{pid}/task").iterdir() for p in (t / "children").read_text().split()]
+    except OSError:
+        return []  # gone meanwhile
+
+
 def daemon_tree(daemon: Daemon) -> list[int]:
     """The daemon and its own children, without what is in the sandboxes."""
-    found, todo = [], [daemon.process.pid]
-    while todo:
-        pid = todo.pop()
-        found.append(pid)
-        if pid == daemon.process.pid:
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                todo += [int(p) for p in (task / "children").read_text().split()]
+    return [daemon.process.pid, *children_of(daemon.process.pid)]
+
+
+def groups_of(tag: str) -> list[Path]:
+    """Control groups of a state directory's sandboxes; others come and go meanwhile."""
+    found = []
+    for folder, folders, _ in os.walk("/sys/fs/cgroup"):  # skips what goes while it looks
+        if Path(folder).name == "woodfrog":
+            found += [Path(folder) / name for name in folders if name.startswith(f"{tag}-")]
+            folders.clear()
     return found
 
 
 def held(daemon: Daemon) -> dict[str, int]:
     """What the daemon holds of the machine now."""
     pid = daemon.process.pid
-    groups = [p for p in Path("/sys/fs/cgroup").glob(f"**/woodfrog/{daemon.settings.tag}-*") if p.is_dir()]
+    groups = groups_of(daemon.settings.tag)
     # A process is in one group of each hierarchy: counted once.
-    processes = {line for g in groups for line in (g / "cgroup.procs").read_text().split()}
+    processes = set()
+    for group in groups:
+        with contextlib.suppress(OSError):
+            processes |= set((group / "cgroup.procs").read_text().split())
     mounts = [
         line
         for who in (pid, os.getpid())
         for line in Path(f"/proc/{who}/mountinfo").read_text().splitlines()
         if str(daemon.home) in line
     ]
-    ports = Path(f"/sys/class/net/{BRIDGE}/brif")
+    ports = Path(f"/sys/class/net/{daemon.settings.network_bridge}/brif")
     namespaces = set()
     for process in Path("/proc").iterdir():
         if process.name in processes:
@@ -193,7 +207,7 @@ def main() -> int:
         seconds = time.monotonic() - begin
         leaks = grown(first, last)
         home, tag = daemon.home, daemon.settings.tag
-    leaks += [f"after the daemon's end: {p}" for p in Path("/sys/fs/cgroup").glob(f"**/woodfrog/{tag}-*")]
+    leaks += [f"after the daemon's end: {p}" for p in groups_of(tag)]
     leaks += [f"after the daemon's end: {p}" for p in (Path(f"/sys/class/net/{BRIDGE}"), home) if p.exists()]
     result = {
         "machine": facts,

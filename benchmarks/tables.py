@@ -12,7 +12,9 @@ from typing import Any
 HERE = Path(__file__).parent
 ARMS = {
     "cold": "cold start",
-    "plain": "criu restore",
+    "criu": "criu restore",
+    "lazy": "criu lazy-pages",
+    "runsc": "gVisor runsc restore",
     "whole": "woodfrog, page server off",
     "woodfrog": "woodfrog",
     "fork": "fork server",
@@ -35,31 +37,97 @@ def facts(result: dict[str, Any]) -> str:
     )
 
 
+def three(values: dict[str, Any], digits: int = 0) -> str:
+    return " / ".join(f"{values[k]:.{digits}f}" for k in ("min", "median", "p95"))
+
+
 def start(result: dict[str, Any]) -> str:
     work = result["workloads"]
     lines = [
-        [
-            title,
-            *(
-                f"{w['ms'][arm]['min']:.0f} / {w['ms'][arm]['median']:.0f} / {w['ms'][arm]['p95']:.0f}"
-                for w in work.values()
-            ),
-        ]
+        [title, *(three(w["ms"][arm]) if arm in w["ms"] else "" for w in work.values())]
         for arm, title in ARMS.items()
+        if any(arm in w["ms"] for w in work.values())
     ]
+    best = (w["best_thaw_over_woodfrog"] for w in work.values())
+    lines.append(["the best of criu and gVisor over woodfrog", *("" if b is None else f"{b:.2f}" for b in best)])
     lines.append(
         [
-            "woodfrog's own share: page server off, over criu restore",
-            *(f"{w['overhead_ms']['whole']['median']:.1f}" for w in work.values()),
+            "cold over woodfrog",
+            *(f"{w['over_woodfrog']['cold']:.1f}" if "cold" in w["over_woodfrog"] else "" for w in work.values()),
         ]
     )
-    lines.append(["cold / woodfrog", *(f"{w['cold_over_woodfrog']:.1f}" for w in work.values())])
+    lines.append(
+        [
+            "first request over a warm one, in the handler",
+            *(f"{w['handler_ms']['first_over_warm']:.2f}" for w in work.values()),
+        ]
+    )
     for name in PHASES:
         lines.append(
             [f"phase `{name}` of woodfrog", *(f"{w['phases_ms']['woodfrog'].get(name, 0):.1f}" for w in work.values())]
         )
     heads = [f"{name} ({w['snapshot']['memory_bytes'] / 1e6:.0f} MB)" for name, w in work.items()]
+    extra = f" gVisor {result['runsc']}." if "runsc" in result else ""
+    if "huge8_over_huge4" in result:
+        extra += f" 8 GB over 4 GB: {result['huge8_over_huge4']:.2f}."
+    title = f"ms, min / median / p95 of {result['rounds']} rounds (of 4 and 8 GB a quarter)"
+    return f"{facts(result).rstrip()}{extra}\n\n{title}:\n\n{rows(['', *heads], lines)}"
+
+
+def burst(result: dict[str, Any]) -> str:
+    lines = [
+        ["thaws a second", three(result["thaws_per_second"], 1)],
+        ["ms to an answer", three(result["answer_ms"])],
+    ]
+    cpu = ", ".join(f"{who} {ms:.1f}" for who, ms in result["processor_ms_per_thaw"].items())
+    return (
+        f"{facts(result)}{result['calls']} calls at once, {result['memory_bytes'] / 1e6:.0f} MB each; "
+        f"{result['thaws']} thaws, {result['cold']} cold starts:\n\n{rows(['', 'min / median / p95'], lines)}\n"
+        f"Processor time of a thaw, ms: {cpu}.\n"
+    )
+
+
+def memory(result: dict[str, Any]) -> str:
+    kinds = ("clone", "anonymous", "files", "tmpfs", "page_server", "machine", "page_cache_once")
+    lines = [[title, *(f"{v[k]:.1f}" for k in kinds)] for title, v in result["mib_per_clone"].items()]
+    heads = ["", "all", "anonymous", "files", "tmpfs", "page server", "machine", "page cache, once"]
+    title = f"MiB for each copy of a {result['snapshot_bytes'] / 1e6:.0f} MB process"
+    return f"{facts(result)}{title}:\n\n{rows(heads, lines)}"
+
+
+def capture(result: dict[str, Any]) -> str:
+    work = result["workloads"]
+    keys = {
+        "criu_dump_ms": "`criu dump`",
+        "pause_ms": "pause: hooks, dump, files",
+        "thaw_ms": "thaw after it",
+        "longer_ms": "first call, longer than one without a capture",
+        "stored_after_answer_ms": "stored so long after the answer",
+    }
+    lines = [[title, *(three(w[key]) for w in work.values())] for key, title in keys.items()]
+    for key, title in (("pause_over_criu_dump", "pause"), ("dump_over_criu_dump", "dump and files")):
+        lines.append([f"{title} over `criu dump`", *(f"{w[key]:.2f}" for w in work.values())])
+    heads = [f"{name} ({w['memory_bytes'] / 1e6:.0f} MB)" for name, w in work.items()]
     return f"{facts(result)}ms, min / median / p95 of {result['rounds']} rounds:\n\n{rows(['', *heads], lines)}"
+
+
+def bitflips(result: dict[str, Any]) -> str:
+    return (
+        f"{facts(result)}{result['count']} flips, {result['seconds']:.0f} s: {len(result['not_found'])} not found, "
+        f"{len(result['not_answered'])} calls not answered rightly.\n\n"
+        f"{rows(['in', 'flips'], [[k, str(v)] for k, v in result['by_kind'].items()])}"
+    )
+
+
+def kills(result: dict[str, Any]) -> str:
+    found = {k: len(result[k]) for k in ("wrong", "leaks", "store_problems")}
+    return (
+        f"{facts(result)}{sum(result['killed'].values())} kills in {result['seconds']:.0f} s: "
+        f"{result['right_answers']} right answers, {found['wrong']} wrong, "
+        f"{sum(result['without_answer'].values())} without one; {found['leaks']} leaks, "
+        f"{found['store_problems']} problems in the store.\n\n"
+        f"{rows(['killed', 'times'], [[k, str(v)] for k, v in sorted(result['killed'].items())])}"
+    )
 
 
 def calls(result: dict[str, Any]) -> str:
@@ -90,7 +158,16 @@ def soak(result: dict[str, Any]) -> str:
 def main() -> int:
     readme = HERE / "README.md"
     text = readme.read_text()
-    parts: dict[str, Callable[[dict[str, Any]], str]] = {"start": start, "calls": calls, "soak": soak}
+    parts: dict[str, Callable[[dict[str, Any]], str]] = {
+        "start": start,
+        "burst": burst,
+        "memory": memory,
+        "capture": capture,
+        "calls": calls,
+        "soak": soak,
+        "bitflips": bitflips,
+        "kills": kills,
+    }
     for name, render in parts.items():
         path = HERE / "results" / f"{name}.json"
         if not path.exists():

@@ -8,11 +8,14 @@
  *
  * A restore belongs to one thread of the pool, so its state needs no lock: events of an address space and copies into
  * it are never handled out of order. (A REMOVE event that was read but not yet acted on must not be overtaken by a
- * copy of what was removed.) Only slices of the push, while no event is read, are shared by two threads.
+ * copy of what was removed.) Only slices of the push, while no event is read, are shared by several threads.
  *
- * These threads go before all others of the machine: none of them may wait for a process or for a disk in a loop.
- * What cannot be done now (the kernel says EAGAIN while a process changes its memory) is kept and tried again a
- * millisecond later.
+ * These threads go before all others of the machine: none of them may wait for a process or for a disk. What cannot be
+ * done now (the kernel says EAGAIN while a process changes its memory) is kept and tried again a millisecond later. What
+ * is not in the page cache is read by ordinary threads, the readers; when they have it, it is tried again.
+ *
+ * Pages go through a small buffer: what lies side by side in a process is copied in at once, from however many files it
+ * comes. And a page file that is cut short gives an error, where a mapped one would end this program.
  *
  * The kernel gives a process zeroes when its last userfaultfd descriptor closes. So the daemon gets a copy of each
  * before it is used, and when this program dies the processes wait, until the daemon has killed them, instead of reading
@@ -21,7 +24,9 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
+#include <linux/magic.h>
 #include <linux/userfaultfd.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -40,20 +45,30 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <sys/un.h>
+#include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
 
 #define MAX_FDS 200
+#define MAX_TASKS 65536
 #define MAX_THREADS 16
+#define MAX_PUSHERS 4 /* threads that push for one restore */
 #define PAGE 4096ULL
-#define INDEX_MAGIC 0x31584449474f5246ULL /* "FROGIDX1" */
+#define INDEX_MAGIC 0x32584449474f5246ULL /* "FROGIDX2" */
 #define SET_MAGIC 0x31544553474f5246ULL   /* "FROGSET1" */
 #define RESTORE_FINISHED 0x52535446u
 #define MAX_PIECES (1u << 20)
-#define PUSH_CHUNK (512 * PAGE)
-#define PUSH_SLICE 1024 /* pages a thread pushes before events are looked at again */
-#define DRAIN_CHUNK (64 * PAGE)
+#define BATCH 64            /* pages copied at once: from 16 on, more gain nothing */
+#define PUSH_CHUNK 128      /* pages a thread pushes before it looks whether there is an event */
+#define DRAIN_CHUNK 64
+#define READERS 14
+#define URGENT_READERS 2    /* of these: for faults alone */
+#define READ_LENGTH (256u << 10)
+#define READ_GAP (64u << 10) /* to read so much in vain is cheaper than another request */
+#define DRAIN_AHEAD (8u << 20)
+#define AGAIN_TRIES 8
 #define ZERO_AROUND (16 * PAGE)
 #define EVENTS_A_TURN 64
 #define RETRY_MS 1
@@ -62,23 +77,28 @@
 
 /* ---- what goes over the control socket; native byte order, both ends are this machine ---- */
 
-enum { CMD_RESTORE = 1, CMD_DROP = 2, CMD_WORKING_SET = 3, CMD_DRAIN = 4 };
+enum { CMD_RESTORE = 1, CMD_DROP = 2, CMD_WORKING_SET = 3, CMD_DRAIN = 4, CMD_PUSH = 5 };
+enum {
+	WITH_SET = 1,   /* there is a working set */
+	PARKED = 2,     /* nothing is pushed or filled in before CMD_PUSH: a process that may never be woken */
+	EVERYTHING = 4, /* push all there is, then let go */
+};
 enum {
 	MSG_HOLD = 1,        /* a userfaultfd to keep open; a = number of the address space */
 	MSG_READY = 2,       /* the working set is in; a = pages, b = microseconds */
 	MSG_WORKING_SET = 3, /* the recorded set, as a memfd; a = ranges */
 	MSG_COMPLETE = 4,    /* an address space is whole, or gone: its descriptor may go; a = its number */
-	MSG_FAILED = 5,      /* this restore cannot go on; a = errno, b = step */
+	MSG_FAILED = 5,      /* this restore cannot go on; a = errno, b = step, c = 1: no more memory for the process */
 	MSG_STATS = 6,       /* answer to DROP: a = pages pushed, b = demand faults, c = pages by demand */
 	MSG_HELD = 7,        /* the processes are about to run, and a copy of every descriptor was sent; a = how many */
 };
 
 struct command {
 	uint32_t op, id;
-	uint32_t fds;        /* descriptors with it: listening socket, index, working set, then a file per task */
+	uint32_t fds;        /* descriptors with it: listening socket, index, working set, then the index's files in order */
 	uint32_t around;     /* bytes served around a fault, a power of two */
 	uint32_t drain_ms;   /* fill in the rest so long after the start; 0xffffffff = never */
-	uint32_t flags;      /* bit 0: there is a working set */
+	uint32_t flags;
 };
 
 struct message {
@@ -88,29 +108,48 @@ struct message {
 
 /* ---- files ---- */
 
-struct index_head { uint64_t magic; uint32_t tasks, reserved; };
+struct index_head { uint64_t magic; uint32_t tasks, files; };
 struct index_task { int32_t pid; uint32_t extents; };
-struct index_extent { uint64_t vaddr, pages, offset; };
+struct index_extent { uint64_t vaddr, pages, offset; uint32_t file, reserved; };
+#define INDEX_NAME 64 /* bytes of each file's name; the daemon's, to find them */
 struct set_head { uint64_t magic; uint32_t ranges, reserved; };
 struct set_range { int32_t pid; uint32_t pages; uint64_t vaddr; };
 
 struct file {
 	dev_t dev;
 	ino_t ino;
-	const uint8_t *data;
-	size_t length;
-	int users;
+	uint64_t length;
+	int fd, users;
+	bool in_memory; /* there is nothing to wait for */
+	bool tells;     /* its file system says when it would have to wait; if not, the faults of others may wait, too */
 	struct file *next;
+};
+
+/* Bytes to be brought into the page cache. */
+struct reading {
+	struct reading *next;
+	struct file *file;
+	struct restore *restore;
+	struct thread *thread; /* is told when they are there; NULL = nobody waits for it */
+	uint64_t offset, length;
+	int users, error;
+	bool done;
 };
 
 struct extent {
 	uint64_t start, end, offset; /* offset in the file, bytes */
 	uint64_t bit;                /* of its first page */
+	struct file *file;
+};
+
+/* The address of a fault to be served again; `reading`: not before that is done. */
+struct pending {
+	uint64_t address;
+	struct reading *reading;
 };
 
 struct space {
 	struct restore *restore;
-	struct file *file;
 	struct space *next;
 	struct extent *extents;
 	size_t count, room;
@@ -120,7 +159,7 @@ struct space {
 	uint64_t *wanted;    /* pages asked for by faults: the working set's record; shared with forked children */
 	uint64_t bits;
 	uint64_t drain_from; /* address; what lies below is filled in */
-	uint64_t *pending;   /* addresses of faults to be served again */
+	struct pending *pending;
 	size_t pendings, pending_room;
 	struct timespec full_since;
 	int fd;
@@ -129,19 +168,47 @@ struct space {
 	bool forked, over, gone, full, no_drain;
 };
 
-/* A part of the working set, within one extent. */
+/* What one thread copies with, and what stopped it. */
+struct copier {
+	uint8_t *stage; /* BATCH pages */
+	struct file *file;
+	uint64_t offset, length; /* COLD: this has to be read first */
+	int error;               /* BROKEN: errno */
+};
+
+/* A part of what is pushed: side by side in the process, from one or more files. */
 struct piece {
 	struct space *space;
-	const uint8_t *data;
 	uint64_t vaddr;
 	uint32_t pages;
 };
 
+/* A part of a file. */
+struct span {
+	struct file *file;
+	uint64_t offset, length;
+};
+
+/* A part of the memory, as the drain takes it: in the order of the files. */
+struct source {
+	struct span span;
+	struct space *space;
+	uint64_t vaddr, bit;
+};
+
+/* Pages that a fork empties for the child, by their bits: the kernel tells nobody. */
+struct wipe {
+	int32_t pid;
+	uint64_t bit, pages;
+};
+
 struct push {
 	struct restore *restore;
-	uint32_t at, step;
+	struct copier *copier;
+	struct reading *reading;
+	uint32_t at; /* its piece; UINT32_MAX = none */
 	uint64_t copied;
-	bool blocked;
+	bool blocked, over, helps; /* helps: on a thread of its own */
 };
 
 struct restore {
@@ -149,13 +216,22 @@ struct restore {
 	struct thread *thread;
 	struct space *spaces;
 	struct piece *pieces;
+	struct span *spans; /* where the pieces come from */
+	struct wipe *wipes;
 	struct file **files;
-	uint32_t id, count, tasks, around, drain_ms, numbers;
+	uint32_t id, count, span_count, wipe_count, opened, around, drain_ms, numbers;
 	int listener, connection;
 	int32_t expect_pid; /* a descriptor for this task comes next; 0 = a pid comes */
-	bool finished, failed, pushing, warming, stop_warming;
-	pthread_t warmer;
-	struct push parts[2];
+	union { char bytes[4]; uint32_t whole; } word;
+	uint32_t word_has;
+	bool finished, failed, pushing, parked, everything;
+	uint32_t next_piece;
+	bool pause;
+	struct push parts[MAX_PUSHERS];
+	struct source *sources;
+	size_t source_count, source_at, source_ahead;
+	bool sources_made;
+	struct reading *drain_reading;
 	uint64_t pushed, faults, demanded;
 	struct timespec began;
 	/* handed over by the main thread */
@@ -175,13 +251,14 @@ struct thread {
 	struct job *jobs;
 	struct restore *restores;
 	struct space *dead; /* freed when no event of this round can point to them any more */
+	struct copier copiers[MAX_PUSHERS]; /* its own, and those of who helps it push */
 	uint32_t turn;
 	int load;
 };
 
 static int control_fd;
 static struct thread threads[MAX_THREADS];
-static int thread_count;
+static int thread_count, pusher_count;
 static pthread_mutex_t files_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct file *files;
 static pthread_mutex_t send_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -222,35 +299,42 @@ static bool say(uint32_t op, uint32_t id, uint64_t a, uint64_t b, uint64_t c, in
 	return sent;
 }
 
-/* ---- the page files: mapped once for all restores from one snapshot ---- */
+/* ---- the page files: open once for all restores ---- */
 
 static struct file *file_open(int fd)
 {
 	struct stat info;
-	if (fstat(fd, &info) || !S_ISREG(info.st_mode))
+	struct statfs system;
+	if (fstat(fd, &info) || !S_ISREG(info.st_mode) || fstatfs(fd, &system))
 		return NULL;
 	pthread_mutex_lock(&files_lock);
 	struct file *file = files;
-	while (file && !(file->dev == info.st_dev && file->ino == info.st_ino && file->length == (size_t)info.st_size))
+	while (file && !(file->dev == info.st_dev && file->ino == info.st_ino && file->length == (uint64_t)info.st_size))
 		file = file->next;
-	if (!file && (file = calloc(1, sizeof *file))) {
+	int copy = -1;
+	if (!file && (copy = fcntl(fd, F_DUPFD_CLOEXEC, 0)) >= 0 && (file = calloc(1, sizeof *file))) {
+		char byte;
+		struct iovec part = { &byte, 1 };
 		file->dev = info.st_dev;
 		file->ino = info.st_ino;
-		file->length = (size_t)info.st_size;
-		if (file->length) {
-			void *data = mmap(NULL, file->length, PROT_READ, MAP_SHARED, fd, 0);
-			if (data == MAP_FAILED) {
-				free(file);
-				pthread_mutex_unlock(&files_lock);
-				return NULL;
-			}
-			file->data = data;
-		}
+		file->length = (uint64_t)info.st_size;
+		file->fd = copy;
+		file->in_memory = system.f_type == TMPFS_MAGIC;
+		file->tells = preadv2(fd, &part, 1, 0, RWF_NOWAIT) >= 0 || errno != EOPNOTSUPP;
 		file->next = files;
 		files = file;
-	}
+	} else if (copy >= 0)
+		close(copy);
 	if (file)
 		file->users++;
+	pthread_mutex_unlock(&files_lock);
+	return file;
+}
+
+static struct file *file_share(struct file *file)
+{
+	pthread_mutex_lock(&files_lock);
+	file->users++;
 	pthread_mutex_unlock(&files_lock);
 	return file;
 }
@@ -266,16 +350,202 @@ static void file_close(struct file *file)
 				*at = file->next;
 				break;
 			}
-		if (file->data)
-			munmap((void *)file->data, file->length);
+		close(file->fd);
 		free(file);
 	}
 	pthread_mutex_unlock(&files_lock);
 }
 
+/* ---- reading from disk, on threads that may wait for it ---- */
+
+static pthread_mutex_t readers_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t urgent_wake = PTHREAD_COND_INITIALIZER, later_wake = PTHREAD_COND_INITIALIZER;
+static struct { struct reading *first, **last; } urgent = { NULL, &urgent.first }, later = { NULL, &later.first };
+
+static void wake(struct thread *thread)
+{
+	uint64_t one = 1;
+	while (write(thread->wake, &one, sizeof one) < 0 && errno == EINTR)
+		;
+}
+
+static void reading_put(struct reading *reading)
+{
+	if (reading && __atomic_sub_fetch(&reading->users, 1, __ATOMIC_ACQ_REL) == 0) {
+		file_close(reading->file);
+		free(reading);
+	}
+}
+
+/* NULL: no memory. With a thread, somebody waits for it: it goes first, and is the caller's to put. */
+static struct reading *reading_start(struct restore *restore, struct span span, struct thread *thread)
+{
+	struct reading *reading = calloc(1, sizeof *reading);
+	if (!reading)
+		return NULL;
+	reading->file = file_share(span.file);
+	reading->offset = span.offset;
+	reading->length = span.length;
+	reading->restore = restore;
+	reading->thread = thread;
+	reading->users = thread ? 2 : 1;
+	pthread_mutex_lock(&readers_lock);
+	if (thread) {
+		*urgent.last = reading;
+		urgent.last = &reading->next;
+		pthread_cond_signal(&urgent_wake);
+	} else {
+		*later.last = reading;
+		later.last = &reading->next;
+	}
+	pthread_cond_signal(&later_wake);
+	pthread_mutex_unlock(&readers_lock);
+	return reading;
+}
+
+static bool reading_done(const struct reading *reading)
+{
+	return !reading || __atomic_load_n(&reading->done, __ATOMIC_ACQUIRE);
+}
+
+/* Forget what was only to be read ahead for a restore. */
+static void readings_forget(const struct restore *restore)
+{
+	struct reading *dropped = NULL;
+	pthread_mutex_lock(&readers_lock);
+	later.last = &later.first;
+	for (struct reading *reading = later.first; reading;) {
+		struct reading *next = reading->next;
+		if (reading->restore == restore) {
+			reading->next = dropped;
+			dropped = reading;
+		} else {
+			*later.last = reading;
+			later.last = &reading->next;
+		}
+		reading = next;
+	}
+	*later.last = NULL;
+	pthread_mutex_unlock(&readers_lock);
+	while (dropped) {
+		struct reading *next = dropped->next;
+		reading_put(dropped);
+		dropped = next;
+	}
+}
+
+static bool is_here(int fd, uint64_t at)
+{
+	char byte;
+	struct iovec part = { &byte, 1 };
+	return preadv2(fd, &part, 1, (off_t)at, RWF_NOWAIT) == 1;
+}
+
+/*
+ * Plain reads, from several threads one after the other: so the kernel's own read-ahead sees one stream and asks for
+ * much at a time. Its readahead() has small pages made, one by one, and is half as fast.
+ */
+static void read_in(struct reading *reading, uint8_t *scratch)
+{
+	int fd = reading->file->fd;
+	uint64_t end = reading->offset + reading->length;
+	for (uint64_t at = reading->offset; at < end && !reading->error;) {
+		uint64_t length = end - at < READ_LENGTH ? end - at : READ_LENGTH;
+		if (!reading->thread && is_here(fd, at) && is_here(fd, at + length - 1)) {
+			at += length; /* the rest is here, too, or it will be asked for */
+			continue;
+		}
+		ssize_t got = pread(fd, scratch, length, (off_t)at);
+		if (got > 0)
+			at += (uint64_t)got;
+		else if (!got || errno != EINTR)
+			reading->error = got ? errno : EIO;
+	}
+}
+
+static void *reader(void *argument)
+{
+	static uint8_t scratches[READERS][READ_LENGTH];
+	const uintptr_t number = (uintptr_t)argument;
+	const bool only_urgent = number < URGENT_READERS;
+	for (;;) {
+		pthread_mutex_lock(&readers_lock);
+		while (!urgent.first && (only_urgent || !later.first))
+			pthread_cond_wait(only_urgent ? &urgent_wake : &later_wake, &readers_lock);
+		struct reading *reading = urgent.first;
+		if (reading) {
+			if (!(urgent.first = reading->next))
+				urgent.last = &urgent.first;
+		} else {
+			reading = later.first;
+			if (!(later.first = reading->next))
+				later.last = &later.first;
+		}
+		pthread_mutex_unlock(&readers_lock);
+		read_in(reading, scratches[number]);
+		struct thread *thread = reading->thread;
+		__atomic_store_n(&reading->done, true, __ATOMIC_RELEASE);
+		reading_put(reading);
+		if (thread)
+			wake(thread);
+	}
+	return NULL;
+}
+
+static bool readers_start(void)
+{
+	pthread_attr_t ordinary;
+	struct sched_param none = { 0 };
+	if (pthread_attr_init(&ordinary))
+		return false;
+	pthread_attr_setinheritsched(&ordinary, PTHREAD_EXPLICIT_SCHED);
+	pthread_attr_setschedpolicy(&ordinary, SCHED_OTHER);
+	pthread_attr_setschedparam(&ordinary, &none);
+	bool ok = true;
+	for (int i = 0; ok && i < READERS; i++) {
+		pthread_t handle;
+		bool only_urgent = i < URGENT_READERS;
+		ok = pthread_create(&handle, only_urgent ? NULL : &ordinary, reader, (void *)(uintptr_t)i) == 0;
+	}
+	pthread_attr_destroy(&ordinary);
+	return ok;
+}
+
+static int span_order(const void *left, const void *right)
+{
+	const struct span *a = left, *b = right;
+	if (a->file != b->file)
+		return a->file < b->file ? -1 : 1;
+	return a->offset < b->offset ? -1 : a->offset > b->offset;
+}
+
+/* Have read ahead what lies in the spans, which are in order: in large requests, many at a time. */
+static void read_ahead(struct restore *restore, const struct span *spans, size_t count)
+{
+	struct span together = { 0 };
+	for (size_t i = 0; i <= count; i++) {
+		const struct span *next = i < count ? &spans[i] : NULL;
+		if (next && next->file == together.file && next->offset <= together.offset + together.length + READ_GAP &&
+		    next->offset + next->length - together.offset <= READ_LENGTH) {
+			if (next->offset + next->length > together.offset + together.length)
+				together.length = next->offset + next->length - together.offset;
+			continue;
+		}
+		for (uint64_t at = 0; at < together.length && !together.file->in_memory; at += READ_LENGTH) {
+			uint64_t length = together.length - at < READ_LENGTH ? together.length - at : READ_LENGTH;
+			reading_start(restore, (struct span){ together.file, together.offset + at, length }, NULL);
+		}
+		if (next)
+			together = *next;
+	}
+}
+
 /* ---- address spaces ---- */
 
-static bool bit_get(const uint64_t *bits, uint64_t n) { return bits[n / 64] >> (n % 64) & 1; }
+static bool bit_get(const uint64_t *bits, uint64_t n)
+{
+	return __atomic_load_n(&bits[n / 64], __ATOMIC_RELAXED) >> (n % 64) & 1;
+}
 
 static void bits_set(uint64_t *bits, uint64_t from, uint64_t count)
 {
@@ -314,82 +584,93 @@ static size_t extent_after(struct space *space, uint64_t address)
 	return low;
 }
 
-static bool extent_insert(struct space *space, size_t at, struct extent value)
+/* Make room for `more` extents at `at`. */
+static bool extents_open(struct space *space, size_t at, size_t more)
 {
-	if (space->count == space->room) {
-		size_t room = space->room ? space->room * 2 : 64;
+	if (space->count + more > space->room) {
+		size_t room = 2 * space->room + more + 16;
 		struct extent *grown = realloc(space->extents, room * sizeof *grown);
 		if (!grown)
 			return false;
 		space->extents = grown;
 		space->room = room;
 	}
-	memmove(space->extents + at + 1, space->extents + at, (space->count - at) * sizeof value);
-	space->extents[at] = value;
-	space->count++;
+	memmove(space->extents + at + more, space->extents + at, (space->count - at) * sizeof *space->extents);
+	space->count += more;
 	return true;
+}
+
+/* What of an extent lies from `start` on. */
+static struct extent extent_from(struct extent e, uint64_t start)
+{
+	e.offset += start - e.start;
+	e.bit += (start - e.start) / PAGE;
+	e.start = start;
+	return e;
 }
 
 /* Forget what lies in [start, end): it is the process's own from now on. */
 static bool extents_cut(struct space *space, uint64_t start, uint64_t end)
 {
-	size_t i = extent_after(space, start);
-	while (i < space->count && space->extents[i].start < end) {
-		struct extent *e = &space->extents[i];
-		if (e->start < start && e->end > end) {
-			struct extent rest = { end, e->end, e->offset + (end - e->start), e->bit + (end - e->start) / PAGE };
-			e->end = start;
-			return extent_insert(space, i + 1, rest);
-		}
-		if (e->start < start) {
-			e->end = start;
-			i++;
-		} else if (e->end > end) {
-			e->offset += end - e->start;
-			e->bit += (end - e->start) / PAGE;
-			e->start = end;
-			i++;
-		} else {
-			memmove(e, e + 1, (space->count - i - 1) * sizeof *e);
-			space->count--;
+	size_t i = extent_after(space, start), k;
+	if (i < space->count && space->extents[i].start < start) {
+		struct extent before = space->extents[i];
+		if (before.end > end && !extents_open(space, i, 1))
+			return false;
+		space->extents[i++].end = start;
+		if (before.end > end) {
+			space->extents[i] = extent_from(before, end);
+			return true;
 		}
 	}
+	for (k = i; k < space->count && space->extents[k].end <= end;)
+		k++;
+	if (k < space->count && space->extents[k].start < end)
+		space->extents[k] = extent_from(space->extents[k], end);
+	if (k > i)
+		memmove(space->extents + i, space->extents + k, (space->count - k) * sizeof *space->extents);
+	space->count -= k - i;
 	return true;
 }
 
 static bool extents_move(struct space *space, uint64_t from, uint64_t to, uint64_t length)
 {
-	size_t taken = 0, room = 0;
-	struct extent *moved = NULL;
-	for (size_t i = extent_after(space, from); i < space->count && space->extents[i].start < from + length; i++) {
-		struct extent e = space->extents[i];
-		if (e.start < from) {
-			e.offset += from - e.start;
-			e.bit += (from - e.start) / PAGE;
-			e.start = from;
-		}
+	size_t first = extent_after(space, from), last = first;
+	while (last < space->count && space->extents[last].start < from + length)
+		last++;
+	size_t taken = last - first;
+	struct extent *moved = malloc(taken * sizeof *moved + 1);
+	if (!moved)
+		return false;
+	for (size_t i = 0; i < taken; i++) {
+		struct extent e = space->extents[first + i];
+		if (e.start < from)
+			e = extent_from(e, from);
 		if (e.end > from + length)
 			e.end = from + length;
 		e.start = e.start - from + to;
 		e.end = e.end - from + to;
-		if (taken == room) {
-			room = room ? room * 2 : 16;
-			struct extent *grown = realloc(moved, room * sizeof e);
-			if (!grown) {
-				free(moved);
-				return false;
-			}
-			moved = grown;
-		}
-		moved[taken++] = e;
+		moved[i] = e;
 	}
 	bool ok = extents_cut(space, from, from + length) && extents_cut(space, to, to + length);
-	if (taken && moved[0].start < space->drain_from)
-		space->drain_from = moved[0].start;
-	for (size_t i = 0; ok && i < taken; i++)
-		ok = extent_insert(space, extent_after(space, moved[i].start), moved[i]);
+	if (ok && taken) {
+		size_t at = extent_after(space, to);
+		if (moved[0].start < space->drain_from)
+			space->drain_from = moved[0].start;
+		if ((ok = extents_open(space, at, taken)))
+			memcpy(space->extents + at, moved, taken * sizeof *moved);
+	}
 	free(moved);
 	return ok;
+}
+
+static void pendings_drop(struct space *space)
+{
+	for (size_t i = 0; i < space->pendings; i++)
+		reading_put(space->pending[i].reading);
+	free(space->pending);
+	space->pending = NULL;
+	space->pendings = 0;
 }
 
 static void space_free(struct space *space)
@@ -401,15 +682,13 @@ static void space_free(struct space *space)
 		epoll_ctl(space->restore->thread->epoll, EPOLL_CTL_DEL, space->fd, NULL);
 		close(space->fd);
 	}
-	if (space->forked)
-		file_close(space->file);
-	else {
+	if (!space->forked) {
 		free(space->wanted);
 		free((void *)space->origin);
 	}
 	free(space->extents);
 	free(space->installed);
-	free(space->pending);
+	pendings_drop(space);
 	free(space);
 }
 
@@ -424,15 +703,15 @@ static void space_over(struct space *space)
 	space->fd = -1;
 	free(space->extents);
 	free(space->installed);
-	free(space->pending);
+	pendings_drop(space);
 	space->extents = NULL;
-	space->installed = space->pending = NULL;
-	space->count = space->pendings = 0;
+	space->installed = NULL;
+	space->count = 0;
 	say(MSG_COMPLETE, space->restore->id, space->number, 0, 0, -1);
 }
 
 /* Nothing is served any more; the processes wait, their descriptors open, until the daemon has killed them. */
-static void restore_failed(struct restore *restore, int error, int step)
+static void restore_failed_of(struct restore *restore, int error, int step, bool no_memory)
 {
 	if (restore->failed)
 		return;
@@ -445,88 +724,146 @@ static void restore_failed(struct restore *restore, int error, int step)
 		epoll_ctl(epoll, EPOLL_CTL_DEL, restore->listener, NULL);
 	if (restore->connection >= 0)
 		epoll_ctl(epoll, EPOLL_CTL_DEL, restore->connection, NULL);
-	say(MSG_FAILED, restore->id, (uint64_t)error, (uint64_t)step, 0, -1);
+	say(MSG_FAILED, restore->id, (uint64_t)error, (uint64_t)step, no_memory, -1);
 }
 
-enum outcome { DONE, AGAIN, FULL, GONE, BROKEN };
-
-/* Copy [start, end) of one extent in. AGAIN: an event has to be read first. FULL: the process may not have more memory. */
-static enum outcome copy_in(struct space *space, struct extent e, uint64_t start, uint64_t end, uint64_t *copied)
+static void restore_failed(struct restore *restore, int error, int step)
 {
-	while (start < end) {
-		uint64_t offset = e.offset + (start - e.start);
-		if (offset + (end - start) > space->file->length) {
-			errno = ERANGE;
-			return BROKEN;
-		}
+	restore_failed_of(restore, error, step, false);
+}
+
+/*
+ * AGAIN: an event has to be read first. FULL: the process may not have more memory. COLD: it has to be read from disk
+ * first.
+ */
+enum outcome { DONE, AGAIN, FULL, GONE, COLD, BROKEN };
+
+/* Pages that lie side by side in the process. */
+struct batch {
+	uint64_t address;
+	uint32_t pages;
+	uint64_t bit[BATCH];
+};
+
+/* Copy pages [from, to) of a batch in. */
+static enum outcome install(struct space *space, const struct batch *batch, uint32_t from, uint32_t to, uint64_t *copied,
+			    struct copier *copier)
+{
+	for (int tries = 0; from < to;) {
 		struct uffdio_copy copy = {
-			.dst = start, .src = (uint64_t)(uintptr_t)space->file->data + offset, .len = end - start,
+			.dst = batch->address + from * PAGE,
+			.src = (uint64_t)(uintptr_t)copier->stage + from * PAGE,
+			.len = (to - from) * PAGE,
 		};
 		int failed = ioctl(space->fd, UFFDIO_COPY, &copy) ? errno : 0;
-		uint64_t done = copy.copy > 0 ? (uint64_t)copy.copy : 0;
-		if (done) {
-			bits_set(space->installed, e.bit + (start - e.start) / PAGE, done / PAGE);
-			start += done;
-			*copied += done / PAGE;
-		}
-		if (!failed || done)
+		uint32_t done = copy.copy > 0 ? (uint32_t)((uint64_t)copy.copy / PAGE) : 0;
+		*copied += done;
+		for (; done; done--)
+			bits_set(space->installed, batch->bit[from++], 1);
+		if (!failed || copy.copy > 0)
 			continue; /* after a part the kernel says EAGAIN whatever the reason is: the next try tells */
 		switch (failed) {
 		case EEXIST: /* the process, or an earlier copy, was first */
-			bits_set(space->installed, e.bit + (start - e.start) / PAGE, 1);
-			start += PAGE;
+			bits_set(space->installed, batch->bit[from++], 1);
 			break;
 		case ENOENT: /* a seam between two maps, or a map that is not ours */
-			if (end - start > PAGE) {
-				uint64_t middle = start + ((end - start) / 2 & ~(PAGE - 1));
-				enum outcome half = copy_in(space, e, start, middle, copied);
+			if (to - from > 1) {
+				uint32_t middle = from + (to - from) / 2;
+				enum outcome half = install(space, batch, from, middle, copied, copier);
 				if (half != DONE)
 					return half;
-				start = middle;
+				from = middle;
 			} else if (ioctl(space->fd, UFFDIO_COPY, &copy) && errno == ENOENT) {
 				/*
 				 * Had the map gone by a change whose event is still to be read, EAGAIN would have come this time;
 				 * so there is no such map.
 				 */
-				bits_set(space->installed, e.bit + (start - e.start) / PAGE, 1);
-				start += PAGE;
+				bits_set(space->installed, batch->bit[from++], 1);
 			} /* else it is in now, or the next try tells */
 			break;
-		case EAGAIN:
+		case EAGAIN: /* an event waits to be read, or the other thread that pushes came between */
+			if (++tries < AGAIN_TRIES)
+				break;
 			return AGAIN;
 		case ENOMEM:
 			return FULL;
 		case ESRCH:
 			return GONE;
 		default:
-			errno = failed;
+			copier->error = failed;
 			return BROKEN;
 		}
 	}
 	return DONE;
 }
 
-/* Copy what is missing of [start, end), over all extents in it. */
-static enum outcome fill(struct space *space, uint64_t start, uint64_t end, uint64_t *copied)
+/* Read pages without waiting for the disk; `pages` becomes how many there were. */
+static enum outcome fetch(struct copier *copier, struct file *file, uint64_t offset, uint32_t at, uint32_t *pages)
 {
-	for (size_t i = extent_after(space, start); i < space->count && space->extents[i].start < end; i++) {
-		struct extent e = space->extents[i];
-		uint64_t at = e.start > start ? e.start : start, stop = e.end < end ? e.end : end;
-		while (at < stop) {
-			while (at < stop && bit_get(space->installed, e.bit + (at - e.start) / PAGE))
-				at += PAGE;
-			uint64_t run = at;
-			while (run < stop && !bit_get(space->installed, e.bit + (run - e.start) / PAGE))
-				run += PAGE;
-			if (run > at) {
-				enum outcome outcome = copy_in(space, e, at, run, copied);
-				if (outcome != DONE)
-					return outcome;
-			}
-			at = run;
+	uint64_t done = 0, length = *pages * PAGE;
+	while (done < length) {
+		struct iovec part = { copier->stage + at * PAGE + done, length - done };
+		ssize_t got = preadv2(file->fd, &part, 1, (off_t)(offset + done), file->tells ? RWF_NOWAIT : 0);
+		if (got > 0) {
+			done += (uint64_t)got;
+			continue;
 		}
+		if (got < 0 && errno == EINTR)
+			continue;
+		*pages = (uint32_t)(done / PAGE);
+		if (got < 0 && errno == EAGAIN) {
+			done -= done % PAGE;
+			copier->file = file;
+			copier->offset = offset + done;
+			copier->length = length - done;
+			return COLD;
+		}
+		copier->error = got ? errno : EIO; /* the file ends early */
+		return BROKEN;
 	}
 	return DONE;
+}
+
+/* Copy what is missing of [start, end) in, over all extents there. */
+static enum outcome fill(struct space *space, uint64_t start, uint64_t end, uint64_t *copied, struct copier *copier)
+{
+	struct batch batch;
+	batch.pages = 0;
+	for (size_t i = extent_after(space, start); i < space->count && space->extents[i].start < end; i++) {
+		const struct extent *e = &space->extents[i];
+		uint64_t at = e->start > start ? e->start : start, stop = e->end < end ? e->end : end;
+		while (at < stop) {
+			uint64_t bit = e->bit + (at - e->start) / PAGE;
+			if (bit_get(space->installed, bit)) {
+				at += PAGE;
+				continue;
+			}
+			if (batch.pages && (batch.pages == BATCH || batch.address + batch.pages * PAGE != at)) {
+				enum outcome outcome = install(space, &batch, 0, batch.pages, copied, copier);
+				if (outcome != DONE)
+					return outcome;
+				batch.pages = 0;
+			}
+			if (!batch.pages)
+				batch.address = at;
+			uint32_t pages = 1;
+			while (batch.pages + pages < BATCH && at + pages * PAGE < stop && !bit_get(space->installed, bit + pages))
+				pages++;
+			enum outcome outcome = fetch(copier, e->file, e->offset + (at - e->start), batch.pages, &pages);
+			for (uint32_t k = 0; k < pages; k++)
+				batch.bit[batch.pages++] = bit + k;
+			if (outcome != DONE) {
+				int error = copier->error;
+				enum outcome first = batch.pages ? install(space, &batch, 0, batch.pages, copied, copier) : DONE;
+				if (first != DONE)
+					return first;
+				copier->error = error;
+				return outcome;
+			}
+			at += pages * PAGE;
+		}
+	}
+	return batch.pages ? install(space, &batch, 0, batch.pages, copied, copier) : DONE;
 }
 
 static enum outcome zero_in(struct space *space, uint64_t address, uint64_t length)
@@ -562,6 +899,7 @@ static enum outcome zero_in(struct space *space, uint64_t address, uint64_t leng
 static enum outcome serve_fault(struct space *space, uint64_t address)
 {
 	struct restore *restore = space->restore;
+	struct copier *copier = &restore->thread->copiers[0];
 	address &= ~(PAGE - 1);
 	struct extent *found = extent_at(space, address);
 	if (!found) {
@@ -570,47 +908,55 @@ static enum outcome serve_fault(struct space *space, uint64_t address)
 		uint64_t length = ZERO_AROUND - (address & (ZERO_AROUND - 1));
 		if (next < space->count && space->extents[next].start - address < length)
 			length = space->extents[next].start - address;
-		return zero_in(space, address, length);
+		enum outcome outcome = zero_in(space, address, length);
+		copier->error = errno;
+		return outcome;
 	}
-	uint64_t page = found->bit + (address - found->start) / PAGE;
 	restore->faults++;
-	/* It is in by now; or the process lost it in a way that no event tells of (a child's MADV_WIPEONFORK): zeroes. */
-	if (bit_get(space->installed, page))
-		return zero_in(space, address, PAGE);
-	struct extent e = *found;
+	/* It is in by now; or the process lost it in a way that no event tells of (MADV_WIPEONFORK): zeroes. */
+	if (bit_get(space->installed, found->bit + (address - found->start) / PAGE)) {
+		enum outcome outcome = zero_in(space, address, PAGE);
+		copier->error = errno;
+		return outcome;
+	}
 	uint64_t around = restore->around, start = address & ~(around - 1), end = start + around;
-	if (start < e.start)
-		start = e.start;
-	if (end > e.end)
-		end = e.end;
-	/* All that goes in is the working set's: what is touched next without a fault would not be seen otherwise. */
-	bits_set(space->wanted, e.bit + (start - e.start) / PAGE, (end - start) / PAGE);
 	/* The page itself first: its thread waits. */
 	uint64_t before = restore->demanded;
-	enum outcome outcome = copy_in(space, e, address, address + PAGE, &restore->demanded);
+	enum outcome outcome = fill(space, address, address + PAGE, &restore->demanded, copier);
+	if (outcome == COLD) {
+		uint64_t from = found->start > start ? found->start : start, to = found->end < end ? found->end : end;
+		copier->offset = found->offset + (from - found->start);
+		copier->length = to - from;
+	}
 	if (outcome != DONE)
 		return outcome;
+	/* All that goes in is the working set's: what is touched next without a fault would not be seen otherwise. */
+	for (size_t i = extent_after(space, start); i < space->count && space->extents[i].start < end; i++) {
+		const struct extent *e = &space->extents[i];
+		uint64_t from = e->start > start ? e->start : start, to = e->end < end ? e->end : end;
+		bits_set(space->wanted, e->bit + (from - e->start) / PAGE, (to - from) / PAGE);
+	}
 	if (restore->demanded == before) {
 		struct uffdio_range range = { address, PAGE };
 		ioctl(space->fd, UFFDIO_WAKE, &range);
 	}
 	/* What lies around it was not asked for; whether that works out, a fault will tell. */
-	if (around > PAGE && fill(space, start, end, &restore->demanded) == GONE)
+	if (around > PAGE && fill(space, start, end, &restore->demanded, copier) == GONE)
 		return GONE;
 	return DONE;
 }
 
-static bool space_wait(struct space *space, uint64_t address)
+static bool space_wait(struct space *space, uint64_t address, struct reading *reading)
 {
-	if (space->pendings == space->pending_room) {
-		size_t room = space->pending_room ? space->pending_room * 2 : 16;
-		uint64_t *grown = realloc(space->pending, room * sizeof *grown);
+	if (space->pendings == space->pending_room || !space->pending) {
+		size_t room = space->pending ? space->pending_room * 2 : 16;
+		struct pending *grown = realloc(space->pending, room * sizeof *grown);
 		if (!grown)
 			return false;
 		space->pending = grown;
 		space->pending_room = room;
 	}
-	space->pending[space->pendings++] = address;
+	space->pending[space->pendings++] = (struct pending){ address, reading };
 	return true;
 }
 
@@ -618,8 +964,9 @@ static bool space_wait(struct space *space, uint64_t address)
 static void space_fault(struct space *space, uint64_t address)
 {
 	struct restore *restore = space->restore;
-	enum outcome outcome = serve_fault(space, address);
-	switch (outcome) {
+	struct copier *copier = &restore->thread->copiers[0];
+	struct reading *reading = NULL;
+	switch (serve_fault(space, address)) {
 	case DONE:
 		space->full = false;
 		return;
@@ -628,30 +975,57 @@ static void space_fault(struct space *space, uint64_t address)
 			clock_gettime(CLOCK_MONOTONIC, &space->full_since);
 		space->full = true;
 		if (micros(&space->full_since) > FULL_US) {
-			restore_failed(restore, ENOMEM, 1);
+			restore_failed_of(restore, ENOMEM, 1, true);
 			return;
 		}
 		break;
 	case AGAIN:
 		break;
+	case COLD: {
+		struct span span = { copier->file, copier->offset, copier->length };
+		if (!(reading = reading_start(restore, span, restore->thread))) {
+			restore_failed(restore, ENOMEM, 2);
+			return;
+		}
+		break;
+	}
 	case GONE:
 		space_over(space);
 		return;
 	case BROKEN:
-		restore_failed(restore, errno, 1);
+		restore_failed(restore, copier->error, 1);
 		return;
 	}
-	if (!space_wait(space, address))
+	if (!space_wait(space, address, reading)) {
+		reading_put(reading);
 		restore_failed(restore, ENOMEM, 2);
+	}
 }
 
 static void space_retry(struct space *space)
 {
+	struct pending *old = space->pending;
 	size_t count = space->pendings;
+	space->pending = NULL;
 	space->pendings = 0;
-	/* What is put back lies below what is still to be read. */
-	for (size_t i = 0; i < count && !space->over && !space->restore->failed; i++)
-		space_fault(space, space->pending[i]);
+	for (size_t i = 0; i < count; i++) {
+		uint64_t address = old[i].address;
+		struct reading *reading = old[i].reading;
+		if (!space->over && !space->restore->failed && !reading_done(reading)) {
+			if (space_wait(space, address, reading))
+				continue;
+			restore_failed(space->restore, ENOMEM, 2);
+		}
+		int error = reading_done(reading) && reading ? reading->error : 0;
+		reading_put(reading);
+		if (space->over || space->restore->failed)
+			continue;
+		if (error)
+			restore_failed(space->restore, error, 1);
+		else
+			space_fault(space, address);
+	}
+	free(old);
 }
 
 enum { KIND_SPACE = 0, KIND_LISTENER = 1, KIND_CONNECTION = 2, KIND_WAKE = 3 }; /* in the low bits of a pointer */
@@ -699,10 +1073,10 @@ static struct space *space_fork(struct space *parent, int fd)
 	}
 	memcpy(child->extents, parent->extents, parent->count * sizeof *child->extents);
 	memcpy(child->installed, parent->installed, bytes);
-	if (child->file) {
-		pthread_mutex_lock(&files_lock);
-		child->file->users++;
-		pthread_mutex_unlock(&files_lock);
+	for (uint32_t i = 0; i < parent->restore->wipe_count; i++) {
+		const struct wipe *wipe = &parent->restore->wipes[i];
+		if (wipe->pid == parent->pid)
+			bits_set(child->installed, wipe->bit, wipe->pages);
 	}
 	return child;
 }
@@ -768,91 +1142,136 @@ static void space_events(struct space *space)
 	}
 }
 
-/* ---- the working set ---- */
+/* ---- pushing the working set, or everything ---- */
 
-/* Push every `step`th piece from `at` on, one slice; stops where an event has to be read first. */
+static bool drains(const struct space *space);
+static bool drain_step(struct space *space);
+
+static bool event_waits(const struct thread *thread)
+{
+	struct pollfd any = { .fd = thread->epoll, .events = POLLIN };
+	return poll(&any, 1, 0) > 0;
+}
+
+/* Push pieces until none is left, or an event has to be read first, or this thread's piece has to be read from disk. */
 static void *push_part(void *argument)
 {
 	struct push *push = argument;
 	struct restore *restore = push->restore;
-	uint64_t until = push->copied + PUSH_SLICE;
 	push->blocked = false;
-	for (; push->at < restore->count && push->copied < until; push->at += push->step) {
+	if (push->reading) {
+		if (push->reading->error) /* whether it can be had at all, a fault will tell */
+			push->at = UINT32_MAX;
+		reading_put(push->reading);
+		push->reading = NULL;
+	}
+	while (!__atomic_load_n(&restore->pause, __ATOMIC_RELAXED)) {
+		if (push->at == UINT32_MAX)
+			push->at = __atomic_fetch_add(&restore->next_piece, 1, __ATOMIC_RELAXED);
+		if (push->at >= restore->count) {
+			push->over = true;
+			break;
+		}
 		struct piece *piece = &restore->pieces[push->at];
 		struct space *space = piece->space;
-		if (space->fd < 0 || __atomic_load_n(&space->gone, __ATOMIC_RELAXED))
-			continue;
-		enum outcome outcome = fill(space, piece->vaddr, piece->vaddr + piece->pages * PAGE, &push->copied);
+		struct copier *copier = push->copier;
+		enum outcome outcome = DONE;
+		if (space->fd >= 0 && !__atomic_load_n(&space->gone, __ATOMIC_RELAXED))
+			outcome = fill(space, piece->vaddr, piece->vaddr + piece->pages * PAGE, &push->copied, copier);
 		if (outcome == AGAIN) {
 			push->blocked = true;
-			return NULL;
+			break;
+		}
+		if (outcome == COLD) {
+			struct span span = { copier->file, copier->offset, copier->length };
+			push->reading = reading_start(restore, span, restore->thread);
+			if (push->reading)
+				break;
 		}
 		if (outcome == GONE)
 			__atomic_store_n(&space->gone, true, __ATOMIC_RELAXED);
-		else if (outcome != DONE) {
-			push->at = restore->count; /* whether it can be had at all, a fault will tell */
-			return NULL;
-		}
+		else if (outcome == FULL)
+			__atomic_store_n(&restore->next_piece, restore->count, __ATOMIC_RELAXED);
+		push->at = UINT32_MAX;
+		if (!push->helps && event_waits(restore->thread))
+			__atomic_store_n(&restore->pause, true, __ATOMIC_RELAXED);
 	}
 	return NULL;
 }
 
-/* A slice of the working set, by two threads; no event is read meanwhile. */
+static bool push_can(const struct push *push) { return !push->over && reading_done(push->reading); }
+
+/* Push on, by several threads, until an event comes; none is read meanwhile. This thread looks for them. */
 static void push_step(struct restore *restore)
 {
-	struct push *parts = restore->parts;
-	pthread_t helper;
-	bool helped = parts[0].at + 16 < restore->count && parts[1].at < restore->count &&
-		      pthread_create(&helper, NULL, push_part, &parts[1]) == 0;
-	push_part(&parts[0]);
-	if (helped)
-		pthread_join(helper, NULL);
-	else
-		push_part(&parts[1]);
+	struct push *own = NULL;
+	pthread_t helpers[MAX_PUSHERS];
+	restore->pause = false;
+	for (int i = 0; i < pusher_count; i++) {
+		struct push *part = &restore->parts[i];
+		part->helps = false;
+		if (!push_can(part))
+			continue;
+		if (!own) {
+			own = part;
+		} else if (part->at != UINT32_MAX ||
+			   __atomic_load_n(&restore->next_piece, __ATOMIC_RELAXED) + 4 * (uint32_t)i < restore->count) {
+			part->helps = true;
+			if (pthread_create(&helpers[i], NULL, push_part, part))
+				part->helps = false;
+		}
+	}
+	if (own)
+		push_part(own);
+	__atomic_store_n(&restore->pause, true, __ATOMIC_RELAXED);
+	for (int i = 0; i < pusher_count; i++)
+		if (restore->parts[i].helps)
+			pthread_join(helpers[i], NULL);
 	for (struct space *space = restore->spaces; space; space = space->next)
 		if (space->gone)
 			space_over(space);
-	if (parts[0].at < restore->count || parts[1].at < restore->count)
+	restore->pushed = 0;
+	bool over = true;
+	for (int i = 0; i < pusher_count; i++) {
+		struct push *part = &restore->parts[i];
+		over &= part->over || (part->at == UINT32_MAX && restore->next_piece >= restore->count);
+		restore->pushed += part->copied;
+	}
+	if (!over)
 		return;
 	restore->pushing = false;
-	restore->pushed = parts[0].copied + parts[1].copied;
 	say(MSG_READY, restore->id, restore->pushed, micros(&restore->began), 0, -1);
+	if (restore->everything) {
+		restore->drain_ms = 0; /* where there is something left, a page that was moved, say */
+		restore->sources_made = true;
+		for (struct space *space = restore->spaces; space; space = space->next)
+			if (drains(space))
+				drain_step(space);
+	}
 }
 
 static void push_begin(struct restore *restore)
 {
-	__atomic_store_n(&restore->stop_warming, true, __ATOMIC_RELAXED);
-	restore->finished = restore->pushing = true;
+	restore->parked = false;
+	restore->pushing = true;
+	restore->next_piece = 0;
 	clock_gettime(CLOCK_MONOTONIC, &restore->began);
-	for (uint32_t i = 0; i < 2; i++)
-		restore->parts[i] = (struct push){ .restore = restore, .at = i, .step = 2 };
+	for (int i = 0; i < pusher_count; i++)
+		restore->parts[i] = (struct push){
+			.restore = restore, .at = UINT32_MAX, .copier = &restore->thread->copiers[i],
+		};
+}
+
+/* Memory is laid out, and the processes are about to run. */
+static void restore_begin(struct restore *restore)
+{
+	restore->finished = true;
 	uint64_t spaces = 0;
 	for (struct space *space = restore->spaces; space; space = space->next)
 		spaces++;
 	say(MSG_HELD, restore->id, spaces, 0, 0, -1);
-}
-
-/* Have the working set's pages at hand, from disk if need be, while CRIU is still busy. */
-static void *warm_up(void *argument)
-{
-	struct restore *restore = argument;
-	for (uint32_t i = 0; i < restore->count && !__atomic_load_n(&restore->stop_warming, __ATOMIC_RELAXED); i++)
-		madvise((void *)restore->pieces[i].data, restore->pieces[i].pages * PAGE, MADV_POPULATE_READ);
-	return NULL;
-}
-
-/* On a thread of its own, and of no priority: it waits for the disk. */
-static void warm_begin(struct restore *restore)
-{
-	pthread_attr_t ordinary;
-	struct sched_param none = { 0 };
-	if (!restore->count || pthread_attr_init(&ordinary))
-		return;
-	pthread_attr_setinheritsched(&ordinary, PTHREAD_EXPLICIT_SCHED);
-	pthread_attr_setschedpolicy(&ordinary, SCHED_OTHER);
-	pthread_attr_setschedparam(&ordinary, &none);
-	restore->warming = pthread_create(&restore->warmer, &ordinary, warm_up, restore) == 0;
-	pthread_attr_destroy(&ordinary);
+	if (!restore->parked)
+		push_begin(restore);
 }
 
 static void record(struct restore *restore)
@@ -896,9 +1315,131 @@ static void record(struct restore *restore)
 
 /* ---- filling in the rest ---- */
 
+static int source_order(const void *left, const void *right)
+{
+	const struct source *a = left, *b = right;
+	return span_order(&a->span, &b->span);
+}
+
+/* All memory as it was at first, in the order of the files: so the disk reads on and on. */
+static void sources_make(struct restore *restore)
+{
+	restore->sources_made = true;
+	size_t count = 0;
+	for (struct space *space = restore->spaces; space; space = space->next)
+		for (size_t i = 0; !space->forked && i < space->origins; i++)
+			count += (space->origin[i].end - space->origin[i].start - 1) / READ_LENGTH + 1;
+	struct source *sources = malloc(count * sizeof *sources + 1);
+	if (!sources)
+		return; /* in the order of addresses, then */
+	restore->sources = sources;
+	for (struct space *space = restore->spaces; space; space = space->next)
+		for (size_t i = 0; !space->forked && i < space->origins; i++) {
+			const struct extent *e = &space->origin[i];
+			for (uint64_t at = e->start; at < e->end; at += READ_LENGTH)
+				sources[restore->source_count++] = (struct source){
+					.span = { e->file, e->offset + (at - e->start), e->end - at < READ_LENGTH ? e->end - at : READ_LENGTH },
+					.space = space, .vaddr = at, .bit = e->bit + (at - e->start) / PAGE,
+				};
+		}
+	if (count)
+		qsort(sources, count, sizeof *sources, source_order);
+}
+
+static bool all_installed(const struct source *source)
+{
+	for (uint64_t page = 0; page < source->span.length / PAGE; page++)
+		if (!bit_get(source->space->installed, source->bit + page))
+			return false;
+	return true;
+}
+
+/* Have what the drain takes next read from disk before it comes to it. */
+static void sources_ahead(struct restore *restore)
+{
+	struct span spans[64];
+	size_t count = 0;
+	uint64_t length = 0;
+	if (restore->source_ahead < restore->source_at)
+		restore->source_ahead = restore->source_at;
+	for (size_t i = restore->source_at; i < restore->source_ahead; i++)
+		length += restore->sources[i].span.length;
+	if (length > DRAIN_AHEAD / 2)
+		return;
+	while (restore->source_ahead < restore->source_count && length < DRAIN_AHEAD && count < 64) {
+		const struct source *source = &restore->sources[restore->source_ahead++];
+		if (source->space->over || all_installed(source))
+			continue;
+		length += source->span.length;
+		spans[count++] = source->span;
+	}
+	read_ahead(restore, spans, count);
+}
+
+/* Nobody asked for it; whether it can be had at all, a fault will tell. Unless all of it is wanted. */
+static void drain_stop(struct space *space, int error, bool no_memory)
+{
+	space->no_drain = true;
+	if (space->restore->everything)
+		restore_failed_of(space->restore, error, 13, no_memory);
+}
+
 /* One step; false when there was nothing to do. */
+static bool drain_sources(struct restore *restore)
+{
+	struct copier *copier = &restore->thread->copiers[0];
+	uint64_t copied = 0;
+	while (restore->source_at < restore->source_count) {
+		struct source *source = &restore->sources[restore->source_at];
+		struct space *space = source->space;
+		if (space->over || space->no_drain || !source->span.length) {
+			restore->source_at++;
+			continue;
+		}
+		uint64_t pages = source->span.length / PAGE, skip = 0;
+		while (skip < pages && bit_get(space->installed, source->bit + skip))
+			skip++;
+		pages = pages - skip < DRAIN_CHUNK ? pages - skip : DRAIN_CHUNK;
+		enum outcome outcome = DONE;
+		if (pages) {
+			sources_ahead(restore);
+			uint64_t at = source->vaddr + skip * PAGE;
+			outcome = fill(space, at, at + pages * PAGE, &copied, copier);
+		}
+		switch (outcome) {
+		case AGAIN:
+			return true;
+		case COLD: {
+			struct span span = { copier->file, copier->offset, copier->length };
+			restore->drain_reading = reading_start(restore, span, restore->thread);
+			return true;
+		}
+		case GONE:
+			space_over(space);
+			return true;
+		case FULL:
+			drain_stop(space, ENOMEM, true);
+			return true;
+		case BROKEN:
+			drain_stop(space, copier->error, false);
+			return true;
+		case DONE:
+			break;
+		}
+		source->span.offset += (skip + pages) * PAGE;
+		source->span.length -= (skip + pages) * PAGE;
+		source->vaddr += (skip + pages) * PAGE;
+		source->bit += skip + pages;
+		if (pages)
+			return true;
+	}
+	return false;
+}
+
+/* What is left: memory that was moved, and that of children. In the order of addresses. */
 static bool drain_step(struct space *space)
 {
+	struct copier *copier = &space->restore->thread->copiers[0];
 	uint64_t copied = 0;
 	for (size_t i = extent_after(space, space->drain_from); i < space->count; i++) {
 		struct extent e = space->extents[i];
@@ -908,16 +1449,22 @@ static bool drain_step(struct space *space)
 		space->drain_from = at;
 		if (at == e.end)
 			continue;
-		uint64_t stop = at + DRAIN_CHUNK < e.end ? at + DRAIN_CHUNK : e.end;
-		switch (fill(space, at, stop, &copied)) {
+		uint64_t stop = e.end - at > DRAIN_CHUNK * PAGE ? at + DRAIN_CHUNK * PAGE : e.end;
+		switch (fill(space, at, stop, &copied, copier)) {
 		case GONE:
 			space_over(space);
 			break;
 		case FULL:
-		case BROKEN:
-			/* Nobody asked for it; whether it can be had at all, a fault will tell. */
-			space->no_drain = true;
+			drain_stop(space, ENOMEM, true);
 			break;
+		case BROKEN:
+			drain_stop(space, copier->error, false);
+			break;
+		case COLD: {
+			struct span span = { copier->file, copier->offset, copier->length };
+			space->restore->drain_reading = reading_start(space->restore, span, space->restore->thread);
+			break;
+		}
 		default:
 			break;
 		}
@@ -933,8 +1480,31 @@ static bool drains(const struct space *space) { return !space->over && !space->n
 
 static bool draining(const struct restore *restore)
 {
-	return restore->finished && !restore->pushing && !restore->failed && restore->drain_ms != UINT32_MAX &&
+	return restore->finished && !restore->parked && !restore->pushing && !restore->failed &&
+	       restore->drain_ms != UINT32_MAX && reading_done(restore->drain_reading) &&
 	       micros(&restore->began) >= (uint64_t)restore->drain_ms * 1000;
+}
+
+static bool drain_one(struct restore *restore)
+{
+	if (restore->drain_reading) {
+		int error = restore->drain_reading->error;
+		reading_put(restore->drain_reading);
+		restore->drain_reading = NULL;
+		if (error) {
+			for (struct space *s = restore->spaces; s; s = s->next)
+				drain_stop(s, error, false);
+			return true;
+		}
+	}
+	if (!restore->sources_made)
+		sources_make(restore);
+	if (drain_sources(restore))
+		return true;
+	for (struct space *s = restore->spaces; s; s = s->next)
+		if (drains(s) && drain_step(s))
+			return true;
+	return false;
 }
 
 /* One step for one restore of this thread, in turn: however many there are, the other programs have the processor. */
@@ -948,9 +1518,8 @@ static void drain(struct thread *thread)
 		struct restore *r = thread->restores;
 		while (!draining(r) || skip--)
 			r = r->next;
-		for (struct space *s = r->spaces; s; s = s->next)
-			if (drains(s) && drain_step(s))
-				return;
+		if (drain_one(r))
+			return;
 	}
 }
 
@@ -994,16 +1563,16 @@ static void take_task(struct restore *restore, int32_t pid, int fd)
 static void connection_ready(struct restore *restore)
 {
 	for (int i = 0; i < EVENTS_A_TURN && !restore->failed && restore->connection >= 0; i++) {
-		uint32_t word = 0;
+		char byte;
 		bool wait_fd = restore->expect_pid != 0;
-		struct iovec part = { &word, wait_fd ? 1 : sizeof word };
+		struct iovec part = { wait_fd ? &byte : restore->word.bytes + restore->word_has, wait_fd ? 1 : 4 - restore->word_has };
 		union { char space[CMSG_SPACE(sizeof(int))]; struct cmsghdr align; } control;
 		struct msghdr head = { .msg_iov = &part, .msg_iovlen = 1 };
 		if (wait_fd) {
 			head.msg_control = control.space;
 			head.msg_controllen = CMSG_LEN(sizeof(int)); /* one descriptor, no more */
 		}
-		ssize_t got = recvmsg(restore->connection, &head, MSG_DONTWAIT | MSG_CMSG_CLOEXEC | (wait_fd ? 0 : MSG_PEEK));
+		ssize_t got = recvmsg(restore->connection, &head, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
 		if (got < 0 && errno == EINTR)
 			continue;
 		if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
@@ -1024,12 +1593,14 @@ static void connection_ready(struct restore *restore)
 			restore->expect_pid = 0;
 			continue;
 		}
-		if (got < (ssize_t)sizeof word)
-			return; /* the rest is on its way; the next event tells */
-		recv(restore->connection, &word, sizeof word, MSG_DONTWAIT);
+		restore->word_has += (uint32_t)got;
+		if (restore->word_has < 4)
+			continue; /* the rest is on its way */
+		restore->word_has = 0;
+		uint32_t word = restore->word.whole;
 		if (word == RESTORE_FINISHED) {
 			if (!restore->finished)
-				push_begin(restore);
+				restore_begin(restore);
 		} else if ((int32_t)word > 0)
 			restore->expect_pid = (int32_t)word;
 		/* A negative pid is a zombie: no descriptor follows. */
@@ -1040,10 +1611,10 @@ static void connection_ready(struct restore *restore)
 
 static void restore_free(struct restore *restore)
 {
-	if (restore->warming) {
-		__atomic_store_n(&restore->stop_warming, true, __ATOMIC_RELAXED);
-		pthread_join(restore->warmer, NULL);
-	}
+	readings_forget(restore);
+	for (int i = 0; i < MAX_PUSHERS; i++)
+		reading_put(restore->parts[i].reading);
+	reading_put(restore->drain_reading);
 	while (restore->spaces) {
 		struct space *next = restore->spaces->next;
 		space_free(restore->spaces);
@@ -1054,7 +1625,7 @@ static void restore_free(struct restore *restore)
 		space_free(restore->prepared);
 		restore->prepared = next;
 	}
-	for (uint32_t i = 0; i < restore->tasks; i++)
+	for (uint32_t i = 0; i < restore->opened; i++)
 		file_close(restore->files[i]);
 	if (restore->listener >= 0) {
 		epoll_ctl(restore->thread->epoll, EPOLL_CTL_DEL, restore->listener, NULL);
@@ -1064,6 +1635,9 @@ static void restore_free(struct restore *restore)
 		close(restore->connection);
 	free(restore->files);
 	free(restore->pieces);
+	free(restore->spans);
+	free(restore->wipes);
+	free(restore->sources);
 	free(restore);
 }
 
@@ -1078,51 +1652,129 @@ static bool read_all(int fd, void *into, size_t length, off_t at)
 	return true;
 }
 
+/* One task's extents: in order, apart, and within the files. */
+static bool load_extents(struct restore *restore, struct space *space, int fd, uint32_t count, off_t at)
+{
+	struct index_extent *raw = malloc(count * sizeof *raw + 1);
+	struct extent *extents = malloc(count * sizeof *extents + 1);
+	bool ok = raw && extents && read_all(fd, raw, count * sizeof *raw, at);
+	for (uint32_t i = 0; ok && i < count; i++) {
+		const struct index_extent *r = &raw[i];
+		struct file *file = r->file < restore->opened ? restore->files[r->file] : NULL;
+		uint64_t length = r->pages * PAGE;
+		ok = file && !r->reserved && r->pages && r->pages < 1ULL << 40 && !(r->vaddr & (PAGE - 1)) &&
+		     r->vaddr < 1ULL << 57 && !(r->offset & (PAGE - 1)) && r->offset <= file->length &&
+		     length <= file->length - r->offset && (!space->count || r->vaddr >= extents[space->count - 1].end);
+		if (!ok)
+			break;
+		struct extent *last = space->count ? &extents[space->count - 1] : NULL;
+		if (last && last->end == r->vaddr && last->file == file && last->offset + (last->end - last->start) == r->offset)
+			last->end += length;
+		else
+			extents[space->count++] = (struct extent){ r->vaddr, r->vaddr + length, r->offset, space->bits, file };
+		space->bits += r->pages;
+	}
+	free(raw);
+	space->extents = extents;
+	space->room = count;
+	return ok;
+}
+
+static void *grown(void *array, uint32_t count, uint32_t *room, size_t size)
+{
+	if (count < *room)
+		return array;
+	if (*room >= MAX_PIECES)
+		return NULL;
+	*room = *room ? *room * 2 : 256;
+	return realloc(array, *room * size);
+}
+
+/* The ranges that lie in a file from `at` to its end, or NULL. */
+static struct set_range *read_set(int fd, off_t at, off_t end, uint32_t *count)
+{
+	struct set_head head;
+	if (!read_all(fd, &head, sizeof head, at) || head.magic != SET_MAGIC ||
+	    end != at + (off_t)(sizeof head + head.ranges * sizeof(struct set_range)))
+		return NULL;
+	struct set_range *ranges = malloc(head.ranges * sizeof *ranges + 1);
+	bool ok = ranges && read_all(fd, ranges, head.ranges * sizeof *ranges, at + (off_t)sizeof head);
+	for (uint32_t i = 0; ok && i < head.ranges; i++)
+		ok = !(ranges[i].vaddr & (PAGE - 1)) && ranges[i].vaddr < 1ULL << 57;
+	if (!ok) {
+		free(ranges);
+		return NULL;
+	}
+	*count = head.ranges;
+	return ranges;
+}
+
+static struct space *space_of(struct restore *restore, int32_t pid)
+{
+	struct space *space = restore->prepared;
+	while (space && space->pid != pid)
+		space = space->next;
+	return space;
+}
+
+/* What may follow the files in an index. */
+static bool load_wipes(struct restore *restore, int fd, off_t at, off_t end)
+{
+	uint32_t count = 0, room = 0;
+	if (at == end)
+		return true;
+	struct set_range *ranges = at < end ? read_set(fd, at, end, &count) : NULL;
+	bool ok = ranges;
+	for (uint32_t i = 0; ok && i < count; i++) {
+		uint64_t from = ranges[i].vaddr, to = from + ranges[i].pages * PAGE;
+		struct space *space = space_of(restore, ranges[i].pid);
+		for (size_t k = space ? extent_after(space, from) : 0;
+		     ok && space && k < space->count && space->extents[k].start < to; k++) {
+			const struct extent *e = &space->extents[k];
+			uint64_t low = e->start > from ? e->start : from, high = e->end < to ? e->end : to;
+			struct wipe *wipes = grown(restore->wipes, restore->wipe_count, &room, sizeof *wipes);
+			if (!(ok = wipes))
+				break;
+			restore->wipes = wipes;
+			wipes[restore->wipe_count++] =
+				(struct wipe){ space->pid, e->bit + (low - e->start) / PAGE, (high - low) / PAGE };
+		}
+	}
+	free(ranges);
+	return ok;
+}
+
 static bool load_index(struct restore *restore, int fd, const int *page_fds, uint32_t page_files)
 {
 	struct stat info;
 	struct index_head head;
 	if (fstat(fd, &info) || !read_all(fd, &head, sizeof head, 0) || head.magic != INDEX_MAGIC ||
-	    head.tasks != page_files || !(restore->files = calloc(head.tasks + 1, sizeof *restore->files)))
+	    head.files != page_files || !head.tasks || head.tasks > MAX_TASKS ||
+	    !(restore->files = calloc(head.files + 1, sizeof *restore->files)))
 		return false;
+	for (uint32_t i = 0; i < head.files; i++) {
+		if (!(restore->files[i] = file_open(page_fds[i])))
+			return false;
+		restore->opened++;
+	}
 	off_t at = sizeof head, extents_at = at + (off_t)(head.tasks * sizeof(struct index_task));
 	for (uint32_t t = 0; t < head.tasks; t++) {
 		struct index_task task;
 		if (!read_all(fd, &task, sizeof task, at + (off_t)(t * sizeof task)) || task.pid <= 0 ||
-		    (off_t)task.extents > info.st_size / (off_t)sizeof(struct index_extent))
+		    (off_t)task.extents > (info.st_size - extents_at) / (off_t)sizeof(struct index_extent))
 			return false;
-		struct file *file = file_open(page_fds[t]);
-		if (!file)
-			return false;
-		restore->files[restore->tasks++] = file;
 		struct space *space = calloc(1, sizeof *space);
 		if (!space)
 			return false;
 		space->fd = -1;
 		space->restore = restore;
-		space->file = file;
 		space->pid = task.pid;
 		space->number = restore->numbers++;
 		space->next = restore->prepared;
 		restore->prepared = space;
-		struct index_extent *raw = malloc(task.extents * sizeof *raw + 1);
-		space->extents = malloc(task.extents * sizeof *space->extents + 1);
-		space->room = task.extents;
-		bool ok = raw && space->extents && read_all(fd, raw, task.extents * sizeof *raw, extents_at);
-		for (uint32_t i = 0; ok && i < task.extents; i++) {
-			uint64_t length = raw[i].pages * PAGE;
-			ok = raw[i].pages && raw[i].pages < 1ULL << 40 && !(raw[i].vaddr & (PAGE - 1)) &&
-			     raw[i].vaddr < 1ULL << 57 && !(raw[i].offset & (PAGE - 1)) &&
-			     raw[i].offset <= file->length && length <= file->length - raw[i].offset &&
-			     (!i || raw[i].vaddr >= space->extents[i - 1].end);
-			space->extents[i] = (struct extent){ raw[i].vaddr, raw[i].vaddr + length, raw[i].offset, space->bits };
-			space->bits += raw[i].pages;
-		}
-		free(raw);
-		if (!ok)
+		if (!load_extents(restore, space, fd, task.extents, extents_at))
 			return false;
-		extents_at += (off_t)(task.extents * sizeof *raw);
-		space->count = task.extents;
+		extents_at += (off_t)(task.extents * sizeof(struct index_extent));
 		struct extent *origin = malloc(space->count * sizeof *origin + 1);
 		space->origin = origin;
 		space->origins = space->count;
@@ -1132,59 +1784,73 @@ static bool load_index(struct restore *restore, int fd, const int *page_fds, uin
 			return false;
 		memcpy(origin, space->extents, space->count * sizeof *origin);
 	}
-	return true;
+	return load_wipes(restore, fd, extents_at + (off_t)(head.files * INDEX_NAME), info.st_size);
 }
 
-static bool add_piece(struct restore *restore, uint32_t *room, struct piece piece)
+struct rooms { uint32_t pieces, spans; };
+
+/* A part of one extent that is to be pushed: to what lies before it in the process, if it fits. */
+static bool add_piece(struct restore *restore, struct rooms *rooms, struct space *space, const struct extent *e,
+		      uint64_t start, uint64_t end)
 {
-	if (restore->count == *room) {
-		if (*room >= MAX_PIECES)
-			return false;
-		*room = *room ? *room * 2 : 256;
-		struct piece *grown = realloc(restore->pieces, *room * sizeof *grown);
-		if (!grown)
-			return false;
-		restore->pieces = grown;
+	struct span *spans = grown(restore->spans, restore->span_count, &rooms->spans, sizeof *spans);
+	if (!spans)
+		return false;
+	restore->spans = spans;
+	spans[restore->span_count++] = (struct span){ e->file, e->offset + (start - e->start), end - start };
+	while (start < end) {
+		struct piece *last = restore->count ? &restore->pieces[restore->count - 1] : NULL;
+		uint64_t pages = (end - start) / PAGE;
+		if (last && last->space == space && last->vaddr + last->pages * PAGE == start && last->pages < PUSH_CHUNK) {
+			pages = pages < PUSH_CHUNK - last->pages ? pages : PUSH_CHUNK - last->pages;
+			last->pages += (uint32_t)pages;
+		} else {
+			struct piece *pieces = grown(restore->pieces, restore->count, &rooms->pieces, sizeof *pieces);
+			if (!pieces)
+				return false;
+			restore->pieces = pieces;
+			pages = pages < PUSH_CHUNK ? pages : PUSH_CHUNK;
+			pieces[restore->count++] = (struct piece){ space, start, (uint32_t)pages };
+		}
+		start += pages * PAGE;
 	}
-	restore->pieces[restore->count++] = piece;
 	return true;
 }
 
-/* What of a working set this index has, in pieces that two threads share evenly. */
+/* What of a working set this index has. */
 static bool load_set(struct restore *restore, int fd)
 {
 	struct stat info;
-	struct set_head head;
-	if (fstat(fd, &info) || !read_all(fd, &head, sizeof head, 0) || head.magic != SET_MAGIC ||
-	    info.st_size != (off_t)(sizeof head + head.ranges * sizeof(struct set_range)))
-		return false;
-	struct set_range *ranges = malloc(head.ranges * sizeof *ranges + 1);
-	bool ok = ranges && read_all(fd, ranges, head.ranges * sizeof *ranges, sizeof head);
-	uint32_t room = 0;
-	for (uint32_t i = 0; ok && i < head.ranges; i++) {
+	uint32_t count = 0;
+	struct set_range *ranges = fstat(fd, &info) ? NULL : read_set(fd, 0, info.st_size, &count);
+	bool ok = ranges;
+	struct rooms rooms = { 0 };
+	for (uint32_t i = 0; ok && i < count; i++) {
 		uint64_t start = ranges[i].vaddr, end = start + ranges[i].pages * PAGE;
-		ok = !(start & (PAGE - 1)) && start < 1ULL << 57;
-		struct space *space = restore->prepared;
-		while (ok && space && space->pid != ranges[i].pid)
-			space = space->next;
+		struct space *space = space_of(restore, ranges[i].pid);
 		for (size_t k = space ? extent_after(space, start) : 0;
 		     ok && space && k < space->count && space->extents[k].start < end; k++) {
-			struct extent e = space->extents[k];
-			uint64_t at = e.start > start ? e.start : start, stop = e.end < end ? e.end : end;
-			for (uint64_t next; ok && at < stop; at = next) {
-				next = stop - at < PUSH_CHUNK ? stop : at + PUSH_CHUNK;
-				const uint8_t *data = space->file->data + e.offset + (at - e.start);
-				ok = add_piece(restore, &room, (struct piece){ space, data, at, (uint32_t)((next - at) / PAGE) });
-			}
+			const struct extent *e = &space->extents[k];
+			ok = add_piece(restore, &rooms, space, e, e->start > start ? e->start : start, e->end < end ? e->end : end);
 		}
 	}
 	free(ranges);
 	return ok;
 }
 
+static bool load_everything(struct restore *restore)
+{
+	bool ok = true;
+	struct rooms rooms = { 0 };
+	for (struct space *space = restore->prepared; space; space = space->next)
+		for (size_t k = 0; ok && k < space->count; k++)
+			ok = add_piece(restore, &rooms, space, &space->extents[k], space->extents[k].start, space->extents[k].end);
+	return ok;
+}
+
 static struct restore *restore_new(const struct command *command, const int *fds, uint32_t count)
 {
-	uint32_t set = command->flags & 1, first = 2 + set;
+	uint32_t set = command->flags & WITH_SET, first = 2 + set;
 	uint64_t around = command->around;
 	if (count < first || around < PAGE || around > 1 << 24 || (around & (around - 1)))
 		return NULL;
@@ -1194,6 +1860,8 @@ static struct restore *restore_new(const struct command *command, const int *fds
 	restore->id = command->id;
 	restore->around = command->around;
 	restore->drain_ms = command->drain_ms;
+	restore->parked = command->flags & PARKED;
+	restore->everything = command->flags & EVERYTHING;
 	restore->connection = -1;
 	restore->listener = fds[0];
 	if (!load_index(restore, fds[1], fds + first, count - first)) {
@@ -1202,8 +1870,11 @@ static struct restore *restore_new(const struct command *command, const int *fds
 		return NULL;
 	}
 	/* A working set only makes things fast: one that cannot be used is left out, and READY tells of no pages. */
-	if (set && !load_set(restore, fds[2]))
-		restore->count = 0;
+	bool pushed = restore->everything ? load_everything(restore) : set && load_set(restore, fds[2]);
+	if (!pushed)
+		restore->count = restore->span_count = 0;
+	if (restore->span_count)
+		qsort(restore->spans, restore->span_count, sizeof *restore->spans, span_order);
 	return restore;
 }
 
@@ -1219,7 +1890,7 @@ static void carry_out(struct thread *thread, struct job *job)
 		if (!watch(thread, restore->listener, restore, KIND_LISTENER))
 			restore_failed(restore, errno, 9);
 		else
-			warm_begin(restore);
+			read_ahead(restore, restore->spans, restore->span_count); /* while CRIU is still busy */
 		return;
 	}
 	while (*at && (*at)->id != job->command.id)
@@ -1233,6 +1904,14 @@ static void carry_out(struct thread *thread, struct job *job)
 		break;
 	case CMD_DRAIN:
 		restore->drain_ms = job->command.drain_ms;
+		break;
+	case CMD_PUSH:
+		if (!restore->parked || restore->failed)
+			break;
+		restore->parked = false;
+		read_ahead(restore, restore->spans, restore->span_count);
+		if (restore->finished)
+			push_begin(restore);
 		break;
 	case CMD_DROP:
 		*at = restore->next;
@@ -1269,15 +1948,18 @@ static int patience(const struct thread *thread)
 		if (r->failed)
 			continue;
 		int until = -1;
-		if (r->pushing)
-			until = r->parts[0].blocked || r->parts[1].blocked ? RETRY_MS : 0;
+		for (int i = 0; r->pushing && i < pusher_count; i++)
+			if (push_can(&r->parts[i]) && until)
+				until = r->parts[i].blocked ? RETRY_MS : 0;
 		bool left = false;
 		for (struct space *s = r->spaces; s; s = s->next) {
 			left |= drains(s);
-			if (s->pendings && until < 0)
-				until = RETRY_MS;
+			for (size_t i = 0; i < s->pendings && until < 0; i++)
+				if (reading_done(s->pending[i].reading))
+					until = RETRY_MS;
 		}
-		if (until < 0 && left && r->finished && r->drain_ms != UINT32_MAX) {
+		if (until < 0 && left && r->finished && !r->pushing && !r->parked && r->drain_ms != UINT32_MAX &&
+		    reading_done(r->drain_reading)) {
 			uint64_t past = micros(&r->began) / 1000;
 			until = past >= r->drain_ms ? RETRY_MS : (int)(r->drain_ms - past) + 1;
 		}
@@ -1367,9 +2049,7 @@ static void post(struct thread *thread, const struct command *command, struct re
 		at = &(*at)->next;
 	*at = job;
 	pthread_mutex_unlock(&thread->lock);
-	uint64_t one = 1;
-	while (write(thread->wake, &one, sizeof one) < 0 && errno == EINTR)
-		;
+	wake(thread);
 }
 
 static void control(void)
@@ -1449,17 +2129,25 @@ int main(int argc, char **argv)
 	prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
 	long processors = sysconf(_SC_NPROCESSORS_ONLN);
 	thread_count = processors < 2 ? 2 : processors > MAX_THREADS ? MAX_THREADS : (int)processors;
+	pusher_count = thread_count < MAX_PUSHERS ? thread_count : MAX_PUSHERS;
 	for (int i = 0; i < thread_count; i++) {
 		struct thread *thread = &threads[i];
 		pthread_mutex_init(&thread->lock, NULL);
+		bool staged = true;
+		for (int k = 0; k < pusher_count; k++)
+			staged &= (thread->copiers[k].stage = aligned_alloc(PAGE, BATCH * PAGE)) != NULL;
 		thread->epoll = epoll_create1(EPOLL_CLOEXEC);
 		thread->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 		struct epoll_event event = { .events = EPOLLIN, .data.u64 = KIND_WAKE };
-		if (thread->epoll < 0 || thread->wake < 0 || epoll_ctl(thread->epoll, EPOLL_CTL_ADD, thread->wake, &event) ||
+		if (!staged || thread->epoll < 0 || thread->wake < 0 || epoll_ctl(thread->epoll, EPOLL_CTL_ADD, thread->wake, &event) ||
 		    pthread_create(&thread->handle, NULL, serve, thread)) {
 			perror("woodfrog-pageserver: cannot start a thread");
 			return 1;
 		}
+	}
+	if (!readers_start()) {
+		perror("woodfrog-pageserver: cannot start a thread");
+		return 1;
 	}
 	control();
 	/* The sandboxes die with the daemon; until they have, their memory must not turn to zeroes. */

@@ -1,4 +1,4 @@
-"""Compile native/*.c into src/woodfrog/native/bin/woodfrog-<stem>.
+"""Compile native/*.c into src/woodfrog/native/bin/woodfrog-<stem>; NAME.so.c becomes a shared library.
 
 Used by `make native` and by the package's own build (setup.py). Does nothing for a binary that is newer than its
 source and every header. A build replaces the binary in one step, so a running copy is never disturbed.
@@ -70,7 +70,8 @@ def build(sources: Path = SOURCES, binaries: Path = BINARIES) -> list[Path]:
         temporary = binary.with_name(f".{binary.name}.{os.getpid()}")
         try:
             print(f"native: {source.name} -> {binary.name}", flush=True)
-            done = subprocess.run([*cc, *FLAGS, *static, "-I", str(sources), str(source), "-o", str(temporary)])
+            kind = ["-shared", "-fPIC"] if binary.suffix == ".so" else static
+            done = subprocess.run([*cc, *FLAGS, *kind, "-I", str(sources), str(source), "-o", str(temporary), "-ldl"])
             if done.returncode != 0:
                 raise BuildError(f"{source.name} does not compile (the compiler's messages are above)")
             temporary.chmod(0o755)

@@ -3,8 +3,8 @@
 import woodfrog as modal
 
 app = modal.App("starts")
-BIG_BYTES = 600 << 20
 PAGE = 4096
+MIB = 1 << 20
 
 
 def load_small():
@@ -33,7 +33,7 @@ def load_arrays():
     import numpy as np
 
     frame = None
-    columns = np.random.default_rng(7).standard_normal((8, 250_000))
+    columns = np.random.default_rng(7).standard_normal((8, 60_000))
     if importlib.util.find_spec("pandas"):
         import pandas
 
@@ -49,20 +49,50 @@ def run_arrays(state, request):
     return round(answer, 9)
 
 
-def load_big():
-    memory = bytearray(BIG_BYTES)
-    for at in range(0, BIG_BYTES, PAGE):
-        memory[at] = at // PAGE % 251 + 1
+def load_pages(mib):
+    """Memory of which no two pages are alike and none compresses: nothing a store could make cheap."""
+    import random
+
+    random.seed(7)
+    block = random.randbytes(MIB)
+    memory = bytearray(mib * MIB)
+    for at in range(0, len(memory), MIB):
+        memory[at : at + MIB] = block
+        for page in range(at, at + MIB, PAGE):
+            memory[page : page + 8] = (page // PAGE).to_bytes(8, "little")
     return memory
 
 
-def run_big(state, request):
-    """Touch 5% of the pages, in runs of 16."""
+def read_pages(memory, mib, request):
+    """Read `mib` of them, in runs of 16 pages spread over all of it; which ones depends on `request` (0 to 19)."""
+    runs = mib * MIB // (16 * PAGE)
+    step = len(memory) // runs // (16 * PAGE) * 16 * PAGE
     total = 0
-    for run in range(request % 20 * 16 * PAGE, BIG_BYTES, 320 * PAGE):
-        for at in range(run, min(run + 16 * PAGE, BIG_BYTES), PAGE):
-            total += state[at]
+    for run in range(runs):
+        first = run * step + request * 16 * PAGE % step
+        for at in range(first, first + 16 * PAGE, PAGE):
+            total = (total * 31 + int.from_bytes(memory[at : at + 16], "little")) & 0xFFFFFFFF
     return total
+
+
+def load_big():
+    return load_pages(600)
+
+
+def run_big(state, request):
+    return read_pages(state, 30, request)
+
+
+def load_huge4():
+    return load_pages(4096)
+
+
+def load_huge8():
+    return load_pages(8192)
+
+
+def run_huge(state, request):
+    return read_pages(state, 100, request)
 
 
 def load_model():
@@ -113,6 +143,28 @@ class Big:
 
 
 @app.cls(enable_memory_snapshot=True)
+class Huge4:
+    @modal.enter(snap=True)
+    def load(self):
+        self.state = load_huge4()
+
+    @modal.method()
+    def run(self, request):
+        return run_huge(self.state, request)
+
+
+@app.cls(enable_memory_snapshot=True)
+class Huge8:
+    @modal.enter(snap=True)
+    def load(self):
+        self.state = load_huge8()
+
+    @modal.method()
+    def run(self, request):
+        return run_huge(self.state, request)
+
+
+@app.cls(enable_memory_snapshot=True)
 class Model:
     @modal.enter(snap=True)
     def load(self):
@@ -127,5 +179,7 @@ PLAIN = {
     "Small": (load_small, run_small),
     "Arrays": (load_arrays, run_arrays),
     "Big": (load_big, run_big),
+    "Huge4": (load_huge4, run_huge),
+    "Huge8": (load_huge8, run_huge),
     "Model": (load_model, run_model),
 }

@@ -4,7 +4,7 @@ A frame is a fixed head (`!4sII Q`: magic, protocol version, header length, body
 `"type"`, and an opaque body (pickled by the user's side; the daemon never unpickles).
 
 Daemon → worker                          Worker → daemon
-    preload {modules, env, sys_path, ...}    preloaded {phases, seen, files}; or failed
+    preload {steps, env, sys_path, ...}      preloaded {phases, steps, seen, files, cpu_ms}; or failed
     boot    {function, code, env, ...}       booted   {phases, warnings}
                                              failed   {stage, error}         then the worker exits
     freeze  {}                               frozen   {phases} then it closes and blocks in accept(); or failed
@@ -167,8 +167,9 @@ class BootMessage:
 class PreloadMessage:
     """What a worker imports before it knows what it will serve. It leaves a process as `boot` would have it."""
 
-    modules: list[tuple[str, list[str]]]
-    """`(module, names)` each: `import module`, or `from module import names`."""
+    steps: list[str]
+    """"module", or "module:name" for `from module import name`. In the answer the ones that loaded nothing are in
+    parentheses."""
     sys_path: list[str]
     """The environment's import path, without the code directory."""
     env: dict[str, str]

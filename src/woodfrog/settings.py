@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ class Settings:
     """State directory: socket, journal, code, snapshots, logs, volumes."""
     host: str = ""
     """Client: address of a daemon on TCP (`http://host:port`); empty = the Unix socket in `home`."""
-    token: str = ""
+    token: str = field(default="", repr=False)
     """Bearer token for TCP, both sides."""
     listen: str = ""
     """Daemon: also listen on this TCP `address:port` (needs `token`)."""
@@ -46,8 +46,23 @@ class Settings:
     lazy_min_mib: int = 16
     """Snapshots of at least so much memory are thawed through the page server; smaller ones are read at once."""
     drain_ms: int = 500
-    """How long after its thaw, but not before its first call is answered, the rest of a process's memory is filled in;
-    -1 = never (least memory)."""
+    """How long after its thaw, and not before `drain_calls`, the rest of its memory is filled in; -1 = never."""
+    drain_calls: int = 8
+    """After how many calls the rest of a process's memory is filled in: a copy that hardly works keeps to what it
+    touched."""
+    pack: bool = True
+    """Put snapshots' memory into the page store, where equal pages are kept once, after their first call."""
+    tier: str = ""
+    """Where snapshots are kept beside this machine: `s3://bucket/prefix`, `gs://…`, `az://…`, or a directory. Each is
+    copied there after it was packed; a function with none here looks for one there."""
+    encryption_key_file: str = ""
+    """File (mode 0600) with a key, 32 bytes in hex or base64. With one, snapshots are on disk and in the tier only
+    encrypted; those in use are in memory (tmpfs). Empty = they are not encrypted."""
+    encryption_key: str = field(default="", repr=False)
+    """The key itself, where it comes by the environment."""
+    snapshots_mib: int = 0
+    """What snapshots may take of this machine's disk, in MiB; those that are in the tier as well and were not used for
+    longest go first; 0 = no limit."""
     network_subnet: str = "10.231.0.0/16"
     """Addresses of the sandboxes."""
     network_bridge: str = "wf0"
@@ -61,13 +76,15 @@ class Settings:
     """Snapshots kept per function and kind of host: the current version's and earlier ones'."""
     snapshot_failures: int = 3
     """Restore failures after which a snapshot is retired."""
-    zygotes: bool = False
-    """Start functions from snapshots of workers that have imported their heavy modules already. Off by default: a first
-    start on new libraries takes a tenth longer, and a digest over the environment's values is kept and shown."""
-    keep_zygotes: int = 3
+    zygotes: bool = True
+    """Starts without a snapshot begin in a snapshot of a worker that has the program's heavy imports already."""
+    keep_zygotes: int = 4
     """Zygotes kept; the longest unused beyond that are removed."""
     zygote_min_ms: int = 50
     """Imports that take less than so many milliseconds are not worth a zygote."""
+    parked: int = 0
+    """Thawed copies kept stopped for each function that was called in the last hour, to be woken by its next calls:
+    almost no memory each, and a sandbox. `buffer_containers` does the same for one function."""
     capture_attempts: int = 3
     """Failed captures after which a function version runs without snapshots."""
     faults: str = ""
@@ -76,6 +93,15 @@ class Settings:
     @property
     def socket(self) -> Path:
         return self.home / "woodfrogd.sock"
+
+    @property
+    def encrypted(self) -> bool:
+        return bool(self.encryption_key or self.encryption_key_file)
+
+    @property
+    def hot(self) -> Path:
+        """Where snapshots are as plain bytes: in memory when they may be on disk only encrypted."""
+        return Path("/dev/shm") / f"woodfrog-{self.tag}" / "hot" if self.encrypted else self.home
 
     @property
     def tag(self) -> str:

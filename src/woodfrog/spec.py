@@ -66,12 +66,21 @@ class ScalingPolicy:
     scaledown_window: float = 60.0
     single_use: bool = False
 
+    def __post_init__(self) -> None:
+        if self.max_containers is not None and self.max_containers < 1:
+            raise SpecError(f"max_containers={self.max_containers}: must be at least 1", code="bad-spec")
+
 
 @dataclass(frozen=True)
 class Resources:
-    """`cpu` in cores, `memory_mib` and `disk_mib` in MiB; None = unlimited (disk: the daemon's default)."""
+    """`cpu` and `cpu_limit` in cores, `memory_mib` and `disk_mib` in MiB.
+
+    `cpu` is what the function gets of busy processors beside others; None = 0.125. The rest are limits; None = none
+    (disk: the daemon's default).
+    """
 
     cpu: float | None = None
+    cpu_limit: float | None = None
     memory_mib: int | None = None
     disk_mib: int | None = None
     gpu: tuple[str, ...] = ()
@@ -161,6 +170,8 @@ class FunctionSpec:
     """Seconds one call may run."""
     startup_timeout: float = 300.0
     """Seconds import and `enter` may take."""
+    plain_start: bool = False
+    """Its starts without a snapshot begin at nothing, never in a zygote."""
     block_network: bool = False
     env: dict[str, str] = field(default_factory=dict)
     secrets: tuple[SecretSpec, ...] = ()
@@ -201,6 +212,12 @@ def to_dict(value: Any) -> Any:
     return value
 
 
+def _at(where: str, key: Any) -> str:
+    """The place of a dict's entry, in one line whatever the key is."""
+    text = str(key)
+    return f"{where}.{text}" if text.isprintable() and len(text) <= 80 else f"{where}[{text[:80]!r}]"
+
+
 def _decode(hint: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
     args = typing.get_args(hint)
@@ -221,7 +238,7 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise SpecError(f"{where}: expected an object, got {type(value).__name__}", code="bad-spec")
-        return {str(k): _decode(args[1], v, f"{where}.{k}") for k, v in value.items()}
+        return {str(k): _decode(args[1], v, _at(where, k)) for k, v in value.items()}
     if is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, value, where)
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -256,7 +273,10 @@ def from_dict(cls: type[T], data: Any, where: str = "") -> T:
             values[name] = _decode(hints[name], data[name], f"{where}.{name}")
         elif f.default is MISSING and f.default_factory is MISSING:
             raise SpecError(f"{where}: field {name!r} is missing", code="bad-spec")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except SpecError as e:
+        raise SpecError(f"{where}: {e.message}", code="bad-spec") from None
 
 
 def digest_of(value: Any) -> str:

@@ -14,9 +14,10 @@ import pickle
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from contract.fake_keeper import FakeKeeper
 from woodfrog.backends.base import Answer, CallRequest, Observer, StartRequest
 from woodfrog.backends.connection import Payload
 from woodfrog.errors import CaptureError, InstanceCrashed, RestoreError, SandboxError, StartupError, WoodfrogError
@@ -44,6 +45,7 @@ class FakeBackend:
         self.observer = observer
         self.functions = functions
         self.catalogue = catalogue
+        self.keeper = FakeKeeper(catalogue)
         self.instances: dict[str, Instance] = {}
         self.started: list[StartRequest] = []
         self.stopped: list[tuple[str, bool]] = []
@@ -68,6 +70,9 @@ class FakeBackend:
         await asyncio.sleep(0)
         return f"s-{next(self._numbers)}"
 
+    async def _unpark(self, instance: Instance) -> None:
+        await asyncio.sleep(0)
+
     async def _answer(self, instance: Instance, request: CallRequest) -> Answer:
         return await self._run(request)
 
@@ -79,13 +84,28 @@ class FakeBackend:
         self.started.append(request)
         instance.task = self._spawn(self._start(instance))
 
-    async def _start(self, instance: Instance) -> None:
+    def wake(self, instance_id: str, env: dict[str, str]) -> None:
+        instance = self.instances.get(instance_id)
+        if instance is None or instance.stopping:
+            return
+        assert instance.stage == "parked"
+        instance.request = replace(instance.request, env=env)
+        instance.task = self._spawn(self._start(instance, woken=True))
+
+    async def _start(self, instance: Instance, *, woken: bool = False) -> None:
         request = instance.request
         captured = None
         try:
-            if request.mode == "restore":
+            if woken:
+                self._stage(instance, "restoring")
+                await self._unpark(instance)
+            elif request.mode == "restore":
                 self._stage(instance, "restoring")
                 await self._thaw(instance)
+                if request.parked:
+                    instance.stage = "parked"
+                    self.observer.on_parked(request.instance_id)
+                    return
             else:
                 self._stage(instance, "importing")
                 await self._boot(instance)
@@ -259,6 +279,7 @@ class FaultyBackend(FakeBackend):
 
     starts: ok · slow · fails · user-fault · crashes · refuses
     thaws: ok · slow · fails · at-fault · crashes
+    wakes: ok · slow · fails · crashes
     freezes: ok · fails-alive · fails-dead · crashes · late (it serves, and then its snapshot cannot be stored)
     calls: ok · crashes · hangs · breaks (an exception nobody expects)
     """
@@ -267,6 +288,7 @@ class FaultyBackend(FakeBackend):
         super().__init__(observer, functions, catalogue)
         self.starts: deque[str] = deque()
         self.thaws: deque[str] = deque()
+        self.wakes: deque[str] = deque()
         self.freezes: deque[str] = deque()
         self.calls: deque[str] = deque()
         self._late: set[str] = set()
@@ -307,6 +329,15 @@ class FaultyBackend(FakeBackend):
                 raise RestoreError("criu restore failed")
             case "at-fault":
                 raise RestoreError("pages are missing", snapshot_at_fault=True)
+            case "crashes":
+                await self._die(instance)
+
+    async def _unpark(self, instance: Instance) -> None:
+        match self._next(self.wakes):
+            case "slow":
+                await asyncio.sleep(0.2)
+            case "fails":
+                raise RestoreError("memory cannot be served")
             case "crashes":
                 await self._die(instance)
 

@@ -8,6 +8,7 @@ import pickle
 import random
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,10 @@ class Recorder:
     def on_ready(self, instance_id: str) -> None:
         assert "ready" not in self.heard.get(instance_id, [])
         self._take(instance_id, "ready")
+
+    def on_parked(self, instance_id: str) -> None:
+        assert not {"parked", "ready"} & set(self.heard[instance_id])
+        self._take(instance_id, "parked")
 
     def on_captured(self, request: StartRequest, snapshot_id: str) -> None:
         assert request.capture  # may come after the end
@@ -158,6 +163,52 @@ async def test_cold_start_capture_thaw_stop(good: tuple[FakeBackend, Recorder]) 
     assert recorder.heard["i-2"] == ["stage restoring", "stage starting", "ready", "stopped"]
 
 
+async def parked(backend: FakeBackend, recorder: Recorder, number: int) -> str:
+    if backend.find_snapshot("key") is None:
+        backend.store("key", "s-0")
+    backend.start(replace(request(number, mode="restore", snapshot_id="s-0"), parked=True))
+    name = f"i-{number}"
+    assert await recorder.until(name, "parked", *ENDS) == "parked"
+    return name
+
+
+async def test_park_and_wake(good: tuple[FakeBackend, Recorder]) -> None:
+    backend, recorder = good
+    name = await parked(backend, recorder, 1)
+    assert recorder.heard[name] == ["stage restoring", "parked"]
+    described = backend.describe(name)
+    assert described is not None and described["stage"] == "parked"
+    assert backend.snapshots_in_use() == {"s-0"}
+    backend.wake(name, {"WORD": "new"})
+    assert await recorder.until(name, "ready", *ENDS) == "ready"
+    assert recorder.heard[name][-3:] == ["stage restoring", "stage starting", "ready"]
+    assert backend.instances[name].request.env == {"WORD": "new"}
+    assert await ask(backend, name) == 9
+
+
+async def test_the_end_of_what_is_parked(bad: tuple[FaultyBackend, Recorder]) -> None:
+    backend, recorder = bad
+    name = await parked(backend, recorder, 1)
+    backend.stop(name, graceful=False, reason="not used any more")
+    assert await recorder.until(name, *ENDS) == "stopped"
+    name = await parked(backend, recorder, 2)
+    backend.crash(name)
+    assert await recorder.until(name, *ENDS) == "exited"
+    backend.wake(name, {})  # decided before its end was known
+    for number, (word, end) in enumerate({"fails": "restore_failed", "crashes": "exited"}.items(), 3):
+        name = await parked(backend, recorder, number)
+        backend.wakes.append(word)
+        backend.wake(name, {})
+        assert await recorder.until(name, "ready", *ENDS) == end
+    name = await parked(backend, recorder, 5)
+    backend.wakes.append("slow")
+    backend.wake(name, {})
+    await asyncio.sleep(0.01)
+    backend.stop(name, graceful=False, reason="app stopped")
+    assert await recorder.until(name, "ready", *ENDS) == "stopped"
+    await asyncio.sleep(0.01)
+
+
 async def test_stopped_while_it_starts(bad: tuple[FaultyBackend, Recorder]) -> None:
     backend, recorder = bad
     backend.starts.append("slow")
@@ -219,7 +270,7 @@ async def test_the_daemon_over_a_backend_that_fails_at_random(
     """Every call ends once, the answers are right, nothing is left over, and the machine never heard nonsense."""
     caplog.set_level(logging.ERROR)
     rng = random.Random(seed)
-    settings = Settings(home=tmp_path)
+    settings = Settings(home=tmp_path, parked=seed % 2)
     journal = Journal(tmp_path)
     catalogue = catalogue_in(tmp_path)
     controller = Controller(
@@ -230,10 +281,12 @@ async def test_the_daemon_over_a_backend_that_fails_at_random(
         catalogue=catalogue,
         run_id="t",
     )
+    controller.state.config = replace(controller.state.config, park_delay=0.01, park_retry=0.02)
     backend = FaultyBackend(controller, {"square": square}, catalogue)
     controller.backend = backend
     backend.starts.extend(rng.choices(["ok", "slow", "fails", "crashes", "refuses"], [6, 1, 1, 1, 1], k=200))
     backend.thaws.extend(rng.choices(["ok", "slow", "fails", "at-fault", "crashes"], [6, 1, 1, 1, 1], k=200))
+    backend.wakes.extend(rng.choices(["ok", "slow", "fails", "crashes"], [6, 1, 1, 1], k=200))
     backend.freezes.extend(rng.choices(["ok", "late", "fails-alive", "fails-dead", "crashes"], k=50))
     backend.calls.extend(rng.choices(["ok", "crashes"], [8, 1], k=200))
     functions = [

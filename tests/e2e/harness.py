@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -50,6 +51,8 @@ class Daemon:
             **env,
         }
         self.settings = Settings(home=self.home)
+        self.command: Sequence[str] = (sys.executable, "-m", "woodfrog.daemon")
+        """What `start` runs; it must end up as the daemon, under the same pid."""
         self.process: subprocess.Popen[bytes] | None = None
         self.log = self.home / "test-daemon.log"
         self._client: Client | None = None
@@ -57,7 +60,7 @@ class Daemon:
     def start(self, **env: str) -> Daemon:
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "woodfrog.daemon"],
+                self.command,
                 env={**self.env, **env},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -184,8 +187,8 @@ class Daemon:
         """Host pids of this daemon's sandboxes: those in its cgroups."""
         found: set[int] = set()
         for group in self.cgroups():
-            for line in (group / "cgroup.procs").read_text().split():
-                found.add(int(line))
+            with contextlib.suppress(FileNotFoundError):
+                found.update(map(int, (group / "cgroup.procs").read_text().split()))
         return sorted(found)
 
     def page_server(self) -> int | None:
@@ -197,7 +200,9 @@ class Daemon:
 
     def cgroups(self) -> list[Path]:
         tag = self.settings.tag
-        return [p for p in Path("/sys/fs/cgroup").glob(f"**/woodfrog/{tag}-*") if p.is_dir()]
+        while True:
+            with contextlib.suppress(FileNotFoundError):  # one went while it was looked at
+                return [p for p in Path("/sys/fs/cgroup").glob(f"**/woodfrog/{tag}-*") if p.is_dir()]
 
     def mounts(self) -> list[str]:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,6 +141,40 @@ def test_run_is_cancelled_by_ctrl_c(daemon: Daemon, program: Path) -> None:
     assert process.returncode == 130 and "Traceback" not in complaint, complaint
     until(lambda: not [c for c in daemon.get("/containers")["containers"] if c["function"] == "slow"], 20)
     assert [a["app"] for a in daemon.get("/apps")["apps"]] == ["tool"]
+
+
+FROM_THE_FIRST_IMPORT = """
+import sys
+import woodfrog.cli
+
+class Tell:
+    def find_spec(self, name, path=None, target=None):
+        if name == "woodfrog.cli.output":
+            print("up", flush=True)
+
+sys.meta_path.insert(0, Tell())
+woodfrog.cli.main()
+"""
+"""Python's own start is not ours to guard."""
+
+
+def test_ctrl_c_at_any_moment_ends_without_a_traceback_and_leaves_nothing(daemon: Daemon, program: Path) -> None:
+    for delay in (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0):
+        process = subprocess.Popen(
+            [sys.executable, "-c", FROM_THE_FIRST_IMPORT, "run", f"{program}::slow"],
+            env=daemon.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None and process.stdout.readline() == "up\n"
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, complaint = process.communicate(timeout=30)
+        assert process.returncode == 130 and "Traceback" not in complaint, (delay, complaint)
+        assert complaint.splitlines()[-1] == "interrupted"
+    until(lambda: [a["app"] for a in daemon.get("/apps")["apps"]] == ["tool"], 20)
+    until(lambda: not [c for c in daemon.get("/containers")["containers"] if c["function"] == "slow"], 20)
 
 
 # deploy, call

@@ -161,7 +161,7 @@ def fork_bomb():
         return [errno.errorcode[e.errno], len(children)]
 
 
-@app.function(cpu=0.5)
+@app.function(cpu=(0.25, 0.5))
 def spin():
     begin, used = time.monotonic(), time.process_time()
     while time.monotonic() - begin < 1.5:

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 
 from e2e.harness import Daemon, until
-from integration.pages_rig import UID, Victim, compile_c
+from integration.pages_rig import UID, Victim, compile_c, cpu_s
 from integration.test_pageserver import page_server, some_of
+from woodfrog.errors import SandboxError
 from woodfrog.linux import cgroups
 from woodfrog.linux.cgroups import Limits
-from woodfrog.linux.pageserver import PageServer
+from woodfrog.linux.pageserver import NEVER, PageServer
 
 pytestmark = [pytest.mark.root]
 
@@ -101,7 +102,7 @@ async def test_dropped_and_killed_at_any_time(victim: Path, tmp_path: Path, spar
 async def test_files_that_are_wrong(victim: Path, tmp_path: Path, spare: list[Victim]) -> None:
     async with page_server() as server:
         # An index of more than the pages file has; one of another kind of file.
-        for n, damage in enumerate((lambda f: os.truncate(f / "pages", 4096), lambda f: os.truncate(f / "index", 40))):
+        for n, damage in enumerate((lambda f: os.truncate(f / "pages1", 4096), lambda f: os.truncate(f / "index", 40))):
             process = await Victim.start(victim, tmp_path / f"v{n}")
             spare.append(process)
             damage(process.folder)
@@ -116,21 +117,22 @@ async def test_files_that_are_wrong(victim: Path, tmp_path: Path, spare: list[Vi
         await process.expect("done")
         assert await process.end() == 0
         # Cut while it is served: no byte is made up.
-        process = await Victim.start(victim, tmp_path / "cut", pages=4096)
-        spare.append(process)
-        os.truncate(process.folder / "pages", os.path.getsize(process.folder / "pages"))
-        loop = asyncio.get_running_loop()
-        held = os.open(process.folder / "pages", os.O_RDWR)
-        process.go = lambda: None  # type: ignore[method-assign]
-        served = process.serve(server)
-        await asyncio.sleep(0.1)
-        os.ftruncate(held, 1 << 20)
-        os.close(held)
-        del process.go  # type: ignore[attr-defined]
-        process.go()
-        assert "Bad address" in await asyncio.wait_for(served.failed, 5)
-        await served.drop()
-        assert loop.is_running()
+        for everything in (False, True):
+            process = await Victim.start(victim, tmp_path / f"cut-{everything}", pages=4096)
+            spare.append(process)
+            held = os.open(process.folder / "pages1", os.O_RDWR)
+            go, process.go = process.go, lambda: None  # type: ignore[method-assign]
+            served = process.serve(server, everything=everything)
+            await asyncio.sleep(0.1)
+            os.ftruncate(held, 1 << 20)
+            os.close(held)
+            go()
+            assert "Input/output error" in await asyncio.wait_for(served.failed, 5)
+            if everything:
+                with pytest.raises(SandboxError, match="Input/output error"):
+                    await served.whole()
+            assert not served.out_of_memory
+            await served.drop()
         await serves_well(server, victim, tmp_path / "last")
 
 
@@ -149,7 +151,7 @@ async def test_full_memory_cgroup(victim: Path, tmp_path: Path, spare: list[Vict
             await asyncio.wait({ended, served.failed}, timeout=10, return_when=asyncio.FIRST_COMPLETED)
             assert ended.done() or served.failed.done(), "it waits for ever"
             if served.failed.done():
-                assert "Cannot allocate memory" in served.failed.result()
+                assert "Cannot allocate memory" in served.failed.result() and served.out_of_memory
             else:
                 assert ended.result() == -signal.SIGKILL and group.oom_kills() > 0
             await process.kill()
@@ -158,6 +160,73 @@ async def test_full_memory_cgroup(victim: Path, tmp_path: Path, spare: list[Vict
             await serves_well(server, victim, tmp_path / "last")
     finally:
         await group.destroy()
+
+
+BLKIO = Path("/sys/fs/cgroup/blkio")
+
+
+@pytest.fixture
+def slow_disk(tmp_path: Path) -> Iterator[Path]:
+    """A cgroup whose processes read very slowly from the disk that the test's files are on."""
+    device = os.stat(tmp_path).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    if not (BLKIO / "blkio.throttle.read_bps_device").exists():
+        pytest.skip("needs the blkio controller of cgroup v1")
+    group = BLKIO / f"woodfrog-{os.getpid():x}{os.urandom(2).hex()}"
+    group.mkdir()
+    try:
+        try:
+            (group / "blkio.throttle.read_bps_device").write_text(f"{number} 1000000")
+        except OSError:
+            pytest.skip("needs a directory for temporary files on a disk")
+        yield group
+    finally:
+        for pid in (group / "cgroup.procs").read_text().split():
+            (BLKIO / "cgroup.procs").write_text(pid)
+        group.rmdir()
+
+
+def forget(folder: Path) -> None:
+    """Out of the page cache."""
+    for path in folder.glob("pages*"):
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+async def test_a_slow_disk_delays_only_those_who_need_it(
+    victim: Path, tmp_path: Path, spare: list[Victim], slow_disk: Path
+) -> None:
+    """More processes wait for the disk than the page server has threads; others are served as ever."""
+    many = 2 * min(max(2, os.cpu_count() or 2), 16)
+    async with page_server() as server:
+        (slow_disk / "cgroup.procs").write_text(str(server.pid))
+        slow = []
+        for n in range(many):
+            process = await Victim.start(victim, tmp_path / f"s{n}", pages=2048, seed=n)
+            spare.append(process)
+            forget(process.folder)
+            working_set, everything = (some_of(process.folder, 3) if n % 3 == 1 else None), n % 3 == 2
+            process.serve(server, working_set=working_set, everything=everything, drain_ms=0 if n % 2 else NEVER)
+            slow.append(process)
+        await asyncio.sleep(0.3)
+        before = cpu_s(server.pid)
+        await asyncio.sleep(0.3)
+        assert cpu_s(server.pid) - before < 0.1, "it does not wait, it asks again and again"
+        begin = time.monotonic()
+        for n in range(4):
+            await serves_well(server, victim, tmp_path / f"w{n}")
+        took = time.monotonic() - begin
+        assert not any(s.served.complete for s in slow if s.served), f"the disk was not slow: {took:.1f} s"
+        # When the disk is fast again, they get what they waited for.
+        device = (slow_disk / "blkio.throttle.read_bps_device").read_text().split()[0]
+        (slow_disk / "blkio.throttle.read_bps_device").write_text(f"{device} 0")
+        for process in slow:
+            await process.expect("done")
+            assert await process.end() == 0, await process.words()
+            assert process.served is not None
+            await process.served.drop()
 
 
 APP = """

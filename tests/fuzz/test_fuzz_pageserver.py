@@ -18,12 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from integration.pages_rig import sanitized_server
+from integration.pages_rig import cpu_s, sanitized_server
 from woodfrog.linux.pageserver import page_server_path
 
 COMMAND = struct.Struct("=IIIIII")
 MESSAGE = struct.Struct("=IIQQQ")
-INDEX, SET = b"FROGIDX1", b"FROGSET1"
+INDEX, SET = b"FROGIDX2", b"FROGSET1"
 ROUNDS = int(os.environ.get("WOODFROG_FUZZ_ROUNDS", "600"))
 EDGES = (
     0,
@@ -75,7 +75,7 @@ class Rig:
         listener.listen(1)
         return listener
 
-    def restore(self, index: bytes, files: list[bytes], working_set: bytes | None, talk: bytes) -> int:
+    def restore(self, index: bytes, files: list[bytes], working_set: bytes | None, talk: bytes, flags: int = 0) -> int:
         self.number += 1
         fds = [self.file("index", index)]
         if working_set is not None:
@@ -83,7 +83,8 @@ class Rig:
         fds += [self.file(f"pages{i}", data) for i, data in enumerate(files)]
         with self.listener() as listener:
             fds.insert(0, listener.fileno())
-            self.send(COMMAND.pack(1, self.number, len(fds), 65536, 0, int(working_set is not None)), fds)
+            flags |= int(working_set is not None)
+            self.send(COMMAND.pack(1, self.number, len(fds), 65536, 0, flags), fds)
             with socket.socket(socket.AF_UNIX) as criu:
                 criu.connect(str(self.folder / "socket"))
                 criu.settimeout(5)
@@ -100,7 +101,7 @@ class Rig:
     def lives(self) -> None:
         """A good restore is taken: RESTORE_FINISHED is answered."""
         number = self.restore(
-            index_of([(7, [(0x1000, 1, 0)])]), [b"x" * 4096], None, struct.pack("=iI", -5, 0x52535446)
+            index_of([(7, [(0x1000, 1, 0, 0)])], 1), [b"x" * 4096], None, struct.pack("=iI", -5, 0x52535446)
         )
         seen = set()
         while 2 not in seen:
@@ -119,8 +120,13 @@ class Rig:
             pass
         self.ours.settimeout(10)
 
+    def rests(self) -> bool:
+        """It goes before all others of the machine: with nothing to do, it must take no time."""
+        before = cpu_s(self.process.pid)
+        time.sleep(0.25)
+        return cpu_s(self.process.pid) - before < 0.1
+
     def close(self) -> str:
-        time.sleep(0.05)
         self.process.kill()
         assert self.process.stderr is not None
         text = self.process.stderr.read().decode(errors="replace")
@@ -133,14 +139,19 @@ class Rig:
 def rig(binary: Path, tmp_path: Path) -> Iterator[Rig]:
     made = Rig(binary, tmp_path)
     yield made
+    assert made.process.poll() is not None or made.rests()
     text = made.close()
     assert "Sanitizer" not in text and "runtime error" not in text, text
 
 
-def index_of(tasks: list[tuple[int, list[tuple[int, int, int]]]]) -> bytes:
-    out = INDEX + struct.pack("=II", len(tasks), 0)
+Task = tuple[int, list[tuple[int, int, int, int]]]
+
+
+def index_of(tasks: list[Task], files: int, reserved: int = 0) -> bytes:
+    out = INDEX + struct.pack("=II", len(tasks), files)
     out += b"".join(struct.pack("=iI", pid, len(extents)) for pid, extents in tasks)
-    return out + b"".join(struct.pack("=QQQ", *e) for _, extents in tasks for e in extents)
+    out += b"".join(struct.pack("=QQQII", *e, reserved) for _, extents in tasks for e in extents)
+    return out + b"".join((b"pages-%d.img" % i).ljust(64, b"\0") for i in range(files))
 
 
 def set_of(ranges: list[tuple[int, int, int]]) -> bytes:
@@ -165,18 +176,20 @@ def spoiled(rng: random.Random, data: bytes) -> bytes:
     return bytes(out)
 
 
-def some(rng: random.Random) -> tuple[bytes, list[bytes], bytes | None, bytes]:
+def some(rng: random.Random) -> tuple[bytes, list[bytes], bytes | None, bytes, int]:
     tasks = []
     for _ in range(rng.randrange(4)):
         extents, at = [], 0
         for _ in range(rng.randrange(5)):
-            wild = rng.random() < 0.1
+            wild = rng.random() < 0.05
             at = number(rng, 64) if wild else at + 4096 * rng.randrange(9)
             pages = number(rng, 64) if rng.random() < 0.05 else rng.randrange(1, 9)
-            extents.append((at, pages, number(rng, 64) if rng.random() < 0.05 else 4096 * rng.randrange(4)))
+            offset = number(rng, 64) if rng.random() < 0.05 else 4096 * rng.randrange(4)
+            extents.append((at, pages, offset, number(rng, 32) if rng.random() < 0.05 else rng.randrange(3)))
             at = (at + pages * 4096) & ((1 << 64) - 1)
         tasks.append((rng.choice((7, 8, number(rng, 31))), extents))
-    files = [bytes(4096 * rng.randrange(16)) for _ in range(max(0, len(tasks) + rng.choice((0, 0, 0, 1, -1))))]
+    count = 3 if rng.random() < 0.9 else rng.randrange(3)
+    files = [bytes(4096 * rng.choice((16, 16, rng.randrange(16)))) for _ in range(count)]
     ranges = [(rng.choice((7, 8, 9)), number(rng, 32), number(rng, 64)) for _ in range(rng.randrange(6))]
     working_set = None if rng.random() < 0.3 else spoiled(rng, set_of(ranges))
     talk = b"".join(
@@ -185,7 +198,52 @@ def some(rng: random.Random) -> tuple[bytes, list[bytes], bytes | None, bytes]:
         )
         for _ in range(rng.randrange(1, 6))
     )
-    return spoiled(rng, index_of(tasks)), files, working_set, talk
+    index = index_of(tasks, count if rng.random() < 0.9 else number(rng, 32) % 300)
+    if rng.random() < 0.5:
+        index += set_of([(rng.choice((7, 8, 9)), number(rng, 32), number(rng, 64) & ~0xFFF) for _ in range(3)])
+    parked_or_everything = rng.choice((0, 0, 2, 4, 6))
+    return index if rng.random() < 0.5 else spoiled(rng, index), files, working_set, talk, parked_or_everything
+
+
+GOOD = (7, [(0x1000, 2, 0, 0), (0x3000, 1, 4096, 1), (0x8000, 3, 0, 1)])
+BAD: dict[str, tuple[list[Task], int, int]] = {
+    "overlap": ([(7, [(0x1000, 2, 0, 0), (0x2000, 1, 0, 1)])], 2, 0),
+    "order": ([(7, [(0x3000, 1, 0, 0), (0x1000, 1, 0, 0)])], 2, 0),
+    "address": ([(7, [(0x1001, 1, 0, 0)])], 2, 0),
+    "kernel's address": ([(7, [(1 << 57, 1, 0, 0)])], 2, 0),
+    "offset": ([(7, [(0x1000, 1, 1, 0)])], 2, 0),
+    "no pages": ([(7, [(0x1000, 0, 0, 0)])], 2, 0),
+    "file": ([(7, [(0x1000, 1, 0, 2)])], 2, 0),
+    "beyond the end": ([(7, [(0x1000, 2, 3 * 4096, 1)])], 2, 0),
+    "far beyond the end": ([(7, [(0x1000, 1, (1 << 64) - 4096, 1)])], 2, 0),
+    "pages wrap": ([(7, [(0x1000, (1 << 52) + 1, 0, 1)])], 2, 0),
+    "pid": ([(-7, GOOD[1])], 2, 0),
+    "more files than came": ([GOOD], 3, 0),
+    "fewer files than came": ([(7, [(0x1000, 1, 0, 0)])], 1, 0),
+    "no task": ([], 2, 0),
+    "reserved": ([GOOD], 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", ["good", *BAD])
+def test_what_an_index_may_not_say(rig: Rig, name: str) -> None:
+    tasks, files, reserved = BAD.get(name, ([GOOD], 2, 0))
+    talk = struct.pack("=iI", -5, 0x52535446)
+    asked = rig.restore(index_of(tasks, files, reserved), [bytes(8192), bytes(4 * 4096)], None, talk)
+    op = 0
+    while op not in (2, 5):
+        op, found, *_ = MESSAGE.unpack(rig.ours.recv(64))
+        assert found == asked
+    assert op == (2 if name == "good" else 5)
+    rig.lives()
+
+
+@pytest.mark.parametrize("change", [b"", b"\0", b"\0" * 64, SET + b"\1" + b"\0" * 7])
+def test_an_index_of_another_length(rig: Rig, change: bytes) -> None:
+    index = index_of([GOOD], 2)
+    rig.restore(index + change if change else index[:-1], [bytes(8192), bytes(4 * 4096)], None, b"")
+    assert MESSAGE.unpack(rig.ours.recv(64))[0] == 5
+    rig.lives()
 
 
 def test_files_and_words_of_criu(rig: Rig) -> None:
@@ -193,7 +251,7 @@ def test_files_and_words_of_criu(rig: Rig) -> None:
     for n in range(ROUNDS):
         last = rig.restore(*some(rng))
         if rng.random() < 0.8:
-            rig.send(COMMAND.pack(rng.choice((2, 3, 4)), last - rng.randrange(2), 0, 0, number(rng, 32), 0), [])
+            rig.send(COMMAND.pack(rng.choice((2, 3, 4, 5)), last - rng.randrange(2), 0, 0, number(rng, 32), 0), [])
         if n % 50 == 49:
             rig.lives()
         rig.drain()
@@ -223,10 +281,10 @@ def test_commands(rig: Rig) -> None:
 
 
 def test_a_set_of_very_many_pieces_is_left_out(rig: Rig) -> None:
-    extents = [(0x1000 * 2 * i, 1, 0) for i in range(3000)]
+    extents = [(0x1000 * 2 * i, 1, 0, 0) for i in range(3000)]
     ranges = [(7, 0xFFFFFFFF, 0)] * 3000
     talk = struct.pack("=iI", -5, 0x52535446)
-    asked = rig.restore(index_of([(7, extents)]), [b"x" * 4096], set_of(ranges), talk)
+    asked = rig.restore(index_of([(7, extents)], 1), [b"x" * 4096], set_of(ranges), talk)
     while True:
         op, found, pages, *_ = MESSAGE.unpack(rig.ours.recv(64))
         assert op != 5

@@ -47,6 +47,12 @@ def sanitized_server(folder: Path) -> Path | None:
     return folder / "server" if done.returncode == 0 else None
 
 
+def cpu_s(pid: int) -> float:
+    """Processor time it has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @dataclass
 class Victim:
     """`pageserver_victim.c`: a process that waits for its memory."""
@@ -74,10 +80,17 @@ class Victim:
         assert line.decode().strip() == word, (line, await self.words())
 
     def serve(
-        self, server: PageServer, *, working_set: bytes | None = None, drain_ms: int = NEVER, around: int = 1 << 16
+        self,
+        server: PageServer,
+        *,
+        working_set: bytes | None = None,
+        drain_ms: int = NEVER,
+        around: int = 1 << 16,
+        **more: bool,
     ) -> ServedPages:
         """Give it to the page server, and let it go."""
-        fds = [os.open(self.folder / name, os.O_RDONLY) for name in ("index", "pages")]
+        names = ("index", "pages0", "pages1", "pages2")
+        fds = [os.open(self.folder / name, os.O_RDONLY) for name in names]
         if working_set is not None:
             (self.folder / "set").write_bytes(working_set)
             fds.append(os.open(self.folder / "set", os.O_RDONLY))
@@ -87,10 +100,11 @@ class Victim:
             self.served = server.serve(
                 listener,
                 fds[0],
-                fds[1:2],
-                working_set=fds[2] if working_set is not None else None,
+                fds[1 : len(names)],
+                working_set=fds[-1] if working_set is not None else None,
                 around=around,
                 drain_ms=drain_ms,
+                **more,
             )
         for fd in fds:
             os.close(fd)

@@ -3,7 +3,7 @@
  *
  *     victim DIRECTORY SEED OPERATIONS THREADS PAGES
  *
- * Writes the page index and the pages into DIRECTORY, says "ready", waits for a line, hands its userfaultfd to the page
+ * Writes the page index and the pages, strewn over several files, into DIRECTORY, says "ready", waits for a line, hands its userfaultfd to the page
  * server on DIRECTORY/socket, and then does what allocators do, in THREADS threads of PAGES pages each and in children.
  * Every page is checked against what it must be. Exits with 0, or tells what was wrong.
  */
@@ -29,6 +29,7 @@
 #define PAGE 4096UL
 #define WORDS (PAGE / 8)
 #define GAP 16 /* the arena's last pages start unmapped */
+#define FILES 3
 
 enum state { NONE, HAS, EITHER };
 struct page { uint64_t tag; unsigned char state; };
@@ -312,34 +313,37 @@ int main(int argc, char **argv)
 		    arenas[t].base)
 			die("mmap");
 	}
-	int index = open_in(directory, "index"), data = open_in(directory, "pages"), list = open_in(directory, "extents");
-	uint64_t offset = 0;
+	int index = open_in(directory, "index"), list = open_in(directory, "extents"), data[FILES];
+	for (int f = 0; f < FILES; f++)
+		data[f] = open_in(directory, (char[]){ 'p', 'a', 'g', 'e', 's', (char)('0' + f), 0 });
+	uint64_t offset[FILES] = { 0 };
 	uint32_t extents = 0;
 	for (int k = 0; k < threads; k++) {
 		struct arena *a = heap ? (k ? &arenas[k - 1] : heap) : &arenas[k];
 		for (size_t p = 0; p < pages;) {
-			size_t n = 1 + rnd(a) % 300;
+			size_t n = 1 + rnd(a) % (rnd(a) % 3 ? 9 : 300);
 			n = n < pages - p ? n : pages - p;
 			bool hole = rnd(a) % 4 == 0;
+			uint32_t file = (uint32_t)(rnd(a) % FILES);
 			for (size_t i = p; i < p + n; i++) {
 				a->model[i] = (struct page){ hole ? 0 : ++a->next_tag, HAS };
 				uint64_t page[WORDS];
 				for (size_t w = 0; w < WORDS; w++)
 					page[w] = word(a->model[i].tag, w);
 				if (!hole)
-					put(data, page, sizeof page);
+					put(data[file], page, sizeof page);
 			}
 			if (!hole) {
-				uint64_t extent[3] = { (uint64_t)a->base + p * PAGE, n, offset };
+				uint64_t extent[4] = { (uint64_t)a->base + p * PAGE, n, offset[file], file };
 				put(list, extent, sizeof extent);
 				extents++;
-				offset += n * PAGE;
+				offset[file] += n * PAGE;
 			}
 			p += n;
 		}
 	}
-	struct { uint64_t magic; uint32_t tasks, reserved; int32_t pid; uint32_t extents; } head = {
-		0x31584449474f5246UL, 1, 0, getpid(), extents,
+	struct { uint64_t magic; uint32_t tasks, files; int32_t pid; uint32_t extents; } head = {
+		0x32584449474f5246UL, 1, FILES, getpid(), extents,
 	};
 	put(index, &head, sizeof head);
 	close(list);
@@ -348,8 +352,11 @@ int main(int argc, char **argv)
 	list = open(path, O_RDONLY | O_CLOEXEC);
 	for (ssize_t got; (got = read(list, buffer, sizeof buffer)) > 0;)
 		put(index, buffer, (size_t)got);
+	for (int f = 0; f < FILES; f++) {
+		put(index, (char[64]){ 'p', 'a', 'g', 'e', 's', (char)('0' + f) }, 64);
+		close(data[f]);
+	}
 	close(index);
-	close(data);
 
 	int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
 	struct uffdio_api api = {

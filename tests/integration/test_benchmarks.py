@@ -32,9 +32,16 @@ def run(script: str, target: Path, *options: str) -> dict[str, Any]:
 def test_start(tmp_path: Path) -> None:
     result = run("start.py", tmp_path / "start.json", "--rounds", "1", "small")
     small = result["workloads"]["small"]
-    assert set(small["ms"]) == {"cold", "plain", "whole", "woodfrog", "fork"}
+    assert set(small["ms"]) == {"cold", "criu", "lazy", "woodfrog", "fork"}
     assert all(arm["n"] == 1 and arm["median"] > 0 for arm in small["ms"].values())
     assert "restore" in small["phases_ms"]["woodfrog"] and "boot" in small["phases_ms"]["cold"]
+    assert small["best_thaw_over_woodfrog"] > 0 and small["handler_ms"]["warm"]["n"] == 1
+
+
+def test_parked(tmp_path: Path) -> None:
+    small = run("parked.py", tmp_path / "parked.json", "--rounds", "1", "small")["workloads"]["small"]
+    assert set(small["ms"]) == {"parked", "thaw", "warm"}
+    assert small["parked_pss_mb"]["median"] > 0 and "unpark" in small["phases_ms"]["parked"]
 
 
 def test_calls(tmp_path: Path) -> None:
@@ -47,6 +54,31 @@ def test_soak(tmp_path: Path) -> None:
     result = run("soak.py", tmp_path / "soak.json", "--cycles", "6")
     assert (result["differences"], result["leaks"]) == ([], [])
     assert result["freezes"] >= 5 and result["thaws"] >= 11
+
+
+def test_burst(tmp_path: Path) -> None:
+    result = run("burst.py", tmp_path / "burst.json", "--calls", "12", "--rounds", "1")
+    assert (result["thaws"], result["cold"]) == (12, 0)
+    assert result["thaws_per_second"]["n"] == 1 and result["processor_ms_per_thaw"]["sandboxes"] > 0
+
+
+def test_memory(tmp_path: Path) -> None:
+    result = run("memory.py", tmp_path / "memory.json", "--clones", "3", "--drained", "1")
+    small, read, filled = (v["clone"] for v in result["mib_per_clone"].values())
+    assert 0 < small < read < filled
+    assert read >= 30 and filled >= 600
+
+
+def test_capture(tmp_path: Path) -> None:
+    small = run("capture.py", tmp_path / "capture.json", "--rounds", "1", "small")["workloads"]["small"]
+    assert small["criu_dump_ms"]["n"] == 1 and small["pause_over_criu_dump"] > 0
+    assert small["stored_after_answer_ms"]["n"] == 1 and "capture/dump" in small["phases_ms"]
+
+
+def test_kills(tmp_path: Path) -> None:
+    result = run("kills.py", tmp_path / "kills.json", "--count", "8", "--seed", "4")
+    assert (result["wrong"], result["leaks"], result["store_problems"]) == ([], [], [])
+    assert sum(result["killed"].values()) == 8 and result["right_answers"] > 0
 
 
 def test_soak_sees_differences_and_leaks() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,10 @@ def v2_tree(root: Path) -> Path:
     (root / "woodfrog" / "tag-a").mkdir(parents=True)
     (root / "cgroup.controllers").write_text("cpu io memory pids\n")
     (root / "cgroup.subtree_control").write_text("cpu memory\n")
+    (root / "woodfrog" / "cgroup.controllers").write_text("cpu memory pids\n")
     (root / "woodfrog" / "cgroup.subtree_control").write_text("")
     (root / "woodfrog" / "tag-a" / "memory.swap.max").write_text("max")
+    (root / "woodfrog" / "tag-a" / "cpu.max").write_text("max 100000")
     return root
 
 
@@ -85,15 +88,79 @@ def test_v2_is_preferred_and_gets_the_right_values(tmp_path: Path) -> None:
     assert (root / "woodfrog/cgroup.subtree_control").read_text() == "+cpu +memory +pids"
     directory = root / "woodfrog" / "tag-a"
     group = cgroups._CgroupV2("a", directory)
-    group.set_limits(Limits(memory_bytes=1 << 20, cpus=0.5, pids=7))
+    group.set_limits(Limits(memory_bytes=1 << 20, cpus=0.5, cpu_share=2, pids=7))
     values = {p.name: p.read_text() for p in directory.iterdir()}
-    assert values == {"memory.max": "1048576", "memory.swap.max": "0", "cpu.max": "50000 100000", "pids.max": "7"}
+    assert values == {
+        "memory.max": "1048576",
+        "memory.swap.max": "0",
+        "cpu.max": "50000 100000",
+        "cpu.weight": "1600",
+        "pids.max": "7",
+    }
     (directory / "memory.events").write_text("low 0\noom 3\noom_kill 2\noom_group_kill 0\n")
     (directory / "memory.peak").write_text("4096\n")
     assert (group.oom_kills(), group.memory_peak(), group.memory_current()) == (2, 4096, 0)
     group.set_limits(Limits())
     assert (directory / "memory.max").read_text() == "max"
     assert (directory / "cpu.max").read_text() == "max 100000"
+    assert (directory / "cpu.weight").read_text() == "100"
+
+
+def test_v2_without_the_cpu_controller_limits_the_rest(tmp_path: Path) -> None:
+    root = v2_tree(tmp_path / "v2")
+    (root / "cgroup.controllers").write_text("memory pids\n")
+    (root / "woodfrog" / "cgroup.controllers").write_text("memory pids\n")
+    (root / "woodfrog" / "tag-a" / "cpu.max").unlink()
+    cgroups.detect("tag", (mount("cgroup2", root, "rw"),))
+    assert (root / "woodfrog/cgroup.subtree_control").read_text() == "+memory +pids"
+    cgroups._CgroupV2("a", root / "woodfrog" / "tag-a").set_limits(Limits(cpus=0.5, pids=7))
+    assert {p.name for p in (root / "woodfrog" / "tag-a").iterdir()} == {"memory.max", "memory.swap.max", "pids.max"}
+
+
+SPIN = """
+import os, time
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+print("in", flush=True)
+while True:
+    pass
+"""
+
+
+def spin_in(group: cgroups.Cgroup) -> subprocess.Popen[bytes]:
+    paths = "".join(f"echo 0 > {p}; " for p in group.attach_paths())
+    return subprocess.Popen(
+        ["/bin/sh", "-c", f'{paths} exec "$0" -c "$1"', sys.executable, SPIN], stdout=subprocess.PIPE
+    )
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.root
+async def test_a_share_divides_one_processor_and_a_limit_is_never_exceeded(tag: str) -> None:
+    groups = cgroups.detect(tag)
+    wanted = {"large": Limits(cpu_share=1.0), "small": Limits(cpu_share=0.125), "capped": Limits(cpu_share=4, cpus=0.1)}
+    made = {name: groups.create(name, limits) for name, limits in wanted.items()}
+    processes = {name: spin_in(group) for name, group in made.items()}
+    try:
+        for process in processes.values():
+            assert process.stdout is not None and process.stdout.readline() == b"in\n"
+        before = {name: cpu_seconds(process.pid) for name, process in processes.items()}
+        begin = asyncio.get_running_loop().time()
+        await asyncio.sleep(3)
+        used = {name: cpu_seconds(process.pid) - before[name] for name, process in processes.items()}
+        passed = asyncio.get_running_loop().time() - begin
+        assert used["large"] > 4 * used["small"], used
+        assert used["capped"] < 0.2 * passed, used
+    finally:
+        for name, process in processes.items():
+            process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+            await made[name].destroy()
 
 
 def test_v2_without_controllers_falls_back_to_v1(tmp_path: Path) -> None:

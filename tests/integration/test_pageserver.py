@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import importlib.util
 import os
 import struct
@@ -20,8 +21,11 @@ import pytest
 from engine_rig import PROGRAM as RIG_PROGRAM
 from engine_rig import SOCKET, UID, WORKER_PID, Frozen, Rig
 from integration.pages_rig import UID as SERVER_UID
-from integration.pages_rig import Victim, compile_c, sanitized_server
+from integration.pages_rig import Victim, compile_c, cpu_s, sanitized_server
+from woodfrog.criu.pagemap import PageIndex, PageTask, read_index, write_index
 from woodfrog.engine.engine import Lazy, restore
+from woodfrog.errors import RestoreError
+from woodfrog.linux import procfs
 from woodfrog.linux.pageserver import NEVER, PageServer, set_pages
 from woodfrog.linux.sandbox import ProcessSpec
 from woodfrog.telemetry import Phases
@@ -56,7 +60,7 @@ async def page_server(binary: Path | None = None) -> AsyncIterator[PageServer]:
 def extents_of(folder: Path) -> tuple[int, list[tuple[int, int, int]]]:
     data = (folder / "index").read_bytes()
     pid, count = struct.unpack_from("=iI", data, 16)
-    return pid, list(struct.iter_unpack("=QQQ", data[24 : 24 + 24 * count]))
+    return pid, [e[:3] for e in struct.iter_unpack("=QQQII", data[24 : 24 + 32 * count])]
 
 
 def some_of(folder: Path, every: int) -> bytes:
@@ -151,6 +155,76 @@ async def test_record_then_push(victim: Path, tmp_path: Path) -> None:
         await served.drop()
 
 
+async def test_parked_then_pushed(victim: Path, sanitized: Path | None, tmp_path: Path) -> None:
+    """Nothing goes in that is not asked for, until it is to be pushed: before the process runs, or while it does."""
+    async with page_server(sanitized) as server:
+        for n, operations in enumerate((0, 3000, 3000)):
+            process = await Victim.start(victim, tmp_path / f"v{n}", seed=n, operations=operations, threads=3)
+            try:
+                _, extents = extents_of(process.folder)
+                served = process.serve(server, working_set=some_of(process.folder, 3), parked=True, drain_ms=0)
+                await asyncio.wait_for(served.held, 5)
+                if n == 0:
+                    await process.expect("done")
+                    before = cpu_s(server.pid)
+                    await asyncio.sleep(0.3)
+                    assert cpu_s(server.pid) - before < 0.1
+                    assert not served.ready.done() and not served.complete
+                pushed, _ = await served.push()
+                assert await served.push() == served.ready.result()
+                # The first one has touched all of it by now.
+                assert pushed <= sum(pages for _, pages, _ in extents) if n else pushed == 0
+                if n:
+                    await process.expect("done")
+                await asyncio.wait_for(served.whole(), 10)
+                assert await process.end() == 0, await process.words()
+                await served.drop()
+            finally:
+                await process.kill()
+        # To be pushed before memory is laid out: then at once.
+        process = await Victim.start(victim, tmp_path / "early", pages=512)
+        go, process.go = process.go, lambda: None  # type: ignore[method-assign]
+        try:
+            served = process.serve(server, working_set=some_of(process.folder, 3), parked=True)
+            pushing = asyncio.ensure_future(served.push())
+            await asyncio.sleep(0.05)
+            assert not pushing.done()
+            go()
+            assert (await asyncio.wait_for(pushing, 5))[0] > 100
+            await process.expect("done")
+            go()
+            assert await process.process.wait() == 0
+            await served.drop()
+        finally:
+            await process.kill()
+
+
+def watched(pid: int) -> int:
+    """How many of its maps a userfaultfd stands behind."""
+    flags = [line.split() for line in Path(f"/proc/{pid}/smaps").read_text().splitlines() if line.startswith("VmFlags")]
+    return sum("um" in f for f in flags)
+
+
+async def test_everything_then_let_go(victim: Path, sanitized: Path | None, tmp_path: Path) -> None:
+    async with page_server(sanitized) as server:
+        for n, operations in enumerate((0, 0, 2500, 2500, 2500)):
+            process = await Victim.start(victim, tmp_path / f"v{n}", seed=n, operations=operations, threads=3)
+            try:
+                _, extents = extents_of(process.folder)
+                assert watched(process.process.pid) >= 3
+                served = process.serve(server, everything=True)
+                await asyncio.wait_for(served.whole(), 10)
+                pushed, _ = served.ready.result()
+                await process.expect("done")
+                assert watched(process.process.pid) == 0
+                assert await process.end() == 0, await process.words()
+                _, _, demanded = await served.drop()
+                if not operations:
+                    assert pushed + demanded == sum(pages for _, pages, _ in extents)
+            finally:
+                await process.kill()
+
+
 PROGRAM = """
 import zlib
 try:
@@ -190,7 +264,12 @@ def churn(errors):
             errors.append("a fresh bytearray is not zero")
         if np is not None and np.zeros(r.randrange(1, 100_000)).any():
             errors.append("a fresh array is not zero")
-        del held
+        grown = bytearray(b"z" * r.randrange(1, 300_000))  # glibc: mremap
+        before = len(grown)
+        grown.extend(bytes(r.randrange(1, 900_000)))
+        if grown.count(b"z") != before or grown.count(0) != len(grown) - before:
+            errors.append("a bytearray that grew has other bytes")
+        del held, grown
         if trim and n % 20 == 0:
             trim(0)
 
@@ -237,7 +316,22 @@ extra = [b"y" * 5000 for _ in range(6000)]
 LITTLE = zlib.crc32(b"".join(s.encode() for s in little))
 WHOLE = digest()
 """
+FIRST_ANSWER = "'to be frozen'"
 JEMALLOC = Path("/usr/lib/x86_64-linux-gnu/libjemalloc.so.2")
+PRELOAD = {"LD_PRELOAD": str(JEMALLOC), "PYTHONMALLOC": "malloc"}
+ALLOCATORS: dict[str, dict[str, str]] = {
+    "glibc": {},
+    # Everything that is freed goes back at once: madvise, munmap, brk, and arenas that shrink.
+    "glibc-gives-back": {
+        "PYTHONMALLOC": "malloc",
+        "MALLOC_TRIM_THRESHOLD_": "0",
+        "MALLOC_TOP_PAD_": "0",
+        "MALLOC_MMAP_THRESHOLD_": "16384",
+    },
+    "jemalloc": PRELOAD,
+    "jemalloc-gives-back": PRELOAD | {"MALLOC_CONF": "dirty_decay_ms:0,muzzy_decay_ms:0,retain:false"},
+    "jemalloc-lazily-frees": PRELOAD | {"MALLOC_CONF": "dirty_decay_ms:0,muzzy_decay_ms:-1,background_thread:true"},
+}
 
 
 @pytest.fixture
@@ -266,7 +360,7 @@ async def freeze(rig: Rig, env: dict[str, str]) -> Frozen:
             no_new_privs=True,
         )
     )
-    assert await rig.ask(sandbox, patience=60) == "'to be frozen'"
+    assert await rig.ask(sandbox, patience=60) == FIRST_ANSWER
     return await rig.freeze(sandbox)
 
 
@@ -279,16 +373,14 @@ async def thaw(rig: Rig, frozen: Frozen, lazy: Lazy, times: int = 2) -> list[tup
 
 
 @pytest.mark.criu
-@pytest.mark.parametrize("allocator", ["glibc", "jemalloc"])
+@pytest.mark.parametrize("allocator", ALLOCATORS)
 async def test_python_through_the_engine(rig: Rig, allocator: str) -> None:
     """About 100 MB; without and with a working set, drained at once, late or never."""
-    env = {}
-    if allocator == "jemalloc":
-        if not JEMALLOC.exists():
-            pytest.skip("needs libjemalloc2")
-        env = {"LD_PRELOAD": str(JEMALLOC), "PYTHONMALLOC": "malloc"}
+    env = ALLOCATORS[allocator]
+    if "LD_PRELOAD" in env and not JEMALLOC.exists():
+        pytest.skip("needs libjemalloc2")
     frozen = await freeze(rig, env)
-    right = (True, True, True, [], allocator == "jemalloc")
+    right = (True, True, True, [], "LD_PRELOAD" in env)
     working_set = rig.home / "working-set"
     async with page_server() as server:
         lazy = Lazy(server)
@@ -296,7 +388,8 @@ async def test_python_through_the_engine(rig: Rig, allocator: str) -> None:
         assert lazy.served is not None
         working_set.write_bytes(await lazy.served.record())
         assert set_pages(working_set.read_bytes()) > 10_000
-        for known, drain_ms in ((True, NEVER), (True, 0), (False, 0), (False, 60)):
+        ways = ((True, NEVER), (True, 0), (False, 0), (False, 60))
+        for known, drain_ms in ways if allocator in ("glibc", "jemalloc") else ways[1:3]:
             lazy = Lazy(server, working_set if known else None, around=1 << 16, drain_ms=drain_ms)
             assert await thaw(rig, frozen, lazy) == [right, right], (known, drain_ms)
             assert lazy.served is not None
@@ -305,3 +398,169 @@ async def test_python_through_the_engine(rig: Rig, allocator: str) -> None:
         for sandbox in rig.sandboxes:
             await sandbox.destroy()
         await lazy.served.drop()
+
+
+@pytest.mark.criu
+async def test_everything_may_be_dumped_again(rig: Rig) -> None:
+    frozen = await freeze(rig, {})
+    right = (True, True, True, [], False)
+    async with page_server() as server:
+        lazy = Lazy(server, everything=True)
+        sandbox = await rig.sandbox(layers=(frozen.fs,), shm=frozen.shm)
+        process = await restore(sandbox, images=frozen.images, criu=rig.criu, phases=Phases(), lazy=lazy)
+        assert lazy.served is not None and lazy.served.complete
+        pushed, _ = lazy.served.ready.result()
+        assert pushed > 10_000 and watched(process.host_pid) == 0
+        # At once, and after it has run: by plain CRIU, and by the page server again.
+        again = await rig.freeze(sandbox)
+        await lazy.served.drop()
+        assert await thaw(rig, again, Lazy(server)) == [right, right]
+        sandbox, _ = await rig.thaw(again)
+        assert ast.literal_eval(await rig.ask(sandbox, patience=60)) == right
+        third = await rig.freeze(sandbox)
+        lazy = Lazy(server, everything=True)
+        assert await thaw(rig, third, lazy) == [right, right]
+        assert lazy.served is not None
+        await lazy.served.drop()
+
+
+WIPED = """
+fill = bytearray(os.urandom(1 << 16)) * 500
+areas = []
+for n in range(3):
+    area = mmap.mmap(-1, 1 << 16, mmap.MAP_PRIVATE)
+    area.write(b"parent's" * (1 << 13))
+    where = ctypes.addressof((ctypes.c_char * (1 << 16)).from_buffer(area))
+    assert libc.madvise(ctypes.c_void_p(where), 1 << 16, 18) == 0
+    areas.append(area)
+calls = []
+
+def seen(area):
+    return {bytes(area[at : at + 8]) for at in range(0, 1 << 16, 4096)}
+
+def check():
+    calls.append(1)
+    if len(calls) == 1:
+        return "to be frozen"
+    if len(calls) == 2:
+        areas[0][:9]  # one page of it is there before the fork
+    r, w = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            if os.fork() == 0:
+                os.write(w, repr([seen(a) for a in areas]).encode())
+                os._exit(0)
+            os.wait()
+            os.write(w, repr([seen(a) for a in areas]).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    return os.read(r, 9999).decode(), [seen(a) for a in areas]
+"""
+
+
+@pytest.mark.criu
+@pytest.mark.parametrize("drain_ms", [NEVER, 0])
+async def test_what_a_fork_empties_is_empty(rig: Rig, monkeypatch: pytest.MonkeyPatch, drain_ms: int) -> None:
+    """MADV_WIPEONFORK, by which generators of random numbers notice a fork: also where the pages are still to come."""
+    monkeypatch.setitem(globals(), "PROGRAM", WIPED)
+    frozen = await freeze(rig, {})
+    nothing, parents = [{b"\0" * 8}] * 3, [{b"parent's"}] * 3
+    async with page_server() as server:
+        lazy = Lazy(server, drain_ms=drain_ms)
+        for answer in await thaw(rig, frozen, lazy, times=2):
+            assert answer == (repr(nothing) * 2, parents)
+        for sandbox in rig.sandboxes:
+            await sandbox.destroy()
+        assert lazy.served is not None
+        await lazy.served.drop()
+
+
+SEVERAL = """
+import json, zlib
+blocks = [os.urandom(1 << 16) for _ in range(300)]
+
+def digest():
+    return zlib.crc32(b"".join(blocks))
+
+pipes = []
+for n in range(3):
+    ask, answer = os.pipe(), os.pipe()
+    if os.fork() == 0:
+        blocks = blocks[n * 100 :] + [os.urandom(1 << 16) for _ in range(60)]
+        right = digest()
+        while os.read(ask[0], 1):
+            os.write(answer[1], b"y" if digest() == right else b"n")
+        os._exit(0)
+    pipes.append((ask[1], answer[0]))
+right = digest()
+
+def check():
+    for ask, _ in pipes:
+        os.write(ask, b"?")
+    return [digest() == right] + [os.read(answer, 1) for _, answer in pipes]
+"""
+
+
+@pytest.mark.criu
+async def test_several_processes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "PROGRAM", SEVERAL)
+    monkeypatch.setitem(globals(), "FIRST_ANSWER", str([True, b"y", b"y", b"y"]))
+    frozen = await freeze(rig, {})
+    right = [True, b"y", b"y", b"y"]
+    async with page_server() as server:
+        for generation in range(2):
+            lazy = Lazy(server, everything=True)
+            assert await thaw(rig, frozen, lazy) == [right, right]
+            sandbox = rig.sandboxes[-1]
+            assert lazy.served is not None and lazy.served.complete
+            assert [watched(pid) for pid in procfs.tree(sandbox.init_pid)[1:]] == [0] * 4
+            if generation == 0:
+                frozen = await rig.freeze(sandbox)
+            await lazy.served.drop()
+        lazy = Lazy(server, drain_ms=0)
+        assert await thaw(rig, frozen, lazy) == [right, right]
+        assert lazy.served is not None
+        await asyncio.wait_for(lazy.served.whole(), 20)
+
+
+@pytest.mark.criu
+async def test_memory_in_packs(rig: Rig, tmp_path: Path) -> None:
+    """Strewn over files elsewhere, and cut out of the images: served from there, or not at all."""
+    frozen = await freeze(rig, {})
+    index = read_index((frozen.images / "pages.idx").read_bytes())
+    names = tuple(f"{n:064x}" for n in range(5))
+    sizes, turn = [0] * len(names), 0
+    with contextlib.ExitStack() as stack:
+        packs = [stack.enter_context((tmp_path / name).open("wb")) for name in names]
+        tasks = []
+        for task in index.tasks:
+            extents = []
+            for address, pages, offset, file in task.extents:
+                with (frozen.images / index.files[file]).open("r+b") as images:
+                    images.seek(offset)
+                    data = images.read(pages << 12)
+                    images.seek(offset)
+                    images.write(b"\xee" * len(data))  # what nobody may read
+                at = 0
+                while at < pages:
+                    n = min(pages - at, (1, 3, 40, 500)[turn % 4])
+                    piece, pack = data[at << 12 : at + n << 12], turn % len(names)
+                    if piece.count(0) < len(piece):
+                        extents.append((address + (at << 12), n, sizes[pack], pack))
+                        sizes[pack] += packs[pack].write(piece)
+                    at += n
+                    turn += 1
+            tasks.append(PageTask(task.pid, tuple(extents)))
+    (frozen.images / "pages.idx").write_bytes(write_index(PageIndex(tuple(tasks), names)))
+    files = tuple(tmp_path / name for name in names)
+    right = (True, True, True, [], False)
+    async with page_server() as server:
+        for everything in (False, True):
+            lazy = Lazy(server, files=files, everything=everything)
+            assert await thaw(rig, frozen, lazy) == [right, right]
+        (frozen.images / "pages.idx").unlink()
+        with pytest.raises(RestoreError, match="lies in packs"):
+            await thaw(rig, frozen, Lazy(server, files=files))
+        await rig.nothing_runs(rig.sandboxes[-1])

@@ -57,6 +57,11 @@ async def test_user_code_has_no_powers(yard: Yard) -> None:
     assert (status.cap_effective, status.cap_permitted, status.cap_bounding, status.cap_ambient) == (0, 0, 0, 0)
     assert status.no_new_privs
     assert status.seccomp == 2
+    # The program loader has its libraries open for a moment.
+    for _ in range(100):
+        if set(procfs.descriptors(worker.host_pid)) == {0, 1, 2}:
+            break
+        await asyncio.sleep(0.05)
     assert set(procfs.descriptors(worker.host_pid)) == {0, 1, 2}
     worker.send_signal(signal.SIGTERM)
     assert await worker.wait() == -signal.SIGTERM
@@ -143,6 +148,22 @@ async def test_memory_limit_is_counted(yard: Yard) -> None:
     assert 48 << 20 < sandbox.memory_peak() <= 64 << 20
     await sandbox.set_limits(Limits(memory_bytes=512 << 20))
     assert (await python(sandbox, "b = bytearray(128 << 20); b[::4096] = b'x' * len(b[::4096])")).status == 0
+
+
+async def test_protection_of_the_daemon_does_not_reach_into_the_sandbox(yard: Yard) -> None:
+    own = Path("/proc/self/oom_score_adj")
+    before = own.read_text()
+    try:
+        own.write_text("-1000")
+    except PermissionError:
+        pytest.skip("needs CAP_SYS_RESOURCE")
+    try:
+        sandbox = await yard.sandbox(limits=Limits(memory_bytes=64 << 20))
+    finally:
+        own.write_text(before)
+    assert (await shell(sandbox, "cat /proc/self/oom_score_adj")).stdout == b"0\n"
+    done = await python(sandbox, "b = bytearray(256 << 20); b[::4096] = b'x' * len(b[::4096])")
+    assert (done.status, sandbox.oom_kills()) == (-signal.SIGKILL, 1)
 
 
 async def test_pids_limit(yard: Yard) -> None:
@@ -410,7 +431,7 @@ async def test_death_of_init_is_noticed(yard: Yard) -> None:
 
 
 async def test_twenty_at_once_and_nothing_left(yard: Yard) -> None:
-    before = set(os.listdir("/proc/self/fd"))
+    before = len(os.listdir("/proc/self/fd"))
     mounts = len(procfs.mountinfo(os.getpid()))
     sandboxes = await asyncio.gather(*(yard.sandbox() for _ in range(20)))
     assert len({s.init_pid for s in sandboxes}) == 20
@@ -426,7 +447,7 @@ async def test_twenty_at_once_and_nothing_left(yard: Yard) -> None:
     await asyncio.gather(*(s.destroy() for s in sandboxes))
     assert not [p for p in pids if Path(f"/proc/{p}").exists()]
     assert await yard.groups.sweep_leftovers() == []
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # what an earlier test left may be collected meanwhile
 
 
 DAEMON = """
@@ -618,12 +639,13 @@ async def test_freeze_in_one_sandbox_and_thaw_in_three(yard: Yard) -> None:
     os.close(fifo)
 
     await source.bind(images, "/run/woodfrog/img", read_only=False)
-    dump = (criu, "dump", "-t", "100", "-D", "/run/woodfrog/img", "-o", "dump.log", "-v4", "--manage-cgroups=ignore")
+    # Else a CRIU that may do all keeps its features' cache in /run, and so in the layer.
+    dump = ("dump", "--unprivileged", "-t", "100", "-D", "/run/woodfrog/img", "-o", "dump.log", "-v4")
     if capabilities.held(capabilities.CAP_SYS_RESOURCE):
-        spec = replace(as_criu, argv=dump)
+        spec = replace(as_criu, argv=(criu, *dump, "--manage-cgroups=ignore"))
     else:
         os.chown(images, UID, UID)
-        spec = replace(as_criu, argv=(*dump, "--unprivileged"), uid=UID, gid=UID, caps="ambient")
+        spec = replace(as_criu, argv=(criu, *dump, "--manage-cgroups=ignore"), uid=UID, gid=UID, caps="ambient")
     done = await source.run(spec, 60)
     assert done.status == 0, (images / "dump.log").read_text()[-3000:]
     assert await worker.wait() == -signal.SIGKILL

@@ -254,19 +254,19 @@ def test_a_preloaded_worker_is_as_a_plain_start_would_have_it(worker: Callable[[
     (site / "second" / "__init__.py").write_text("")
     (site / "second" / "part.py").write_text("def lazy(): return 1")
     answers = []
-    for mode in ("plain", "preloaded", "zygote", "zygote"):
+    for mode in ("plain", "zygote", "zygote"):
         w = worker(SURROUNDINGS)
         env = {"PATH": os.environ["PATH"], "PLACE": "boot"}
         common: dict[str, Any] = {"cwd": "/tmp", "argv": ["a", "b"]}
         paths = [p for p in sys.path if p]
         if mode != "plain":
-            modules = [("first", []), ("second", ["part"])]
-            message = protocol.PreloadMessage(modules, [str(site), *paths], env, **common)
+            steps = ["first", "second", "second:part", "second.part", "second:part"]
+            message = protocol.PreloadMessage(steps, [str(site), *paths], env, **common)
             preloaded = w.ask(message.header())[0]
             assert preloaded["type"] == "preloaded" and set(preloaded["phases"]) == {"preload"}
             assert {"first", "second", "maybe"} <= set(preloaded["seen"]) and "prog" not in preloaded["seen"]
-            assert str(site / "second" / "part.py") in preloaded["files"]
-        if mode == "zygote":
+            assert str(site / "second" / "part.py") in preloaded["files"] and preloaded["cpu_ms"] > 0
+            assert preloaded["steps"] == ["first", "second", "second:part", "(second.part)", "(second:part)"]
             assert w.freeze()["type"] == "frozen"
         entropy = os.urandom(64).hex() if mode == "zygote" else ""
         sys_path = [str(w.root), str(site), *paths]
@@ -278,7 +278,7 @@ def test_a_preloaded_worker_is_as_a_plain_start_would_have_it(worker: Callable[[
         answer["path"].remove(str(w.root))
         answers.append(answer)
         assert w.stdout.read_text() == "imported\n" and w.err() == ""
-    assert len({a.pop("drawn") for a in answers}) == 4
+    assert len({a.pop("drawn") for a in answers}) == 3
     plain, *others = answers
     assert plain["seen"][0] == ["/tmp", ["a", "b"], "boot", "own"]
     assert plain["path"][-1] == "/appended"
@@ -298,7 +298,7 @@ def test_a_preload_that_fails_says_nothing_to_the_user(
 ) -> None:
     (tmp_path / "faulty.py").write_text(source)
     w = worker("")
-    message = protocol.PreloadMessage([("faulty", [])], [str(tmp_path), *filter(None, sys.path)], {}, cwd="/tmp")
+    message = protocol.PreloadMessage(["faulty"], [str(tmp_path), *filter(None, sys.path)], {}, cwd="/tmp")
     failed = w.ask(message.header())[0]
     assert (failed["type"], failed["stage"]) == ("failed", "preload")
     assert w.process.wait(20) == 1

@@ -85,7 +85,7 @@ def test_commit_find_open(root: Path, key: SigningKey) -> None:
         assert seen.find("key", "class") == manifest
         assert seen.find("key", "other class") is None and seen.find("other key", "class") is None
         assert seen.other_hosts("key", "other class") == [manifest]
-        assert seen.open_verified("s-1") == manifest
+        assert seen.open_verified("s-1").manifest == manifest
         assert seen.get("s-") == manifest
         assert (seen.path("s-1") / "fs" / "tmp" / "link").read_bytes()
         assert seen.damaged == {}
@@ -104,7 +104,7 @@ def test_newest_usable_one_is_found(root: Path, key: SigningKey) -> None:
     again = Catalogue(root, key)
     assert again.find("key", "class") is None
     assert "bad s-2" in (again.retired("s-2") or "")
-    assert again.open_verified("s-2").id == "s-2"  # the mark is not an alteration
+    assert again.open_verified("s-2").manifest.id == "s-2"  # the mark is not an alteration
     with pytest.raises(NotFoundError):
         again.get("s-")
     with pytest.raises(NotFoundError):
@@ -148,7 +148,7 @@ def test_an_id_is_begun_once(root: Path, key: SigningKey) -> None:
     with pytest.raises(StoreError):
         catalogue.commit(second, draft("s-1"))
     Catalogue.abandon(second)
-    assert catalogue.open_verified("s-1").files and not second.path.exists()
+    assert catalogue.open_verified("s-1").manifest.files and not second.path.exists()
 
 
 def flip(path: Path, rng: random.Random) -> None:
@@ -180,7 +180,7 @@ def test_every_flipped_bit_is_noticed(root: Path, key: SigningKey) -> None:
                 seen.open_verified("s-1")
         with open(path, "r+b") as f:
             f.write(original)
-    assert catalogue.open_verified("s-1").id == "s-1"
+    assert catalogue.open_verified("s-1").manifest.id == "s-1"
 
 
 def replace_by_link(folder: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fake_daemon import Answer, Daemon, Request, private_home, serving
-from woodfrog import cli
+from woodfrog.cli import commands
 from woodfrog.errors import FunctionTimeoutError, StartupError
 
 PROGRAM = """\
@@ -123,7 +123,7 @@ def program(tmp_path: Path, text: str, name: str = "a_program") -> str:
 
 
 def run(*argv: str) -> Result:
-    return CliRunner().invoke(cli.app, list(argv))
+    return CliRunner().invoke(commands.app, list(argv))
 
 
 def test_a_function_runs_in_an_app_of_its_own(tmp_path: Path, daemon: RunDaemon) -> None:

@@ -290,6 +290,148 @@ def test_buffer_is_kept_while_there_is_load() -> None:
     assert names(d.at(261.0)) == ["StopInstance"] * 3
 
 
+# Parked instances
+
+
+def thawing(**config: Any) -> Driver:
+    """A driver whose one function has a snapshot."""
+    scaling = ScalingPolicy(buffer_containers=config.pop("buffer", 0), max_containers=config.pop("limit", None))
+    d = Driver(function(snapshot=SnapshotPolicy(enabled=True), scaling=scaling), **config)
+    d.send(ev.SnapshotAvailable, app="a", tag="f", snapshot_id="s1")
+    return d
+
+
+def parking(instance: str) -> ev.ParkInstance:
+    return ev.ParkInstance(instance_id=instance, service_id="a/f@1", params_digest="", snapshot_id="s1")
+
+
+@pytest.mark.parametrize("setting", [{"parked": 1}, {"buffer": 1}])
+def test_a_call_wakes_a_parked_instance_which_is_then_replaced(setting: dict[str, int]) -> None:
+    d = thawing(**setting)
+    assert names(d.call()) == ["StartInstance"]
+    assert d.ready("i-t-1") == [ev.RunCall(call_id="c1", instance_id="i-t-1")]
+    assert d.at(5.0) == []  # what a call needs of the memory is not known yet
+    d.done("c1", "i-t-1")
+    assert d.at(5.9) == []
+    assert d.at(6.0) == [parking("i-t-2")]
+    assert d.send(ev.InstanceParked, instance_id="i-t-2") == []
+    assert d.states()["i-t-2"] == "parked"
+    d.call()
+    assert d.call() == [ev.WakeInstance(instance_id="i-t-2")]
+    assert d.ready("i-t-2") == [ev.RunCall(call_id="c3", instance_id="i-t-2")]
+    assert d.at(7.0) == [parking("i-t-3")]
+
+
+def test_a_call_takes_an_idle_instance_rather_than_a_parked_one() -> None:
+    d = thawing(parked=1)
+    d.call()
+    d.ready("i-t-1")
+    d.done("c1", "i-t-1")
+    d.at(1.0)
+    d.send(ev.InstanceParked, instance_id="i-t-2")
+    assert d.call() == [ev.RunCall(call_id="c2", instance_id="i-t-1")]
+
+
+def test_a_call_waits_for_what_is_being_parked() -> None:
+    d = thawing(parked=1)
+    d.call()
+    d.ready("i-t-1")
+    d.done("c1", "i-t-1")
+    d.at(1.0)
+    d.call()
+    assert d.call() == []
+    assert d.send(ev.InstanceParked, instance_id="i-t-2") == [ev.WakeInstance(instance_id="i-t-2")]
+
+
+def test_a_call_does_not_wait_for_a_parking_that_failed() -> None:
+    d = thawing(parked=1)
+    d.call()
+    d.ready("i-t-1")
+    d.done("c1", "i-t-1")
+    d.at(1.0)
+    d.call()
+    d.call()
+    failed = d.send(ev.RestoreFailed, instance_id="i-t-2", snapshot_id="s1", reason="x")
+    assert failed == [start("i-t-3", mode="restore", snapshot_id="s1")]
+    d.ready("i-t-3")
+    assert names(d.at(6.0)) == ["ParkInstance"]
+
+
+def test_parked_instances_go_when_their_function_is_not_used_any_more() -> None:
+    d = thawing(parked=1, park_window=100.0)
+    d.call()
+    d.ready("i-t-1")
+    d.done("c1", "i-t-1")
+    d.at(1.0)
+    d.send(ev.InstanceParked, instance_id="i-t-2")
+    assert names(d.at(60.0)) == ["StopInstance"]
+    assert d.stopped("i-t-1") == []
+    assert d.at(99.0) == []
+    assert d.at(100.0) == [ev.KillInstance(instance_id="i-t-2", reason="not used any more")]
+    assert d.stopped("i-t-2") == []
+    assert d.at(1000.0) == []
+
+
+def parked(**config: Any) -> Driver:
+    """A driver with one idle and one parked instance."""
+    d = thawing(parked=1, **config)
+    d.call()
+    d.ready("i-t-1")
+    d.done("c1", "i-t-1")
+    d.at(1.0)
+    d.send(ev.InstanceParked, instance_id="i-t-2")
+    assert d.states() == {"i-t-1": "idle", "i-t-2": "parked"}
+    return d
+
+
+def test_parked_instances_go_with_their_snapshot() -> None:
+    d = parked()
+    assert names(d.send(ev.SnapshotInvalidated, snapshot_id="s1")) == ["KillInstance"]
+    assert d.stopped("i-t-2") == []
+    assert d.at(30.0) == []
+
+
+def test_parked_instances_go_with_their_version_and_their_app() -> None:
+    d = parked()
+    assert names(d.deploy(function())) == ["StopInstance", "KillInstance"]
+    d = parked()
+    assert names(d.send(ev.AppStopped, app="a")) == ["StopInstance", "KillInstance"]
+    d = parked()
+    assert names(d.send(ev.ShutdownRequested)) == ["StopInstance", "KillInstance"]
+
+
+def test_a_parked_instance_that_dies_is_replaced_after_a_pause() -> None:
+    d = parked()
+    assert d.send(ev.InstanceExited, instance_id="i-t-2", error=ERROR) == []
+    assert d.at(5.9) == []
+    assert d.at(6.0) == [parking("i-t-3")]
+
+
+def test_parked_instances_give_way_where_a_limit_keeps_calls_waiting() -> None:
+    d = parked(max_instances=2)
+    d.send(ev.AppDeployed, app="b", version=1, specs=(function("g"),), keys={"g": "kg"})
+    asked = d.send(ev.CallSubmitted, call_id="g1", app="b", tag="g", method="g", params_digest="")
+    assert asked == [ev.KillInstance(instance_id="i-t-2", reason="makes room for another function")]
+    assert names(d.stopped("i-t-2")) == ["StartInstance"]
+    assert d.at(20.0) == []  # no room to park one
+
+
+def test_a_limit_on_containers_counts_parked_ones() -> None:
+    d = thawing(parked=1, limit=1)
+    d.call()
+    d.ready("i-t-1")
+    d.done("c1", "i-t-1")
+    assert d.at(30.0) == []
+
+
+def test_a_wake_that_fails_becomes_a_cold_start() -> None:
+    d = parked()
+    d.call()
+    assert d.call() == [ev.WakeInstance(instance_id="i-t-2")]
+    failed = d.send(ev.RestoreFailed, instance_id="i-t-2", snapshot_id="s1", reason="x")
+    assert failed == [start("i-t-3")]
+
+
 def test_single_use() -> None:
     d = Driver(function(scaling=ScalingPolicy(single_use=True)))
     d.call()

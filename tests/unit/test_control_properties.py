@@ -20,11 +20,13 @@ from woodfrog.control.events import (
     Event,
     FinishCall,
     InstanceExited,
+    InstanceParked,
     InstanceReady,
     InstanceStage,
     InstanceStopped,
     InstanceStopRequested,
     KillInstance,
+    ParkInstance,
     RestoreFailed,
     RetireSnapshot,
     RunCall,
@@ -38,6 +40,7 @@ from woodfrog.control.events import (
     StopInstance,
     Tick,
     WakeAt,
+    WakeInstance,
 )
 from woodfrog.control.machine import handle
 from woodfrog.control.replay import journal_header, journal_line, replay
@@ -83,6 +86,8 @@ configs = st.builds(
     snapshot_failures=st.integers(1, 3),
     capture_attempts=st.integers(1, 3),
     start_attempts=st.integers(1, 3),
+    parked=st.integers(0, 2),
+    park_window=st.sampled_from([3.0, 3600.0]),
 )
 
 
@@ -96,6 +101,8 @@ class Box:
     mode: str
     snapshot: str | None
     capturing: bool
+    park: bool = False
+    parked: bool = False
     up: bool = False
     ending: bool = False
     call: str | None = None
@@ -147,6 +154,21 @@ class Backend:
                     action.snapshot_id,
                     action.capture,
                 )
+            case ParkInstance():
+                assert not self.shutdown
+                assert action.instance_id not in self.seen
+                assert action.snapshot_id not in self.retired
+                service = self.state.services[action.service_id]
+                assert service.active
+                self.seen.add(action.instance_id)
+                key = (service.key, action.params_digest)
+                self.boxes[action.instance_id] = Box(
+                    action.instance_id, action.service_id, key, "restore", action.snapshot_id, False, park=True
+                )
+            case WakeInstance():
+                box = self.boxes[action.instance_id]
+                assert box.parked and not box.ending and not self.shutdown
+                box.park = box.parked = False
             case RunCall():
                 box = self.boxes[action.instance_id]
                 assert box.up and not box.ending and box.call is None and not self.shutdown
@@ -186,6 +208,8 @@ class Backend:
         assert set(state.instances) == set(self.boxes)
         assert set(state.calls) == self.open
         assert state.stopping == sum(i.state == "stopping" for i in state.instances.values())
+        assert set(state.parked) == {i.id for i in state.instances.values() if i.state == "parked"}
+        assert set(state.parked) == {b.id for b in self.boxes.values() if b.parked and not b.ending}
         assert set(state.idle) == {i.id for i in state.instances.values() if i.state == "idle"}
         assert state.cold_starting == sum(
             i.state in ("starting", "capturing") and i.mode == "cold" for i in state.instances.values()
@@ -197,7 +221,10 @@ class Backend:
             assert service.calls == sum(c.group.service is service for c in state.calls.values())
             for group in service.groups.values():
                 states = [i.state for i in group.instances.values()]
-                assert group.starting == states.count("starting") + states.count("capturing")
+                assert group.starting + group.parking == states.count("starting") + states.count("capturing")
+                assert group.parking == sum(i.park for i in group.instances.values() if i.state == "starting")
+                assert set(group.parked) == {i.id for i in group.instances.values() if i.state == "parked"}
+                assert not group.parked or not group.queue or state.now < group.hold_calls
                 assert (group.running, group.stopping) == (states.count("running"), states.count("stopping"))
                 assert set(group.idle) == {i.id for i in group.instances.values() if i.state == "idle"}
                 assert not (group.queue and group.idle)
@@ -213,7 +240,10 @@ class Backend:
                 # What was under way when it was killed still comes in.
                 self.send(CallFinished(now=now, call_id=box.call, instance_id=box.id, outcome="success"))
                 return
-            if fate % 4 == 2 and not box.up:
+            if fate % 4 == 2 and box.park and not box.parked:
+                self.send(InstanceParked(now=now, instance_id=box.id))
+                return
+            if fate % 4 == 2 and not box.up and not box.park:
                 self.send(InstanceReady(now=now, instance_id=box.id))
                 return
             self.gone(box)
@@ -238,7 +268,7 @@ class Backend:
                     instance_ok=outcome != "bad",
                 )
             )
-        elif box.up:
+        elif box.up or box.parked:
             if fate % 4 == 3:
                 self.gone(box)
                 self.send(InstanceExited(now=now, instance_id=box.id, error=ERROR))
@@ -274,6 +304,9 @@ class Backend:
                 self.snapshots += 1
                 box.snapshot = f"s{self.snapshots}"
                 self.send(SnapshotCaptured(now=now, instance_id=box.id, snapshot_id=box.snapshot))
+            case _ if box.park:
+                box.parked = True
+                self.send(InstanceParked(now=now, instance_id=box.id))
             case _:
                 box.up = True
                 self.send(InstanceReady(now=now, instance_id=box.id))
@@ -284,7 +317,7 @@ class Backend:
     def settle(self, until: float) -> None:
         """Everything succeeds from here on, until nothing is under way and no timer is left before `until`."""
         for _ in range(5000):
-            busy = [b for b in self.boxes.values() if b.ending or b.call or not b.up]
+            busy = [b for b in self.boxes.values() if b.ending or b.call or not (b.up or b.parked)]
             if busy:
                 self.step(busy[0], 0)
             elif self.wake <= until:
@@ -411,6 +444,7 @@ class Life(RuleBasedStateMachine):
                 st.sampled_from(
                     [
                         InstanceReady(now=self.backend.now, instance_id=inst),
+                        InstanceParked(now=self.backend.now, instance_id=inst),
                         InstanceStopped(now=self.backend.now, instance_id=inst),
                         SnapshotCaptured(now=self.backend.now, instance_id=inst, snapshot_id="s0"),
                         CallFinished(now=self.backend.now, instance_id=inst, call_id="c1", outcome="success"),

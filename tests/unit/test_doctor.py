@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from woodfrog import cli
-from woodfrog.cli import doctor
+from woodfrog.cli import commands, doctor
 from woodfrog.errors import DaemonError, HostError
 from woodfrog.linux import requirements
 from woodfrog.linux.requirements import Cgroups, Check, CriuState, Host, demand, failed, judge, probe
@@ -27,6 +26,7 @@ GOOD = Host(
     checkpoint_restore=True,
     userfaultfd=0,
     seccomp_filter=True,
+    seccomp_confined=False,
     time_namespace=True,
     trial=dict.fromkeys(("namespaces", "overlay", "bridge", "veth", "nat"), ""),
     overlay_known=True,
@@ -80,9 +80,6 @@ def test_a_good_host_passes_everything() -> None:
             "UFFD is not supported",
             "docs/failure-modes.md",
         ),
-        ({"userfaultfd": errno.ENOSYS}, "userfaultfd", "not in this kernel", "CONFIG_USERFAULTFD=y"),
-        ({"userfaultfd": errno.EPERM}, "userfaultfd", "Operation not permitted", "--privileged"),
-        ({"checkpoint_restore": False}, "checkpoint-restore", "not in this kernel", "CONFIG_CHECKPOINT_RESTORE=y"),
         ({"kernel": "5.4.0-90-generic"}, "kernel", "5.4.0-90-generic", "Linux 5.12 or newer"),
         ({"system": "Darwin", "kernel": "24.1.0"}, "kernel", "Darwin", "Linux 5.12 or newer"),
         ({"capabilities": GOOD.capabilities & ~(1 << 21)}, "capabilities", "CAP_SYS_ADMIN", "--privileged"),
@@ -120,9 +117,28 @@ def test_each_lack_is_one_failure_with_its_remedy(changes: dict[str, Any], name:
 
 
 @pytest.mark.parametrize(
+    ("changes", "name", "found", "remedy"),
+    [
+        ({"checkpoint_restore": False}, "checkpoint-restore", "not in this kernel", "CONFIG_CHECKPOINT_RESTORE=y"),
+        ({"seccomp_confined": True}, "seccomp-profile", "under a seccomp filter", "seccomp=unconfined"),
+    ],
+)
+def test_what_only_freezing_needs_fails_and_the_daemon_starts(
+    changes: dict[str, Any], name: str, found: str, remedy: str
+) -> None:
+    host = replace(GOOD, **changes)
+    check = only_failure(host)
+    assert check.name == name and found in check.found
+    assert "every start is a cold one" in check.remedy and remedy in check.remedy
+    demand(judge(host))
+
+
+@pytest.mark.parametrize(
     ("changes", "name", "remedy"),
     [
         ({"capabilities": GOOD.capabilities & ~(1 << 24)}, "cap-sys-resource", "run as the worker's uid"),
+        ({"userfaultfd": errno.ENOSYS}, "userfaultfd", "CONFIG_USERFAULTFD=y"),
+        ({"userfaultfd": errno.EPERM}, "userfaultfd", "--privileged"),
         ({"time_namespace": False}, "time-namespace", "CONFIG_TIME_NS"),
         ({"cgroups": Cgroups({"memory": 1, "pids": 1}, True)}, "cgroup-cpu", "no effect"),
         ({"ip_forward": False, "ip_forward_writable": False}, "ip-forwarding", "sysctl -w net.ipv4.ip_forward=1"),
@@ -241,18 +257,18 @@ def present(monkeypatch: pytest.MonkeyPatch, host: Host, health: dict[str, Any] 
 
 def test_doctor_shows_every_check_and_each_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     present(monkeypatch, replace(GOOD, checkpoint_restore=False, criu=CriuState(error="criu not found")))
-    result = CliRunner().invoke(cli.app, ["doctor"])
+    result = CliRunner().invoke(commands.app, ["doctor"])
     assert result.exit_code == 1
     lines = result.stdout.splitlines()
     at = next(i for i, line in enumerate(lines) if line.split()[:2] == ["FAIL", "checkpoint-restore"])
-    assert "→ use a kernel built with CONFIG_CHECKPOINT_RESTORE=y" in lines[at + 1]
+    assert "use a kernel built with CONFIG_CHECKPOINT_RESTORE=y" in lines[at + 1]
     assert any(line.split()[:2] == ["ok", "userfaultfd"] for line in lines)
     assert "2 of" in lines[-1] and "checks failed" in lines[-1]
 
 
 def test_doctor_in_json(monkeypatch: pytest.MonkeyPatch) -> None:
     present(monkeypatch, GOOD, {"version": doctor.own_version(), "pid": 7})
-    result = CliRunner().invoke(cli.app, ["doctor", "--json"])
+    result = CliRunner().invoke(commands.app, ["doctor", "--json"])
     assert result.exit_code == 0
     answer = json.loads(result.stdout)
     assert answer["ok"] is True

@@ -2,13 +2,23 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from woodfrog.criu.pagemap import PageTask, build_index, parse_pagemap, read_index, write_index
+from woodfrog.criu.pagemap import (
+    PageIndex,
+    PageTask,
+    build_index,
+    index_files,
+    parse_pagemap,
+    read_index,
+    wiped_on_fork,
+    write_index,
+)
 
 MAGICS = struct.pack("<II", 0x54564319, 0x56084025)
 PARENT, LAZY, PRESENT = 1, 2, 4
@@ -22,8 +32,15 @@ def varint(n: int) -> bytes:
     return bytes(out) + bytes([n])
 
 
-def message(**fields: int) -> bytes:
-    body = b"".join(varint(int(k[1:]) << 3) + varint(v) for k, v in fields.items())
+def fields(**values: int | bytes) -> bytes:
+    return b"".join(
+        varint(int(k[1:]) << 3) + varint(v) if isinstance(v, int) else varint(int(k[1:]) << 3 | 2) + varint(len(v)) + v
+        for k, v in values.items()
+    )
+
+
+def message(**values: int | bytes) -> bytes:
+    body = fields(**values)
     return struct.pack("<I", len(body)) + body
 
 
@@ -62,29 +79,84 @@ def test_damaged_page_maps_never_surprise(data: bytes) -> None:
             parse_pagemap(text)
 
 
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(1, 2**31 - 1),
-            st.integers(0, 2**32 - 1),
-            st.lists(st.tuples(*[st.integers(0, 2**40)] * 3), max_size=4),
-        ),
-        max_size=5,
-    )
+number = st.integers(0, 2**40)
+tasks = st.lists(
+    st.builds(
+        PageTask,
+        st.integers(1, 2**31 - 1),
+        st.lists(st.tuples(number, number, number, st.integers(0, 189)), max_size=4).map(tuple),
+    ),
+    max_size=5,
+).map(tuple)
+names = st.lists(st.from_regex(r"pages-[0-9]{1,9}\.img|[0-9a-f]{64}", fullmatch=True), max_size=5).map(tuple)
+
+
+ranges = st.lists(st.tuples(st.integers(1, 2**31 - 1), st.integers(0, 2**32 - 1), number), max_size=3).map(tuple)
+
+
+@given(st.builds(PageIndex, tasks, names, ranges))
+def test_an_index_is_read_as_it_was_written(index: PageIndex) -> None:
+    data = write_index(index)
+    assert read_index(data) == index
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        assert index_files(Path(file.name)) == index.files
+
+
+def test_the_files_of_an_index_of_very_many_tasks(tmp_path: Path) -> None:
+    many = PageIndex(tuple(PageTask(n, ((n << 12, 1, 0, 0),)) for n in range(1, 20_000)), ("pages-1.img",))
+    (tmp_path / "index").write_bytes(write_index(many))
+    assert index_files(tmp_path / "index") == many.files
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"FROGIDX2",
+        b"x" * 64,
+        struct.pack("=QII", 0, 1, 0) + b"\0" * 12,
+        b"FROGIDX1" + struct.pack("=IIiIQQQI", 1, 0, 100, 1, 0x1000, 1, 0, 3),
+        write_index(PageIndex((PageTask(1, ()),), ("pages-1.img",)))[:-1],
+        write_index(PageIndex((PageTask(1, ()),), ("pages-1.img",))) + b"\0",
+        write_index(PageIndex((), ("x",)))[:-64] + b"\xff" * 64,
+        write_index(PageIndex((), ())) + b"\0" * 32,
+        write_index(PageIndex((), (), ((1, 1, 0x1000),)))[:-16],
+        write_index(PageIndex((), (), ((1, 1, 0x1000),))) + b"\0" * 16,
+    ],
 )
-def test_an_index_tells_its_tasks_and_files(tasks: list[tuple[int, int, list[tuple[int, int, int]]]]) -> None:
-    index = write_index([PageTask(pid, file, tuple(extents)) for pid, file, extents in tasks])
-    assert read_index(index) == [(pid, file) for pid, file, _ in tasks]
-
-
-@pytest.mark.parametrize("data", [b"", b"FROGIDX1", b"x" * 64, struct.pack("=QII", 0, 1, 0) + b"\0" * 12])
 def test_other_files_are_no_index(data: bytes) -> None:
     with pytest.raises(ValueError):
         read_index(data)
 
 
+@given(st.binary(max_size=200))
+def test_damaged_files_have_no_names(data: bytes) -> None:
+    for text in (data, b"FROGIDX2" + data, write_index(PageIndex((PageTask(1, ()),), ("pages-1.img",)))[:-1] + data):
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(text)
+            file.flush()
+            with contextlib.suppress(ValueError):
+                index_files(Path(file.name))
+
+
+def test_what_a_fork_empties(tmp_path: Path) -> None:
+    plain = fields(f1=0x48000, f2=0x49000, f3=0x48, f9=1 << 16)
+    wiped = fields(f1=0x5000, f2=0x9000, f9=1 << 18 | 1 << 16)
+    assert wiped_on_fork(MAGICS + message(f1=0x1000, f14=plain, f17=3)) == []
+    assert wiped_on_fork(MAGICS + message(f1=0x48, f14=wiped)) == [(0x5000, 4)]
+    (tmp_path / "pagemap-100.img").write_bytes(pagemap((0x5000, 4, PRESENT | LAZY)))
+    (tmp_path / "mm-100.img").write_bytes(MAGICS + message(f1=0x48, f14=wiped))
+    assert build_index(tmp_path).wiped == ((100, 4, 0x5000),)
+
+
 def test_the_page_maps_of_a_dump(tmp_path: Path) -> None:
     (tmp_path / "pagemap-100.img").write_bytes(pagemap((0x1000, 1, PRESENT | LAZY), pages_file=1))
     (tmp_path / "pagemap-101.img").write_bytes(pagemap((0x5000, 4, PRESENT), pages_file=2))
+    (tmp_path / "pagemap-102.img").write_bytes(pagemap((0x5000, 1, PRESENT), (0x9000, 2, PRESENT | LAZY), pages_file=5))
     (tmp_path / "pagemap-shmem-9.img").write_bytes(pagemap((0, 1, PRESENT), pages_file=4))
-    assert build_index(tmp_path) == [PageTask(100, 1, ((0x1000, 1, 0),)), PageTask(101, 2, ())]
+    assert build_index(tmp_path) == PageIndex(
+        (PageTask(100, ((0x1000, 1, 0, 0),)), PageTask(101, ()), PageTask(102, ((0x9000, 2, 4096, 2),))),
+        ("pages-1.img", "pages-2.img", "pages-5.img"),
+    )

@@ -54,7 +54,8 @@ def test_parameters_land_in_the_spec() -> None:
     )(plain).spec
     assert from_dict(type(spec), to_dict(spec)) == spec
     assert (spec.tag, spec.source.kind, spec.source.qualname) == ("other", "module", "plain")
-    assert (spec.resources.cpu, spec.resources.memory_mib, spec.resources.gpu) == (2.0, 512, ("H100:2", "any"))
+    assert (spec.resources.cpu, spec.resources.cpu_limit) == (0.5, 2.0)
+    assert (spec.resources.memory_mib, spec.resources.gpu) == (512, ("H100:2", "any"))
     assert (spec.timeout, spec.startup_timeout) == (10.0, 300.0)
     assert spec.retries == RetryPolicy(2, 2.0, 0.0, 60.0)
     s = spec.scaling
@@ -67,6 +68,8 @@ def test_parameters_land_in_the_spec() -> None:
         VolumeMount("models", "/shared"),
         VolumeMount("models", "/models", read_only=True),
     )
+    assert (spec_of(cpu=2).resources.cpu, spec_of(cpu=2).resources.cpu_limit) == (2.0, None)
+    assert spec_of(memory=(64, 128)).resources.memory_mib == 128
     assert spec_of(retries=3).retries == RetryPolicy(3, 1.0, 1.0, 60.0)
     assert spec_of(gpu="a10g").resources.gpu == ("A10G",)
     assert spec_of(timeout=900).startup_timeout == 900
@@ -88,6 +91,7 @@ def test_parameters_land_in_the_spec() -> None:
         ({"timeout": True}, "expected a number"),
         ({"retries": -1}, "must be at least 0"),
         ({"retries": 1.5}, "Retries"),
+        ({"max_containers": 0}, "must be at least 1, got 0"),
         ({"min_containers": 3, "max_containers": 2}, "min_containers=3 is more than max_containers=2"),
         ({"enable_memory_snapshot": "yes"}, "expected True or False"),
         ({"experimental_options": {"enable_gpu_snapshot": True}}, "needs enable_memory_snapshot"),

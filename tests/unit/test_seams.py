@@ -94,7 +94,9 @@ def test_damaged_specs_are_refused_with_their_place(app: AppSpec, data: st.DataO
     raw = through_json(app)
     path = data.draw(st.sampled_from(places(raw)))
     junk: Any = data.draw(
-        st.sampled_from([None, 1, -1.5, True, "x", [], {}, [1], {"x": 1}, [None], math.inf, math.nan, 10**400, [[]]])
+        st.sampled_from(
+            [None, 1, -1.5, True, "x", [], {}, [1], {"x": 1}, {"a\nb": 1}, [None], math.inf, math.nan, 10**400, [[]]]
+        )
     )
     if not path:
         raw = junk
@@ -126,6 +128,12 @@ def test_damaged_specs_are_refused_with_their_place(app: AppSpec, data: st.DataO
         ({"methods": [{}]}, r"FunctionSpec.methods\[0\]: field 'name' is missing"),
         ({"env": []}, "FunctionSpec.env: expected an object, got list"),
         ({"env": {"A": 1}}, "FunctionSpec.env.A: expected str, got int"),
+        ({"env": {"A\nB": 1}}, r"FunctionSpec.env\['A\\nB'\]: expected str, got int"),
+        ({"env": {"A\u2028B": 1}}, r"FunctionSpec.env\['A\\u2028B'\]: expected str"),
+        ({"env": {"A" * 1000: 1}}, r"FunctionSpec.env\['A{80}'\]: expected str"),
+        ({"a\nb": 1}, r"FunctionSpec: unknown field 'a\\nb'"),
+        ({"kind": "a\nb"}, r"FunctionSpec.kind: 'a\\nb' is not one of"),
+        ({"scaling": {"max_containers": 0}}, "FunctionSpec.scaling: max_containers=0: must be at least 1"),
         ({"resources": {"memory_mib": 1.5}}, "memory_mib: expected int, got float"),
         ({"timeout": math.nan}, "FunctionSpec.timeout: expected a number below"),
         ({"timeout": math.inf}, "FunctionSpec.timeout: expected a number below"),
@@ -155,6 +163,7 @@ CHANGES: dict[str, tuple[Any, bool]] = {
     "retries": (spec.RetryPolicy(3), False),
     "timeout": (1.0, False),
     "startup_timeout": (1.0, False),
+    "plain_start": (True, False),
     "block_network": (True, True),
     "env": ({"A": "1"}, True),
     "secrets": ((spec.SecretSpec("s"),), True),

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
 
 from woodfrog.backends.connection import Payload
 from woodfrog.errors import WoodfrogError
 from woodfrog.linux.rootplan import VolumeMount
 from woodfrog.spec import FunctionSpec, RuntimeSpec
 
-__all__ = ["Answer", "Backend", "CallRequest", "Observer", "StartRequest"]
+__all__ = ["Answer", "Backend", "CallRequest", "Observer", "Progress", "SnapshotKeeper", "StartRequest"]
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Told of what is being done ("packs", …), how much of it is done, and of how much (0 = not known). Called from
+any thread."""
 
 
 @dataclass(frozen=True)
 class StartRequest:
-    """One instance to start. `mode` "restore" thaws `snapshot_id`; "cold" boots, and freezes when `capture` is set."""
+    """One instance to start. `mode` "restore" thaws `snapshot_id`; "cold" boots, and freezes when `capture` is set.
+
+    `parked`: it is thawed and left stopped, without having run, until `Backend.wake`.
+    """
 
     instance_id: str
     app: str
@@ -34,6 +43,7 @@ class StartRequest:
     """Host directories and where the function sees them."""
     params: bytes = b""
     params_digest: str = ""
+    parked: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,7 @@ class Observer(Protocol):
 
     def on_stage(self, instance_id: str, stage: str) -> None: ...
     def on_ready(self, instance_id: str) -> None: ...
+    def on_parked(self, instance_id: str) -> None: ...
     def on_captured(self, request: StartRequest, snapshot_id: str) -> None:
         """Committed; the instance serves already, and may be gone by now."""
 
@@ -77,9 +88,74 @@ class Observer(Protocol):
     def on_log(self, instance_id: str, stream: str, data: bytes) -> None: ...
 
 
+class SnapshotKeeper(Protocol):
+    """What people may ask for beside calls. Ids are whole and known to the catalogue, but for `pull`'s.
+
+    Every method raises a `WoodfrogError` of one line when it cannot: StoreError (disk, tier), IntegrityError (altered,
+    not signed by a trusted key), IncompatibleSnapshot (cannot be thawed elsewhere, or here), NotFoundError. Results are
+    plain: they become JSON. Sizes are in bytes, times Unix seconds.
+    """
+
+    def using(self, snapshot_id: str) -> AbstractAsyncContextManager[Any]:
+        """While its images are read: they stay where they are."""
+
+    async def verify(self, snapshot_id: str | None, progress: Progress) -> dict[str, Any]:
+        """Read every byte again. None: every snapshot, and the whole page store.
+
+        Returns:
+            `snapshots`: [{`id`, `bytes`, `problems`: [text]}]; `store`: [{`pack`, `what`}], problems that belong to no
+            snapshot. What is wrong is told, not raised.
+        """
+
+    async def gc(self, *, dry_run: bool, progress: Progress) -> dict[str, Any]:
+        """Remove what no snapshot and no instance needs.
+
+        Returns:
+            `packs`: how many; `freed_bytes`. With `dry_run`: what would be.
+        """
+
+    async def pin(self, snapshot_id: str) -> dict[str, Any]:
+        """Keep it until a person removes it: `{"id", "pinned": true}`. Again is no error, likewise `unpin`."""
+
+    async def unpin(self, snapshot_id: str) -> dict[str, Any]: ...
+
+    async def export(self, snapshot_id: str, target: Path, progress: Progress) -> dict[str, Any]:
+        """Write one file that `import_` reads on this or another machine: `{"id", "bytes"}`."""
+
+    async def import_(self, source: Path, progress: Progress) -> dict[str, Any]:
+        """Take up such a file: `{"id", "app", "function", "new"}`; `new` false when the snapshot was here."""
+
+    async def push(self, snapshot_id: str, progress: Progress) -> dict[str, Any]:
+        """Copy it to the tier: `{"id", "tier"}`."""
+
+    async def pull(self, snapshot_id: str, progress: Progress) -> dict[str, Any]:
+        """Bring it from the tier: `{"id", "app", "function", "new", "tier"}`."""
+
+    async def trust_add(self, text: str, comment: str) -> dict[str, Any]:
+        """Trust another machine's key from now on: `{"fingerprint", "comment"}`."""
+
+    async def trust_list(self) -> dict[str, Any]:
+        """`own`: {`fingerprint`, `text`}, what other machines add; `trusted`: [{`fingerprint`, `comment`}]."""
+
+    async def trust_remove(self, fingerprint: str) -> dict[str, Any]:
+        """Trust it no longer; what was taken up stays: `{"fingerprint", "comment"}`."""
+
+    async def store_stats(self) -> dict[str, Any]:
+        """`packs`, `pages`, `raw_bytes` (of all pages in the store), `stored_bytes` (what they take), `cache_bytes`
+        (rebuilt, can go), `budget_bytes` (0 = none), `tier` (name or ""), and `snapshots`: [{`id`, `kind`, `app`,
+        `function`, `parent`, `form`, `raw_bytes`, `stored_bytes` (what it added), `fs_bytes`, `pinned`, `pushed`}].
+        """
+
+
 class Backend(Protocol):
+    @property
+    def keeper(self) -> SnapshotKeeper: ...
+
     def start(self, request: StartRequest) -> None:
         """Begin a start; the observer hears how it goes."""
+
+    def wake(self, instance_id: str, env: dict[str, str]) -> None:
+        """Let a parked instance run, with this user's environment; the observer hears the rest as of a start."""
 
     async def call(self, instance_id: str, request: CallRequest) -> Answer: ...
 

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from woodfrog.errors import InstanceCrashed, StoreError
-from woodfrog.protocol import HEAD, SPOOL_BYTES, ProtocolError, pack, parse_head, parse_header
+from woodfrog.linux.sandbox import Sandbox, SandboxProcess
+from woodfrog.protocol import HEAD, SPOOL_BYTES, WORKER_SOCKET, ProtocolError, pack, parse_head, parse_header
 
-__all__ = ["Payload", "Reply", "WorkerConnection"]
+__all__ = ["Payload", "Reply", "WorkerConnection", "connect"]
 
 _CHUNK = 1 << 20
+_CONNECT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -195,3 +197,19 @@ class WorkerConnection:
             await self._writer.wait_closed()
         except (ConnectionError, OSError):
             return  # the other end was gone already
+
+
+async def connect(sandbox: Sandbox, process: SandboxProcess, spool: Path) -> WorkerConnection:
+    """A connection to the worker `process`, as soon as it listens.
+
+    Raises:
+        InstanceCrashed: it ended, or did not listen in time.
+    """
+    gone = asyncio.ensure_future(process.wait())
+    gone.add_done_callback(lambda f: f.cancelled() or f.exception())  # whoever watches the process tells
+    try:
+        return await WorkerConnection.open(
+            lambda: sandbox.connect(WORKER_SOCKET), timeout=_CONNECT_S, spool=spool, gone=gone
+        )
+    finally:
+        gone.cancel()

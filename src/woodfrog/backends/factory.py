@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ class SandboxFactory:
         self._all: set[Sandbox] = set()
         self._bases: dict[RuntimeSpec, tuple[tuple[Path, ...], Path]] = {}
         self._closed = False
+        self.ahead: Callable[[Sandbox], Awaitable[None]] | None = None
+        """Done in each sandbox that is prepared ahead of need."""
         self.package_root = Path(woodfrog.__file__).resolve().parent.parent
 
     @classmethod
@@ -77,7 +80,10 @@ class SandboxFactory:
             self._wanted.clear()
             while len(self._ready) < self._settings.pool_size and not self._closed:
                 try:
-                    self._ready.append(await self._prepare(network=True))
+                    sandbox = await self._prepare(network=True)
+                    if self.ahead is not None:
+                        await self.ahead(sandbox)
+                    self._ready.append(sandbox)
                     failures = 0
                 except WoodfrogError as e:
                     failures += 1
@@ -102,23 +108,34 @@ class SandboxFactory:
         self._all.add(sandbox)
         return sandbox
 
-    async def take(self, spec: FunctionSpec) -> Sandbox:
+    async def take(self, spec: FunctionSpec, *, background: bool = False) -> Sandbox:
         """A prepared sandbox with this function's limits.
+
+        Args:
+            background: one for work nobody waits for: the others go before it.
 
         Raises:
             SandboxError: none could be prepared.
         """
         sandbox = None
-        while self._ready and sandbox is None:
+        while self._ready and sandbox is None and not background:
             sandbox = self._ready.pop(0)
             if not sandbox.alive:
                 await self.release(sandbox)
                 sandbox = None
-        asyncio.get_running_loop().call_later(_REFILL_DELAY_S if self._ready else 0.0, self._wanted.set)
+        if not background:
+            asyncio.get_running_loop().call_later(_REFILL_DELAY_S if self._ready else 0.0, self._wanted.set)
         if sandbox is None:
             sandbox = await self._prepare(network=not spec.block_network)
         memory = spec.resources.memory_mib
-        await sandbox.set_limits(Limits(memory_bytes=memory << 20 if memory else None, cpus=spec.resources.cpu))
+        await sandbox.set_limits(
+            Limits(
+                memory_bytes=memory << 20 if memory else None,
+                cpus=spec.resources.cpu_limit,
+                cpu_share=spec.resources.cpu,
+                background=background,
+            )
+        )
         return sandbox
 
     async def assemble(
@@ -185,12 +202,19 @@ class SandboxFactory:
                 found[path] = None
         return tuple(found)
 
-    async def spawn_worker(self, sandbox: Sandbox, argv: list[str], env: dict[str, str]) -> SandboxProcess:
+    async def spawn_worker(self, sandbox: Sandbox, runtime: RuntimeSpec) -> SandboxProcess:
+        """Start a worker of this Python environment; it has no program yet."""
         uid = self._settings.worker_uid
+        await sandbox.drop_prestarted()  # a capture would take it for a process that strayed
         return await sandbox.spawn(
             ProcessSpec(
-                tuple(argv),
-                env=env,
+                (runtime.executable, "-P", "-m", "woodfrog.worker"),
+                env={
+                    "PATH": "/usr/bin:/bin",
+                    "HOME": "/home/woodfrog",
+                    "LANG": "C.UTF-8",
+                    "PYTHONPATH": str(self.package_root),
+                },
                 uid=uid,
                 gid=uid,
                 inner_pid=protocol.WORKER_PID,

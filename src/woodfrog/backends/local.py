@@ -17,16 +17,20 @@ from typing import Any
 
 from woodfrog import protocol
 from woodfrog.backends.base import Answer, CallRequest, Observer, StartRequest
-from woodfrog.backends.connection import Payload, WorkerConnection
+from woodfrog.backends.connection import Payload, WorkerConnection, connect
 from woodfrog.backends.factory import SandboxFactory
-from woodfrog.backends.zygote import PER_INSTANCE, Plan, Zygotes, make_plan, overlap
+from woodfrog.backends.keeper import Keeper
+from woodfrog.backends.memory import Memory
+from woodfrog.backends.parked import unpark
+from woodfrog.backends.zygote import Plan, ZygoteConfig, Zygotes, basic_env
 from woodfrog.criu.binary import Criu
-from woodfrog.engine.engine import Lazy
+from woodfrog.engine.engine import Lazy, prestart
 from woodfrog.errors import (
     CaptureError,
     IncompatibleSnapshot,
     InstanceCrashed,
     IntegrityError,
+    NotFoundError,
     OutOfMemoryError,
     RestoreError,
     SandboxError,
@@ -34,32 +38,25 @@ from woodfrog.errors import (
     StoreError,
     WoodfrogError,
 )
-from woodfrog.linux.pageserver import PageServer, ServedPages, merge_sets, set_pages
+from woodfrog.linux.pageserver import ServedPages
 from woodfrog.linux.sandbox import Sandbox, SandboxProcess
 from woodfrog.snapshot.capture import SnapshotIdentity, capture
-from woodfrog.snapshot.catalogue import Catalogue, Staging
+from woodfrog.snapshot.catalogue import Catalogue, Opened, Staging
 from woodfrog.snapshot.compat import WorkerClass
 from woodfrog.snapshot.manifest import Manifest
 from woodfrog.snapshot.materialise import materialise
 from woodfrog.store.content import ContentStore
-from woodfrog.store.files import write_atomic
 from woodfrog.telemetry import Phases, counters
 
 __all__ = ["LocalBackend"]
 
 log = logging.getLogger("woodfrog")
 
-_WORKING_SET = "working-set"
-"""Beside the manifest, not under its signature: it says which pages come first, never what is in them."""
-_AROUND = 64 << 10
-_AROUND_LEARNING = 16 << 10
-_STALE_SHARE = 200
-"""A working set that misses more than one page in so many is extended."""
 _STOP_GRACE_S = 10.0
 _END_S = 2.0
 _FREEZE_TIMEOUT_S = 120.0
-_CONNECT_TIMEOUT_S = 60.0
-_HOME = "/home/woodfrog"
+_ZYGOTE_S = 10.0
+_FETCH_S = 30.0
 
 
 class _UserFailure(WoodfrogError):
@@ -88,13 +85,12 @@ class Instance:
     zygote: str | None = None
     """What its worker was thawed from before it was told what to serve; its sandbox's files rest on it."""
     plan: Plan | None = None
-    zygote_staging: Staging | None = None
-    zygote_task: asyncio.Task[None] | None = None
     commit_task: asyncio.Task[None] | None = None
     stopping: str | None = None
     exit_error: WoodfrogError | None = None
     pages: ServedPages | None = None
-    learned: bool = False
+    calls: int = 0
+    """Answered since its memory is served."""
     start_task: asyncio.Task[None] | None = None
     watch_task: asyncio.Task[None] | None = None
     log_fds: dict[int, str] = field(default_factory=dict)
@@ -112,9 +108,9 @@ class LocalConfig:
     page_server_uid: int
     lazy_min_bytes: int
     drain_ms: int
-    zygotes: bool = False
-    keep_zygotes: int = 3
-    zygote_min_ms: float = 50
+    drain_calls: int
+    """After so many calls an instance has all of its memory filled in."""
+    zygotes: ZygoteConfig
 
 
 class LocalBackend:
@@ -130,25 +126,37 @@ class LocalBackend:
         content: ContentStore,
         criu: Criu,
         worker_class: WorkerClass,
+        keeper: Keeper,
     ) -> None:
         self._config = config
         self._observer = observer
         self._factory = factory
+        factory.ahead = lambda sandbox: prestart(sandbox, criu)
         self._catalogue = catalogue
         self._content = content
         self._criu = criu
         self._worker_class = worker_class
+        self.keeper = keeper
+        keeper.in_use = self.snapshots_in_use
         self._instances: dict[str, Instance] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._pages: PageServer | None = None
-        self._zygotes = Zygotes(catalogue, worker_class.digest, keep=config.keep_zygotes)
+        self._memory = Memory(uid=config.page_server_uid, min_bytes=config.lazy_min_bytes, drain_ms=config.drain_ms)
+        self._zygotes = Zygotes(
+            config.zygotes,
+            catalogue=catalogue,
+            factory=factory,
+            criu=criu,
+            worker_class=worker_class,
+            busy=self._starting,
+            in_use=self.snapshots_in_use,
+        )
 
     # Starting
 
     def start(self, request: StartRequest) -> None:
         instance = Instance(request)
         self._instances[request.instance_id] = instance
-        instance.start_task = self._spawn(self._start(instance))
+        instance.start_task = self._spawn(self._tell(instance, self._start(instance)))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
@@ -162,15 +170,49 @@ class LocalBackend:
 
     async def _start(self, instance: Instance) -> None:
         request = instance.request
+        if request.mode == "restore":
+            assert request.snapshot_id is not None
+            await self._thaw_stored(instance, request.snapshot_id)
+            if request.parked:
+                instance.stage = "parked"
+                instance.watch_task = self._spawn(self._watch(instance))
+                self._observer.on_parked(instance.id)
+                return
+        elif not (request.capture and await self._thaw_fetched(instance)):
+            await self._boot(instance)
+            if request.capture:
+                await self._freeze_and_thaw(instance)
+        await self._wake(instance)
+        self._note_start(instance)
+
+    def wake(self, instance_id: str, env: dict[str, str]) -> None:
+        instance = self._instances.get(instance_id)
+        if instance is None or instance.stopping is not None:
+            return  # the observer hears, or has heard, of its end
+        assert instance.watch_task is not None and instance.stage == "parked"
+        instance.watch_task.cancel()
+        instance.request = replace(instance.request, env=env)
+        instance.phases = Phases()
+        self._stage(instance, "restoring")
+        instance.start_task = self._spawn(self._tell(instance, self._unpark(instance)))
+
+    async def _unpark(self, instance: Instance) -> None:
+        """From a parked instance to one that serves."""
+        assert instance.sandbox is not None and instance.snapshot_id is not None
         try:
-            if request.mode == "restore":
-                assert request.snapshot_id is not None
-                await self._thaw_stored(instance, request.snapshot_id)
-            else:
-                await self._boot(instance)
-                if request.capture:
-                    await self._freeze_and_thaw(instance)
-            await self._wake(instance)
+            reseed_kernel_generators()
+            with instance.phases("unpark"):
+                await unpark(instance.sandbox, instance.pages)
+            with instance.phases("connect"):
+                await self._connect(instance, instance.sandbox)
+        except (SandboxError, InstanceCrashed) as e:
+            raise _RestoreGaveUp(instance.snapshot_id, e, at_fault=False) from e
+        await self._wake(instance)
+
+    async def _tell(self, instance: Instance, start: Coroutine[Any, Any, None]) -> None:
+        """See a start to its end; what becomes of it, the observer hears."""
+        try:
+            await start
         except asyncio.CancelledError:
             raise
         except _UserFailure as e:
@@ -223,14 +265,8 @@ class LocalBackend:
 
     def _env(self, instance: Instance) -> dict[str, str]:
         request = instance.request
-        bin_dir = os.path.dirname(request.runtime.executable)
         return {
-            "PATH": f"{bin_dir}:/usr/local/bin:/usr/bin:/bin",
-            "HOME": _HOME,
-            "USER": "woodfrog",
-            "LOGNAME": "woodfrog",
-            "LANG": "C.UTF-8",
-            "TMPDIR": "/tmp",
+            **basic_env(request.runtime),
             "WOODFROG_APP": request.app,
             "WOODFROG_FUNCTION": request.spec.tag,
             "WOODFROG_INSTANCE": instance.id,
@@ -274,32 +310,13 @@ class LocalBackend:
         sandbox = await self._sandbox(instance)
         self._stage(instance, "importing")
         with phases("spawn"):
-            instance.process = await self._factory.spawn_worker(
-                sandbox,
-                [request.runtime.executable, "-P", "-m", "woodfrog.worker"],
-                {
-                    "PATH": "/usr/bin:/bin",
-                    "HOME": _HOME,
-                    "LANG": "C.UTF-8",
-                    "PYTHONPATH": str(self._factory.package_root),
-                },
-            )
+            instance.process = await self._factory.spawn_worker(sandbox, request.runtime)
         with phases("connect"):
             await self._connect(instance, sandbox)
 
     async def _connect(self, instance: Instance, sandbox: Sandbox) -> None:
         assert instance.process is not None
-        gone = asyncio.ensure_future(instance.process.wait())
-        gone.add_done_callback(lambda f: f.cancelled() or f.exception())  # the watch tells, not this
-        try:
-            instance.connection = await WorkerConnection.open(
-                lambda: sandbox.connect(protocol.WORKER_SOCKET),
-                timeout=_CONNECT_TIMEOUT_S,
-                spool=self._config.spool,
-                gone=gone,
-            )
-        finally:
-            gone.cancel()
+        instance.connection = await connect(sandbox, instance.process, self._config.spool)
 
     @staticmethod
     def _check_failed(header: dict[str, Any]) -> None:
@@ -348,151 +365,43 @@ class LocalBackend:
     # Zygotes
 
     async def _boot_zygote(self, instance: Instance) -> bool:
-        """Have a worker with the program's heavy imports; False = there is no worker, do without."""
-        plan, root = await self._plan(instance)
-        if plan is None or root is None or not self._zygotes.usable(plan):
+        """Have a worker with imports of the program's; False = there is no worker, do without."""
+        request = instance.request
+        with instance.phases("scan"):
+            instance.plan = await self._zygotes.plan(request, self._env(instance), self._code(request))
+        found = self._zygotes.find(instance.plan) if instance.plan is not None else None
+        if found is None:
             return False
-        found = self._zygotes.find(plan, root)
-        if found is None and not self._zygotes.begin(plan):
-            return False
+        instance.zygote = found.id
         try:
-            if found is not None:
+            # Whatever it comes to, the function's own time is running: a plain start must still fit in.
+            async with asyncio.timeout(min(_ZYGOTE_S, request.spec.startup_timeout / 4)), self.keeper.using(found.id):
                 with instance.phases("zygote.restore"):
-                    await self._thaw_zygote(instance, found.id)
-            else:
-                with instance.phases("zygote.make"):
-                    await self._make_zygote(instance, plan, root)
+                    with instance.phases("verify"):
+                        opened = await asyncio.to_thread(self._catalogue.open_verified, found.id)
+                    # A process whose pages are still to come cannot be frozen again.
+                    lazy = await self._memory.lazy(opened, everything=request.capture)
+                    await self._materialise(instance, opened, lazy)
         except (WoodfrogError, OSError, TimeoutError) as e:
-            counters["zygote.failed"] += 1
             await self._drop_sandbox(instance)
-            self._zygotes.failed(plan, e, found.id if found else None)
+            await self._drop_pages(instance)
             instance.zygote = None
-            staging, instance.zygote_staging = instance.zygote_staging, None
-            if staging is not None:
-                self._catalogue.abandon(staging)
-            self._stage(instance, "restoring")  # our doing: the function has all of its time again
+            self._zygotes.failed(found.id, e)
             return False
-        finally:
-            if found is None:
-                self._zygotes.end(plan)
-        instance.plan = plan
+        for stream, data in self._zygotes.printed(found.id):
+            self._observer.on_log(instance.id, stream, data)
         counters["zygote.used"] += 1
         return True
 
-    async def _plan(self, instance: Instance) -> tuple[Plan | None, Path | None]:
-        request = instance.request
-        spec = request.spec
-        if not self._config.zygotes or spec.source.kind != "module" or not spec.source.code_digest:
-            return None, None
-        hide_gpu = spec.snapshot.enabled and not spec.snapshot.gpu
-        if spec.resources.gpu and not hide_gpu:
-            return None, None
-        if any(overlap(v.path, inner) for v in spec.volumes for inner in (*request.runtime.sys_path, _HOME, "/app")):
-            return None, None  # what the libraries are, or find, would depend on what the volume holds
-        try:
-            root = self._code(request)
-            assert root is not None
-            with instance.phases("scan"):
-                return await asyncio.to_thread(
-                    make_plan, spec.source.module, root, request.runtime, self._env(instance), hide_gpu=hide_gpu
-                ), root
-        except (OSError, WoodfrogError):
-            return None, None  # the plain start tells what is wrong
+    def _starting(self) -> bool:
+        return any(i.stage not in ("ready", "parked") and i.stopping is None for i in self._instances.values())
 
-    async def _make_zygote(self, instance: Instance, plan: Plan, root: Path) -> None:
-        """Import in a new worker; if that took long, freeze it for others and go on with a thawed copy."""
-        request, phases = instance.request, instance.phases
-        await self._spawn_worker(instance)
-        assert instance.connection is not None and instance.sandbox is not None
-        message = protocol.PreloadMessage(
-            modules=[(i.module, list(i.names)) for i in plan.imports],
-            sys_path=list(request.runtime.sys_path),
-            env={k: v for k, v in self._env(instance).items() if k not in PER_INSTANCE},
-            hide_gpu=request.spec.snapshot.enabled and not request.spec.snapshot.gpu,
-        )
-        with phases("preload") as took:
-            reply = await instance.connection.request(message.header(), expect="preloaded")
-            self._check_failed(reply.header)
-        seen, files = _texts(reply.header.get("seen")), _texts(reply.header.get("files"))
-        if not self._zygotes.suits(seen, root):
-            self._zygotes.give_up(plan)
-            raise SandboxError("the program has a module of a name that the libraries look for", code="zygote-hidden")
-        if took.ms < self._config.zygote_min_ms:
-            self._zygotes.give_up(plan)
-            return  # this worker goes on: nothing of it was frozen
-        self._stage(instance, "restoring")
-        with phases("freeze"):
-            reply = await asyncio.wait_for(
-                instance.connection.request({"type": "freeze"}, expect="frozen"), _FREEZE_TIMEOUT_S
-            )
-            self._check_failed(reply.header)
-            await instance.connection.wait_closed_by_worker(10.0)
-            await instance.connection.close()
-            instance.connection = None
-        self._drain_logs(instance)
-        identity = SnapshotIdentity(
-            id=f"z-{uuid.uuid4().hex[:12]}",
-            function_key=self._zygotes.function_key(plan.key),
-            worker_class=self._worker_class,
-            app="",
-            tag="(zygote)",
-            params_digest="",
-            modules=plan.modules,
-            seen=seen,
-            sources=files,
-        )
-        staging = self._catalogue.begin(identity.id)
-        instance.zygote_staging = staging
-        with phases("capture"):
-            draft = await capture(
-                instance.sandbox,
-                root_pid=protocol.WORKER_PID,
-                staging=staging,
-                identity=identity,
-                criu=self._criu,
-                phases=phases,
-            )
-        draft = replace(draft, phases=tuple(f"{p.name}={p.ms:.1f}" for p in phases.items))
-        await self._drop_sandbox(instance)
-        with phases("zygote.restore"):
-            await self._materialise(instance, draft, staging.path, None)
-        instance.zygote = draft.id
-        instance.zygote_task = self._spawn(self._commit_zygote(instance, plan, staging, draft))
-
-    async def _commit_zygote(self, instance: Instance, plan: Plan, staging: Staging, draft: Manifest) -> None:
-        try:
-            await asyncio.to_thread(self._catalogue.commit, staging, draft)
-        except Exception as e:
-            self._zygotes.failed(plan, e, None)
-            if instance.id not in self._instances:
-                self._catalogue.abandon(staging)
-            return
-        instance.zygote_staging = None
-        counters["zygote.made"] += 1
-        self._zygotes.trim(self.snapshots_in_use())
-
-    async def _thaw_zygote(self, instance: Instance, zygote_id: str) -> None:
-        with instance.phases("verify"):
-            manifest = await asyncio.to_thread(self._catalogue.open_verified, zygote_id)
-        instance.zygote = zygote_id
-        # All of its memory at once: a process whose pages are still to come cannot be frozen again.
-        await self._materialise(instance, manifest, self._catalogue.path(zygote_id), None)
-        self._stage(instance, "restoring")
-
-    def _blame_zygote(self, instance: Instance, error: WoodfrogError) -> None:
-        """A process that was thawed once may be harder to freeze: a later attempt starts plainly."""
-        if instance.zygote is not None and instance.plan is not None and not isinstance(error, StoreError):
-            self._zygotes.failed(instance.plan, error, None)
-
-    def _zygote_layer(self, instance: Instance) -> int | None:
-        """The directory of its zygote's files, open: a commit may rename what is above it."""
-        if instance.zygote is None:
-            return None
-        staged = [instance.zygote_staging.fs] if instance.zygote_staging is not None else []
-        for path in (*staged, self._catalogue.path(instance.zygote) / "fs"):
-            with contextlib.suppress(FileNotFoundError):
-                return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        raise StoreError(f"the files of zygote {instance.zygote} are gone", code="zygote-gone")
+    def _note_start(self, instance: Instance) -> None:
+        """After a start without a snapshot: where the next one may begin is seen to when there is time."""
+        code = self._code(instance.request)
+        if instance.plan is not None and code is not None:
+            took = sum(p.ms for p in instance.phases.items if p.name == "import")
+            self._zygotes.started(instance.request, self._env(instance), code, instance.plan, took)
 
     # Freezing
 
@@ -521,13 +430,12 @@ class LocalBackend:
             app=request.family,
             tag=request.spec.tag,
             params_digest=request.params_digest,
+            parent=instance.zygote or "",
         )
         self._drain_logs(instance)  # what lies in the pipes would be printed by every copy
-        layer = None
         try:
             if instance.pages is not None and not instance.pages.complete:
                 raise CaptureError("its memory is not complete yet", alive=True, phase="freeze", code="lazy-pages")
-            layer = self._zygote_layer(instance)
             instance.staging = self._catalogue.begin(identity.id)
             with phases("capture"):
                 draft = await capture(
@@ -537,12 +445,13 @@ class LocalBackend:
                     identity=identity,
                     criu=self._criu,
                     phases=phases,
-                    below=None if layer is None else Path(f"/proc/{os.getpid()}/fd/{layer}"),
+                    below=self._catalogue.path(instance.zygote) / "fs" if instance.zygote else None,
                 )
         except Exception as e:
             counters["capture.failed"] += 1
             error = e if isinstance(e, WoodfrogError) else _unexpected("capture", e)
-            self._blame_zygote(instance, error)
+            if instance.zygote is not None:
+                self._zygotes.unfit(request, error)
             if instance.staging is not None:
                 self._catalogue.keep_failure(instance.staging, error.message)
                 error.fields["snapshot"] = instance.staging.id
@@ -552,16 +461,15 @@ class LocalBackend:
             self._observer.on_capture_failed(instance.id, error, alive=True)
             await self._connect(instance, instance.sandbox)
             return
-        finally:
-            if layer is not None:
-                os.close(layer)
         draft = replace(draft, phases=tuple(f"{p.name}={p.ms:.1f}" for p in phases.items))
         await self._drop_sandbox(instance)
+        await self._drop_pages(instance)
         try:
-            await self._thaw(instance, draft, instance.staging.path)
+            await self._thaw(instance, Opened.staged(draft, instance.staging.path))
         except WoodfrogError as e:
             counters["capture.failed"] += 1
-            self._blame_zygote(instance, e)
+            if instance.zygote is not None:
+                self._zygotes.unfit(request, e)
             failure = CaptureError(f"the new snapshot does not thaw: {e.message}", phase="thaw")
             failure.fields |= {k: v for k, v in e.fields.items() if k in ("remedy", "log_tail")}
             raise _CaptureGaveUp(failure) from e
@@ -594,89 +502,105 @@ class LocalBackend:
 
     async def _thaw_stored(self, instance: Instance, snapshot_id: str) -> None:
         try:
-            with instance.phases("verify"):
-                manifest = await asyncio.to_thread(self._catalogue.open_verified, snapshot_id)
-            await self._thaw(instance, manifest, self._catalogue.path(snapshot_id))
+            async with self.keeper.using(snapshot_id):
+                if self.keeper.evicted(snapshot_id):
+                    with instance.phases("fetch"):
+                        await self.keeper.fetch(snapshot_id, within=_fetch_s(instance))
+                with instance.phases("verify"):
+                    opened = await asyncio.to_thread(self._catalogue.open_verified, snapshot_id)
+                await self._thaw(instance, opened)
         except (IntegrityError, IncompatibleSnapshot) as e:
             raise _RestoreGaveUp(snapshot_id, e, at_fault=True) from e
         except RestoreError as e:
             raise _RestoreGaveUp(snapshot_id, e, at_fault=e.snapshot_at_fault) from e
-        except (SandboxError, InstanceCrashed, StoreError) as e:
+        except (SandboxError, InstanceCrashed, StoreError, NotFoundError) as e:
             raise _RestoreGaveUp(snapshot_id, e, at_fault=False) from e
+        self._catalogue.used(snapshot_id)
         counters["restore.done"] += 1
 
-    async def _thaw(self, instance: Instance, manifest: Manifest, path: Path) -> None:
-        await self._materialise(instance, manifest, path, await self._lazy(manifest, path))
-        instance.snapshot_id = manifest.id
-
-    async def _materialise(self, instance: Instance, manifest: Manifest, path: Path, lazy: Lazy | None) -> None:
+    async def _thaw_fetched(self, instance: Instance) -> bool:
+        """Thaw what another machine captured and left in the tier; False = boot, there is none that does."""
+        with instance.phases("look-up"):
+            found = await self.keeper.look_up(instance.request.function_key)
+        if found is None:
+            return False
         self._stage(instance, "restoring")
-        sandbox = await self._sandbox(instance, (path / "fs",), path / "shm")
+        instance.snapshot_id = found  # from here on nobody removes it
+        key = instance.request.function_key
+        try:
+            async with self.keeper.using(found):
+                with instance.phases("fetch"):
+                    await self.keeper.fetch(found, function_key=key, within=_fetch_s(instance))
+                await self._thaw_stored(instance, found)
+        except Exception as e:  # whatever it is: one can start without
+            error = e.error if isinstance(e, _RestoreGaveUp) else e
+            if not isinstance(error, WoodfrogError):
+                error = _unexpected("thaw", error)
+            log.warning("%s: snapshot %s of the tier is not used: %s", instance.id, found, error.message)
+            self.keeper.no_use(key, found, error)
+            if isinstance(e, _RestoreGaveUp) and e.at_fault:
+                self._catalogue.retire(found, e.message)
+            await self._drop_sandbox(instance)
+            await self._drop_pages(instance)
+            instance.snapshot_id = None
+            return False
+        self._observer.on_captured(instance.request, found)
+        return True
+
+    async def _thaw(self, instance: Instance, opened: Opened) -> None:
+        self._stage(instance, "restoring")
+        lazy = await self._memory.lazy(opened, parked=instance.request.parked)
+        await self._materialise(instance, opened, lazy)
+        instance.snapshot_id = opened.manifest.id
+
+    async def _materialise(self, instance: Instance, opened: Opened, lazy: Lazy | None) -> None:
+        sandbox = await self._sandbox(instance, (opened.path / "fs",), opened.path / "shm")
         reseed_kernel_generators()
         instance.process = await materialise(
-            sandbox, manifest=manifest, images=path / "img", criu=self._criu, phases=instance.phases, lazy=lazy
+            sandbox,
+            manifest=opened.manifest,
+            images=opened.images,
+            criu=self._criu,
+            phases=instance.phases,
+            lazy=lazy,
+            stopped=instance.request.parked,
         )
         if lazy is not None and lazy.served is not None:
-            self._adopt_pages(instance, lazy.served)
-        with instance.phases("connect"):
-            await self._connect(instance, sandbox)
+            instance.pages = lazy.served
+            self._memory.adopt(lazy.served, lambda why: self._memory_failed(instance, why))
+        if not instance.request.parked:
+            with instance.phases("connect"):
+                await self._connect(instance, sandbox)
 
     # Memory that follows
 
-    async def _lazy(self, manifest: Manifest, path: Path) -> Lazy | None:
-        """How this snapshot's memory gets to a thawed process; None = it is small, CRIU reads it at once."""
-        if manifest.pages_bytes < self._config.lazy_min_bytes:
-            return None
-        if self._pages is None or not self._pages.alive:
-            self._pages = await PageServer.start(uid=self._config.page_server_uid, on_death=self._pages_died)
-        working_set = path / _WORKING_SET
-        known = await asyncio.to_thread(_usable, working_set)
-        # While the working set is being learned, only what is asked for may get into it.
-        return Lazy(self._pages, working_set if known else None, around=_AROUND if known else _AROUND_LEARNING)
-
-    def _adopt_pages(self, instance: Instance, served: ServedPages) -> None:
-        instance.pages = served
-        served.failed.add_done_callback(lambda failed: self._pages_failed(instance, failed.result()))
-
-    def _pages_failed(self, instance: Instance, why: str) -> None:
+    def _memory_failed(self, instance: Instance, why: str) -> None:
         """Its processes wait for memory that will not come: what they were doing is done again elsewhere."""
         if instance.stopping is None and self._instances.get(instance.id) is instance:
             log.error("%s: memory cannot be served: %s", instance.id, why)
+            if instance.pages is not None and instance.pages.out_of_memory and instance.sandbox is not None:
+                # As if the kernel had killed it for that, and not the call's to be tried again.
+                instance.exit_error = instance.exit_error or _limit_hit(instance)
+                self._spawn(instance.sandbox.destroy())
+                return
             self._observer.on_lost(instance.id, f"its memory cannot be served: {why}")
 
-    def _pages_died(self) -> None:
-        counters["page-server.died"] += 1
-        log.error("the page server died; what it served is started anew")
-
     async def _learn(self, instance: Instance) -> None:
-        """After the first call: keep what it touched, for the next thaw; then let the rest come."""
-        pages = instance.pages
-        assert pages is not None and instance.snapshot_id is not None
-        working_set = self._catalogue.path(instance.snapshot_id) / _WORKING_SET
-        try:
-            seen = await pages.record()
-            if instance.commit_task is not None:
-                await asyncio.shield(instance.commit_task)
-            known = await asyncio.to_thread(_read_or_empty, working_set)
-            if not known or set_pages(seen) * _STALE_SHARE > set_pages(known):
-                merged = merge_sets(*filter(None, (known, seen)))
-                if working_set.parent.is_dir():
-                    await asyncio.to_thread(write_atomic, working_set, merged)
-            if self._config.drain_ms >= 0:
-                pages.drain(self._config.drain_ms)
-        except (WoodfrogError, TimeoutError, ValueError, OSError) as e:
-            log.warning("%s: working set not kept: %s", instance.id, e)
+        """After the first call: what it touched is kept for the next thaw; then the keeper looks after the snapshot."""
+        origin, pages = instance.snapshot_id or instance.zygote, instance.pages
+        if origin is None:
+            return
+        # At once: an instance that served one call may be gone before its snapshot is stored.
+        seen = b"" if pages is None else await self._memory.record(pages, instance.id)
+        if instance.commit_task is not None:
+            await asyncio.shield(instance.commit_task)
+        await self._memory.keep(seen, self._catalogue.path(origin), instance.id)
+        self.keeper.pack_later(origin)
 
     async def _drop_pages(self, instance: Instance) -> None:
         pages, instance.pages = instance.pages, None
         if pages is not None:
-            pushed, faults, demanded = await pages.drop()
-            log.info(
-                "%s: memory: %d pages pushed, %d faults, %d pages on demand", instance.id, pushed, faults, demanded
-            )
-            counters["pages.pushed"] += pushed
-            counters["pages.faults"] += faults
-            counters["pages.demanded"] += demanded
+            await self._memory.drop(pages, instance.id)
 
     # Output
 
@@ -748,9 +672,11 @@ class LocalBackend:
         return False
 
     def _after_call(self, instance: Instance) -> None:
-        if instance.pages is not None and not instance.learned:
-            instance.learned = True
+        instance.calls += 1
+        if instance.calls == 1:
             self._spawn(self._learn(instance))
+        if instance.calls == self._config.drain_calls and instance.pages is not None:
+            self._memory.fill(instance.pages)
 
     async def _end_lost(self, instance: Instance) -> None:
         """The connection is gone: give the process a moment to be seen dead, else it is made so."""
@@ -766,14 +692,8 @@ class LocalBackend:
     def _death(self, instance: Instance, status: int | None) -> WoodfrogError:
         """Why a worker ended, for people."""
         sandbox = instance.sandbox
-        limit = instance.request.spec.resources.memory_mib
         if sandbox is not None and sandbox.oom_kills() > instance.oom_before:
-            return OutOfMemoryError(
-                f"{instance.request.spec.tag} hit its memory limit"
-                + (f" of {limit} MiB" if limit else "")
-                + " and was killed; raise `memory=`",
-                memory_mib=limit,
-            )
+            return _limit_hit(instance)
         if instance.exit_error is not None:
             return instance.exit_error
         if status is None:
@@ -875,8 +795,6 @@ class LocalBackend:
         self._instances.pop(instance.id, None)
         if not _running(instance.commit_task):
             self._abandon(instance)
-        if instance.zygote_staging is not None and not _running(instance.zygote_task):
-            self._catalogue.abandon(instance.zygote_staging)
 
     # Looking
 
@@ -919,13 +837,29 @@ class LocalBackend:
         return await self._factory.execute(instance.sandbox, argv, self._env(instance), timeout)
 
     async def close(self) -> None:
+        await self._zygotes.close()
         for instance in list(self._instances.values()):
             self.stop(instance.id, graceful=False, reason="shutdown")
         while self._tasks:
             await asyncio.wait(set(self._tasks), timeout=30)
         await self._factory.close()
-        if self._pages is not None:
-            await self._pages.close()
+        await self._memory.close()
+        await self.keeper.close()
+
+
+def _fetch_s(instance: Instance) -> float:
+    """How long a start waits for the tier: one without a snapshot must still fit in."""
+    return min(_FETCH_S, instance.request.spec.startup_timeout / 4)
+
+
+def _limit_hit(instance: Instance) -> OutOfMemoryError:
+    limit = instance.request.spec.resources.memory_mib
+    return OutOfMemoryError(
+        f"{instance.request.spec.tag} hit its memory limit"
+        + (f" of {limit} MiB" if limit else "")
+        + " and was killed; raise `memory=`",
+        memory_mib=limit,
+    )
 
 
 def reseed_kernel_generators() -> None:
@@ -962,31 +896,8 @@ def _unexpected(what: str, error: Exception) -> WoodfrogError:
     return SandboxError(f"{what} failed unexpectedly: {type(error).__name__}: {error}", code="unexpected")
 
 
-def _texts(raw: Any) -> tuple[str, ...]:
-    """A list of texts, whatever the worker sent."""
-    return tuple(str(text)[:4096] for text in raw[:100_000]) if isinstance(raw, list) else ()
-
-
 def _running(task: asyncio.Task[None] | None) -> bool:
     return task is not None and not task.done()
-
-
-def _read_or_empty(path: Path) -> bytes:
-    with contextlib.suppress(FileNotFoundError):
-        return path.read_bytes()
-    return b""
-
-
-def _usable(working_set: Path) -> bool:
-    """Whether there is a working set to push; a damaged one is removed and learned anew."""
-    data = _read_or_empty(working_set)
-    try:
-        return set_pages(data) > 0
-    except ValueError:
-        if working_set.exists():
-            log.warning("%s is damaged; it is learned anew", working_set)
-            working_set.unlink(missing_ok=True)
-        return False
 
 
 def _plain_error(raw: Any) -> dict[str, Any]:

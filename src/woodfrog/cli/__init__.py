@@ -2,81 +2,41 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-import typer.core
+__all__ = ["main"]
 
-from woodfrog.cli import apps, call, containers, daemon, doctor, output, run, secrets, snapshots
-from woodfrog.errors import WoodfrogError
-
-__all__ = ["app", "main"]
+INTERRUPTED = 130
 
 
-class _Commands(typer.core.TyperGroup):
-    """Turns our errors into one line and an exit status, for every command below it."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except WoodfrogError as e:
-            if output.debugging():
-                import traceback
-
-                traceback.print_exc()
-            output.show_error(e)
-            raise typer.Exit(output.exit_code(e)) from None
-        except KeyboardInterrupt:
-            output.note("interrupted")
-            raise typer.Exit(output.INTERRUPTED) from None
-
-
-app = typer.Typer(
-    cls=_Commands,
-    help="Freeze warmed-up Python functions and thaw copies of them in milliseconds.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-# What follows FILE belongs to the function.
-app.command(
-    "run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
-)(run.run)
-app.command("deploy")(run.deploy)
-app.command("call")(call.call)
-app.add_typer(apps.app, name="app")
-app.add_typer(containers.app, name="container")
-app.add_typer(snapshots.app, name="snapshot")
-app.add_typer(secrets.app, name="secret")
-app.add_typer(daemon.app, name="daemon")
-app.command("doctor")(doctor.doctor)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"woodfrog {doctor.own_version()}")
-        raise typer.Exit()
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    pass
+def _leave(*_: Any) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 def main() -> None:
     """Entry point of the `woodfrog` program."""
     try:
-        app()
-    except Exception as e:
-        if output.debugging():
-            raise
-        output.note(f"error: internal: {type(e).__name__}: {e} (WOODFROG_DEBUG=1 shows where; please report it)")
-        sys.exit(output.OUR_ERROR)
+        # While the commands load there is nothing to undo. A KeyboardInterrupt could come up in a callback of the
+        # import system, where Python prints it and goes on.
+        own = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if own:
+            signal.signal(signal.SIGINT, _leave)
+        from woodfrog.cli import output
+        from woodfrog.cli.commands import app
+
+        if own:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            app()
+        except Exception as e:
+            if output.debugging():
+                raise
+            output.note(f"error: internal: {type(e).__name__}: {e} (WOODFROG_DEBUG=1 shows where; please report it)")
+            sys.exit(output.OUR_ERROR)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(INTERRUPTED)

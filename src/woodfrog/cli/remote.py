@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from woodfrog.cli import output
 from woodfrog.errors import NotFoundError
 
 if TYPE_CHECKING:
@@ -60,3 +61,43 @@ def split_target(client: Client, target: str) -> tuple[str, str]:
             if ".".join(parts[:cut]) in apps:
                 return ".".join(parts[:cut]), ".".join(parts[cut:])
     return parts[0], ".".join(parts[1:])
+
+
+QUICK_S = 0.3
+"""Work that takes longer says how far it is."""
+POLL_S = 0.5
+
+
+def finish(client: Client, answer: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
+    """Wait for the end of work in the daemon, saying how far it is.
+
+    Args:
+        answer: to the request that began it: its result, or a job's state.
+    """
+    with output.Progress(quiet=quiet) as progress:
+        try:
+            while answer.get("state") == "running" and "job" in answer:
+                progress.say(job_words(answer))
+                reply = client.request("GET", f"/jobs/{segment(answer['job'])}", wait=POLL_S)
+                answer = reply.json()
+        except KeyboardInterrupt:
+            progress.clear()
+            output.note(f"{answer.get('what')} goes on in the daemon")
+            raise
+    return answer
+
+
+def work(client: Client, path: str, *, quiet: bool, **params: Any) -> dict[str, Any]:
+    """Have the daemon do something that may take minutes, and wait for it."""
+    reply = client.request("POST", path, params=params, wait=QUICK_S)
+    answer = reply.json()
+    return finish(client, answer if isinstance(answer, dict) else {}, quiet=quiet)
+
+
+def job_words(job: dict[str, Any]) -> str:
+    """How far it is, in words."""
+    step, done, total = job.get("step"), job.get("done") or 0, job.get("total") or 0
+    if not step or total <= 1:
+        return str(job.get("what"))
+    how_far = f"{output.size(done)} of {output.size(total)}" if step == "bytes" else f"{done} of {total} {step}"
+    return f"{job.get('what')}: {how_far}"

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Module = Annotated[bool, typer.Option("-m", help="TARGET is a module's dotted name instead of a file.")]
 DRAIN_S = 10.0
 """How long the last output is waited for once the app has been stopped."""
+INTERRUPTED_DRAIN_S = 2.0
+"""The same after Ctrl-C, which is to end the program soon whatever the daemon does."""
 POLL_S = 0.25
 SNAPSHOT_S = 600.0
 """How long `deploy --snapshot` waits for each."""
@@ -177,15 +179,19 @@ def _running(app: App) -> Iterator[output.Progress]:
     with output.Progress() as progress:
         progress.say("deploying")
         follower = None
+        seconds = DRAIN_S
         try:
             with app.run():
                 progress.clear()
                 follower = Follower(*app.reach("run"), progress)
                 follower.start()
                 yield progress
+        except KeyboardInterrupt:
+            seconds = INTERRUPTED_DRAIN_S
+            raise
         finally:
             if follower is not None:
-                follower.finish()
+                follower.finish(seconds)
 
 
 class Follower:
@@ -224,8 +230,8 @@ class Follower:
             else:
                 self._progress.clear()
 
-    def _containers(self) -> list[dict[str, Any]]:
-        return [c for c in get(self._client, "/containers")["containers"] if c.get("app") == self._app]
+    def _containers(self, client: Client | None = None) -> list[dict[str, Any]]:
+        return [c for c in get(client or self._client, "/containers")["containers"] if c.get("app") == self._app]
 
     def _show(self, entry: dict[str, Any]) -> None:
         self._shown += 1
@@ -233,13 +239,14 @@ class Follower:
         if entry.get("stream") != "system" or entry.get("instance"):
             self._progress.write(line_text(entry), error=entry.get("stream") != "stdout")
 
-    def finish(self) -> None:
-        """Show what was printed up to the end of the last container."""
+    def finish(self, seconds: float) -> None:
+        """Show what was printed up to the end of the last container, or for `seconds`."""
         try:
-            deadline = time.monotonic() + DRAIN_S
-            while self._containers() and time.monotonic() < deadline:
-                time.sleep(0.05)
-            entries = list(self._client.logs(self._app))
+            deadline = time.monotonic() + seconds
+            with self._client.apart(seconds) as client:
+                while self._containers(client) and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                entries = list(client.logs(self._app))
             with self._lock:
                 self._over.set()
                 for entry in entries[self._shown :]:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from woodfrog.cli import output
-from woodfrog.cli.remote import connect, get, post, segment, split_target
-from woodfrog.errors import CaptureError, NotFoundError
+from woodfrog.cli import contents, output, trust
+from woodfrog.cli.call import payload_from, raise_failure
+from woodfrog.cli.remote import connect, finish, get, post, segment, split_target, work
+from woodfrog.errors import CaptureError, NotFoundError, SpecError, WoodfrogError
 
 if TYPE_CHECKING:
     from woodfrog.sdk.client import Client
 
 GRACE_S = 2.0
-app = typer.Typer(help="List, look into, make and retire snapshots.", no_args_is_help=True)
+LOOK_S = 300.0
+"""Looking through a snapshot's memory may take so long."""
+app = typer.Typer(help="List, look into, make, keep, move and retire snapshots.", no_args_is_help=True)
+app.add_typer(trust.app, name="trust")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Id = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="Id of the snapshot, from `woodfrog snapshot list`.")]
@@ -45,13 +52,15 @@ def list_snapshots(
             s.get("function"),
             s["state"],
             output.size(s.get("memory_bytes")),
+            output.size(s.get("stored_bytes")),
             output.size(s.get("files_bytes")),
             output.ago(s.get("created")),
+            " ".join(mark for mark in ("pinned", "pushed") if s.get(mark)),
             s.get("why") or ", ".join(s.get("modules") or ()),
         )
         for s in snapshots
     ]
-    headers = ["snapshot", "app", "function", "state", "memory", "files", "made", "why"]
+    headers = ["snapshot", "app", "function", "state", "memory", "stored", "files", "made", "marks", "why"]
     output.table(headers, rows, empty="no snapshots")
 
 
@@ -59,21 +68,124 @@ def list_snapshots(
 def inspect(
     snapshot: Id,
     log: Annotated[bool, typer.Option("--log", help="Print the whole logs of the capture instead.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Do not look into its memory, which takes seconds.")] = False,
+    most: Annotated[int, typer.Option("--most", min=1, help="Rows of each table.")] = 15,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw what is in it: .png, .svg or .pdf.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show all about one snapshot: what it was made of and for, its size, the phases of its capture."""
+    """Show all about one snapshot: what it was made of and for, what is in it and why it is big, its capture."""
+    if plot is not None:
+        from woodfrog.cli import plot as drawing
+
+        drawing.check(plot)
+    client = connect()
     params = {"log": 1} if log else {}
-    answer = get(connect(), f"/snapshots/{segment(snapshot)}", **params)
-    if as_json:
-        output.show_json(answer)
-    elif log:
+    answer = get(client, f"/snapshots/{segment(snapshot)}", **params)
+    if log and not as_json:
         for name, text in (answer.get("log") or {}).items():
             output.note(f"== {name}")
             sys.stdout.write(text if text.endswith("\n") or not text else text + "\n")
+        return
+    found: dict[str, Any] | None = None
+    if plot is not None or not (quick or log):
+        try:
+            found = _contents(client, str(answer.get("id", snapshot)), most, quiet=as_json)
+        except WoodfrogError as e:
+            if plot is not None:
+                raise
+            output.note(f"not looked into: {e.message}")
+    if plot is not None and found is not None:
+        drawing.draw(found, plot, title=f"{answer.get('app')}.{answer.get('function')}")
+    if as_json:
+        output.show_json(answer if quick or log else {**answer, "contents": found})
+        return
+    output.fields({k: v for k, v in answer.items() if k not in ("phases", "log", "files")})
+    if found is not None:
+        contents.show(found, most)
+    lines = list(output.trace_lines(answer.get("phases") or []))
+    if lines:
+        print("\ncapture")
+    for line in lines:
+        print(line)
+
+
+def _contents(client: Client, snapshot: str, most: int, *, quiet: bool) -> dict[str, Any]:
+    with output.Progress(quiet=quiet or not sys.stderr.isatty()) as progress:
+        progress.say(f"looking into {snapshot}")
+        path = f"/snapshots/{segment(snapshot)}/contents"
+        found = client.request("GET", path, params={"most": max(most, 50)}, wait=LOOK_S).json()
+    return dict(found)
+
+
+@app.command()
+def diff(
+    snapshot: Id,
+    other: Annotated[
+        str, typer.Argument(metavar="OTHER", help="Another snapshot, or a container thawed from this one.")
+    ] = "",
+    call: Annotated[
+        str, typer.Option("--call", metavar="METHOD", help="Instead of OTHER: thaw it, and call this.")
+    ] = "",
+    args: Annotated[str, typer.Option("--args", metavar="JSON", help="The call's arguments, as `woodfrog call`.")] = "",
+    most: Annotated[int, typer.Option("--most", min=0, help="Rows of each table, and addresses.")] = 15,
+    as_json: Json = False,
+) -> None:
+    """Show which pages differ, by kind of memory, library and mapping: what a request wrote to.
+
+    A container's pages are read while it lives, so ask when it is idle. They hold what its thaw wrote, and all of its
+    calls.
+    """
+    if bool(other) == bool(call):
+        raise SpecError("give either another snapshot or container, or --call METHOD", code="bad-arguments")
+    if args and not call:
+        raise SpecError("--args belongs to --call", code="bad-arguments")
+    client = connect()
+    if call:
+        other = _called(client, snapshot, call, args)
+    with output.Progress(quiet=as_json or not sys.stderr.isatty()) as progress:
+        progress.say(f"comparing {snapshot} and {other}")
+        path = f"/snapshots/{segment(snapshot)}/diff/{segment(other)}"
+        found = client.request("GET", path, params={"most": most}, wait=LOOK_S).json()
+    if as_json:
+        output.show_json(found)
     else:
-        output.fields({k: v for k, v in answer.items() if k not in ("phases", "log", "files")})
-        for line in output.trace_lines(answer.get("phases") or []):
-            print(line)
+        contents.show_difference(found, most)
+
+
+def _called(client: Client, snapshot: str, method: str, args: str) -> str:
+    """Call a method of the snapshot's function; the container that served it.
+
+    Raises:
+        NotFoundError: its app is not deployed.
+        CaptureError: the container was not thawed from it.
+    """
+    row = get(client, f"/snapshots/{segment(snapshot)}")
+    app_name, function = str(row.get("app")), str(row.get("function"))
+    key = _key_of(client, app_name, function)
+    if key != row.get("function_key"):
+        raise NotFoundError(f"{snapshot} is of another version of {app_name}.{function} than is deployed now")
+    tag = function if method == function else f"{function}.{method}"
+    call_id = uuid.uuid4().hex
+    headers = {"woodfrog-call": call_id, "woodfrog-encoding": "json", "content-type": "application/json"}
+    content = payload_from(args or "[]", [], str)
+    path = f"/apps/{segment(app_name)}/calls/{segment(tag)}"
+    with output.Progress(quiet=not sys.stderr.isatty()) as progress:
+        progress.say(f"calling {app_name}.{tag}")
+        reply = client.request("POST", path, headers=headers, content=content, wait=1.0)
+        while (status := reply.headers.get("woodfrog-status", "pending")) == "pending":
+            reply = client.request("GET", f"/calls/{call_id}", wait=2.0)
+    if status != "success":
+        raise_failure(status, reply.body.getvalue())
+    container = str(get(client, f"/calls/{call_id}/trace").get("instance"))
+    try:
+        found = get(client, f"/containers/{segment(container)}")
+    except NotFoundError:
+        raise CaptureError(f"container {container} ended with the call; --call needs one that stays") from None
+    if found.get("snapshot") != row.get("id"):
+        raise CaptureError(f"container {container} was not thawed from {row.get('id')}: try again once it is idle")
+    return container
 
 
 @app.command()
@@ -154,3 +266,150 @@ def invalidate(snapshot: Id, as_json: Json = False) -> None:
         name = answer.get("snapshot", snapshot)
         gone = answer.get("removed", True)
         output.note(f"removed {name}" if gone else f"retired {name}: removed with the last container thawed from it")
+
+
+# --- keeping ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def verify(
+    snapshot: Annotated[str, typer.Argument(metavar="[SNAPSHOT]", help="Only this one.")] = "",
+    every: Annotated[bool, typer.Option("--all", help="All of them and the page store; as without SNAPSHOT.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Read every byte again and compare it with what was signed. Exit status 2 when something is wrong."""
+    if snapshot and every:
+        raise SpecError("give a snapshot or --all, not both", code="bad-arguments")
+    path = f"/snapshots/{segment(snapshot)}/verify" if snapshot else "/snapshots/verify"
+    answer = work(connect(), path, quiet=as_json)
+    rows, store = answer.get("snapshots") or [], answer.get("store") or []
+    wrong = sum(bool(row["problems"]) for row in rows) + len(store)
+    if as_json:
+        output.show_json(answer)
+    else:
+        table = [
+            (row["id"], output.size(row.get("bytes")), "; ".join(row["problems"]) if row["problems"] else "good")
+            for row in rows
+        ]
+        output.table(["snapshot", "size", "result"], table, empty="no snapshots")
+        for problem in store:
+            output.note(f"page store: {problem.get('pack') or 'index'}: {problem.get('what')}")
+    if wrong:
+        if not as_json:
+            output.note(f"{wrong} damaged: never thawed; `woodfrog snapshot invalidate` removes a snapshot")
+        raise typer.Exit(output.OUR_ERROR)
+
+
+@app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False, as_json: Json = False
+) -> None:
+    """Remove memory that no snapshot and no container needs any more. The daemon does so by itself, a while later."""
+    answer = work(connect(), "/snapshots/gc", quiet=as_json, **({"dry_run": "1"} if dry_run else {}))
+    if as_json:
+        output.show_json(answer)
+    else:
+        packs, freed = answer.get("packs") or 0, output.size(answer.get("freed_bytes") or 0)
+        verb = "would free" if dry_run else "freed"
+        output.note(f"{verb} {freed} in {packs} pack{'' if packs == 1 else 's'}" if packs else "nothing to remove")
+
+
+@app.command()
+def pin(snapshot: Id, as_json: Json = False) -> None:
+    """Keep a snapshot: neither a newer one of its function nor a full disk removes it."""
+    _mark(snapshot, "pin", "pinned", as_json)
+
+
+@app.command()
+def unpin(snapshot: Id, as_json: Json = False) -> None:
+    """Take back `pin`."""
+    _mark(snapshot, "unpin", "unpinned", as_json)
+
+
+def _mark(snapshot: str, action: str, done: str, as_json: bool) -> None:
+    answer = post(connect(), f"/snapshots/{segment(snapshot)}/{action}")
+    if as_json:
+        output.show_json(answer)
+    else:
+        output.note(f"{done} {answer.get('id', snapshot)}")
+
+
+# --- moving ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def export(
+    snapshot: Id,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a snapshot to one file, with all that it needs. It holds a process's memory, and so its secrets."""
+    if file.exists() and not force:
+        raise SpecError(f"{file} exists: name another file, or give --force", code="file-exists")
+    if not file.absolute().parent.is_dir():
+        raise SpecError(f"no directory {file.absolute().parent}", code="no-file")
+    client = connect()
+    answer = work(client, f"/snapshots/{segment(snapshot)}/export", quiet=as_json)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with (
+            open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out,
+            output.Progress(quiet=as_json or not sys.stderr.isatty()) as progress,
+        ):
+            total = output.size(answer.get("bytes"))
+            client.download(answer["file"], out, lambda n: progress.say(f"fetching: {output.size(n)} of {total}"))
+        os.replace(temporary, file)
+    except OSError as e:
+        raise SpecError(f"cannot write {file}: {e.strerror}", code="no-file") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    result = {"id": answer.get("id"), "file": str(file), "bytes": answer.get("bytes")}
+    if as_json:
+        output.show_json(result)
+    else:
+        output.note(f"exported {result['id']} to {file}, {output.size(result['bytes'])}")
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `snapshot export` wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Take up a snapshot from a file. The machine it comes from must be trusted: `woodfrog snapshot trust`."""
+    client = connect()
+    try:
+        with open(file, "rb") as source:
+            size = os.fstat(source.fileno()).st_size
+            with output.Progress(quiet=as_json or not sys.stderr.isatty()) as progress:
+                progress.say(f"sending {output.size(size)}")
+                answer = client.upload("/snapshots/import", source, size)
+    except OSError as e:
+        raise SpecError(f"cannot read {file}: {e.strerror}", code="no-file") from None
+    _show_taken(finish(client, answer, quiet=as_json), "imported", as_json)
+
+
+@app.command()
+def push(snapshot: Id, as_json: Json = False) -> None:
+    """Copy a snapshot to the tier (WOODFROG_TIER), from which other machines thaw it."""
+    answer = work(connect(), f"/snapshots/{segment(snapshot)}/push", quiet=as_json)
+    if as_json:
+        output.show_json(answer)
+    else:
+        output.note(f"pushed {answer.get('id', snapshot)} to {answer.get('tier')}")
+
+
+@app.command()
+def pull(
+    snapshot: Annotated[str, typer.Argument(metavar="SNAPSHOT", help="Its whole id.")], as_json: Json = False
+) -> None:
+    """Bring a snapshot from the tier (WOODFROG_TIER) to this machine."""
+    _show_taken(work(connect(), f"/snapshots/{segment(snapshot)}/pull", quiet=as_json), "pulled", as_json)
+
+
+def _show_taken(answer: dict[str, Any], done: str, as_json: bool) -> None:
+    if as_json:
+        output.show_json(answer)
+        return
+    of = f"{answer.get('app')}.{answer.get('function')}"
+    output.note(f"{done} {answer.get('id')} of {of}" if answer.get("new") else f"{answer.get('id')} of {of} is here")

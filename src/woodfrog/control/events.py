@@ -6,6 +6,8 @@ the class), so that a journal of them can be replayed. Times are seconds on one 
 What the daemon owes the machine:
 - Every `StartInstance` is answered by `InstanceReady`, `StartFailed`, `RestoreFailed`, `CaptureFailed(alive=False)`
   or `InstanceExited`, whichever comes first; all but the first mean that the instance is gone, sandbox and all.
+- Every `ParkInstance` is answered by `InstanceParked`, `RestoreFailed`, `StartFailed` or `InstanceExited`, and every
+  `WakeInstance` as a `StartInstance` is.
 - Every `StopInstance` and `KillInstance` is answered by `InstanceStopped` (or `InstanceExited`) once it is gone.
 - Every `RunCall` is answered by `CallFinished`, or by `InstanceExited`.
 - `FinishCall` ends every call, exactly once, also after a success: only then is the outcome final. After a
@@ -32,12 +34,14 @@ __all__ = [
     "Event",
     "FinishCall",
     "InstanceExited",
+    "InstanceParked",
     "InstanceReady",
     "InstanceStage",
     "InstanceStopRequested",
     "InstanceStopped",
     "KillInstance",
     "Outcome",
+    "ParkInstance",
     "RestoreFailed",
     "RetireSnapshot",
     "RunCall",
@@ -51,6 +55,7 @@ __all__ = [
     "StopInstance",
     "Tick",
     "WakeAt",
+    "WakeInstance",
     "action_from_dict",
     "event_from_dict",
 ]
@@ -201,6 +206,13 @@ class InstanceReady(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class InstanceParked(Event):
+    """It was thawed and is stopped: it has not run yet, and waits for `WakeInstance`."""
+
+    instance_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class StartFailed(Event):
     """The instance did not come up and is gone. `user_fault`: the user's import or `enter` raised."""
 
@@ -319,6 +331,23 @@ class StartInstance(Action):
     """Set for mode `restore`."""
     capture: bool = False
     """Freeze it after `enter(snap=True)`, then go on through the restore path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParkInstance(Action):
+    """Thaw it as a `StartInstance` does, and leave it stopped."""
+
+    instance_id: str
+    service_id: str
+    params_digest: str
+    snapshot_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WakeInstance(Action):
+    """Let a parked instance run; from here on it goes through the end of a start."""
+
+    instance_id: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from woodfrog.control.events import (
     Event,
     FinishCall,
     InstanceExited,
+    InstanceParked,
     InstanceReady,
     InstanceStage,
     InstanceStopped,
@@ -170,6 +171,8 @@ def _drain(st: State, service: Service) -> None:
         for inst in list(group.instances.values()):
             if inst.state == "idle":
                 moves.stop(st, inst, "newer version")
+            elif inst.park:
+                moves.kill(st, inst, "newer version")
             elif inst.state in ("starting", "capturing") and spare > 0:
                 spare -= 1
                 moves.kill(st, inst, "newer version")
@@ -236,6 +239,7 @@ def _call_finished(st: State, ev: CallFinished) -> None:
     group.last_load = st.now
     call.instance = inst.call = None
     inst.served += 1
+    moves.note_use(st, inst)
     delay = None if ev.outcome == "success" else moves.retry_delay(call)
     if delay is None:
         moves.end_call(st, call, ev.outcome, ev.error)
@@ -273,7 +277,7 @@ def _instance_ready(st: State, ev: InstanceReady) -> None:
     inst = st.instances.get(ev.instance_id)
     if inst is None or inst.state == "stopping":
         return _stale(st)
-    if inst.state not in ("starting", "capturing"):
+    if inst.state not in ("starting", "capturing") or inst.park:
         raise _invalid(ev, "but it has come up already", inst.id, inst.history)
     group = inst.group
     knowledge = st.knows(group.service, group.digest)
@@ -286,18 +290,34 @@ def _instance_ready(st: State, ev: InstanceReady) -> None:
     group.hold_calls = group.hold_spares = -NEVER
     inst.stage = ""
     moves.serve(st, inst)
+    moves.park_later(st, group, st.config.park_delay)
     st.freed = True
+
+
+def _instance_parked(st: State, ev: InstanceParked) -> None:
+    inst = st.instances.get(ev.instance_id)
+    if inst is None or inst.state == "stopping":
+        return _stale(st)
+    if inst.state != "starting" or not inst.park:
+        raise _invalid(ev, "but it was not to be", inst.id, inst.history)
+    group = inst.group
+    inst.stage = ""
+    moves.change(st, inst, "parked")
+    moves.set_deadline(st, inst, max(group.last_load + st.config.park_window, st.now + 1.0))
+    moves.schedule(st, group)
 
 
 def _start_failed(st: State, ev: StartFailed) -> None:
     inst = st.instances.get(ev.instance_id)
     if inst is None:
         return _stale(st)
-    if inst.state in ("idle", "running"):
+    if inst.state in ("parked", "idle", "running"):
         raise _invalid(ev, "but it has come up", inst.id, inst.history)
-    wanted = inst.state != "stopping"
+    wanted, parking = inst.state != "stopping", inst.park
     moves.gone(st, inst)
-    if wanted:
+    if wanted and parking:
+        moves.park_later(st, inst.group, st.config.park_retry)
+    elif wanted:
         moves.start_broke(st, inst, ev.error, ev.user_fault)
     moves.after_loss(st, inst)
 
@@ -312,6 +332,8 @@ def _instance_exited(st: State, ev: InstanceExited) -> None:
     if was == "running" and call is not None:
         inst.call = call.instance = None
         moves.fail_call(st, call, "failure", ev.error)
+    elif was == "parked":
+        moves.park_later(st, inst.group, st.config.park_retry)
     elif was == "capturing":
         moves.capture_broke(st, inst, reason)
     elif was == "starting" and inst.snapshot_id is not None:
@@ -338,6 +360,8 @@ def _instance_stop_requested(st: State, ev: InstanceStopRequested) -> None:
     call = inst.call
     if inst.capture:
         inst.group.capture_wanted = False
+    if inst.park:
+        moves.park_later(st, inst.group, st.config.park_retry)
     moves.dismiss(st, inst, "stopped by hand")
     if call is not None:
         inst.call = call.instance = None
@@ -365,6 +389,7 @@ def _snapshot_captured(st: State, ev: SnapshotCaptured) -> None:
     moves.learn(st, inst.group.service, inst.group.digest, ev.snapshot_id)
     if inst.state in ("idle", "running"):
         inst.snapshot_id = ev.snapshot_id
+        moves.note_use(st, inst)
     elif inst.state != "stopping":
         inst.snapshot_id = ev.snapshot_id
         moves.change(st, inst, "starting")
@@ -396,7 +421,7 @@ def _restore_failed(st: State, ev: RestoreFailed) -> None:
     inst = st.instances.get(ev.instance_id)
     if inst is None:
         return _stale(st)
-    if inst.state in ("idle", "running") or inst.snapshot_id != ev.snapshot_id:
+    if inst.state in ("parked", "idle", "running") or inst.snapshot_id != ev.snapshot_id:
         raise _invalid(ev, f"of {ev.snapshot_id} but that is not what it does", inst.id, inst.history)
     moves.gone(st, inst)
     if inst.state != "stopping" or ev.at_fault:
@@ -418,6 +443,7 @@ def _snapshot_invalidated(st: State, ev: SnapshotInvalidated) -> None:
         knowledge.snapshot_id = None
         knowledge.failures = knowledge.attempts = 0
         knowledge.gave_up = False
+    moves.unpark(st, ev.snapshot_id, "its snapshot is gone")
     if not found:
         _stale(st)
 
@@ -469,6 +495,11 @@ def _overdue(st: State, inst: Instance) -> None:
     spec = group.service.spec
     if inst.state == "idle":
         _scale_down(st, inst)
+    elif inst.state == "parked":
+        if len(group.parked) > moves.park_target(st, group):
+            return moves.kill(st, inst, "not used any more")
+        load = st.now if group.running or group.queue else group.last_load
+        moves.set_deadline(st, inst, max(load + st.config.park_window, st.now + 1.0))
     elif inst.state == "stopping":
         moves.kill(st, inst, f"{inst.reason}; exit hooks ran past {st.config.stop_grace:g} s")
     elif inst.state == "running":
@@ -535,6 +566,7 @@ _HANDLERS: dict[type[Event], Callable[[State, Any], None]] = {
     CallSubmitted: _call_submitted,
     CaptureFailed: _capture_failed,
     InstanceExited: _instance_exited,
+    InstanceParked: _instance_parked,
     InstanceReady: _instance_ready,
     InstanceStage: _instance_stage,
     InstanceStopRequested: _instance_stop_requested,

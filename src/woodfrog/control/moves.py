@@ -13,10 +13,12 @@ from woodfrog.control.events import (
     FinishCall,
     KillInstance,
     Outcome,
+    ParkInstance,
     RetireSnapshot,
     RunCall,
     StartInstance,
     StopInstance,
+    WakeInstance,
 )
 from woodfrog.control.state import HISTORY, NEVER, App, Call, Group, Instance, InstanceState, Knowledge, Service, State
 
@@ -116,8 +118,13 @@ def change(st: State, inst: Instance, state: InstanceState | None) -> None:
     """Change an instance's state and every count that depends on it; None = gone."""
     group, service = inst.group, inst.group.service
     if inst.state in ("starting", "capturing"):
-        group.starting -= 1
+        group.parking -= inst.park
+        group.starting -= not inst.park
         st.cold_starting -= inst.mode == "cold"
+    elif inst.state == "parked":
+        group.parked.pop(inst.id, None)
+        st.parked.pop(inst.id, None)
+        inst.park = False
     elif inst.state == "idle":
         group.idle.pop(inst.id, None)
         st.idle.pop(inst.id, None)
@@ -133,8 +140,11 @@ def change(st: State, inst: Instance, state: InstanceState | None) -> None:
         return
     inst.state = state
     if state in ("starting", "capturing"):
-        group.starting += 1
+        group.parking += inst.park
+        group.starting += not inst.park
         st.cold_starting += inst.mode == "cold"
+    elif state == "parked":
+        group.parked[inst.id] = st.parked[inst.id] = inst
     elif state == "idle":
         group.idle[inst.id] = st.idle[inst.id] = inst
     elif state == "running":
@@ -172,28 +182,11 @@ def start(st: State, group: Group) -> bool:
     if group.force_cold:
         group.force_cold -= 1
     capture = enabled and service.active and not restore and capture_due(knowledge)
-    st.counter += 1
-    inst = Instance(
-        id=f"i-{st.run}-{st.counter}",
-        group=group,
-        mode="restore" if restore else "cold",
-        snapshot_id=knowledge.snapshot_id if restore else None,
-        capture=capture,
-        started_at=st.now,
-        since=st.now,
-        born=st.seq,
-        stage="restoring" if restore else "",
-    )
+    inst = begin(st, group, knowledge.snapshot_id if restore else None, capture=capture)
     if capture:
         knowledge.capturer = inst.id
-    st.instances[inst.id] = group.instances[inst.id] = inst
-    service.instances += 1
-    group.starting += 1
-    st.cold_starting += not restore
     if group.starved_since != NEVER:
         group.starved_since = st.now
-    note(st, inst, "starting")
-    set_deadline(st, inst, st.now + service.spec.startup_timeout)
     st.out.append(
         StartInstance(
             instance_id=inst.id,
@@ -205,6 +198,31 @@ def start(st: State, group: Group) -> bool:
         )
     )
     return True
+
+
+def begin(st: State, group: Group, snapshot_id: str | None, *, capture: bool = False, park: bool = False) -> Instance:
+    """A new instance, starting."""
+    st.counter += 1
+    inst = Instance(
+        id=f"i-{st.run}-{st.counter}",
+        group=group,
+        mode="restore" if snapshot_id else "cold",
+        snapshot_id=snapshot_id,
+        capture=capture,
+        started_at=st.now,
+        since=st.now,
+        born=st.seq,
+        park=park,
+        stage="restoring" if snapshot_id else "",
+    )
+    st.instances[inst.id] = group.instances[inst.id] = inst
+    group.service.instances += 1
+    group.parking += park
+    group.starting += not park
+    st.cold_starting += not snapshot_id
+    note(st, inst, "starting")
+    set_deadline(st, inst, st.now + group.service.spec.startup_timeout)
+    return inst
 
 
 def serve(st: State, inst: Instance) -> None:
@@ -253,6 +271,68 @@ def dismiss(st: State, inst: Instance, reason: str) -> None:
         stop(st, inst, reason)
     elif inst.state != "stopping":
         kill(st, inst, reason)
+
+
+# Parked instances
+
+
+def park_target(st: State, group: Group) -> int:
+    """How many parked instances the group should have, limits aside."""
+    service = group.service
+    if st.shutting_down or not service.active or not can_restore(st, group):
+        return 0
+    if not st.knows(service, group.digest).used:
+        return 0
+    if not (group.queue or group.running) and st.now - group.last_load >= st.config.park_window:
+        return 0
+    return max(st.config.parked, 0 if group.digest else service.spec.scaling.buffer_containers)
+
+
+def park(st: State, group: Group) -> None:
+    """Park one more if that is due; nobody waits for it, so anything else comes first."""
+    if len(group.parked) + group.parking >= park_target(st, group):
+        return
+    if st.now < group.hold_parks:
+        return park_later(st, group, 0.0)
+    if group.parking or group.starting or group.queue:
+        return  # the end of that comes back here
+    if st.starved or not can_start(st, group):
+        return park_later(st, group, st.config.park_full)
+    knowledge = st.knows(group.service, group.digest)
+    assert knowledge.snapshot_id is not None
+    inst = begin(st, group, knowledge.snapshot_id, park=True)
+    st.out.append(
+        ParkInstance(
+            instance_id=inst.id,
+            service_id=group.service.id,
+            params_digest=group.digest,
+            snapshot_id=knowledge.snapshot_id,
+        )
+    )
+
+
+def park_later(st: State, group: Group, seconds: float) -> None:
+    """Nothing is parked for so long."""
+    group.hold_parks = max(group.hold_parks, st.now + seconds)
+    if group.parks_timer != group.hold_parks and park_target(st, group):
+        group.parks_timer = group.hold_parks
+        push(st, group.hold_parks, "group", group.key)
+
+
+def wake(st: State, group: Group) -> None:
+    """Let the newest parked instance run."""
+    inst = group.parked.popitem()[1]
+    change(st, inst, "starting")
+    inst.stage = "restoring"
+    set_deadline(st, inst, st.now + group.service.spec.startup_timeout)
+    st.out.append(WakeInstance(instance_id=inst.id))
+
+
+def unpark(st: State, snapshot_id: str, reason: str) -> None:
+    """The snapshot is not to be used any more."""
+    for inst in [i for i in st.instances.values() if i.park and i.snapshot_id == snapshot_id]:
+        dismiss(st, inst, reason)
+        park_later(st, inst.group, st.config.park_delay)
 
 
 def gone(st: State, inst: Instance) -> None:
@@ -341,6 +421,16 @@ def learn(st: State, service: Service, digest: str, snapshot_id: str) -> None:
     if knowledge.snapshot_id != snapshot_id:
         knowledge.snapshot_id = snapshot_id
         knowledge.failures = 0
+        knowledge.used = False
+
+
+def note_use(st: State, inst: Instance) -> None:
+    """An instance has answered a call."""
+    knowledge = st.knows(inst.group.service, inst.group.digest)
+    if inst.served and inst.snapshot_id is not None and inst.snapshot_id == knowledge.snapshot_id:
+        first, knowledge.used = not knowledge.used, True
+        if first:
+            park_later(st, inst.group, st.config.park_delay)
 
 
 def attempt_failed(st: State, knowledge: Knowledge, reason: str) -> None:
@@ -364,7 +454,9 @@ def restore_broke(st: State, inst: Instance, reason: str, at_fault: bool) -> Non
     """Count it against the snapshot, and let the start in its place be a cold one."""
     group = inst.group
     knowledge = st.knows(group.service, group.digest)
-    if inst.state != "stopping":
+    if inst.park:
+        park_later(st, group, st.config.park_retry)
+    elif inst.state != "stopping":
         group.force_cold += 1
     if inst.snapshot_id is None or knowledge.snapshot_id != inst.snapshot_id:
         return
@@ -372,6 +464,7 @@ def restore_broke(st: State, inst: Instance, reason: str, at_fault: bool) -> Non
     knowledge.reason = reason
     if at_fault or knowledge.failures >= st.config.snapshot_failures:
         st.out.append(RetireSnapshot(snapshot_id=inst.snapshot_id, reason=reason))
+        unpark(st, inst.snapshot_id, "its snapshot was retired")
         knowledge.snapshot_id = None
         knowledge.failures = 0
         attempt_failed(st, knowledge, reason)
@@ -395,8 +488,9 @@ def target(st: State, group: Group) -> int:
     if not service.active or group.digest:
         return load
     policy = service.spec.scaling
-    if policy.buffer_containers and (load or st.now - group.last_load < policy.scaledown_window):
-        load += policy.buffer_containers
+    recent = load or st.now - group.last_load < policy.scaledown_window
+    if policy.buffer_containers and recent and not can_restore(st, group):
+        load += policy.buffer_containers  # otherwise they are parked
     return max(load, policy.min_containers)
 
 
@@ -409,8 +503,9 @@ def wanted(st: State, group: Group) -> tuple[int, int]:
     """Starts that someone waits for, and starts to have some in reserve."""
     if st.shutting_down:
         return 0, 0
-    urgent = len(group.queue) - group.starting if st.now >= group.hold_calls else 0
+    urgent = len(group.queue) - group.starting - group.parking if st.now >= group.hold_calls else 0
     urgent = max(urgent, 0)
+    coming = min(group.parking, max(len(group.queue) - group.starting, 0))
     if st.now < group.hold_spares:
         return urgent, 0
     if group.capture_wanted:
@@ -419,12 +514,15 @@ def wanted(st: State, group: Group) -> tuple[int, int]:
             group.capture_wanted = False
         elif knowledge.capturer is None:
             urgent = max(urgent, 1)
-    return urgent, max(target(st, group) - group.live - urgent, 0)
+    return urgent, max(target(st, group) - group.live - coming - urgent, 0)
 
 
 def schedule(st: State, group: Group) -> None:
     """Start what the group needs, as far as the limits allow; the rest waits in `starved` for `feed`."""
     urgent, spare = wanted(st, group)
+    while (urgent or spare) and group.parked:
+        wake(st, group)
+        urgent, spare = wanted(st, group)
     if st.starved:
         # Others wait too: who comes first is not for this group to say.
         st.freed = st.freed or bool((urgent or spare) and can_start(st, group))
@@ -436,6 +534,8 @@ def schedule(st: State, group: Group) -> None:
     if urgent:
         make_room(st, group, urgent)
     mark_starved(st, group, urgent, spare)
+    if not urgent and not spare:
+        park(st, group)
 
 
 def mark_starved(st: State, group: Group, urgent: int, spare: int) -> None:
@@ -474,11 +574,20 @@ def make_room(st: State, group: Group, urgent: int) -> None:
     limit = service.spec.scaling.max_containers
     if limit is not None and service.instances >= limit:
         while service.stopping < urgent:
+            parked = next((i for g in service.groups.values() for i in g.parked.values()), None)
+            if parked is not None:
+                kill(st, parked, "makes room for other parameters")
+                park_later(st, parked.group, st.config.park_full)
+                continue
             idle = [next(iter(g.idle.values())) for g in service.groups.values() if g.idle]
             if not idle:
                 return
             stop(st, min(idle, key=lambda i: i.since), "makes room for other parameters")
     elif len(st.instances) >= st.config.max_instances:
+        while st.stopping < urgent and st.parked:
+            parked = next(iter(st.parked.values()))
+            kill(st, parked, "makes room for another function")
+            park_later(st, parked.group, st.config.park_full)
         while st.stopping < urgent and st.idle:
             # Oldest first; those that `min_containers` asks for only when there is no other.
             spare = (i for i in st.idle.values() if i.group.live > floor(i.group))

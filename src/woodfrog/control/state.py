@@ -14,7 +14,7 @@ __all__ = ["App", "Call", "Config", "Group", "Instance", "InstanceState", "Knowl
 HISTORY = 20
 """Transitions kept per call and instance, for the story in an error."""
 
-InstanceState = Literal["starting", "capturing", "idle", "running", "stopping"]
+InstanceState = Literal["starting", "capturing", "parked", "idle", "running", "stopping"]
 CallState = Literal["queued", "running", "waiting_retry"]
 NEVER = float("inf")
 
@@ -43,6 +43,16 @@ class Config:
     """Time that running calls get once the daemon is to stop."""
     give_way: float = 5.0
     """A busy group gives up an instance to one that a limit has kept waiting so long with fewer."""
+    parked: int = 0
+    """Parked instances of each function that was used within `park_window`."""
+    park_window: float = 3600.0
+    """How long after its last call a function keeps parked instances."""
+    park_delay: float = 1.0
+    """Pause after a start before parked instances are replaced: whoever waits for a call needs the processor more."""
+    park_retry: float = 5.0
+    """Pause after one could not be parked, or was lost."""
+    park_full: float = 60.0
+    """Pause where a limit leaves no room for parked instances."""
     keep_finished: int = 1000
     """Outcomes of finished calls that are remembered."""
 
@@ -52,6 +62,8 @@ class Knowledge:
     """What is known about the snapshot of one function key and one set of constructor parameters."""
 
     snapshot_id: str | None = None
+    used: bool = False
+    """A call was answered by an instance of `snapshot_id`: what such calls need of its memory is known."""
     capturer: str | None = None
     """Id of the instance that captures, or is to capture; it stays until that is done or the instance gone."""
     failures: int = 0
@@ -128,6 +140,8 @@ class Instance:
     """When it came into its present state."""
     born: int
     """Number of the event that started it."""
+    park: bool = False
+    """It is to be parked, or is."""
     state: InstanceState = "starting"
     stage: str = ""
     call: Call | None = None
@@ -171,9 +185,13 @@ class Group:
     queue: OrderedDict[str, Call] = field(default_factory=OrderedDict)
     idle: OrderedDict[str, Instance] = field(default_factory=OrderedDict)
     """Oldest first. The newest serves next, so that the others can go."""
+    parked: OrderedDict[str, Instance] = field(default_factory=OrderedDict)
+    """Oldest first."""
     instances: dict[str, Instance] = field(default_factory=dict)
     calls: int = 0
     """Unfinished: queued, running or waiting for a retry."""
+    parking: int = 0
+    """Starts that end parked; not counted in `starting`."""
     starting: int = 0
     running: int = 0
     stopping: int = 0
@@ -190,6 +208,10 @@ class Group:
     """No start before this time for waiting calls."""
     hold_spares: float = -NEVER
     """No start before this time for anything else."""
+    hold_parks: float = -NEVER
+    """Nothing is parked before this time."""
+    parks_timer: float = -NEVER
+    """Time of the latest entry in the heap for that."""
     starved_since: float = NEVER
 
     @property
@@ -279,6 +301,7 @@ class State:
         self.cold_starting = 0
         self.stopping = 0
         self.idle: OrderedDict[str, Instance] = OrderedDict()
+        self.parked: OrderedDict[str, Instance] = OrderedDict()
         self.starved: dict[tuple[str, str], Group] = {}
         self.freed = False
         self.yield_at = -NEVER
@@ -317,6 +340,8 @@ class State:
                 {
                     "params_digest": g.digest,
                     "queued": len(g.queue),
+                    "parked": len(g.parked),
+                    "parking": g.parking,
                     "starting": g.starting,
                     "idle": len(g.idle),
                     "running": g.running,

@@ -67,6 +67,7 @@ class Restore:
     Args:
         new_clock: give the tree a time namespace in which the monotonic clock goes on from the dump.
         lazy_pages: leave memory to the page server that listens on `lazy-pages.socket` in `work`.
+        stopped: leave the tree stopped: it has not run when CRIU exits, and runs on SIGCONT.
     """
 
     images: str
@@ -75,6 +76,7 @@ class Restore:
     tcp: Tcp = "none"
     new_clock: bool = False
     lazy_pages: bool = False
+    stopped: bool = False
     verbosity: int = 1
 
 
@@ -106,6 +108,7 @@ def restore_command(criu: str, restore: Restore) -> tuple[str, ...]:
         "--log-file", restore.log,
         f"-v{restore.verbosity}",
         *(("--lazy-pages",) if restore.lazy_pages else ()),
+        *(("--leave-stopped",) if restore.stopped else ()),
         *TCP[restore.tcp],
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ file, then entries. The present entries' pages lie in `pages-<n>.img` one after 
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from dataclasses import dataclass
@@ -13,27 +14,63 @@ from pathlib import Path
 
 from woodfrog.criu.stats import fields_of
 
-__all__ = ["INDEX", "PageTask", "build_index", "parse_pagemap", "read_index", "write_index"]
+__all__ = [
+    "INDEX",
+    "MAX_FILES",
+    "PageIndex",
+    "PageTask",
+    "build_index",
+    "index_files",
+    "parse_pagemap",
+    "read_index",
+    "wiped_on_fork",
+    "write_index",
+]
 
 INDEX = "pages.idx"
 """The page index, beside the images."""
+
+MAX_FILES = 190
+"""Files of one index: a descriptor for each has to fit into one message to the page server."""
 
 PAGE = 4096
 _MAGICS = (0x54564319, 0x56084025)
 _IN_PARENT, _LAZY, _PRESENT = 1, 2, 4
 _HEAD = struct.Struct("=QII")
 _TASK = struct.Struct("=iI")
-_EXTENT = struct.Struct("=QQQ")
-_INDEX_MAGIC = int.from_bytes(b"FROGIDX1", "little")
+_EXTENT = struct.Struct("=QQQII")
+_NAME = 64
+_MAX_TASKS = 1 << 16
+_SET = struct.Struct("=QII")
+_RANGE = struct.Struct("=iIQ")
+_SET_MAGIC = int.from_bytes(b"FROGSET1", "little")
+_MM_VMAS = 14
+_MADVISE_KEY = bytes([9 << 3])
+_MADV_WIPEONFORK = 18
+_INDEX_MAGIC = int.from_bytes(b"FROGIDX2", "little")
 
 
 @dataclass(frozen=True)
 class PageTask:
-    """One task's lazy memory: `extents` are (address, pages, offset in bytes in `pages-<file>.img`)."""
+    """One task's lazy memory: `extents` are (address, pages, offset in bytes, number of file), in order and apart."""
 
     pid: int
-    file: int
-    extents: tuple[tuple[int, int, int], ...]
+    extents: tuple[tuple[int, int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class PageIndex:
+    """Where each page that a page server gives lies. One in no extent is zero.
+
+    Args:
+        files: what the extents' numbers mean: "pages-3.img", beside the index; or the id of a pack, 64 hex digits.
+        wiped: (pid, pages, address) of memory that a fork empties for the child (MADV_WIPEONFORK): the kernel tells
+            nobody, and the child must not be given its parent's pages.
+    """
+
+    tasks: tuple[PageTask, ...]
+    files: tuple[str, ...]
+    wiped: tuple[tuple[int, int, int], ...] = ()
 
 
 def parse_pagemap(data: bytes) -> tuple[int, tuple[tuple[int, int, int], ...]]:
@@ -71,43 +108,113 @@ def parse_pagemap(data: bytes) -> tuple[int, tuple[tuple[int, int, int], ...]]:
     return pages_file, tuple(extents)
 
 
-def write_index(tasks: list[PageTask]) -> bytes:
-    """The page index as `native/pageserver.c` reads it; the tasks' pages files go with it in the same order."""
-    out = [_HEAD.pack(_INDEX_MAGIC, len(tasks), 0)]
-    out += [_TASK.pack(t.pid, len(t.extents)) for t in tasks]
-    for task in tasks:
-        out += [_EXTENT.pack(*e) for e in task.extents]
-    return b"".join(out) + struct.pack(f"={len(tasks)}I", *(t.file for t in tasks))
+def write_index(index: PageIndex) -> bytes:
+    """The page index as `native/pageserver.c` reads it."""
+    out = [_HEAD.pack(_INDEX_MAGIC, len(index.tasks), len(index.files))]
+    out += [_TASK.pack(t.pid, len(t.extents)) for t in index.tasks]
+    for task in index.tasks:
+        out += [_EXTENT.pack(*e, 0) for e in task.extents]
+    out += [name.encode().ljust(_NAME, b"\0") for name in index.files]
+    if index.wiped:
+        out += [_SET.pack(_SET_MAGIC, len(index.wiped), 0), *(_RANGE.pack(*r) for r in index.wiped)]
+    return b"".join(out)
 
 
-def read_index(data: bytes) -> list[tuple[int, int]]:
-    """(pid, number of its pages file) of each task of an index.
+def read_index(data: bytes) -> PageIndex:
+    """The opposite of `write_index`.
 
     Raises:
         ValueError: not an index.
     """
+    heads, at, files, rest = _parts(data, len(data))
+    tasks = []
+    for pid, count in heads:
+        end = at + count * _EXTENT.size
+        tasks.append(PageTask(pid, tuple(e[:4] for e in _EXTENT.iter_unpack(data[at:end]))))
+        at = end
+    return PageIndex(tuple(tasks), _names(data[files:rest]), _wiped(data[rest:]))
+
+
+def index_files(path: Path) -> tuple[str, ...]:
+    """The files that an index points into, without reading all of it: there may be a million extents.
+
+    Raises:
+        ValueError: not an index.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        head = file.read(_HEAD.size)
+        if len(head) == _HEAD.size:
+            head += file.read(min(_HEAD.unpack(head)[1], _MAX_TASKS) * _TASK.size)
+        _, _, files, end = _parts(head, file.seek(0, os.SEEK_END))
+        file.seek(files)
+        return _names(file.read(end - files))
+
+
+def _parts(data: bytes, size: int) -> tuple[list[tuple[int, int]], int, int, int]:
+    """(pid, extents) of each task, where the extents begin, where the files do, and where these end."""
     try:
-        magic, count, _ = _HEAD.unpack_from(data)
-        pids = [_TASK.unpack_from(data, _HEAD.size + i * _TASK.size)[0] for i in range(count)]
-        files = struct.unpack(f"={count}I", data[len(data) - 4 * count :])
+        magic, tasks, files = _HEAD.unpack_from(data)
+        if magic != _INDEX_MAGIC:
+            raise ValueError("not a page index")
+        heads: list[tuple[int, int]] = list(_TASK.iter_unpack(data[_HEAD.size : _HEAD.size + tasks * _TASK.size]))
     except struct.error as e:
         raise ValueError(f"a damaged page index: {e}") from None
-    if magic != _INDEX_MAGIC:
-        raise ValueError("not a page index")
-    return list(zip(pids, files, strict=True))
+    begin = _HEAD.size + tasks * _TASK.size
+    end = begin + sum(count for _, count in heads) * _EXTENT.size
+    rest = size - end - files * _NAME
+    if len(heads) != tasks or rest < 0 or (rest and (rest <= _SET.size or rest % _RANGE.size)):
+        raise ValueError("a damaged page index: its size is wrong")
+    return heads, begin, end, end + files * _NAME
 
 
-def build_index(images: Path) -> list[PageTask]:
+def _names(data: bytes) -> tuple[str, ...]:
+    try:
+        return tuple(data[at : at + _NAME].rstrip(b"\0").decode("ascii") for at in range(0, len(data), _NAME))
+    except UnicodeDecodeError:
+        raise ValueError("a damaged page index: not a file's name") from None
+
+
+def _wiped(data: bytes) -> tuple[tuple[int, int, int], ...]:
+    if not data:
+        return ()
+    magic, count, _ = _SET.unpack_from(data)
+    if magic != _SET_MAGIC or len(data) != _SET.size + count * _RANGE.size:
+        raise ValueError("a damaged page index: what follows the files")
+    return tuple(_RANGE.iter_unpack(data[_SET.size :]))
+
+
+def wiped_on_fork(mm: bytes) -> list[tuple[int, int]]:
+    """(address, pages) of the maps with MADV_WIPEONFORK, from CRIU's image of a task's maps (`mm-<pid>.img`)."""
+    _, _, length = struct.unpack_from("<III", mm)
+    found = []
+    for number, value in fields_of(mm[12 : 12 + length]):
+        if number != _MM_VMAS or not isinstance(value, bytes) or _MADVISE_KEY not in value:
+            continue  # of a thousand maps, few have any advice
+        vma = {n: v for n, v in fields_of(value) if isinstance(v, int)}
+        if vma.get(9, 0) >> _MADV_WIPEONFORK & 1:
+            found.append((vma[1], (vma[2] - vma[1]) // PAGE))
+    return found
+
+
+def build_index(images: Path) -> PageIndex:
     """Read the page maps of a dump.
 
     Raises:
         ValueError: a page map that cannot be served lazily; the restore then reads everything, as plain CRIU does.
     """
     tasks = []
+    files: list[str] = []
+    wiped: list[tuple[int, int, int]] = []
     for path in sorted(images.glob("pagemap-*.img")):
         found = re.fullmatch(r"pagemap-(\d+)\.img", path.name)
         if found is None:
             continue  # shared memory has page maps of its own (pagemap-shmem-…), which CRIU always reads itself
+        pid = int(found.group(1))
         number, extents = parse_pagemap(path.read_bytes())
-        tasks.append(PageTask(int(found.group(1)), number, extents))
-    return tasks
+        tasks.append(PageTask(pid, tuple((*e, len(files)) for e in extents)))
+        files.append(f"pages-{number}.img")
+        maps = images / f"mm-{pid}.img"
+        if maps.exists():
+            wiped += ((pid, pages, at) for at, pages in wiped_on_fork(maps.read_bytes()))
+    return PageIndex(tuple(tasks), tuple(files), tuple(wiped))

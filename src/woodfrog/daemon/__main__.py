@@ -11,9 +11,13 @@ import logging
 import os
 import signal
 import socket
+import stat
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,9 @@ import uvloop
 import woodfrog
 from woodfrog import faults
 from woodfrog.backends.factory import SandboxFactory
+from woodfrog.backends.keeper import Keeper
 from woodfrog.backends.local import LocalBackend, LocalConfig
+from woodfrog.backends.zygote import ZygoteConfig
 from woodfrog.criu.binary import Criu, find_criu
 from woodfrog.daemon.api import TokenAuth, build
 from woodfrog.daemon.controller import Controller
@@ -38,13 +44,20 @@ from woodfrog.settings import Settings, load
 from woodfrog.snapshot.catalogue import Catalogue
 from woodfrog.snapshot.compat import host_facts, worker_class
 from woodfrog.snapshot.manifest import SigningKey
+from woodfrog.snapshot.transport import Transport
+from woodfrog.snapshot.trust import TrustStore
+from woodfrog.store.cold import Key
 from woodfrog.store.content import ContentStore
+from woodfrog.store.pages import PageStore
+from woodfrog.store.tiers import open_tier
 
 __all__ = ["main"]
 
 log = logging.getLogger("woodfrog")
 
 _TIDY_S = 15.0
+_LEAVE_S = 5.0
+EVERYTHING_MIB = 1 << 40
 
 
 class _Server(uvicorn.Server):
@@ -56,7 +69,7 @@ class _Server(uvicorn.Server):
 
 
 def _prepare_home(settings: Settings) -> int:
-    """Make the state directory and take its lock; the lock's descriptor lives as long as the daemon.
+    """Make the state directory and take its lock; the lock's descriptor, never closed, lives as long as the daemon.
 
     Raises:
         DaemonError: another daemon has it.
@@ -113,8 +126,8 @@ def _tcp_socket(settings: Settings) -> socket.socket | None:
         raise SpecError(f"setting listen: {settings.listen!r}: {e}", code="bad-setting") from None
 
 
-def _check_host(settings: Settings) -> Criu:
-    """Refuse with the same words `woodfrog doctor` uses.
+def _check_host(settings: Settings) -> tuple[Criu, Settings]:
+    """CRIU, and the settings this machine can follow. Refuses with the same words `woodfrog doctor` uses.
 
     Raises:
         HostError: the first required thing that is missing, with its remedy.
@@ -132,36 +145,90 @@ def _check_host(settings: Settings) -> Criu:
         native=(init_binary_path(), page_server_path()),
         criu=criu,
     )
-    requirements.demand(requirements.judge(host))
-    return found[0]
+    checks = requirements.judge(host)
+    requirements.demand(checks)
+    for check in checks:
+        if check.ok is False and check.name in ("userfaultfd", *requirements.COLD_ONLY):
+            log.warning("%s: %s; %s", check.name, check.found, check.remedy)
+    if host.userfaultfd != 0:
+        # What is packed can only be thawed through the page server.
+        settings = replace(settings, lazy_min_mib=EVERYTHING_MIB, pack=False)
+    return found[0], settings
+
+
+def _check_private(hot: Path) -> None:
+    """It lies in /dev/shm, where everybody may make directories, under a name that can be guessed.
+
+    Raises:
+        HostError: somebody else made it.
+    """
+    for path in (hot.parent, hot):
+        info = os.lstat(path)
+        if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
+            raise HostError(f"{path}: others may write there; remove it, or make it yours alone", code="state-dir")
+
+
+def _keeper(settings: Settings, catalogue: Catalogue, store: PageStore, key: SigningKey, cls: str) -> Keeper:
+    secret = None
+    tier, budget = settings.tier, settings.snapshots_mib << 20
+    if settings.encrypted:
+        secret = Key.load(settings.encryption_key or Path(settings.encryption_key_file))
+        # What is hot lies in memory alone: the tier is what lasts.
+        tier = tier or str(settings.home / "sealed")
+        budget = budget or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    trust = TrustStore(settings.home / "keys" / "trusted")
+    keeper = Keeper(
+        catalogue,
+        store,
+        Transport(catalogue, store, key, trust, settings.hot / "store" / "moving", secret),
+        tier=open_tier(tier) if tier else None,
+        pack=settings.pack,
+        pack_min=settings.lazy_min_mib << 20,
+        budget=budget,
+        worker_class=cls,
+    )
+    catalogue.on_removed = keeper.collect_later
+    return keeper
 
 
 async def serve(settings: Settings) -> None:
     """Run until asked to stop."""
-    lock = _prepare_home(settings)
+    _prepare_home(settings)
     faults.configure(settings.faults)
-    criu = _check_host(settings)
+    criu, settings = _check_host(settings)
     run_id = uuid.uuid4().hex[:6]
     journal = Journal(settings.home)
     content = ContentStore(settings.home)
     logs = LogBook(settings.home / "logs", settings.log_mib << 20)
     resources = Resources(settings, content)
-    catalogue = Catalogue(settings.home / "snapshots", SigningKey.load_or_create(settings.home / "keys" / "ed25519"))
+    settings.hot.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if settings.encrypted:
+        _check_private(settings.hot)
+    key = SigningKey.load_or_create(settings.home / "keys" / "ed25519")
+    store = await asyncio.to_thread(PageStore, settings.hot / "store", key=key.derive("page store seals"))
+    catalogue = Catalogue(settings.hot / "snapshots", key, store)
     facts = await asyncio.to_thread(host_facts, criu)
     cls = worker_class(facts)
+    keeper = _keeper(settings, catalogue, store, key, cls.digest)
     controller = Controller(
         settings, journal=journal, logs=logs, resources=resources, catalogue=catalogue, run_id=run_id
     )
     factory = await SandboxFactory.open(settings)
+    keeper.on_taken_up = controller.snapshot_arrived
     controller.backend = LocalBackend(
         LocalConfig(
             spool=settings.home / "calls",
             page_server_uid=settings.worker_uid + 1,
             lazy_min_bytes=settings.lazy_min_mib << 20,
             drain_ms=settings.drain_ms,
-            zygotes=settings.zygotes,
-            keep_zygotes=settings.keep_zygotes,
-            zygote_min_ms=settings.zygote_min_ms,
+            drain_calls=settings.drain_calls,
+            zygotes=ZygoteConfig(
+                key=settings.home / "keys" / "zygotes",
+                spool=settings.home / "calls",
+                enabled=settings.zygotes,
+                keep=settings.keep_zygotes,
+                min_ms=settings.zygote_min_ms,
+            ),
         ),
         observer=controller,
         factory=factory,
@@ -169,6 +236,7 @@ async def serve(settings: Settings) -> None:
         content=content,
         criu=criu,
         worker_class=cls,
+        keeper=keeper,
     )
     down = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -210,7 +278,14 @@ async def serve(settings: Settings) -> None:
         settings.socket.unlink(missing_ok=True)
         logs.close()
         journal.close()
-        os.close(lock)
+        # What hangs in a thread (a tier that does not answer) must not keep the daemon; the lock goes with the process.
+        threading.Thread(target=_leave_in, args=(_LEAVE_S,), daemon=True).start()
+
+
+def _leave_in(seconds: float) -> None:
+    time.sleep(seconds)
+    logging.shutdown()
+    os._exit(0)
 
 
 async def _tidy(controller: Controller) -> None:

@@ -24,10 +24,12 @@ from starlette.exceptions import HTTPException
 import woodfrog
 from woodfrog import protocol
 from woodfrog.backends.connection import Payload
+from woodfrog.daemon import keeping, looking
 from woodfrog.daemon.controller import CallRecord, Controller, failure_of
 from woodfrog.errors import (
     DaemonError,
     HostError,
+    IncompatibleSnapshot,
     IntegrityError,
     NotFoundError,
     OutputExpired,
@@ -35,7 +37,7 @@ from woodfrog.errors import (
     StoreError,
     WoodfrogError,
 )
-from woodfrog.snapshot.catalogue import Catalogue
+from woodfrog.snapshot.catalogue import PINNED, PUSHED, Catalogue
 from woodfrog.snapshot.compat import WorkerClass, explain_mismatch
 from woodfrog.snapshot.manifest import Manifest
 from woodfrog.spec import function_key, split_tag, to_dict
@@ -62,6 +64,7 @@ def _status_of(error: WoodfrogError) -> int:
         (StoreError, 507),
         (HostError, 503),
         (IntegrityError, 409),
+        (IncompatibleSnapshot, 409),
     ):
         if isinstance(error, kind):
             return status
@@ -181,6 +184,11 @@ def _snapshot_row(catalogue: Catalogue, manifest: Manifest, here: WorkerClass) -
         "worker_class": manifest.worker_class,
         "kind": manifest.kind,
         "modules": list(manifest.modules),
+        "parent": manifest.parent,
+        "form": manifest.form,
+        "stored_bytes": manifest.stored_bytes if manifest.form == "packed" else manifest.pages_bytes,
+        "pinned": catalogue.marked(manifest.id, PINNED),
+        "pushed": catalogue.marked(manifest.id, PUSHED),
     }
 
 
@@ -563,4 +571,6 @@ def build(
         found = snapshot_id if snapshot_id in catalogue.damaged else catalogue.get(snapshot_id).id
         return {"snapshot": found, "removed": controller.invalidate(found)}
 
+    keeping.add_routes(api, controller, catalogue, spool, _Json)
+    looking.add_routes(api, controller, catalogue)
     return api

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from woodfrog.backends.base import Answer, Backend, CallRequest, StartRequest
 from woodfrog.backends.connection import Payload
@@ -33,7 +33,8 @@ from woodfrog.errors import (
     error_from_dict,
 )
 from woodfrog.settings import Settings
-from woodfrog.snapshot.catalogue import Catalogue
+from woodfrog.snapshot.catalogue import PINNED, Catalogue
+from woodfrog.snapshot.manifest import Manifest
 from woodfrog.spec import AppSpec, FunctionSpec, ImageSpec, from_dict, function_key, to_dict
 from woodfrog.telemetry import Phase, counters
 
@@ -125,7 +126,12 @@ class Controller:
         self.catalogue = catalogue
         self._doomed: set[str] = set()
         self.state = State(
-            Config(snapshot_failures=settings.snapshot_failures, capture_attempts=settings.capture_attempts), run_id
+            Config(
+                snapshot_failures=settings.snapshot_failures,
+                capture_attempts=settings.capture_attempts,
+                parked=settings.parked,
+            ),
+            run_id,
         )
         self.calls: dict[str, CallRecord] = {}
         self.instances: dict[str, InstanceInfo] = {}
@@ -201,8 +207,10 @@ class Controller:
 
     def _do(self, action: ev.Action) -> None:
         match action:
-            case ev.StartInstance():
+            case ev.StartInstance() | ev.ParkInstance():
                 self._start_instance(action)
+            case ev.WakeInstance():
+                self._wake_instance(action)
             case ev.RunCall():
                 self._task(self._run_call(action))
             case ev.StopInstance():
@@ -325,6 +333,14 @@ class Controller:
                     version=version,
                 )
             )
+
+    def snapshot_arrived(self, manifest: Manifest) -> None:
+        """One was brought from elsewhere: the functions that it fits may thaw it."""
+        for app, version in list(self.active.items()):
+            for function in self.apps[app, version][1].functions:
+                if function.tag == manifest.tag:
+                    self._known_groups.discard((app, version, function.tag, manifest.params_digest))
+                    self._tell_snapshot(app, version, function, manifest.params_digest)
 
     def app(self, name: str) -> tuple[DeployRow, AppSpec]:
         """The active version of an app.
@@ -468,7 +484,7 @@ class Controller:
         waited = (self.now() - record.submitted) * 1e3
         record.phases = [Phase("queue", 0.0, round(waited, 3))]
         if info.served == 0 and info.begun >= record.submitted - 0.001:
-            record.mode = "restore" if info.request.mode == "restore" else "cold"
+            record.mode = "parked" if info.request.parked else info.request.mode
             described = self.backend.describe(action.instance_id) or {}
             offset = (info.begun - record.submitted) * 1e3
             for p in described.get("phases", []):
@@ -552,7 +568,7 @@ class Controller:
 
     # Instances
 
-    def _start_instance(self, action: ev.StartInstance) -> None:
+    def _start_instance(self, action: ev.StartInstance | ev.ParkInstance) -> None:
         """Whatever goes wrong, the machine hears of it."""
         try:
             self._begin_start(action)
@@ -561,12 +577,27 @@ class Controller:
                 log.error("start of %s", action.service_id, exc_info=e)
             self.on_start_failed(action.instance_id, _as_error("the start", e), user_fault=isinstance(e, SpecError))
 
-    def _begin_start(self, action: ev.StartInstance) -> None:
+    def _wake_instance(self, action: ev.WakeInstance) -> None:
+        info = self.instances.get(action.instance_id)
+        if info is None:
+            return  # it died before this began; the machine has been told
+        info.begun = self.now()
+        counters["start.parked"] += 1
+        try:
+            # Secrets may have changed since it was parked.
+            self.backend.wake(action.instance_id, self.resources.environment(info.request.spec))
+        except Exception as e:
+            self.on_exited(action.instance_id, _as_error("the wake", e))
+            self.backend.stop(action.instance_id, graceful=False, reason="not woken")
+
+    def _begin_start(self, action: ev.StartInstance | ev.ParkInstance) -> None:
         name, _, rest = action.service_id.partition("/")
         tag, _, version = rest.rpartition("@")
         row, spec = self.apps[name, int(version)]
         function = spec.function(tag)
         assert function is not None
+        parked = isinstance(action, ev.ParkInstance)
+        mode: Literal["cold", "restore"] = "restore" if isinstance(action, ev.ParkInstance) else action.mode
         request = StartRequest(
             instance_id=action.instance_id,
             app=name,
@@ -574,16 +605,17 @@ class Controller:
             spec=function,
             runtime=spec.runtime,
             function_key=function_key(function, spec.runtime, action.params_digest),
-            mode=action.mode,
+            mode=mode,
             snapshot_id=action.snapshot_id,
-            capture=action.capture,
+            capture=not isinstance(action, ev.ParkInstance) and action.capture,
             env=self.resources.environment(function),
             volumes=self.resources.mounts(function),
             params=self.journal.params(action.params_digest) if action.params_digest else b"",
             params_digest=action.params_digest,
+            parked=parked,
         )
         self.instances[action.instance_id] = InstanceInfo(request, self.now())
-        counters[f"start.{action.mode}"] += 1
+        counters[f"start.{mode}"] += not parked
         if function.resources.gpu and "none" not in (self.settings.gpu, row.client.get("gpu")):
             wanted = ", ".join(function.resources.gpu)
             error = HostError(
@@ -614,9 +646,13 @@ class Controller:
     def on_ready(self, instance_id: str) -> None:
         info = self.instances[instance_id]
         info.ready = True
-        how = "thawed" if info.request.mode == "restore" else "started"
+        how = "woken" if info.request.parked else "thawed" if info.request.mode == "restore" else "started"
         self._say(instance_id, f"{how} in {(self.now() - info.begun) * 1e3:.0f} ms")
         self.emit(ev.InstanceReady(now=self.now(), instance_id=instance_id))
+
+    def on_parked(self, instance_id: str) -> None:
+        self._say(instance_id, "parked")
+        self.emit(ev.InstanceParked(now=self.now(), instance_id=instance_id))
 
     def on_captured(self, request: StartRequest, snapshot_id: str) -> None:
         self.logs.note(
@@ -716,13 +752,20 @@ class Controller:
         """A person's wish; a call in it goes back to the queue."""
         self.emit(ev.InstanceStopRequested(now=self.now(), instance_id=instance_id))
 
-    def invalidate(self, snapshot_id: str) -> bool:
+    def invalidate(self, snapshot_id: str, *, elsewhere: bool = True) -> bool:
         """Never use a snapshot again and remove it; True when it is gone already.
+
+        With `elsewhere` it is not taken from the tier again either, unless a person pulls it.
 
         Instances thawed from it have its files below their own: it is removed from disk when the last of them is gone.
         """
         self.emit(ev.SnapshotInvalidated(now=self.now(), snapshot_id=snapshot_id))
         if snapshot_id not in self.catalogue.damaged:
+            if elsewhere:
+                try:
+                    self.catalogue.refuse(snapshot_id)
+                except StoreError as e:  # it is removed, perhaps because the disk is full
+                    log.warning("snapshot %s may come back from the tier: %s", snapshot_id, e.message)
             self.catalogue.retire(snapshot_id, "invalidated")
         self._doomed.add(snapshot_id)
         self._remove_doomed()
@@ -731,7 +774,7 @@ class Controller:
     def _remove_doomed(self) -> None:
         for snapshot_id in self._doomed - self.backend.snapshots_in_use():
             try:
-                self.catalogue.remove(snapshot_id)
+                self.catalogue.remove(snapshot_id, wait=False)
             except StoreError as e:
                 log.error("%s", e.message)
             self._doomed.discard(snapshot_id)
@@ -746,8 +789,10 @@ class Controller:
             if (m.app, m.tag, m.params_digest, m.worker_class) == wanted and m.id not in self._doomed
         ]
         for manifest in same[: -self.settings.keep_snapshots]:
+            if self.catalogue.marked(manifest.id, PINNED):
+                continue
             self._say(request.instance_id, f"snapshot {manifest.id} of an earlier version is removed")
-            self.invalidate(manifest.id)
+            self.invalidate(manifest.id, elsewhere=False)
 
     # Housekeeping
 

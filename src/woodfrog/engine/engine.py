@@ -24,7 +24,7 @@ from typing import Any
 from woodfrog.criu.binary import Criu
 from woodfrog.criu.diagnose import Diagnosis, diagnose, tail
 from woodfrog.criu.options import check_command, dump_command, environment, restore_command
-from woodfrog.criu.pagemap import INDEX, build_index, read_index, write_index
+from woodfrog.criu.pagemap import INDEX, MAX_FILES, build_index, index_files, write_index
 from woodfrog.criu.stats import parse_stats
 from woodfrog.engine.inspect import Task, Tree, inspect_tree, task_alive
 from woodfrog.engine.plan import (
@@ -44,11 +44,11 @@ from woodfrog.engine.plan import (
 from woodfrog.errors import CaptureError, RestoreError, SandboxError
 from woodfrog.faults import fault, kills_criu
 from woodfrog.linux import procfs
-from woodfrog.linux.pageserver import MAX_TASKS, NEVER, PageServer, ServedPages
+from woodfrog.linux.pageserver import NEVER, PageServer, ServedPages
 from woodfrog.linux.sandbox import Completed, ProcessSpec, Sandbox, SandboxProcess
 from woodfrog.telemetry import Phases
 
-__all__ = ["DumpResult", "Lazy", "dump", "restore"]
+__all__ = ["DumpResult", "Lazy", "dump", "prestart", "restore"]
 
 DUMP_TIMEOUT_S = 600.0
 RESTORE_TIMEOUT_S = 60.0
@@ -237,6 +237,12 @@ def _spec(criu: Criu, argv: tuple[str, ...], *, uid: int = 0, gid: int = 0, cach
     )
 
 
+async def prestart(sandbox: Sandbox, criu: Criu) -> None:
+    """Load CRIU in a prepared sandbox, ahead of the restore by 3 ms. Where that cannot be, the restore loads it."""
+    with suppress(SandboxError, OSError):
+        await sandbox.prestart(_spec(criu, (str(criu.path),)))
+
+
 async def _fill_cache(sandbox: Sandbox, criu: Criu) -> None:
     """Let root write CRIU's kernel-feature cache, before a CRIU that runs as the worker's uid makes one the worker
     could alter."""
@@ -294,6 +300,10 @@ class Lazy:
         working_set: pages pushed in before the processes run; a file of `ServedPages.record`'s form.
         around: bytes served around a fault.
         drain_ms: when to fill in the rest, counted from the start of the processes.
+        index: the page index; None = `pages.idx` of the images.
+        files: what the page index names, in its order; None = the pages files beside it.
+        everything: all memory is there before the processes run, and nothing waits for more: they may be dumped again.
+        parked: nothing is pushed or filled in before `served.push()`: an instance that waits has almost no memory.
         served: set by `restore`: the memory of this restore, to be dropped when its processes are gone.
     """
 
@@ -301,26 +311,32 @@ class Lazy:
     working_set: Path | None = None
     around: int = 16 << 12
     drain_ms: int = NEVER
+    index: Path | None = None
+    files: tuple[Path, ...] | None = None
+    everything: bool = False
+    parked: bool = False
     served: ServedPages | None = None
 
 
-def _servable(index: Path) -> bool:
-    """Whether the page server can take it; CRIU reads everything else itself."""
+def _page_files(images: Path, lazy: Lazy) -> tuple[Path, ...] | None:
+    """The files of the page index, or None where the page server cannot take it: CRIU reads everything itself then."""
     try:
-        return 0 < len(read_index(index.read_bytes())) <= MAX_TASKS
+        names = index_files(lazy.index or images / INDEX)
     except (OSError, ValueError):
-        return False
+        return None
+    files = tuple(images / name for name in names) if lazy.files is None else lazy.files
+    return files if len(files) == len(names) <= MAX_FILES else None
 
 
-def _serve_pages(sandbox: Sandbox, images: Path, lazy: Lazy) -> None:
+def _serve_pages(sandbox: Sandbox, images: Path, files: tuple[Path, ...], lazy: Lazy) -> None:
     """Have the page server wait for CRIU inside the sandbox."""
     fds: list[int] = []
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(str(sandbox.path(f"{WORK}/{LAZY_SOCKET}")))
         listener.listen(1)
-        files = [(images / INDEX), *(images / f"pages-{n}.img" for _, n in read_index((images / INDEX).read_bytes()))]
-        fds += [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in files]
+        paths = (lazy.index or images / INDEX, *files)
+        fds += [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in paths]
         working_set = None
         if lazy.working_set is not None:
             with suppress(FileNotFoundError):
@@ -329,10 +345,12 @@ def _serve_pages(sandbox: Sandbox, images: Path, lazy: Lazy) -> None:
         lazy.served = lazy.server.serve(
             listener,
             fds[0],
-            fds[1 : len(files)],
+            fds[1 : len(paths)],
             working_set=working_set,
             around=lazy.around,
             drain_ms=lazy.drain_ms,
+            parked=lazy.parked,
+            everything=lazy.everything,
         )
     finally:
         listener.close()
@@ -568,6 +586,7 @@ async def restore(
     criu: Criu,
     phases: Phases,
     lazy: Lazy | None = None,
+    stopped: bool = False,
     timeout: float | None = None,
 ) -> SandboxProcess:
     """Restore the tree of `images` in a sandbox that nothing else runs in. The images are only read.
@@ -575,10 +594,11 @@ async def restore(
     Args:
         lazy: let the page server give the processes their memory; its `served` is set. None = CRIU reads all of it
         first.
+        stopped: not one instruction of it runs before it is sent SIGCONT.
         timeout: seconds CRIU may take; None = by the size of the images.
 
     Returns:
-        The root process, running.
+        The root process, running or stopped.
 
     Raises:
         RestoreError: with cause and remedy; nothing of the tree is left running. `snapshot_at_fault` when it will
@@ -592,21 +612,26 @@ async def restore(
             facts = await asyncio.to_thread(_load_facts, images)
         phase = "plan"
         with phases("plan"):
-            plan = restore_plan(
-                facts,
-                monotonic_ns=_clock_ns(sandbox.init_pid),
-                lazy_pages=lazy is not None and _servable(images / INDEX),
-            )
+            page_files = await asyncio.to_thread(_page_files, images, lazy) if lazy is not None else None
+            clock = _clock_ns(sandbox.init_pid)
+            plan = restore_plan(facts, monotonic_ns=clock, lazy_pages=page_files is not None, stopped=stopped)
         phase = "prepare"
         with phases("prepare"):
             if plan.lazy_pages and not await _fill_lazy_cache(sandbox, criu):
                 plan = replace(plan, lazy_pages=False)
+            if lazy is not None and lazy.files is not None and not plan.lazy_pages:
+                # The images have only what CRIU reads itself: it would take the rest for zeroes.
+                raise _Failure(
+                    "cannot restore: its memory lies in packs, and no page server can give it",
+                    "memory-not-served",
+                    "run `woodfrog doctor`; it starts cold meanwhile",
+                )
             await sandbox.bind(images, IMAGES, read_only=True)
             undo.push("unbind images", lambda: sandbox.unbind(IMAGES))
             undo.push("kill what was restored", lambda: _kill_all(sandbox))
             await sandbox.set_last_pid(facts.max_pid)
-            if lazy is not None and plan.lazy_pages:
-                _serve_pages(sandbox, images, lazy)
+            if lazy is not None and page_files is not None and plan.lazy_pages:
+                _serve_pages(sandbox, images, page_files, lazy)
                 undo.push("drop its pages", lambda: _drop_pages(lazy))
             fault("restore.before")
         phase = "criu"
@@ -625,6 +650,10 @@ async def restore(
         for name, key in (("criu.fork", "forking_time"), ("criu.restore", "restore_time")):
             if key in stats:
                 phases.add(name, stats[key] / 1e3, start_ms=criu_phase.start_ms, parent="criu")
+        if served is not None and lazy is not None and lazy.everything:
+            phase = "memory"
+            with phases("memory"):
+                await served.whole()
         phase = "finish"
         with phases("finish"):
             root = await sandbox.watch(facts.root_pid)

@@ -247,8 +247,9 @@ def dump_plan(tree: Tree) -> Dump:
     )
 
 
-def restore_plan(facts: Facts, *, monotonic_ns: int, lazy_pages: bool = False) -> Restore:
-    """How to restore. `monotonic_ns` is the sandbox's clock now; `lazy_pages`: a page server waits.
+def restore_plan(facts: Facts, *, monotonic_ns: int, lazy_pages: bool = False, stopped: bool = False) -> Restore:
+    """How to restore. `monotonic_ns` is the sandbox's clock now; `lazy_pages`: a page server waits; `stopped`: it does
+    not run yet.
 
     A monotonic clock that ran backwards would stop timers for as long as the machine had been up. One that jumps ahead
     is what a suspended machine does to its programs too, and is left alone: a time namespace costs a millisecond.
@@ -260,6 +261,7 @@ def restore_plan(facts: Facts, *, monotonic_ns: int, lazy_pages: bool = False) -
         tcp=facts.tcp,
         new_clock=monotonic_ns < facts.monotonic_ns,
         lazy_pages=lazy_pages,
+        stopped=stopped,
     )
 
 

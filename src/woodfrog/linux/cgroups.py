@@ -23,6 +23,8 @@ from woodfrog.linux import procfs
 __all__ = ["Cgroup", "Cgroups", "Limits", "detect"]
 
 GROUP = "woodfrog"
+CPU_SHARE = 0.125
+CONTROLLERS = ("cpu", "memory", "pids")
 PERIOD_US = 100_000
 GONE_TIMEOUT_S = 5.0
 
@@ -33,15 +35,20 @@ class Limits:
 
     Args:
         memory_bytes: memory, with what it writes to its own file system; None = no limit.
-        cpus: processors' worth of time (0.5 = half of one); None = no limit.
+        cpus: processors' worth of time (0.5 = half of one) that it never exceeds; None = no limit.
+        cpu_share: processors' worth of time by which sandboxes divide busy processors among them: one of 1.0 gets
+            twice what one of 0.5 gets. What the others leave idle, it may use. None = 0.125.
         pids: processes and threads.
         disk_bytes: what it may write to its own file system; the root plan applies it, not the cgroup.
+        background: where processors are short it gets a twentieth of what others get.
     """
 
     memory_bytes: int | None = None
     cpus: float | None = None
+    cpu_share: float | None = None
     pids: int = 4096
     disk_bytes: int = 1 << 30
+    background: bool = False
 
 
 class Cgroup(Protocol):
@@ -99,6 +106,19 @@ def _make(directory: Path, *, exist_ok: bool = False) -> None:
         ) from None
     except OSError as e:
         raise SandboxError(f"cgroup: cannot make {directory}: {e.strerror}", code="cgroup") from e
+
+
+def _quota_us(cpus: float) -> int:
+    """The kernel's least is a millisecond."""
+    return max(1000, round(cpus * PERIOD_US))
+
+
+def _weight(limits: Limits, usual: int, least: int, most: int) -> int:
+    """The share in the kernel's terms, where `usual` is what every group has at first."""
+    if limits.background:
+        return max(least, usual // 20)
+    share = CPU_SHARE if limits.cpu_share is None else limits.cpu_share
+    return max(least, min(most, round(share / CPU_SHARE * usual)))
 
 
 def _read_int(path: Path) -> int:
@@ -169,8 +189,10 @@ class _CgroupV2:
         _write(d / "memory.max", "max" if limits.memory_bytes is None else str(limits.memory_bytes))
         if (d / "memory.swap.max").exists():
             _write(d / "memory.swap.max", "max" if limits.memory_bytes is None else "0")
-        quota = "max" if limits.cpus is None else str(max(1000, round(limits.cpus * PERIOD_US)))
-        _write(d / "cpu.max", f"{quota} {PERIOD_US}")
+        if (d / "cpu.max").exists():
+            quota = "max" if limits.cpus is None else str(_quota_us(limits.cpus))
+            _write(d / "cpu.max", f"{quota} {PERIOD_US}")
+            _write(d / "cpu.weight", str(_weight(limits, 100, 1, 10_000)))
         _write(d / "pids.max", str(limits.pids))
 
     def oom_kills(self) -> int:
@@ -209,10 +231,8 @@ class _CgroupV1:
             self._set_memory(memory, -1 if limits.memory_bytes is None else limits.memory_bytes)
         if cpu := self.directories.get("cpu"):
             _write(cpu / "cpu.cfs_period_us", str(PERIOD_US))
-            _write(
-                cpu / "cpu.cfs_quota_us",
-                "-1" if limits.cpus is None else str(max(1000, round(limits.cpus * PERIOD_US))),
-            )
+            _write(cpu / "cpu.cfs_quota_us", "-1" if limits.cpus is None else str(_quota_us(limits.cpus)))
+            _write(cpu / "cpu.shares", str(_weight(limits, 1024, 2, 262_144)))
         if pids := self.directories.get("pids"):
             _write(pids / "pids.max", str(limits.pids))
 
@@ -268,7 +288,9 @@ class _CgroupsV2:
 
     def _delegate(self, directory: Path) -> None:
         control = directory / "cgroup.subtree_control"
-        missing = [c for c in ("cpu", "memory", "pids") if c not in control.read_text().split()]
+        # Without the cpu controller there are no limits of it, and `woodfrog doctor` says so.
+        here, given = (directory / "cgroup.controllers").read_text().split(), control.read_text().split()
+        missing = [c for c in CONTROLLERS if c in here and c not in given]
         if not missing:
             return
         text = " ".join(f"+{c}" for c in missing)
@@ -363,7 +385,7 @@ def detect(tag: str, mounts: tuple[procfs.MountEntry, ...] | None = None) -> Cgr
                     v2.enable()
                     return v2
         elif mount.kind == "cgroup":
-            for controller in ("memory", "cpu", "pids"):
+            for controller in CONTROLLERS:
                 if controller in mount.super_options:
                     v1.setdefault(controller, path)
     if "memory" in v1:

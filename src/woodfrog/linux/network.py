@@ -106,16 +106,22 @@ table ip {table} {{
 
 
 async def _command(*argv: str, input: str) -> None:
+    # Not a pipe: uvloop fails when the command ends before it has read all.
+    stdin = os.memfd_create("input", os.MFD_CLOEXEC)
     try:
+        os.write(stdin, input.encode())
+        os.lseek(stdin, 0, os.SEEK_SET)
         process = await asyncio.create_subprocess_exec(
-            *argv, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
+            *argv, stdin=stdin, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
         )
     except FileNotFoundError:
         package = {"ip": "iproute2", "nft": "nftables"}[argv[0]]
         raise HostError(
             f"network: no `{argv[0]}` on this host; install {package} (apt-get install {package})", code="network"
         ) from None
-    _, complaint = await process.communicate(input.encode())
+    finally:
+        os.close(stdin)
+    _, complaint = await process.communicate()
     if process.returncode:
         lines = [x.strip() for x in complaint.decode(errors="replace").splitlines() if x.strip()]
         raise HostError(f"network: `{' '.join(argv)}` failed: {'; '.join(lines) or process.returncode}", code="network")

@@ -4,6 +4,7 @@
     pages = await server.serve(listener, index_fd, page_fds, working_set=None)
     ...CRIU restores with --lazy-pages...
     ready = await pages.ready           # (pages pushed, ms), once the working set is in
+    await pages.push()                  # a parked one: only now
     text = await pages.record()         # what the process asked for, as a working set
     await pages.drop()                  # the instance is gone
 
@@ -26,18 +27,18 @@ from typing import Any
 
 from woodfrog.errors import HostError, SandboxError
 
-__all__ = ["MAX_TASKS", "NEVER", "PageServer", "ServedPages", "merge_sets", "page_server_path", "set_pages"]
+__all__ = ["NEVER", "PageServer", "ServedPages", "merge_sets", "page_server_path", "set_pages", "set_ranges"]
 
 NEVER = 0xFFFFFFFF
 """`drain_ms`: leave what nobody asks for out."""
 
-MAX_TASKS = 190
-"""Processes of one restore: a descriptor for each has to fit into one message."""
-
 _COMMAND = struct.Struct("=IIIIII")
 _MESSAGE = struct.Struct("=IIQQQ")
-_RESTORE, _DROP, _WORKING_SET, _DRAIN = 1, 2, 3, 4
+_RESTORE, _DROP, _WORKING_SET, _DRAIN, _PUSH = 1, 2, 3, 4, 5
+_WITH_SET, _PARKED, _EVERYTHING = 1, 2, 4
 _ANSWER_S = 10.0
+_PUSH_S = 600.0
+"""All memory from a slow disk, perhaps."""
 _EVENTS = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6
 _PAGE = 4096
 _SET = struct.Struct("=QII")
@@ -58,7 +59,7 @@ def merge_sets(*sets: bytes) -> bytes:
     """
     spans: dict[int, list[tuple[int, int]]] = {}
     for data in sets:
-        for pid, pages, address in _ranges(data):
+        for pid, pages, address in set_ranges(data):
             spans.setdefault(pid, []).append((address, address + pages * _PAGE))
     out: list[bytes] = []
     for pid, items in sorted(spans.items()):
@@ -75,10 +76,15 @@ def merge_sets(*sets: bytes) -> bytes:
 
 def set_pages(data: bytes) -> int:
     """How many pages a working set has."""
-    return sum(pages for _, pages, _ in _ranges(data))
+    return sum(pages for _, pages, _ in set_ranges(data))
 
 
-def _ranges(data: bytes) -> list[tuple[int, int, int]]:
+def set_ranges(data: bytes) -> list[tuple[int, int, int]]:
+    """A working set's (pid, pages, address).
+
+    Raises:
+        ValueError: not a working set.
+    """
     if len(data) < _SET.size:
         raise ValueError("not a working set")
     magic, count, _ = _SET.unpack_from(data)
@@ -112,6 +118,9 @@ class ServedPages:
         death makes them wait."""
         self.failed: asyncio.Future[str] = loop.create_future()
         """Set when this restore cannot go on: its processes wait for ever and must be killed."""
+        self.out_of_memory = False
+        """Why it failed: the processes may not have more memory, and the kernel killed none of them for it."""
+        self._whole: asyncio.Event = asyncio.Event()
         self._recorded: asyncio.Future[bytes] | None = None
         self._stats: asyncio.Future[tuple[int, int, int]] = loop.create_future()
         self._held: dict[int, int] = {}
@@ -131,6 +140,35 @@ class ServedPages:
         await asyncio.wait(either, timeout=_ANSWER_S, return_when=asyncio.FIRST_COMPLETED)
         if self.failed.done() or not self.held.done():
             why = self.failed.result() if self.failed.done() else f"no sign of the processes within {_ANSWER_S:.0f} s"
+            raise SandboxError(f"memory cannot be served: {why}", code="memory-not-served")
+
+    async def push(self) -> tuple[int, float]:
+        """Push the working set of a parked restore now, whether its processes run already or not.
+
+        Returns:
+            (pages pushed, ms they took), when it is in.
+
+        Raises:
+            SandboxError: its memory cannot be served; kill its processes.
+        """
+        self._server._send(_PUSH, self._number)
+        await self._unless_failed(self.ready)
+        return self.ready.result()
+
+    async def whole(self) -> None:
+        """Wait until all memory is in and the kernel serves these processes alone: they may be dumped again.
+
+        Raises:
+            SandboxError: their memory cannot be served; kill them.
+        """
+        await self._unless_failed(asyncio.ensure_future(self._whole.wait()))
+
+    async def _unless_failed(self, waited: asyncio.Future[Any]) -> None:
+        await asyncio.wait({waited, self.failed}, timeout=_PUSH_S, return_when=asyncio.FIRST_COMPLETED)
+        if not waited.done():
+            why = self.failed.result() if self.failed.done() else f"it was not in within {_PUSH_S:.0f} s"
+            if waited is not self.ready:
+                waited.cancel()
             raise SandboxError(f"memory cannot be served: {why}", code="memory-not-served")
 
     async def record(self) -> bytes:
@@ -161,6 +199,10 @@ class ServedPages:
             return 0, 0, 0
         finally:
             self._server._forget(self._number)
+
+    def _check_whole(self) -> None:
+        if self.complete:
+            self._whole.set()
 
     def _fail(self, why: str) -> None:
         if not self.failed.done():
@@ -241,14 +283,18 @@ class PageServer:
         working_set: int | None = None,
         around: int = 16 << 12,
         drain_ms: int = NEVER,
+        parked: bool = False,
+        everything: bool = False,
     ) -> ServedPages:
         """Be ready for one CRIU that connects to `listener`. Descriptors are copied; close yours.
 
         Args:
             index: a page index (`criu.pagemap.write_index`).
-            pages: the pages file of each task of the index, in its order.
+            pages: the files of the index, in its order.
             working_set: what `ServedPages.record` gave at an earlier restore; pushed in before the processes run.
             around: bytes served around a fault; a power of two, at least a page.
+            parked: only what is asked for goes in, before `ServedPages.push`.
+            everything: all memory is pushed, as the working set is, and then let go of: see `ServedPages.whole`.
 
         Raises:
             SandboxError: the page server died.
@@ -257,8 +303,9 @@ class PageServer:
         served = ServedPages(self, self._count)
         self._served[self._count] = served
         fds = [listener.fileno(), index, *([] if working_set is None else [working_set]), *pages]
+        flags = _WITH_SET * (working_set is not None) | _PARKED * parked | _EVERYTHING * everything
         try:
-            self._send(_RESTORE, self._count, fds, around=around, drain_ms=drain_ms, flags=int(working_set is not None))
+            self._send(_RESTORE, self._count, fds, around=around, drain_ms=drain_ms, flags=flags)
         except SandboxError:
             self._forget(self._count)
             raise
@@ -294,6 +341,7 @@ class PageServer:
                 return
             case 2 if not served.ready.done():
                 served.ready.set_result((a, b / 1e3))
+                served._check_whole()
             case 3:  # the recorded set
                 if served._recorded is not None and not served._recorded.done():
                     try:
@@ -307,7 +355,9 @@ class PageServer:
                 held = served._held.pop(a, -1)
                 if held >= 0:
                     os.close(held)
+                served._check_whole()
             case 5:
+                served.out_of_memory = c == 1
                 served._fail(f"{os.strerror(a)} (step {b})")
             case 6 if not served._stats.done():
                 served._stats.set_result((a, b, c))

@@ -72,6 +72,7 @@ try veth ip link add wfprobe1 type veth peer name wfprobe2
 try nat nat
 try overlay overlay
 """
+WITHOUT_USERFAULTFD = "thaws read all memory before the function runs, which takes longer"
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -126,6 +127,8 @@ class Host:
     userfaultfd: int
     """errno of the system call; 0 = works."""
     seccomp_filter: bool
+    seccomp_confined: bool
+    """This process is itself under a filter."""
     time_namespace: bool
     trial: Mapping[str, str]
     """`TRIAL`'s answers: step to "" when it works, else the complaint. A step that was not tried is absent."""
@@ -210,7 +213,8 @@ def judge(host: Host) -> list[Check]:
         "checkpoint-restore",
         host.checkpoint_restore,
         {True: "yes", False: "not in this kernel", None: "cannot tell"}[host.checkpoint_restore],
-        "use a kernel built with CONFIG_CHECKPOINT_RESTORE=y (every distribution's own kernel is)",
+        "every start is a cold one: use a kernel built with CONFIG_CHECKPOINT_RESTORE=y (every distribution's own"
+        " kernel is)",
     )
     if host.userfaultfd == 0:
         add("userfaultfd", True, "yes")
@@ -219,14 +223,25 @@ def judge(host: Host) -> list[Check]:
             "userfaultfd",
             False,
             "not in this kernel",
-            "use a kernel built with CONFIG_USERFAULTFD=y (every distribution's own kernel is)",
+            f"{WITHOUT_USERFAULTFD}: use a kernel built with CONFIG_USERFAULTFD=y (every distribution's own kernel is)",
+            required=False,
         )
     else:
         add(
             "userfaultfd",
             False if host.uid == 0 else None,
             f"refused: {os.strerror(host.userfaultfd)}",
-            "allow the system call: a container's seccomp profile forbids it (start the container with `--privileged`)",
+            f"{WITHOUT_USERFAULTFD}: allow the system call, which a container's seccomp profile forbids (start the "
+            "container with `--privileged`)",
+            required=False,
+        )
+    if host.seccomp_confined:
+        add(
+            "seccomp-profile",
+            False,
+            "woodfrog itself runs under a seccomp filter",
+            "CRIU cannot freeze what has a filter of its own then, so every start is a cold one: run woodfrog on the"
+            " host itself, or in a container started with `--privileged` or `--security-opt seccomp=unconfined`",
         )
     add(
         "seccomp",
@@ -394,18 +409,22 @@ def _judge_criu(host: Host, add: _Add) -> None:
             )
 
 
+COLD_ONLY = frozenset({"checkpoint-restore", "seccomp-profile"})
+"""What the daemon runs without: calls are answered, each by a cold start where no snapshot can be made or thawed."""
+
+
 def failed(checks: Iterable[Check]) -> list[Check]:
     """The required checks that are not met."""
     return [c for c in checks if c.required and c.ok is False]
 
 
 def demand(checks: Iterable[Check]) -> None:
-    """Return when every required check is met.
+    """Return when every required check is met, but for those that only freezing needs.
 
     Raises:
         HostError: the first unmet one and its remedy in the message, all of them in `fields["checks"]`.
     """
-    bad = failed(checks)
+    bad = [c for c in failed(checks) if c.name not in COLD_ONLY]
     if bad:
         first = bad[0]
         more = f" ({len(bad) - 1} more: see `woodfrog doctor`)" if len(bad) > 1 else ""
@@ -611,6 +630,10 @@ def _capabilities() -> int:
     return int(match.group(1), 16) if match else 0
 
 
+def _confined() -> bool:
+    return re.search(r"^Seccomp:\s+[12]$", _read("/proc/self/status") or "", re.MULTILINE) is not None
+
+
 def probe(*, state_dir: Path, worker_uid: int, native: Iterable[Path], criu: CriuState) -> Host:
     """Look at this machine. Changes nothing that outlives it; takes some 50 ms as root, and never raises.
 
@@ -634,6 +657,7 @@ def probe(*, state_dir: Path, worker_uid: int, native: Iterable[Path], criu: Cri
         checkpoint_restore=probe_checkpoint_restore(),
         userfaultfd=probe_userfaultfd(),
         seccomp_filter="errno" in (_read("/proc/sys/kernel/seccomp/actions_avail") or "").split(),
+        seccomp_confined=_confined(),
         time_namespace=Path("/proc/self/ns/time").exists(),
         trial=_trial() if os.geteuid() == 0 else {},
         overlay_known=_overlay_known(kernel),

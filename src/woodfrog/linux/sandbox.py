@@ -33,13 +33,15 @@ from woodfrog.linux.cgroups import Cgroup, Cgroups, Limits
 from woodfrog.linux.network import NetworkLease
 from woodfrog.linux.rootplan import HostRoot, Op, RootPlan, base_plan
 
-__all__ = ["Completed", "Limits", "ProcessSpec", "Sandbox", "SandboxProcess", "init_binary_path"]
+__all__ = ["Completed", "Limits", "ProcessSpec", "Sandbox", "SandboxProcess", "init_binary_path", "prestart_path"]
 
 PACKET_BYTES = 64_000
 MAX_UNCLAIMED_EXITS = 4096
 STARTUP_TIMEOUT_S = 30.0
 GONE_TIMEOUT_S = 10.0
 CAPTURE_BYTES = 1 << 20
+PRESTART_PID = 2
+"""Init gives such low pids to nobody else, so that they are in no snapshot."""
 
 _OPEN_TREE = 428
 _OPENAT2 = 437
@@ -58,6 +60,11 @@ Stdio = int | str | None
 def init_binary_path() -> Path:
     """Where the package keeps the compiled init."""
     return Path(__file__).parents[1] / "native" / "bin" / "woodfrog-init"
+
+
+def prestart_path() -> Path:
+    """Where the package keeps the library that makes a program wait before its main()."""
+    return Path(__file__).parents[1] / "native" / "bin" / "woodfrog-prestart.so"
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +316,7 @@ class Sandbox:
         self._unclaimed: dict[int, int] = {}
         self._upper_fd: int | None = None
         self._destroying: asyncio.Task[None] | None = None
+        self._prestarted: _Prestarted | None = None
 
     # ------------------------------------------------------------------------------------------- life
 
@@ -346,6 +354,7 @@ class Sandbox:
                 self.cgroup = cgroups.create(id, limits)
             self._launch(init_binary, time_offsets_ns)
             await asyncio.wait_for(self._started, STARTUP_TIMEOUT_S)
+            _make_killable(self.init_pid)
             base = self._ops(base_plan(scratch, host, worker_uid, limits.disk_bytes))
             if network is None:
                 await base
@@ -489,6 +498,9 @@ class Sandbox:
                     SandboxError(f"sandbox {self.id}: pid {self.init_pid} does not die", code="sandbox-stuck")
                 )
             self._channel.close()
+        prestarted, self._prestarted = self._prestarted, None
+        if prestarted is not None:
+            prestarted.close()
         for release in (self.network, self.cgroup):
             if release is not None:
                 try:
@@ -613,6 +625,66 @@ class Sandbox:
         """
         await self._channel.request("lastpid", str(pid))
 
+    async def prestart(self, spec: ProcessSpec) -> None:
+        """Load a dynamically linked program, and let it wait before its main() for the `run` that needs it.
+
+        Args:
+            spec: as `run` will have it; of `argv` only the program matters, `env` does not.
+
+        Raises:
+            SandboxError: it could not be started.
+        """
+        ours, theirs = socket.socketpair()
+        out, err = _Capture(CAPTURE_BYTES), _Capture(CAPTURE_BYTES)
+        try:
+            process = await self.spawn(
+                replace(
+                    spec,
+                    argv=spec.argv[:1],
+                    env={"LD_PRELOAD": str(prestart_path())},
+                    inner_pid=PRESTART_PID,
+                    stdin=theirs.fileno(),
+                    stdout=out.write_end,
+                    stderr=err.write_end,
+                )
+            )
+        except BaseException:
+            ours.close()
+            out.close()
+            err.close()
+            raise
+        finally:
+            theirs.close()
+            out.close_write_end()
+            err.close_write_end()
+        self._prestarted = _Prestarted(_program(spec), process, ours, out, err)
+
+    async def drop_prestarted(self) -> None:
+        """End what `prestart` started, if it still waits."""
+        prestarted, self._prestarted = self._prestarted, None
+        if prestarted is not None:
+            prestarted.close()
+            await prestarted.process.wait()
+
+    async def _begin(self, spec: ProcessSpec, limit: int) -> tuple[SandboxProcess, _Capture, _Capture]:
+        """A process for `run`: the one that waits, or a new one."""
+        waiting = self._prestarted
+        if waiting is not None and waiting.program == _program(spec) and limit == CAPTURE_BYTES:
+            self._prestarted = None
+            if waiting.release(spec):
+                return waiting.process, waiting.out, waiting.err
+            waiting.close()
+        out, err = _Capture(limit), _Capture(limit)
+        try:
+            return await self.spawn(replace(spec, stdout=out.write_end, stderr=err.write_end)), out, err
+        except BaseException:
+            out.close()
+            err.close()
+            raise
+        finally:
+            out.close_write_end()
+            err.close_write_end()
+
     async def run(
         self,
         spec: ProcessSpec,
@@ -631,13 +703,8 @@ class Sandbox:
         Raises:
             SandboxError: code `sandbox-timeout` after `timeout`, with what was written in `fields`.
         """
-        out, err = _Capture(limit), _Capture(limit)
+        process, out, err = await self._begin(spec, limit)
         try:
-            try:
-                process = await self.spawn(replace(spec, stdout=out.write_end, stderr=err.write_end))
-            finally:
-                out.close_write_end()
-                err.close_write_end()
             if on_spawn is not None:
                 on_spawn(process)
             try:
@@ -756,6 +823,17 @@ class Sandbox:
         return self.cgroup.memory_current() if self.cgroup is not None else 0
 
 
+def _make_killable(pid: int) -> None:
+    """A daemon that is protected from the kernel's memory killer (OOMScoreAdjust=) does not hand that on.
+
+    A memory limit would otherwise kill nothing: what reaches it would wait in the page fault for ever.
+    """
+    path = Path(f"/proc/{pid}/oom_score_adj")
+    with suppress(OSError):
+        if int(path.read_text()) < 0:
+            path.write_text("0")
+
+
 def _copy_small(source: Path, target: Path) -> bool:
     """Copy a directory of a few plain small files; False, with nothing done, when there is more to it.
 
@@ -820,3 +898,37 @@ class _Capture:
             self._loop.remove_reader(self._read_end)
             os.close(self._read_end)
             self._read_end = -1
+
+
+def _program(spec: ProcessSpec) -> ProcessSpec:
+    """What of a spec is settled when its program is loaded."""
+    return replace(spec, argv=spec.argv[:1], env={}, stdin=None, stdout=None, stderr=None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prestarted:
+    """A program that waits in native/prestart.so.c for its arguments."""
+
+    program: ProcessSpec
+    process: SandboxProcess
+    door: socket.socket
+    out: _Capture
+    err: _Capture
+
+    def release(self, spec: ProcessSpec) -> bool:
+        """Let it run; False when it is gone."""
+        texts = [*spec.argv, *(f"{k}={v}" for k, v in spec.env.items())]
+        body = b"".join(os.fsencode(t) + b"\0" for t in texts)
+        with self.door:
+            if self.process.status is not None:
+                return False
+            try:
+                self.door.sendall(struct.pack("=III", len(body), len(spec.argv), len(spec.env)) + body)
+            except OSError:
+                return False
+        return True
+
+    def close(self) -> None:
+        self.door.close()
+        self.out.close()
+        self.err.close()

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
-from woodfrog.errors import DaemonError, NotFoundError, SpecError
+from woodfrog.errors import DaemonError, NotFoundError, SpecError, WoodfrogError
 from woodfrog.sdk import checks, options, source
 from woodfrog.sdk.cls import Cls, Method, make_cls
 from woodfrog.sdk.dual import Dual
@@ -35,6 +35,8 @@ R = TypeVar("R")
 C = TypeVar("C", bound=type)
 
 _output = False
+STOP_S = 5.0
+"""How long the end of `app.run()` waits for a daemon that is away."""
 
 
 class LocalEntrypoint:
@@ -374,7 +376,15 @@ class RunningApp:
             raise SpecError(f"app {app.name or '(unnamed)'} runs already: do not nest app.run() ({checks.caller()})")
         stem = re_name(Path(app._program[1]).stem) if app._program else "app"
         name = f"{(app.name or stem)[:54]}-{os.urandom(4).hex()}"
-        app._running = app._send(name, ephemeral=True)
+        try:
+            app._running = app._send(name, ephemeral=True)
+        except KeyboardInterrupt:
+            from woodfrog.sdk.client import connect
+
+            # It may have arrived.
+            with contextlib.suppress(WoodfrogError):
+                _stop(connect(start=False), name, interrupted=True)
+            raise
         if _output:
             import threading
 
@@ -388,12 +398,10 @@ class RunningApp:
         running, self._app._running = self._app._running, None
         if running is None or self._detach:
             return
-        from woodfrog.sdk.client import segment
-
         client, name = running
         with contextlib.suppress(NotFoundError):
             try:
-                client.request("POST", f"/apps/{segment(name)}/stop", reconnect_s=5.0)
+                _stop(client, name, interrupted=isinstance(error, KeyboardInterrupt))
             except DaemonError as e:
                 if error is None:
                     raise
@@ -412,6 +420,17 @@ class RunningApp:
         from woodfrog.sdk.call import in_thread
 
         await in_thread(self.__exit__)(kind, error, traceback)
+
+
+def _stop(client: Client, name: str, *, interrupted: bool) -> None:
+    from woodfrog.sdk.client import segment
+
+    path = f"/apps/{segment(name)}/stop"
+    if not interrupted:
+        client.request("POST", path, reconnect_s=STOP_S)
+        return
+    with client.apart(STOP_S) as apart:
+        apart.request("POST", path)
 
 
 def re_name(stem: str) -> str:

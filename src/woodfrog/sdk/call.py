@@ -99,8 +99,9 @@ class Call:
         """Cancel from any thread; also a call that is on its way to the daemon, and may arrive after this."""
         self._cancelled = True
         deadline = time.monotonic() + (0.2 if self._over else CANCEL_S)
-        while not cancel(self.target.client, self.id) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        with self.target.client.apart(CANCEL_S) as client:
+            while not cancel(client, self.id) and time.monotonic() < deadline:
+                time.sleep(0.05)
 
     def items(self) -> Iterator[Any]:
         """The items of a generator, as they come. Leaving early cancels the call."""
@@ -153,7 +154,7 @@ def _kept(call_id: str) -> str:
 def cancel(client: Client, call_id: str) -> bool:
     """Cancel a call; nothing happens when it is already over. False where the daemon does not know it or is away."""
     with contextlib.suppress(NotFoundError, DaemonError):
-        client.request("POST", f"/calls/{call_id}/cancel", reconnect_s=CANCEL_S)
+        client.request("POST", f"/calls/{call_id}/cancel", reconnect_s=min(CANCEL_S, client.reconnect_s))
         return True
     return False
 

@@ -11,11 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
 import httpx
@@ -28,6 +28,8 @@ __all__ = ["Client", "Reply", "connect", "segment", "start_daemon"]
 
 RECONNECT_S = 60.0
 """How long a lost daemon is waited for."""
+PATIENCE_S = 60.0
+"""How long the daemon may take over an answer."""
 START_S = 30.0
 """How long a daemon may take from its start to its first answer."""
 _PIECE = 256 << 10
@@ -84,11 +86,13 @@ class Client:
     Args:
         settings: where the daemon is (`host` and `token`, or the socket in `home`).
         reconnect_s: seconds to wait for a daemon that went away in the middle of something.
+        patience_s: seconds the daemon may take over an answer, besides those it was asked to wait.
     """
 
-    def __init__(self, settings: Settings, *, reconnect_s: float = RECONNECT_S) -> None:
+    def __init__(self, settings: Settings, *, reconnect_s: float = RECONNECT_S, patience_s: float = PATIENCE_S) -> None:
         self.settings = settings
         self.reconnect_s = reconnect_s
+        self.patience_s = patience_s
         self.where = settings.host or str(settings.socket)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30)
         headers = {"accept-encoding": "identity", "user-agent": "woodfrog"}
@@ -107,6 +111,18 @@ class Client:
     def close(self) -> None:
         self._http.close()
 
+    @contextmanager
+    def apart(self, seconds: float) -> Iterator[Client]:
+        """A client of the same daemon with connections of its own, that gives up after about `seconds`.
+
+        For what remains to be done after Ctrl-C, which may have left this one's pool locked or a connection half used.
+        """
+        client = Client(self.settings, reconnect_s=seconds, patience_s=seconds)
+        try:
+            yield client
+        finally:
+            client.close()
+
     def _send(
         self,
         method: str,
@@ -115,9 +131,10 @@ class Client:
         headers: Any,
         content: bytes | None,
         wait: float,
-        patience: float = 60.0,
+        patience: float | None = None,
     ) -> Reply:
-        timeout = httpx.Timeout(connect=5, read=wait + patience, write=120, pool=None)
+        patience = self.patience_s if patience is None else patience
+        timeout = httpx.Timeout(connect=min(5, patience), read=wait + patience, write=2 * patience, pool=None)
         body_out: bytes | Iterator[bytes] | None = content
         if content is not None and len(content) > _PIECE:
             # httpcore copies what is left of a piece after every write: one piece of 64 MB would take seconds.
@@ -194,6 +211,61 @@ class Client:
             raise error_from_answer(_json_or_none(reply), f"the daemon answered {reply.status} to {method} {path}")
         return reply
 
+    def upload(self, path: str, source: BinaryIO, size: int) -> dict[str, Any]:
+        """Post a file of any size, once.
+
+        Args:
+            size: its length in bytes.
+
+        Raises:
+            DaemonError: the daemon went away.
+            WoodfrogError: what the daemon answered.
+        """
+        headers = {"content-length": str(size), "content-type": "application/octet-stream"}
+        timeout = httpx.Timeout(connect=5, read=120, write=120, pool=None)
+        pieces = iter(lambda: source.read(_PIECE), b"")
+        try:
+            r = self._http.post("/v1" + path, headers=headers, content=pieces, timeout=timeout)
+        except _TEMPORARY as e:
+            raise self._broken(e) from None
+        found = _or_none(r.content)
+        if r.status_code >= 400:
+            raise error_from_answer(found, f"the daemon answered {r.status_code} to POST {path}")
+        return found if isinstance(found, dict) else {}
+
+    def download(self, path: str, target: BinaryIO, progress: Callable[[int], None] = lambda count: None) -> int:
+        """Get a body of any size into a file.
+
+        Args:
+            progress: told of the bytes so far.
+
+        Raises:
+            DaemonError: the daemon went away, or the answer broke off.
+            WoodfrogError: what the daemon answered.
+        """
+        timeout = httpx.Timeout(connect=5, read=120, write=30, pool=None)
+        count = 0
+        try:
+            with self._http.stream("GET", "/v1" + path, timeout=timeout) as r:
+                if r.status_code >= 400:
+                    r.read()
+                    raise error_from_answer(_or_none(r.content), f"the daemon answered {r.status_code} to GET {path}")
+                for chunk in r.iter_raw():
+                    target.write(chunk)
+                    count += len(chunk)
+                    progress(count)
+                expected = r.headers.get("content-length")
+        except _TEMPORARY as e:
+            raise self._broken(e) from None
+        if expected is not None and count != int(expected):
+            raise DaemonError(f"woodfrog's daemon at {self.where} broke off in the middle of an answer")
+        return count
+
+    def _broken(self, error: Exception) -> WoodfrogError:
+        if _denied(error):
+            return _no_permission(self.where)
+        return DaemonError(f"woodfrog's daemon at {self.where} broke off ({error})", code="daemon-lost", retryable=True)
+
     def exists(self, path: str) -> bool:
         """Whether the daemon has what `path` names."""
         reply = self.request("HEAD", path)
@@ -228,8 +300,13 @@ class Client:
         return found
 
     def lines(self, path: str, params: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-        """An NDJSON answer line by line, for as long as the daemon sends (logs)."""
-        timeout = httpx.Timeout(connect=5, read=None, write=30, pool=None)
+        """An NDJSON answer line by line (logs); with `follow` for as long as the daemon sends.
+
+        Raises:
+            DaemonError: without `follow`: the daemon went away before the end.
+        """
+        follow = bool(params and params.get("follow"))
+        timeout = httpx.Timeout(connect=5, read=None if follow else self.patience_s, write=30, pool=None)
         try:
             with self._http.stream("GET", "/v1" + path, params=params, timeout=timeout) as r:
                 if r.status_code >= 400:
@@ -238,8 +315,13 @@ class Client:
                 for line in r.iter_lines():
                     if line.strip():
                         yield json.loads(line)
-        except _TEMPORARY:
-            return
+        except _TEMPORARY as e:
+            if not follow:
+                raise DaemonError(
+                    f"woodfrog's daemon at {self.where} went away in the middle of an answer ({type(e).__name__}: {e})",
+                    code="daemon-lost",
+                    retryable=True,
+                ) from None
 
     def logs(self, app: str, *, follow: bool = False, since: float | None = None) -> Iterator[dict[str, Any]]:
         """Log lines of an app: {t, instance, function, stream, line, call}."""

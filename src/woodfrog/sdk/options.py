@@ -70,7 +70,8 @@ class Retries:
 class Options(TypedDict, total=False):
     """Parameters of `@app.function` and `@app.cls`.
 
-    cpu: cores, as a limit; a pair is (request, limit), of which the limit counts. memory: MiB, likewise.
+    cpu: cores: the share it gets when processors are busy (0.125 unless given); a pair is (request, limit), and the
+    limit is never exceeded. memory: MiB, as a limit; a pair is (request, limit), of which the limit counts.
     gpu: "H100", "A100:2", "any", or a list in order of preference. timeout, startup_timeout, scaledown_window: seconds.
     """
 
@@ -124,24 +125,26 @@ def _seconds(value: Any) -> float:
     return float(checks.number(value, above=0))
 
 
-def _pair(value: Any, check: Callable[[Any], Any]) -> Any:
-    """The limit of a single value or of a (request, limit) pair."""
+def _pair(value: Any, check: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """A (request, limit) pair; a single value is a request."""
     if not isinstance(value, (tuple, list)):
-        return check(value)
+        return check(value), None
     if len(value) != 2:
         raise TypeError(f"expected a number or a (request, limit) pair, got {value!r}")
     request, limit = check(value[0]), check(value[1])
     if request > limit:
         raise ValueError(f"the request {request} is more than the limit {limit}")
-    return limit
+    return request, limit
 
 
-def _cpu(value: Any) -> float:
-    return float(_pair(value, lambda v: checks.number(v, above=0)))
+def _cpu(value: Any) -> tuple[float, float | None]:
+    request, limit = _pair(value, lambda v: checks.number(v, above=0))
+    return float(request), None if limit is None else float(limit)
 
 
 def _memory(value: Any) -> int:
-    return int(_pair(value, lambda v: checks.whole(v, least=1)))
+    request, limit = _pair(value, lambda v: checks.whole(v, least=1))
+    return int(request if limit is None else limit)
 
 
 _GPU = re.compile(r"([A-Za-z][A-Za-z0-9_.-]*!?)(?::(\d{1,3}))?")
@@ -376,6 +379,8 @@ def build_spec(
                 f"use @app.{decorator}(serialized=True) ({where})",
                 code="not-importable",
             )
+    if "resources.cpu" in values:
+        values["resources.cpu"], values["resources.cpu_limit"] = values["resources.cpu"]
     groups: dict[str, dict[str, Any]] = {}
     plain: dict[str, Any] = {"image": defaults.image}
     for path, value in values.items():

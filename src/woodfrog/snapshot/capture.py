@@ -38,6 +38,8 @@ class SnapshotIdentity:
     seen: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     """For a zygote: the files it was imported from, which must be unchanged at a restore."""
+    parent: str = ""
+    """The snapshot it was thawed from before it became what it is."""
 
 
 async def copy_tree(source: Path, target: Path, what: str) -> None:
@@ -147,4 +149,5 @@ async def capture(
         kind="zygote" if identity.modules else "function",
         modules=identity.modules,
         seen=identity.seen,
+        parent=identity.parent,
     )

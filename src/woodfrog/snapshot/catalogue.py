@@ -4,23 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
+import re
 import stat
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from woodfrog.criu.pagemap import INDEX, read_index
 from woodfrog.errors import IntegrityError, NotFoundError, StoreError
 from woodfrog.faults import fault
 from woodfrog.snapshot.manifest import FileEntry, Manifest, SigningKey, decode, encode
 from woodfrog.store.files import fsync_dir, fsync_tree, remove_tree, sha256_file, store_error, write_atomic
 
-__all__ = ["Catalogue", "Staging", "inventory"]
+if TYPE_CHECKING:
+    from woodfrog.store.pages import PageStore
 
-_PARTS = ("img", "fs", "shm")
+__all__ = ["PINNED", "PUSHED", "WORKING_SET", "Catalogue", "Opened", "Staging", "inventory"]
+
+_LAYERS = ("fs", "shm")
+_PAGE = 4096
+_PAGES_FILE = re.compile(r"\Aimg[^/]*/pages-\d+\.img\Z")
+_SIGNATURE = 64
 _RETIRED = "retired"
+WORKING_SET = "working-set"
+"""Beside the manifest, not under its signature: it says which pages come first, never what is in them."""
+PINNED = "pinned"
+"""Mark of a snapshot that only a person removes."""
+PUSHED = "pushed"
+"""Mark of a snapshot that is in the tier as well."""
+_USED = "used"
 _KEPT_FAILURES = 20
 
 
@@ -48,6 +66,28 @@ class Staging:
         return self.path / "log"
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A snapshot whose every byte may be trusted for now.
+
+    Args:
+        files: what the page index names, in its order; None = pages files beside it.
+    """
+
+    manifest: Manifest
+    path: Path
+    files: tuple[Path, ...] | None = None
+
+    @property
+    def images(self) -> Path:
+        return self.path / self.manifest.images
+
+    @classmethod
+    def staged(cls, manifest: Manifest, path: Path) -> Opened:
+        """One that was captured a moment ago and is not committed yet."""
+        return cls(manifest, path)
+
+
 def _describe(path: str, info: os.stat_result) -> str:
     """Kind, mode, owner, target or device, and extended attributes (overlayfs keeps its marks there)."""
     target = os.readlink(path) if stat.S_ISLNK(info.st_mode) else str(info.st_rdev)
@@ -61,11 +101,14 @@ def _describe(path: str, info: os.stat_result) -> str:
         return text
 
 
-def inventory(root: Path) -> tuple[list[str], dict[str, str]]:
-    """All of `root`'s parts: regular files, and what is not a file's content, by relative path.
+def inventory(root: Path, images: str = "img") -> tuple[list[str], dict[str, str]]:
+    """All of a snapshot's parts: regular files, and what is not a file's content, by relative path.
 
     The latter are kind, mode, owner and target of directories, links and devices, and of the files that become
     visible in a sandbox.
+
+    Args:
+        images: the directory of CRIU's images.
     """
     files: list[str] = []
     others: dict[str, str] = {}
@@ -77,26 +120,60 @@ def inventory(root: Path) -> tuple[list[str], dict[str, str]]:
                 info = entry.stat(follow_symlinks=False)
                 if stat.S_ISREG(info.st_mode):
                     files.append(name)
-                    if not name.startswith("img/"):
+                    if not name.startswith(f"{images}/"):
                         others[name] = _describe(entry.path, info)
                 else:
                     others[name] = _describe(entry.path, info)
                     if stat.S_ISDIR(info.st_mode):
                         walk(entry.path, name)
 
-    for part in _PARTS:
+    for part in (images, *_LAYERS):
         folder = str(root / part)
         others[part] = _describe(folder, os.lstat(folder))
         walk(folder, part)
     return files, others
 
 
-def _hash_all(root: Path, names: Iterable[str]) -> dict[str, FileEntry]:
-    """Digests of many files, on as many threads as pay (hashlib releases the interpreter lock)."""
+def _sparse_sha256(path: Path) -> str:
+    """sha256 of a file that is mostly holes: its size, then each page that is not zero, with its place.
+
+    The same for a file whose holes were filled with zeroes, and a byte in a hole changes it.
+    """
+    zero = bytes(_PAGE)
+    with open(path, "rb", buffering=0) as f:
+        fd = f.fileno()
+        size = os.fstat(fd).st_size
+        digest = hashlib.sha256(f"sparse {size}\n".encode())
+        at = 0
+        while at < size:
+            try:
+                at = os.lseek(fd, at, os.SEEK_DATA) & -_PAGE
+                end = os.lseek(fd, at, os.SEEK_HOLE)
+                if end <= at:  # the page began in a hole
+                    end = at + _PAGE
+            except OSError as e:
+                if e.errno == errno.ENXIO:
+                    break
+                raise
+            for offset in range(at, end, _PAGE):
+                page = os.pread(fd, _PAGE, offset)
+                if page != zero[: len(page)]:
+                    digest.update(offset.to_bytes(8, "little") + page)
+            at = -(-end // _PAGE) * _PAGE
+        return digest.hexdigest()
+
+
+def _hash_all(root: Path, names: Iterable[str], *, sparse: bool) -> dict[str, FileEntry]:
+    """Digests of many files, on as many threads as pay (hashlib releases the interpreter lock).
+
+    Args:
+        sparse: memory is packed, so that pages files are mostly holes.
+    """
 
     def one(name: str) -> FileEntry:
         path = root / name
-        return FileEntry(name, path.stat().st_size, sha256_file(path))
+        digest = _sparse_sha256 if sparse and _PAGES_FILE.search(name) else sha256_file
+        return FileEntry(name, path.stat().st_size, digest(path))
 
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         return {entry.path: entry for entry in pool.map(one, names)}
@@ -109,15 +186,20 @@ class Catalogue:
     inode, size, mtime and ctime stand (no write, truncation or replacement leaves all four).
     """
 
-    def __init__(self, root: Path, key: SigningKey) -> None:
+    def __init__(self, root: Path, key: SigningKey, store: PageStore | None = None) -> None:
         self.root = root
+        self._store = store
         self._failures = root.parent / "failed-captures"
+        self._invalid = root.parent / "invalidated"
         self._key = key
         self._manifests: dict[str, Manifest] = {}
         self._verified: dict[str, tuple[tuple[int, int, int, int], ...]] = {}
         self._retired: dict[str, str] = {}
+        self._mutex = threading.Lock()
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.chmod(root, 0o700)
+        self.on_removed: Callable[[], None] = lambda: None
+        """Called after a snapshot was removed."""
         self.damaged: dict[str, str] = {}
         """Directories that are not usable snapshots, with the reason."""
         self._load()
@@ -131,13 +213,22 @@ class Catalogue:
                     self.damaged[path.name] = f"cannot be removed: {e.strerror}"
                 continue
             try:
-                self._manifests[path.name] = self._read(path.name)
+                manifest = self._manifests[path.name] = self._read(path.name)
             except IntegrityError as e:
                 self.damaged[path.name] = e.message
                 continue
+            self._sweep(path, manifest)
             mark = path / _RETIRED
             if mark.exists():
                 self._retired[path.name] = mark.read_text(errors="replace").strip()
+
+    @staticmethod
+    def _sweep(path: Path, manifest: Manifest) -> None:
+        """Remove images in a form that the snapshot does not have: a packing was cut off."""
+        for other in path.glob("img*"):
+            if other.name != manifest.images:
+                with contextlib.suppress(OSError):  # it takes room, no more
+                    remove_tree(other)
 
     def _read(self, snapshot_id: str) -> Manifest:
         path = self.root / snapshot_id
@@ -146,11 +237,21 @@ class Catalogue:
             signature = (path / "manifest.sig").read_bytes()
         except OSError as e:
             raise IntegrityError(f"snapshot {snapshot_id}: {e.strerror}: {e.filename}", code="bad-manifest") from None
-        self._key.verify(data, signature, f"snapshot {snapshot_id}")
+        self._check(data, signature, f"snapshot {snapshot_id}")
         manifest = decode(data)
         if manifest.id != snapshot_id:
             raise IntegrityError(f"snapshot {snapshot_id}: its manifest is of {manifest.id}", code="bad-manifest")
         return manifest
+
+    def _check(self, data: bytes, signature: bytes, what: str) -> bytes:
+        """The signature of `data`. While a manifest is replaced there are two: of the old and of the new."""
+        if len(signature) == 2 * _SIGNATURE:
+            with contextlib.suppress(IntegrityError):
+                self._key.verify(data, signature[:_SIGNATURE], what)
+                return signature[:_SIGNATURE]
+            signature = signature[_SIGNATURE:]
+        self._key.verify(data, signature, what)
+        return signature
 
     def path(self, snapshot_id: str) -> Path:
         return self.root / snapshot_id
@@ -173,9 +274,66 @@ class Catalogue:
             )
         return found[0]
 
+    def form(self, snapshot_id: str) -> str | None:
+        """ "loose" or "packed"; None when there is no such snapshot."""
+        manifest = self._manifests.get(snapshot_id)
+        return manifest.form if manifest else None
+
+    def mark(self, snapshot_id: str, mark: str, text: str = "") -> None:
+        """Put a mark beside the manifest; it says nothing about the content and is not signed.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        write_atomic(self.root / self.get(snapshot_id).id / mark, f"{text}\n".encode())
+
+    def unmark(self, snapshot_id: str, mark: str) -> None:
+        (self.root / self.get(snapshot_id).id / mark).unlink(missing_ok=True)
+
+    def marked(self, snapshot_id: str, mark: str) -> bool:
+        return (self.root / snapshot_id / mark).exists()
+
+    def mark_text(self, snapshot_id: str, mark: str) -> str | None:
+        """What a mark says; None where there is none."""
+        try:
+            return (self.root / snapshot_id / mark).read_text(errors="replace").removesuffix("\n")
+        except OSError:
+            return None
+
+    def used(self, snapshot_id: str) -> None:
+        """Remember that it was thawed now."""
+        path = self.root / snapshot_id / _USED
+        with contextlib.suppress(OSError):
+            path.touch(mode=0o600)
+
+    def by_use(self) -> list[Manifest]:
+        """All snapshots, the longest unused first."""
+
+        def last(manifest: Manifest) -> float:
+            try:
+                return max(manifest.created, (self.root / manifest.id / _USED).stat().st_mtime)
+            except OSError:
+                return manifest.created
+
+        return sorted(self.manifests(), key=last)
+
     def retired(self, snapshot_id: str) -> str | None:
-        """Why a snapshot is no longer used; None while it is."""
-        return self._retired.get(snapshot_id)
+        """Why a snapshot is no longer used, also when it is gone; None while it is."""
+        known = self._retired.get(snapshot_id)
+        return "invalidated" if known is None and (self._invalid / snapshot_id).exists() else known
+
+    def refuse(self, snapshot_id: str) -> None:
+        """A person wants to see it no more: it is not used when it comes from elsewhere either, but by their own wish.
+
+        Raises:
+            StoreError: that cannot be written.
+        """
+        try:
+            self._invalid.mkdir(mode=0o700, exist_ok=True)
+            (self._invalid / self.get(snapshot_id).id).touch(mode=0o600)
+            fsync_dir(self._invalid)
+        except OSError as e:
+            raise store_error("cannot note the snapshot as invalid", self._invalid, e) from e
 
     def find(self, function_key: str, worker_class: str) -> Manifest | None:
         """The newest usable snapshot for this function on this kind of host."""
@@ -226,7 +384,7 @@ class Catalogue:
             fault("commit.before")
             names, others = inventory(staging.path)
             stamp = self._stamp(staging.path, names)  # before the digests: a later change is a change
-            entries = _hash_all(staging.path, names)
+            entries = _hash_all(staging.path, names, sparse=False)
             full = _with_files(manifest, tuple(entries[n] for n in names), others)
             fsync_tree(staging.path)
             fault("commit.data")
@@ -273,8 +431,12 @@ class Catalogue:
         infos = [os.stat(root / name, follow_symlinks=False) for name in names]
         return tuple((i.st_ino, i.st_size, i.st_mtime_ns, i.st_ctime_ns) for i in infos)
 
-    def open_verified(self, snapshot_id: str) -> Manifest:
-        """The manifest, after its signature and every file under it have been checked.
+    def forget_verified(self, snapshot_id: str) -> None:
+        """Read every byte again at the next use."""
+        self._verified.pop(snapshot_id, None)
+
+    def open_verified(self, snapshot_id: str) -> Opened:
+        """The snapshot, after its signature and every byte of it have been checked.
 
         Raises:
             IntegrityError: altered, truncated, or with files added or missing; nothing of it may be restored.
@@ -282,29 +444,137 @@ class Catalogue:
         try:
             manifest = self._read(snapshot_id)
             root = self.root / snapshot_id
-            names, others = inventory(root)
-            expected = {entry.path: entry for entry in manifest.files}
-            if names != list(expected):
-                odd = sorted(set(names) ^ set(expected))[:1]
-                raise IntegrityError(f"snapshot {snapshot_id}: file {odd} added or missing", code="altered")
-            if others != manifest.links:
-                odd = sorted(k for k in set(others) | set(manifest.links) if others.get(k) != manifest.links.get(k))[:1]
-                raise IntegrityError(f"snapshot {snapshot_id}: {odd} is not as it was captured", code="altered")
+            names = self._verify_names(manifest, root)
             stamp = self._stamp(root, names)
-            if self._verified.get(snapshot_id) == stamp:
-                return manifest
-            for (_, size, _, _), entry in zip(stamp, manifest.files, strict=True):
-                if size != entry.size:
-                    raise IntegrityError(
-                        f"snapshot {snapshot_id}: {entry.path} has {size} bytes, not {entry.size}", code="truncated"
-                    )
-            for name, actual in _hash_all(root, names).items():
-                if actual != expected[name]:
-                    raise IntegrityError(f"snapshot {snapshot_id}: {name} was altered", code="altered")
+            if self._verified.get(snapshot_id) != stamp:
+                self._verify_files(manifest, root, stamp, names)
         except OSError as e:
             raise IntegrityError(f"snapshot {snapshot_id}: {e.strerror}: {e.filename}", code="unreadable") from e
+        files = self._files(manifest) if manifest.form == "packed" else None
         self._verified[snapshot_id] = stamp
+        return Opened(manifest, root, files)
+
+    @staticmethod
+    def _verify_names(manifest: Manifest, root: Path) -> list[str]:
+        names, others = inventory(root, manifest.images)
+        expected = [entry.path for entry in manifest.files]
+        if names != expected:
+            odd = sorted(set(names) ^ set(expected))[:1]
+            raise IntegrityError(f"snapshot {manifest.id}: file {odd} added or missing", code="altered")
+        if others != manifest.links:
+            odd = sorted(k for k in set(others) | set(manifest.links) if others.get(k) != manifest.links.get(k))[:1]
+            raise IntegrityError(f"snapshot {manifest.id}: {odd} is not as it was captured", code="altered")
+        return names
+
+    @staticmethod
+    def _verify_files(
+        manifest: Manifest, root: Path, stamp: tuple[tuple[int, int, int, int], ...], names: list[str]
+    ) -> None:
+        for (_, size, _, _), entry in zip(stamp, manifest.files, strict=True):
+            if size != entry.size:
+                raise IntegrityError(
+                    f"snapshot {manifest.id}: {entry.path} has {size} bytes, not {entry.size}", code="truncated"
+                )
+        actual = _hash_all(root, names, sparse=manifest.form == "packed")
+        for entry in manifest.files:
+            if actual[entry.path] != entry:
+                raise IntegrityError(f"snapshot {manifest.id}: {entry.path} was altered", code="altered")
+
+    def admit(self, staging: Staging, manifest: Manifest) -> Manifest:
+        """Make a snapshot that came from elsewhere visible, after checking that it is what its manifest says.
+
+        Args:
+            manifest: of a signature that was checked; it gets this machine's own.
+
+        Raises:
+            IntegrityError: it is not what the manifest says.
+            StoreError: something could not be written. The staging directory is the caller's to abandon.
+        """
+        try:
+            names = self._verify_names(manifest, staging.path)
+            stamp = self._stamp(staging.path, names)
+            self._verify_files(manifest, staging.path, stamp, names)
+            fsync_tree(staging.path)
+            data = encode(manifest)
+            write_atomic(staging.path / "manifest.json", data)
+            write_atomic(staging.path / "manifest.sig", self._key.sign(data))
+            fault("admit.manifest")
+            os.rename(staging.path, self.root / manifest.id)
+            fsync_dir(self.root)
+        except OSError as e:
+            raise store_error("cannot store the snapshot", staging.path, e) from e
+        (self._invalid / manifest.id).unlink(missing_ok=True)
+        self._manifests[manifest.id] = manifest
+        self._verified[manifest.id] = stamp
         return manifest
+
+    def _files(self, manifest: Manifest) -> tuple[Path, ...]:
+        """The files that a packed snapshot's page index names, in its order, each verified."""
+        if self._store is None:
+            raise IntegrityError(f"snapshot {manifest.id}: its memory is in a page store", code="no-page-store")
+        path = self.root / manifest.id / manifest.images
+        try:
+            names = read_index((path / INDEX).read_bytes()).files
+            beside = {name for name in names if _PAGES_FILE.search(f"img/{name}")}
+            packs = self._store.open_raw([name for name in names if name not in beside])
+        except (OSError, ValueError) as e:
+            raise IntegrityError(f"snapshot {manifest.id}: page index: {e}", code="unreadable") from e
+        except StoreError as e:
+            raise IntegrityError(f"snapshot {manifest.id}: {e.message}", code=e.code) from e
+        return tuple(packs[name] if name in packs else path / name for name in names)
+
+    def replace_images(self, old: Manifest, new: Manifest) -> Manifest:
+        """Let `new` describe a snapshot whose images exist in another form beside the old ones, atomically.
+
+        No restore of it may be under way: the old images are removed.
+
+        Args:
+            new: as `old`, but for `images` (a directory in the snapshot's own), form and what belongs to it.
+
+        Returns:
+            The manifest with its files' digests.
+
+        Raises:
+            StoreError: something could not be written; the snapshot is as it was.
+        """
+        path = self.root / old.id
+        try:
+            names, others = inventory(path, new.images)
+            stamp = self._stamp(path, names)
+            known = {entry.path: entry for entry in old.files}
+            fresh = _hash_all(path, [n for n in names if n not in known], sparse=True)
+            for name, entry in fresh.items():
+                was = known.get(f"{old.images}{name.removeprefix(new.images)}")
+                if was and was.sha256 != entry.sha256 and not _PAGES_FILE.search(name) and not name.endswith(INDEX):
+                    raise IntegrityError(f"snapshot {old.id}: {was.path} was altered", code="altered")
+            full = _with_files(new, tuple(known.get(n) or fresh[n] for n in names), others)
+            fsync_tree(path / new.images)
+            fsync_dir(path)
+            fault("pack.data")
+            self._replace_manifest(path, encode(full), f"snapshot {full.id}")
+        except OSError as e:
+            raise store_error("cannot pack the snapshot", path, e) from e
+        finally:
+            # Whatever went wrong, what is known of it must be what is on disk: its packs are collected otherwise.
+            with self._mutex:
+                if old.id in self._manifests:
+                    with contextlib.suppress(IntegrityError):
+                        self._manifests[old.id] = self._read(old.id)
+        self._verified[full.id] = stamp
+        self._sweep(path, full)
+        return full
+
+    def _replace_manifest(self, path: Path, data: bytes, what: str) -> None:
+        """At every moment there is a manifest with its signature."""
+        signature = self._key.sign(data)
+        # Of what is there now, which an attempt that was cut off may have left with two.
+        now = self._check((path / "manifest.json").read_bytes(), (path / "manifest.sig").read_bytes(), what)
+        write_atomic(path / "manifest.sig", now + signature)
+        fault("pack.signed")
+        write_atomic(path / "manifest.json", data)
+        fault("pack.manifest")
+        with contextlib.suppress(StoreError):  # two are as good
+            write_atomic(path / "manifest.sig", signature)
 
     def retire(self, snapshot_id: str, reason: str) -> None:
         """Never use this snapshot again; it is kept for inspection until removed."""
@@ -318,26 +588,39 @@ class Catalogue:
         except StoreError:
             return  # it stays retired in this daemon; a restart may try it once more
 
-    def remove(self, snapshot_id: str) -> None:
+    def remove(self, snapshot_id: str, *, wait: bool = True) -> None:
         """Delete a snapshot. Running instances keep what they have open.
+
+        Args:
+            wait: until its files are gone, too; they may be gigabytes. What is left is removed at the next start.
 
         Raises:
             StoreError: it could not be removed whole.
         """
-        self._manifests.pop(snapshot_id, None)
+        with self._mutex:
+            self._manifests.pop(snapshot_id, None)
         self._retired.pop(snapshot_id, None)
         self._verified.pop(snapshot_id, None)
         self.damaged.pop(snapshot_id, None)
         hidden = self.root / f".removed-{snapshot_id}-{time.time_ns()}"
         try:
             os.rename(self.root / snapshot_id, hidden)
-            remove_tree(hidden)
+            if wait:
+                remove_tree(hidden)
+            else:
+                threading.Thread(target=_remove_quietly, args=(hidden,), daemon=True).start()
+            self.on_removed()
         except FileNotFoundError:
             return
         except OSError as e:
             raise store_error("cannot remove the snapshot", hidden, e) from e
 
 
+def _remove_quietly(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        remove_tree(path)
+
+
 def _with_files(manifest: Manifest, files: tuple[FileEntry, ...], links: dict[str, str]) -> Manifest:
-    fs_bytes = sum(f.size for f in files if not f.path.startswith("img/"))
+    fs_bytes = sum(f.size for f in files if not f.path.startswith(f"{manifest.images}/"))
     return replace(manifest, files=files, links=links, fs_bytes=fs_bytes)

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from woodfrog.errors import IntegrityError, SpecError
 from woodfrog.spec import from_dict, to_dict
 from woodfrog.store.files import write_atomic
 
-__all__ = ["FORMAT", "FileEntry", "Manifest", "SigningKey", "decode", "encode"]
+__all__ = ["FORMAT", "FileEntry", "Manifest", "SigningKey", "decode", "encode", "external_file"]
 
-FORMAT = 1
+FORMAT = 2
+_SHA256 = 64
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class Manifest:
     links: dict[str, str] = field(default_factory=dict)
     """Kind, mode, owner, target: of directories, symlinks and devices, and of the files in `fs/` and `shm/`."""
     external: tuple[str, ...] = ()
-    """Files outside the sandbox that are mapped or open: `path|size|mtime_ns`. They must be unchanged at a restore."""
+    """Files outside the sandbox that are mapped or open: `path|size|mtime_ns`, and `|sha256` in one that travels. They
+    must be unchanged at a restore."""
     warnings: tuple[str, ...] = ()
     """What the snapshot does not keep, one line each."""
     phases: tuple[str, ...] = ()
@@ -70,6 +75,24 @@ class Manifest:
     """A zygote's imports, in order."""
     seen: tuple[str, ...] = ()
     """Every top-level module that they looked for; a program that has one of these names cannot start from it."""
+    parent: str = ""
+    """Id of the snapshot its process was thawed from before it became what it is: most pages are as they are there."""
+    form: str = "loose"
+    """"loose": the memory is in `img/`; "packed": it is in the page store's `packs`."""
+    images: str = "img"
+    """The directory of CRIU's images."""
+    packs: tuple[str, ...] = ()
+    """Every pack that its page index names."""
+    stored_bytes: int = 0
+    """What packing it added to the store, in bytes."""
+
+
+def external_file(entry: str) -> tuple[str, int, int, str]:
+    """Path, size, mtime in ns and digest ("" where it has none) of an entry of `Manifest.external`."""
+    rest, _, last = entry.rpartition("|")
+    digest = last if len(last) == _SHA256 else ""
+    path, size, mtime = (rest if digest else entry).rsplit("|", 2)
+    return path, int(size), int(mtime), digest
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -77,8 +100,9 @@ def encode(manifest: Manifest) -> bytes:
     return json.dumps(to_dict(manifest), sort_keys=True, indent=1).encode() + b"\n"
 
 
+@lru_cache(maxsize=128)
 def decode(data: bytes) -> Manifest:
-    """Read a manifest back.
+    """Read a manifest back. The same bytes give the same object: every thaw reads one.
 
     Raises:
         IntegrityError: not a manifest of a format this version knows.
@@ -91,9 +115,14 @@ def decode(data: bytes) -> Manifest:
         known = raw.get("format") if isinstance(raw, dict) else None
         raise IntegrityError(f"manifest of format {known!r}; this version reads {FORMAT}", code="bad-manifest")
     try:
-        return from_dict(Manifest, raw)
-    except SpecError as e:
-        raise IntegrityError(f"manifest is damaged: {e.message}", code="bad-manifest") from None
+        manifest = from_dict(Manifest, raw)
+        for entry in manifest.external:
+            external_file(entry)
+    except (SpecError, ValueError) as e:
+        raise IntegrityError(f"manifest is damaged: {e}", code="bad-manifest") from None
+    if manifest.form not in ("loose", "packed") or not re.fullmatch(r"img[a-z-]*", manifest.images):
+        raise IntegrityError(f"manifest is damaged: form {manifest.form!r}", code="bad-manifest")
+    return manifest
 
 
 class SigningKey:
@@ -123,6 +152,16 @@ class SigningKey:
             return cls(Ed25519PrivateKey.from_private_bytes(path.read_bytes()))
         except ValueError:
             raise IntegrityError(f"{path}: not an Ed25519 key; remove it (snapshots will be made anew)") from None
+
+    @property
+    def public(self) -> bytes:
+        """The raw public key, 32 bytes: what other machines trust."""
+        return self._public.public_bytes(Encoding.Raw, PublicFormat.Raw)
+
+    def derive(self, purpose: str) -> bytes:
+        """32 secret bytes for something else of this machine, from which the key cannot be found."""
+        raw = self._private.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
+        return blake3(raw, derive_key_context=f"woodfrog {purpose}").digest()
 
     def sign(self, data: bytes) -> bytes:
         return self._private.sign(data)

@@ -9,7 +9,7 @@ from woodfrog.criu.binary import Criu
 from woodfrog.engine.engine import Lazy, restore
 from woodfrog.errors import IncompatibleSnapshot
 from woodfrog.linux.sandbox import Sandbox, SandboxProcess
-from woodfrog.snapshot.manifest import Manifest
+from woodfrog.snapshot.manifest import Manifest, external_file
 from woodfrog.telemetry import Phases
 
 __all__ = ["check_external", "materialise"]
@@ -22,21 +22,28 @@ def check_external(manifest: Manifest) -> None:
         IncompatibleSnapshot: a file was changed or removed (a package was upgraded in place): cold start, new snapshot.
     """
     for entry in manifest.external:
-        path, size, mtime = entry.rsplit("|", 2)
+        path, size, mtime, _ = external_file(entry)
         try:
             info = os.stat(path)
         except OSError as e:
             raise IncompatibleSnapshot(
                 f"{path} is gone since the snapshot was made ({e.strerror})", path=path
             ) from None
-        if info.st_size != int(size) or info.st_mtime_ns != int(mtime):
+        if info.st_size != size or info.st_mtime_ns != mtime:
             raise IncompatibleSnapshot(f"{path} was changed since the snapshot was made", path=path)
 
 
 async def materialise(
-    sandbox: Sandbox, *, manifest: Manifest, images: Path, criu: Criu, phases: Phases, lazy: Lazy | None = None
+    sandbox: Sandbox,
+    *,
+    manifest: Manifest,
+    images: Path,
+    criu: Criu,
+    phases: Phases,
+    lazy: Lazy | None = None,
+    stopped: bool = False,
 ) -> SandboxProcess:
-    """Thaw the snapshot in a sandbox whose root is assembled already.
+    """Thaw the snapshot in a sandbox whose root is assembled already; `stopped`: it does not run before SIGCONT.
 
     Raises:
         IncompatibleSnapshot: what it rests on has changed.
@@ -45,4 +52,4 @@ async def materialise(
     with phases("check"):
         check_external(manifest)
     with phases("restore"):
-        return await restore(sandbox, images=images, criu=criu, phases=phases, lazy=lazy)
+        return await restore(sandbox, images=images, criu=criu, phases=phases, lazy=lazy, stopped=stopped)

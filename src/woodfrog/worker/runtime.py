@@ -15,7 +15,7 @@ from types import AsyncGeneratorType, GeneratorType
 from typing import Any
 
 from woodfrog.errors import NotFoundError, SpecError
-from woodfrog.worker import codec, renew, state
+from woodfrog.worker import codec, maps, renew, state
 
 __all__ = ["Runtime", "StageError"]
 
@@ -90,27 +90,41 @@ class Runtime:
         finally:
             self.phases[phase] = round((time.perf_counter() - begin) * 1e3, 3)
 
-    def preload(self, message: dict[str, Any]) -> tuple[dict[str, float], list[str], list[str]]:
-        """Import what the program will import first; phases, the top-level modules looked for, and the files loaded.
+    def preload(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Import what the program will import first.
+
+        Returns:
+            `phases`; `steps` as they went, those that loaded nothing in parentheses; `seen`, the top-level modules that
+            were looked for; `files` that were loaded; `cpu_ms`, the processor time it took.
 
         Raises:
             StageError: "preload".
         """
         self.phases = {}
+        begin, steps = time.process_time(), []
         with self._stage("preload", "preload"):
             self._surround(message)
             env, lookups = dict(os.environ), _Lookups()
             sys.meta_path.insert(0, lookups)
             try:
-                for module, names in message["modules"]:
-                    found = __import__(module, {}, {}, names, 0)
-                    for name in names:
+                for step in message["steps"]:
+                    module, _, name = step.partition(":")
+                    known = set(sys.modules)
+                    found = __import__(module, {}, {}, (name,) if name else (), 0)
+                    if name:
                         getattr(found, name)
+                    steps.append(step if sys.modules.keys() - known else f"({step})")
             finally:
                 sys.meta_path.remove(lookups)
             self._preloaded = _traces(message, env)
         files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-        return self.phases, sorted(lookups.names), sorted(f for f in files if isinstance(f, str))
+        return {
+            "phases": self.phases,
+            "steps": steps,
+            "seen": sorted(lookups.names),
+            "files": sorted(f for f in files if isinstance(f, str)),
+            "cpu_ms": round((time.process_time() - begin) * 1e3, 3),
+        }
 
     def _surround(self, message: dict[str, Any]) -> None:
         """Environment, arguments, import path and directory of the user's code."""
@@ -182,6 +196,7 @@ class Runtime:
         with self._stage("before-snapshot", "before_snapshot"):
             for hook in reversed(_registered("_before_snapshot")):
                 self._settle(hook())
+            codec.preload()
             self._tidy()
         return self.phases
 
@@ -199,11 +214,11 @@ class Runtime:
 
     @staticmethod
     def _tidy() -> None:
-        codec.preload()
         renew.prepare()
         gc.collect()
         gc.unfreeze()
         renew.trim_heap()
+        maps.join_code()
 
     def start(self, context: dict[str, Any]) -> tuple[dict[str, float], list[str]]:
         """Take on the identity of this instance; phases and warnings.

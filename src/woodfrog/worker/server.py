@@ -145,16 +145,16 @@ class _Worker:
         if kind == "ping":
             self._send({"type": "pong"})
         elif kind == "preload" and self._state == "new":
-            phases, seen, files = self._runtime.preload(header)
+            done = self._runtime.preload(header)
             self._state = "preloaded"
             _flush()
-            self._send({"type": "preloaded", "phases": phases, "seen": seen, "files": files})
+            self._send({"type": "preloaded", **done})
         elif kind == "freeze" and self._state == "preloaded":
             phases = self._runtime.settle()
             _flush()
             self._send({"type": "frozen", "phases": phases})
             self._state = "zygote"
-        elif kind == "boot" and self._state in ("new", "preloaded", "zygote"):
+        elif kind == "boot" and self._state in ("new", "zygote"):
             phases = self._runtime.boot(header, body)
             self._state = "booted"
             _flush()

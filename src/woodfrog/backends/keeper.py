@@ -1,0 +1,548 @@
+"""Looks after this machine's snapshots beside the calls: packs them, collects what nothing needs, moves them.
+
+What takes long runs in threads, one thing at a time, and waits for restores of the snapshot it changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from woodfrog.backends.base import Progress
+from woodfrog.backends.memory import read_working_set
+from woodfrog.errors import IncompatibleSnapshot, IntegrityError, NotFoundError, StoreError, WoodfrogError
+from woodfrog.snapshot.catalogue import PINNED, PUSHED, Catalogue
+from woodfrog.snapshot.manifest import Manifest
+from woodfrog.snapshot.packing import NotPackable, prepare
+from woodfrog.snapshot.transport import Transport
+from woodfrog.snapshot.trust import fingerprint, public_text
+from woodfrog.store.pages import PageStore
+from woodfrog.store.tiers import Tier
+from woodfrog.telemetry import counters
+
+__all__ = ["Keeper"]
+
+log = logging.getLogger("woodfrog")
+
+T = TypeVar("T")
+
+_QUIET_S = 0.05
+_GC_AFTER_S = 60.0
+_LOOK_UP_S = 3.0
+_NOT_THERE_S = 30.0
+_PUSH_AGAIN_S = 60.0
+_CLOSE_S = 10.0
+
+
+def _quietly(what: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+class Keeper:
+    """Housekeeping of one catalogue and its page store.
+
+    Args:
+        transport: moves snapshots to and from `tier`.
+        tier: where snapshots are kept beside this machine; None = nowhere.
+        pack: put snapshots' memory into the page store when nobody waits.
+        pack_min: bytes of memory below which a snapshot stays loose.
+        budget: bytes that snapshots may take on this machine; what is in the tier as well goes first. 0 = no limit.
+        worker_class: this kind of host.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        store: PageStore,
+        transport: Transport,
+        *,
+        tier: Tier | None = None,
+        pack: bool = True,
+        pack_min: int = 0,
+        budget: int = 0,
+        worker_class: str = "",
+    ) -> None:
+        self._catalogue = catalogue
+        self._store = store
+        self._transport = transport
+        self._tier = tier
+        self._pack = pack
+        self._pack_min = pack_min
+        self._budget = budget
+        self._worker_class = worker_class
+        self.in_use: Callable[[], set[str]] = set
+        """The snapshots that instances rest on."""
+        self.on_taken_up: Callable[[Manifest], None] = lambda _: None
+        """Called when a snapshot has come from elsewhere by a person's wish."""
+        self._fetches: dict[str, asyncio.Task[Manifest]] = {}
+        self._not_there: dict[str, float] = {}
+        self._tier_away = 0.0
+        """Until when nobody asks the tier for what it may have: it did not answer in time."""
+        self._refused: set[tuple[str, str]] = set()
+        """(function key, id) of what the tier has and this machine cannot use."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._used: Counter[str] = Counter()
+        self._one = asyncio.Lock()
+        self._queued: set[str] = set()
+        self._swapping: dict[str, asyncio.Event] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._collecting: asyncio.Task[Any] | None = None
+        self._closing = False
+        self._owner = f"daemon-{os.getpid()}"
+
+    @contextlib.contextmanager
+    def _using(self, snapshot_id: str) -> Iterator[None]:
+        self._used[snapshot_id] += 1
+        try:
+            yield
+        finally:
+            self._used[snapshot_id] -= 1
+            if not self._used[snapshot_id]:
+                del self._used[snapshot_id]
+
+    @contextlib.asynccontextmanager
+    async def using(self, snapshot_id: str) -> Any:
+        """While a restore reads a snapshot: its images stay where they are."""
+        while (swap := self._swapping.get(snapshot_id)) is not None:
+            await swap.wait()
+        with self._using(snapshot_id):
+            yield
+
+    def _spawn(self, work: Any) -> asyncio.Task[Any]:
+        self._loop = asyncio.get_running_loop()
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # Packing
+
+    def pack_later(self, snapshot_id: str) -> None:
+        """Pack a snapshot in the background, once; nothing that goes wrong with that harms it."""
+        if snapshot_id in self._queued or self._closing or not (self._pack or self._tier):
+            return
+        if self._catalogue.form(snapshot_id) is None:
+            return  # it was not stored, or removed since
+        self._queued.add(snapshot_id)
+        self._spawn(self._pack_one(snapshot_id))
+
+    async def _pack_one(self, snapshot_id: str) -> None:
+        try:
+            async with self._one:
+                if not self._closing:
+                    with contextlib.suppress(NotPackable):
+                        await self.pack(snapshot_id)
+                    if not self._closing:
+                        await self._back_up(snapshot_id)
+                        await self._make_room()
+        except WoodfrogError as e:
+            counters["pack.failed"] += 1
+            log.warning("snapshot %s is not packed: %s", snapshot_id, e.message)
+            self._queued.discard(snapshot_id)
+        except Exception:
+            counters["pack.failed"] += 1
+            log.exception("snapshot %s is not packed", snapshot_id)
+
+    async def pack(self, snapshot_id: str) -> None:
+        """Put a loose snapshot's memory into the page store.
+
+        Raises:
+            NotPackable: it stays loose.
+            StoreError, IntegrityError: it could not be stored; it is as it was.
+        """
+        if not self._pack:
+            raise NotPackable("packing is switched off", code="not-packable")
+        if self._catalogue.get(snapshot_id).pages_bytes < self._pack_min:
+            raise NotPackable("it is small: it is read at once", code="not-packable")
+        parent = self._catalogue.get(snapshot_id).parent
+        if parent and parent != snapshot_id and self._catalogue.form(parent) == "loose":
+            try:
+                await self.pack(parent)
+            except WoodfrogError as e:  # without it, less is shared
+                log.warning("snapshot %s is not packed: %s", parent, e.message)
+        owner = f"{self._owner}-pack-{snapshot_id}"
+        working_set = await asyncio.to_thread(read_working_set, self._catalogue.path(snapshot_id))
+        try:
+            with self._using(snapshot_id):
+                old, new = await asyncio.to_thread(
+                    prepare, self._catalogue, self._store, snapshot_id, working_set=working_set, owner=owner
+                )
+            await self._quiet(snapshot_id)
+            with self._changing(snapshot_id):
+                await asyncio.to_thread(self._catalogue.replace_images, old, new)
+        finally:
+            await asyncio.to_thread(self._store.release, owner)
+        counters["pack.done"] += 1
+        log.info(
+            "snapshot %s packed: %.1f MB of memory, %.1f MB stored", snapshot_id, old.pages_bytes / 1e6,
+            new.stored_bytes / 1e6,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _changing(self, snapshot_id: str) -> Iterator[None]:
+        """Nobody begins to use a snapshot meanwhile. It must be quiet."""
+        done = self._swapping[snapshot_id] = asyncio.Event()
+        try:
+            yield
+        finally:
+            del self._swapping[snapshot_id]
+            done.set()
+
+    async def _quiet(self, snapshot_id: str) -> None:
+        while self._used[snapshot_id]:
+            await asyncio.sleep(_QUIET_S)
+
+    # The tier
+
+    def _in_tier(self, snapshot_id: str) -> bool:
+        """Whether it was copied to the tier that is configured now."""
+        return self._tier is not None and self._catalogue.mark_text(snapshot_id, PUSHED) == self._tier.name
+
+    async def _mark(self, snapshot_id: str, mark: str, text: str = "") -> None:
+        """In a thread: it waits for the disk."""
+        await asyncio.to_thread(self._catalogue.mark, snapshot_id, mark, text)
+
+    async def _back_up(self, snapshot_id: str) -> None:
+        """Copy a snapshot to the tier once. Where that fails it may be tried again after a while."""
+        if self._tier is None or self._in_tier(snapshot_id) or self._catalogue.retired(snapshot_id) is not None:
+            return
+        try:
+            await self.push(snapshot_id)
+        except WoodfrogError as e:
+            counters["push.failed"] += 1
+            log.warning("snapshot %s is not in %s: %s", snapshot_id, self._tier.name, e.message)
+            asyncio.get_running_loop().call_later(_PUSH_AGAIN_S, self._queued.discard, snapshot_id)
+
+    def _configured(self) -> Tier:
+        if self._tier is None:
+            raise StoreError(
+                "no tier is configured; set WOODFROG_TIER to a bucket's URL or a directory", code="no-tier"
+            )
+        return self._tier
+
+    async def look_up(self, function_key: str) -> str | None:
+        """A snapshot for this function that another machine left in the tier; None also when it cannot be asked."""
+        now = time.monotonic()
+        if self._tier is None or now < max(self._tier_away, self._not_there.get(function_key, 0.0)):
+            return None
+        self._not_there = {key: until for key, until in self._not_there.items() if now < until}
+        try:
+            find, tier = self._transport.find, self._tier
+            ids = await asyncio.wait_for(_aside(lambda: find(tier, function_key, self._worker_class)), _LOOK_UP_S)
+        except Exception as e:  # whatever it is: one can start without
+            why = e.message if isinstance(e, WoodfrogError) else f"{type(e).__name__} {e}".strip()
+            log.warning("%s cannot be asked: %s", self._tier.name, why)
+            self._tier_away = time.monotonic() + _NOT_THERE_S
+            return None
+        usable = [i for i in ids if (function_key, i) not in self._refused and self._catalogue.retired(i) is None]
+        if not usable:
+            self._not_there[function_key] = time.monotonic() + _NOT_THERE_S
+            return None
+        return max(usable, key=lambda i: (self._catalogue.form(i) is not None, i))
+
+    def no_use(self, function_key: str, snapshot_id: str, error: Exception) -> None:
+        """What `look_up` found did not thaw: it is not looked up again, or not for a while."""
+        if isinstance(error, (IntegrityError, IncompatibleSnapshot, NotFoundError)):
+            self._refused.add((function_key, snapshot_id))
+        else:
+            self._not_there[function_key] = time.monotonic() + _NOT_THERE_S
+
+    def evicted(self, snapshot_id: str) -> bool:
+        """Whether a snapshot is not here any more, but may be in the tier."""
+        return self._tier is not None and self._catalogue.form(snapshot_id) is None
+
+    async def fetch(self, snapshot_id: str, *, function_key: str = "", within: float | None = None) -> Manifest:
+        """Bring a snapshot from the tier; at once when it is here.
+
+        Args:
+            function_key: what it must be a snapshot of; "" = of anything.
+            within: seconds to wait; it comes all the same, for the next one who asks.
+
+        Raises:
+            NotFoundError, StoreError, IntegrityError, IncompatibleSnapshot: as `Transport.pull`.
+        """
+        if self._catalogue.form(snapshot_id) is None:
+            task = self._fetches.get(snapshot_id)
+            if task is None:
+                task = self._fetches[snapshot_id] = self._spawn(
+                    self._pull(snapshot_id, self._configured(), function_key)
+                )
+                task.add_done_callback(lambda t: self._fetched(snapshot_id, t))
+            try:
+                await asyncio.wait_for(asyncio.shield(task), within)
+            except TimeoutError:
+                raise StoreError(
+                    f"snapshot {snapshot_id} is not here after {within:.0f} s; it comes in the background",
+                    code="tier-slow",
+                    retryable=True,
+                ) from None
+        manifest = self._catalogue.get(snapshot_id)
+        if function_key and (manifest.function_key, manifest.worker_class) != (function_key, self._worker_class):
+            raise IntegrityError(f"snapshot {snapshot_id} is of another function or host", code="other-function")
+        return manifest
+
+    def _fetched(self, snapshot_id: str, task: asyncio.Task[Manifest]) -> None:
+        self._fetches.pop(snapshot_id, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.debug("snapshot %s was not fetched: %s", snapshot_id, error)
+
+    async def _pull(self, snapshot_id: str, tier: Tier, function_key: str) -> Manifest:
+        if self._closing:
+            raise StoreError("the daemon is stopping", code="stopping")
+        manifest = await asyncio.to_thread(self._transport.pull, snapshot_id, tier, function_key=function_key)
+        self._catalogue.used(snapshot_id)  # what nobody has used yet is not what goes first
+        try:
+            await self._mark(snapshot_id, PUSHED, tier.name)
+        except WoodfrogError as e:
+            log.warning("snapshot %s: %s", snapshot_id, e.message)  # it is pushed once more, at worst
+        counters["pull.done"] += 1
+        return manifest
+
+    async def _make_room(self) -> None:
+        """Stay within the budget: what is in the tier as well and was not used for longest goes."""
+        if not self._budget:
+            return
+        try:
+            while not self._closing and await asyncio.to_thread(self._local_bytes) > self._budget:
+                for manifest in self._catalogue.by_use():
+                    if await self._evict(manifest.id):
+                        break
+                else:
+                    if await asyncio.to_thread(self._store.trim_cache, 0) == 0:
+                        log.warning("snapshots take more than snapshots_mib, and none of them can go")
+                        return
+        except WoodfrogError as e:
+            log.warning("snapshots take more than snapshots_mib: %s", e.message)
+
+    async def _evict(self, snapshot_id: str) -> bool:
+        """Remove a snapshot that can be had again; False = it stays."""
+        if self._tier is None or not self._in_tier(snapshot_id) or self._catalogue.marked(snapshot_id, PINNED):
+            return False
+        if snapshot_id in self.in_use() | set(self._used) or self._catalogue.form(snapshot_id) is None:
+            return False
+        with self._changing(snapshot_id):  # a start that comes now waits, and then fetches it
+            if not await asyncio.to_thread(self._transport.has, self._tier, snapshot_id):
+                log.warning("snapshot %s is not in %s any more", snapshot_id, self._tier.name)
+                self._catalogue.unmark(snapshot_id, PUSHED)
+                self._queued.discard(snapshot_id)
+                return False
+            if snapshot_id in self.in_use():
+                return False
+            log.info("snapshot %s goes: it is in the tier and was not used for longest", snapshot_id)
+            await asyncio.to_thread(self._catalogue.remove, snapshot_id)
+        self._queued.discard(snapshot_id)
+        # What was stored a moment ago counts as well, else more would go than must: nothing that is needed is lost.
+        await asyncio.to_thread(self._store.gc, self._live, min_age_s=0.0)
+        return True
+
+    def _local_bytes(self) -> int:
+        loose = sum(m.pages_bytes for m in self._catalogue.manifests() if m.form == "loose")
+        layers = sum(m.fs_bytes for m in self._catalogue.manifests())
+        stats = self._store.stats()
+        return loose + layers + stats.stored_bytes + stats.cache_bytes
+
+    # Collecting
+
+    def collect_later(self) -> None:
+        """Collect in a while: a snapshot was removed. In any thread."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self.collect_later)
+            return
+        if self._closing:
+            return
+        if self._collecting is None or self._collecting.done():
+            self._collecting = self._spawn(self._collect_soon())
+
+    async def _collect_soon(self) -> None:
+        await asyncio.sleep(_GC_AFTER_S)
+        try:
+            async with self._one:
+                await self.collect()
+        except WoodfrogError as e:
+            log.warning("page store: nothing collected: %s", e.message)
+
+    async def collect(self) -> Any:
+        """Remove packs that no snapshot needs. A damaged one is never thawed and needs none.
+
+        Raises:
+            StoreError: the store could not be read or written.
+        """
+        return await asyncio.to_thread(self._store.gc, self._live)
+
+    def _live(self) -> set[str]:
+        return {pack for manifest in self._catalogue.manifests() for pack in manifest.packs}
+
+    # What people ask for
+
+    async def verify(self, snapshot_id: str | None, progress: Progress) -> dict[str, Any]:
+        ids = [snapshot_id] if snapshot_id else [m.id for m in self._catalogue.manifests()]
+        rows = []
+        for number, found in enumerate(ids):
+            progress("snapshots", number, len(ids))
+            rows.append(await self._verify_one(found))
+        damaged = {} if snapshot_id else self._catalogue.damaged
+        rows += [{"id": i, "bytes": 0, "problems": [why]} for i, why in sorted(damaged.items())]
+        problems = [] if snapshot_id else await asyncio.to_thread(self._store.verify)
+        progress("snapshots", len(ids), len(ids))
+        return {"snapshots": rows, "store": [{"pack": p.pack, "what": p.what} for p in problems]}
+
+    async def _verify_one(self, snapshot_id: str) -> dict[str, Any]:
+        problems = []
+        size = 0
+        try:
+            async with self.using(snapshot_id):
+                self._catalogue.forget_verified(snapshot_id)
+                opened = await asyncio.to_thread(self._catalogue.open_verified, snapshot_id)
+                size = opened.manifest.pages_bytes + opened.manifest.fs_bytes
+                if opened.manifest.packs:
+                    found = await asyncio.to_thread(self._store.verify, opened.manifest.packs)
+                    problems += [f"pack {p.pack}: {p.what}" for p in found]
+        except WoodfrogError as e:
+            problems.append(e.message)
+        return {"id": snapshot_id, "bytes": size, "problems": problems}
+
+    async def gc(self, *, dry_run: bool, progress: Progress) -> dict[str, Any]:
+        progress("packs", 0, 1)
+        async with self._one:
+            gone = await asyncio.to_thread(self._store.gc, self._live, dry_run=dry_run)
+        return {"packs": len(gone.packs), "freed_bytes": gone.freed_bytes}
+
+    async def pin(self, snapshot_id: str) -> dict[str, Any]:
+        await self._mark(snapshot_id, PINNED)
+        return {"id": snapshot_id, "pinned": True}
+
+    async def unpin(self, snapshot_id: str) -> dict[str, Any]:
+        self._catalogue.unmark(snapshot_id, PINNED)
+        return {"id": snapshot_id, "pinned": False}
+
+    async def export(self, snapshot_id: str, target: Path, progress: Progress) -> dict[str, Any]:
+        async with self.using(snapshot_id):
+            size = await asyncio.to_thread(self._transport.export, snapshot_id, target, progress)
+        return {"id": snapshot_id, "bytes": size}
+
+    async def import_(self, source: Path, progress: Progress) -> dict[str, Any]:
+        before = {m.id for m in self._catalogue.manifests()}
+        return self._taken_up(await asyncio.to_thread(self._transport.import_, source, progress), before)
+
+    async def push(self, snapshot_id: str, progress: Progress = _quietly) -> dict[str, Any]:
+        """Copy a snapshot to the tier.
+
+        Raises:
+            StoreError, IntegrityError, IncompatibleSnapshot: as `Transport.push`.
+        """
+        tier = self._configured()
+        async with self.using(snapshot_id):
+            await asyncio.to_thread(self._transport.push, snapshot_id, tier, progress)
+            await self._mark(snapshot_id, PUSHED, tier.name)
+        counters["push.done"] += 1
+        return {"id": snapshot_id, "tier": tier.name}
+
+    async def pull(self, snapshot_id: str, progress: Progress) -> dict[str, Any]:
+        tier = self._configured()
+        before = {m.id for m in self._catalogue.manifests()}
+        progress("packs", 0, 1)
+        return {**self._taken_up(await self.fetch(snapshot_id), before), "tier": tier.name}
+
+    def _taken_up(self, manifest: Manifest, before: set[str]) -> dict[str, Any]:
+        if manifest.id not in before:
+            self.on_taken_up(manifest)
+        return {
+            "id": manifest.id,
+            "app": manifest.app,
+            "function": manifest.tag,
+            "new": manifest.id not in before,
+        }
+
+    async def trust_add(self, text: str, comment: str) -> dict[str, Any]:
+        key = self._transport.trust.add(text, comment)
+        self._refused.clear()
+        self._not_there.clear()
+        return {"fingerprint": key.fingerprint, "comment": key.comment}
+
+    async def trust_list(self) -> dict[str, Any]:
+        own = self._transport.signing
+        return {
+            "own": {"fingerprint": fingerprint(own.public), "text": public_text(own)},
+            "trusted": [{"fingerprint": k.fingerprint, "comment": k.comment} for k in self._transport.trust.list()],
+        }
+
+    async def trust_remove(self, fingerprint: str) -> dict[str, Any]:
+        key = self._transport.trust.remove(fingerprint)
+        return {"fingerprint": key.fingerprint, "comment": key.comment}
+
+    async def store_stats(self) -> dict[str, Any]:
+        stats = await asyncio.to_thread(self._store.stats)
+        return {
+            "packs": stats.packs,
+            "pages": stats.pages,
+            "raw_bytes": stats.raw_bytes,
+            "stored_bytes": stats.stored_bytes,
+            "cache_bytes": stats.cache_bytes,
+            "budget_bytes": self._budget,
+            "tier": self._tier.name if self._tier else "",
+            "snapshots": [
+                {
+                    "id": m.id,
+                    "kind": m.kind,
+                    "app": m.app,
+                    "function": m.tag,
+                    "parent": m.parent,
+                    "form": m.form,
+                    "raw_bytes": m.pages_bytes,
+                    "stored_bytes": m.stored_bytes if m.form == "packed" else m.pages_bytes,
+                    "fs_bytes": m.fs_bytes,
+                    "pinned": self._catalogue.marked(m.id, PINNED),
+                    "pushed": self._in_tier(m.id),
+                }
+                for m in self._catalogue.manifests()
+            ],
+        }
+
+    async def close(self) -> None:
+        """End. What is on its way to or from the tier is given up; whatever was begun is whole or not there."""
+        self._closing = True
+        self._transport.stop.set()
+        if self._collecting is not None:
+            self._collecting.cancel()
+        if self._tasks:
+            _, late = await asyncio.wait(set(self._tasks), timeout=_CLOSE_S)
+            if late:
+                log.warning("%d pieces of work on snapshots are cut off", len(late))
+                return
+        await asyncio.to_thread(self._store.close)
+
+
+async def _aside(work: Callable[[], T]) -> T:
+    """The result of what may hang, in a thread that nobody needs: neither others who wait for one, nor the exit."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def tell(result: T | None, error: BaseException | None) -> None:
+        if not done.done():
+            if error is not None:
+                done.set_exception(error)
+            else:
+                done.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as e:
+            error = e
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(tell, result, error)
+
+    threading.Thread(target=run, name="tier", daemon=True).start()
+    return await done

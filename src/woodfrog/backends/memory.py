@@ -1,0 +1,146 @@
+"""The memory of thawed instances: the page server that gives it to them, and what is learned of what they need."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from woodfrog.engine.engine import Lazy
+from woodfrog.errors import StoreError, WoodfrogError
+from woodfrog.linux.pageserver import PageServer, ServedPages, merge_sets, set_pages
+from woodfrog.snapshot.catalogue import WORKING_SET, Opened
+from woodfrog.store.files import write_atomic
+from woodfrog.telemetry import counters
+
+__all__ = ["Memory"]
+
+log = logging.getLogger("woodfrog")
+
+_AROUND = 64 << 10
+_AROUND_LEARNING = 16 << 10
+_STALE_SHARE = 200
+"""A working set that misses more than one page in so many is extended."""
+
+
+class Memory:
+    """How thawed processes get their memory, on this machine.
+
+    Args:
+        min_bytes: a smaller snapshot that is still loose is read by CRIU at once.
+        drain_ms: when the rest of the memory is filled in at the earliest, counted from the start; negative: never.
+    """
+
+    def __init__(self, *, uid: int, min_bytes: int, drain_ms: int) -> None:
+        self._uid = uid
+        self._min_bytes = min_bytes
+        self._drain_ms = drain_ms
+        self._server: PageServer | None = None
+        self.works = False
+        """Whether a process of this host was given its memory so."""
+
+    async def lazy(self, opened: Opened, *, everything: bool = False, parked: bool = False) -> Lazy | None:
+        """How this snapshot's memory gets to a thawed process; None = CRIU reads it at once.
+
+        Args:
+            everything: all of it is there before the process runs, so that it may be frozen again.
+            parked: what it will need is pushed when it is woken.
+        """
+        manifest = opened.manifest
+        if manifest.form == "loose" and manifest.pages_bytes < self._min_bytes:
+            return None
+        if self._server is None or not self._server.alive:
+            self._server = await PageServer.start(uid=self._uid, on_death=self._died)
+        working_set = opened.path / WORKING_SET
+        known = await asyncio.to_thread(_usable, working_set)
+        return Lazy(
+            self._server,
+            working_set if known else None,
+            # While the working set is being learned, only what is asked for may get into it.
+            around=_AROUND if known else _AROUND_LEARNING,
+            files=opened.files,
+            everything=everything,
+            parked=parked,
+        )
+
+    def adopt(self, served: ServedPages, on_failed: Callable[[str], None]) -> None:
+        """A process runs on what is served to it; `on_failed` is told when no more can come."""
+        self.works = True
+        served.failed.add_done_callback(lambda failed: on_failed(failed.result()))
+
+    @staticmethod
+    def _died() -> None:
+        counters["page-server.died"] += 1
+        log.error("the page server died; what it served is started anew")
+
+    def fill(self, served: ServedPages) -> None:
+        """Let the rest of its memory come in the background."""
+        if self._drain_ms >= 0:
+            with contextlib.suppress(WoodfrogError):  # its end is told elsewhere
+                served.drain(self._drain_ms)
+
+    @staticmethod
+    async def record(served: ServedPages, who: str) -> bytes:
+        """After the first call: what it touched, for the next thaw; empty when that is not known."""
+        try:
+            return await served.record()
+        except (WoodfrogError, TimeoutError) as e:
+            log.warning("%s: working set not known: %s", who, e)
+            return b""
+
+    @staticmethod
+    async def keep(seen: bytes, snapshot: Path, who: str) -> None:
+        """Add what was touched to the snapshot's working set."""
+        working_set = snapshot / WORKING_SET
+        try:
+            known = await asyncio.to_thread(_read_or_empty, working_set)
+            if seen and snapshot.is_dir() and (not known or set_pages(seen) * _STALE_SHARE > set_pages(known)):
+                merged = merge_sets(*filter(None, (known, seen)))
+                await asyncio.to_thread(write_atomic, working_set, merged)
+        except (WoodfrogError, ValueError, OSError) as e:
+            log.warning("%s: working set not kept: %s", who, e)
+
+    @staticmethod
+    async def drop(served: ServedPages, who: str) -> None:
+        """The processes are gone."""
+        pushed, faults, demanded = await served.drop()
+        log.info("%s: memory: %d pages pushed, %d faults, %d pages on demand", who, pushed, faults, demanded)
+        counters["pages.pushed"] += pushed
+        counters["pages.faults"] += faults
+        counters["pages.demanded"] += demanded
+
+    async def close(self) -> None:
+        if self._server is not None:
+            await self._server.close()
+
+
+def _read_or_empty(path: Path) -> bytes:
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_bytes()
+    return b""
+
+
+def read_working_set(snapshot: Path) -> bytes:
+    """The snapshot's working set; empty where none is known yet.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    try:
+        return _read_or_empty(snapshot / WORKING_SET)
+    except OSError as e:
+        raise StoreError(f"{snapshot / WORKING_SET}: {e.strerror}") from e
+
+
+def _usable(working_set: Path) -> bool:
+    """Whether there is a working set to push; a damaged one is removed and learned anew."""
+    data = _read_or_empty(working_set)
+    try:
+        return set_pages(data) > 0
+    except ValueError:
+        if working_set.exists():
+            log.warning("%s is damaged; it is learned anew", working_set)
+            working_set.unlink(missing_ok=True)
+        return False

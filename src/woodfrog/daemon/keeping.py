@@ -1,0 +1,203 @@
+"""The routes of the HTTP API that look after snapshots: verify, collect, pin, move, trust, and what they take."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import FileResponse, JSONResponse, Response
+from starlette.background import BackgroundTask
+
+from woodfrog.backends.base import Progress, SnapshotKeeper
+from woodfrog.daemon.controller import Controller
+from woodfrog.daemon.jobs import Job, Jobs
+from woodfrog.errors import HostError, NotFoundError, SpecError
+from woodfrog.snapshot.catalogue import Catalogue
+from woodfrog.store.files import store_error, write_atomic
+
+__all__ = ["ADMIN", "add_routes"]
+
+ADMIN = "admin"
+"""Below `<home>/keys`, for root's eyes only: who sends what is in it may do what only root may."""
+_MAX_WAIT_S = 300.0
+
+Work = Callable[[Progress], Awaitable[dict[str, Any]]]
+
+
+class _Admin:
+    """Tells root from others who may use the socket: only root can read the file. It is another at each start."""
+
+    def __init__(self, path: Path) -> None:
+        self._secret = secrets.token_hex(32)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomic(path, self._secret.encode())
+
+    def check(self, request: Request) -> None:
+        given = request.headers.get("woodfrog-admin", "")
+        if not secrets.compare_digest(given.encode(), self._secret.encode()):
+            raise HostError("only root on the daemon's machine may change whom it trusts: use sudo", code="not-root")
+
+
+async def _take(request: Request, spool: Path) -> Path:
+    """The request's body as a file."""
+    fd, name = await asyncio.to_thread(tempfile.mkstemp, prefix=".import-", dir=spool)
+    path = Path(name)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            async for chunk in request.stream():
+                await asyncio.to_thread(file.write, chunk)
+        return path
+    except BaseException as e:
+        path.unlink(missing_ok=True)
+        if isinstance(e, OSError):
+            raise store_error("cannot take the file", path, e) from e
+        raise
+
+
+def add_routes(
+    api: FastAPI, controller: Controller, catalogue: Catalogue, spool: Path, json_response: type[JSONResponse]
+) -> Jobs:
+    """Add them.
+
+    Args:
+        spool: where files are that come and go.
+    """
+    jobs = Jobs()
+    admin = _Admin(controller.settings.home / "keys" / ADMIN)
+
+    def keeper() -> SnapshotKeeper:
+        return controller.backend.keeper
+
+    async def answer(job: Job, wait: float) -> Response:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(job.ended.wait(), min(wait, _MAX_WAIT_S))
+        if not job.ended.is_set():
+            return json_response(job.view(), status_code=202)
+        if job.error is not None:
+            raise job.error
+        result = dict(job.result or {})
+        if job.file is not None:
+            result["file"] = f"/jobs/{job.id}/file"
+        return json_response(result)
+
+    Wait = Query(0.0, ge=0, description="Seconds to wait for the result; 202 and the job's state when it takes longer.")
+
+    # Jobs
+
+    @api.get("/v1/jobs", tags=["jobs"])
+    async def list_jobs() -> dict[str, Any]:
+        """Work that takes its time, and how far it is."""
+        return {"jobs": jobs.list()}
+
+    @api.get("/v1/jobs/{job_id}", tags=["jobs"], responses={202: {"description": "Still running: its state."}})
+    async def job_result(job_id: str, wait: float = Wait) -> Response:
+        """The job's result, or its error, as the request that began it would have answered."""
+        return await answer(jobs.get(job_id), wait)
+
+    @api.get("/v1/jobs/{job_id}/file", tags=["jobs"])
+    async def job_file(job_id: str) -> Response:
+        """The file that an export wrote, once; it is removed when it has been sent."""
+        job = jobs.get(job_id)
+        if job.file is None or not job.ended.is_set():
+            raise NotFoundError(f"job {job_id} has no file, or it was fetched already", job=job_id)
+        path, job.file = job.file, None
+        return FileResponse(
+            path, media_type="application/octet-stream", background=BackgroundTask(path.unlink, missing_ok=True)
+        )
+
+    # Checking and collecting
+
+    @api.post("/v1/snapshots/verify", tags=["snapshots"])
+    async def verify_all(wait: float = Wait) -> Response:
+        """Read every byte of every snapshot and of the page store again."""
+        return await answer(jobs.start("verify", lambda p: keeper().verify(None, p)), wait)
+
+    @api.post("/v1/snapshots/{snapshot_id}/verify", tags=["snapshots"])
+    async def verify(snapshot_id: str, wait: float = Wait) -> Response:
+        """Read every byte of one snapshot again."""
+        if snapshot_id in catalogue.damaged:
+            why = catalogue.damaged[snapshot_id]
+            return json_response({"snapshots": [{"id": snapshot_id, "bytes": 0, "problems": [why]}], "store": []})
+        found = catalogue.get(snapshot_id).id
+        return await answer(jobs.start(f"verify {found}", lambda p: keeper().verify(found, p)), wait)
+
+    @api.post("/v1/snapshots/gc", tags=["snapshots"])
+    async def gc(dry_run: bool = False, wait: float = Wait) -> Response:
+        """Remove from the page store what no snapshot and no container needs."""
+        return await answer(jobs.start("gc", lambda p: keeper().gc(dry_run=dry_run, progress=p)), wait)
+
+    @api.post("/v1/snapshots/{snapshot_id}/pin", tags=["snapshots"])
+    async def pin(snapshot_id: str) -> dict[str, Any]:
+        """Keep a snapshot until a person removes it."""
+        return await keeper().pin(catalogue.get(snapshot_id).id)
+
+    @api.post("/v1/snapshots/{snapshot_id}/unpin", tags=["snapshots"])
+    async def unpin(snapshot_id: str) -> dict[str, Any]:
+        """The opposite of pin."""
+        return await keeper().unpin(catalogue.get(snapshot_id).id)
+
+    # Moving
+
+    @api.post("/v1/snapshots/{snapshot_id}/export", tags=["snapshots"])
+    async def export(snapshot_id: str, wait: float = Wait) -> Response:
+        """Make one file of a snapshot; `file` in the answer says where to fetch it."""
+        found = catalogue.get(snapshot_id).id
+        target = spool / f".export-{secrets.token_hex(8)}"
+        work: Work = lambda p: keeper().export(found, target, p)  # noqa: E731
+        return await answer(jobs.start(f"export {found}", work, file=target), wait)
+
+    @api.post("/v1/snapshots/import", tags=["snapshots"])
+    async def import_(request: Request, wait: float = Wait) -> Response:
+        """Take up a snapshot from the file in the body. Its maker's key must be trusted."""
+        path = await _take(request, spool)
+        work: Work = lambda p: keeper().import_(path, p)  # noqa: E731
+        return await answer(jobs.start("import", work, cleanup=path), wait)
+
+    @api.post("/v1/snapshots/{snapshot_id}/push", tags=["snapshots"])
+    async def push(snapshot_id: str, wait: float = Wait) -> Response:
+        """Copy a snapshot to the tier."""
+        found = catalogue.get(snapshot_id).id
+        return await answer(jobs.start(f"push {found}", lambda p: keeper().push(found, p)), wait)
+
+    @api.post("/v1/snapshots/{snapshot_id}/pull", tags=["snapshots"])
+    async def pull(snapshot_id: str, wait: float = Wait) -> Response:
+        """Bring a snapshot from the tier; the id must be whole."""
+        return await answer(jobs.start(f"pull {snapshot_id}", lambda p: keeper().pull(snapshot_id, p)), wait)
+
+    # Trust
+
+    @api.get("/v1/trust", tags=["trust"])
+    async def trust_list() -> dict[str, Any]:
+        """This machine's key, and the keys whose snapshots it takes up."""
+        return await keeper().trust_list()
+
+    @api.post("/v1/trust", tags=["trust"])
+    async def trust_add(request: Request, body: dict[str, str]) -> dict[str, Any]:
+        """Trust another machine's key. Root only: its snapshots run with CRIU's powers."""
+        admin.check(request)
+        text = body.get("key", "")
+        if not text.strip():
+            raise SpecError("trust wants a key: one line, as `woodfrog snapshot trust` shows it", code="bad-request")
+        return await keeper().trust_add(text, body.get("comment", ""))
+
+    @api.post("/v1/trust/{fingerprint}/remove", tags=["trust"])
+    async def trust_remove(request: Request, fingerprint: str) -> dict[str, Any]:
+        """Trust a key no longer. Root only."""
+        admin.check(request)
+        return await keeper().trust_remove(fingerprint)
+
+    # The store
+
+    @api.get("/v1/store", tags=["store"])
+    async def store_stats() -> dict[str, Any]:
+        """What the snapshots take, all together and each."""
+        return await keeper().store_stats()
+
+    return jobs

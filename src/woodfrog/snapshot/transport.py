@@ -1,0 +1,483 @@
+"""Snapshots between machines: to and from a tier (a bucket, a shared directory), and as one file.
+
+In a tier:
+
+    packs[-<key>]/<2>/<id>.names, .pages | .delta     a pack of the page store, cold form each; encrypted with that key
+    snapshots/<id>/images, fs, shm            CRIU's images and the file layers, cold form of trees
+    snapshots/<id>/packs.json                 where its packs are and in which form; a hint, not trusted
+    snapshots/<id>/manifest.json, .sig        last: what is not named by it is not there
+    by-key/<function key>/<worker class>/<id> last of all: found by those who look for it
+
+Nothing that arrives is trusted: the manifest's signature must be of this machine's key or of one it was told to trust,
+each file must have the manifest's digest, each page its name. Then this machine signs it with its own key. Before that
+is known of something, it gets no more memory or disk than what was signed can need.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tarfile
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from woodfrog.errors import IncompatibleSnapshot, IntegrityError, NotFoundError, StoreError
+from woodfrog.faults import fault
+from woodfrog.snapshot.catalogue import WORKING_SET, Catalogue
+from woodfrog.snapshot.manifest import Manifest, SigningKey, decode, encode, external_file
+from woodfrog.snapshot.trust import TrustStore, verify_any
+from woodfrog.store.bundle import pack_tree, unpack_tree
+from woodfrog.store.cold import HEADER, Key, content_size, decode_bytes, decode_file, encode_bytes, encode_file, is_cold
+from woodfrog.store.files import remove_tree, sha256_file, store_error
+from woodfrog.store.packs import NAME, PAGE, pack_id, read_delta
+from woodfrog.store.pages import PageStore
+from woodfrog.store.tiers import DirectoryTier, Tier
+
+__all__ = ["Transport", "with_digests"]
+
+Progress = Callable[[str, int, int], None]
+"""Told what is counted, how many are done, of how many."""
+
+_ID = re.compile(r"[sz]-[0-9a-f]{12}\Z")
+_PACK = re.compile(r"[0-9a-f]{64}\Z")
+_PLACE = re.compile(r"packs(-[0-9a-f]{16})?\Z")
+_EXPORT = re.compile(
+    r"(packs(-[0-9a-f]{16})?/[0-9a-f]{2}/[0-9a-f]{64}\.(names|pages|delta)|(snapshots|by-key)/[A-Za-z0-9_./-]+)\Z"
+)
+_TREES = ("images", "fs", "shm")
+_PARALLEL = 4
+_MANIFEST_MAX = 64 << 20
+_HINT_MAX = 4 << 20
+_WORKING_SET_MAX = 64 << 20
+_SIGNATURE_MAX = 4096
+_NAMES_MAX = 4 << 20
+"""Of one pack: twice what the largest one has."""
+_BESIDE_PAGE = 64
+"""Of a delta: what a page takes beside itself when it does not compress."""
+_ENTRY = 64 << 10
+"""More than a file of a tree takes beside its content: name, times, attributes, holes."""
+
+
+def with_digests(manifest: Manifest) -> Manifest:
+    """The manifest with the digests of the files outside it: another machine has them with other times.
+
+    Raises:
+        IncompatibleSnapshot: one of them is not what it was at the capture.
+    """
+
+    def one(entry: str) -> str:
+        path, size, mtime, _ = external_file(entry)
+        try:
+            info = os.stat(path)
+            if info.st_size != size or info.st_mtime_ns != mtime:
+                raise IncompatibleSnapshot(f"{path} was changed since the snapshot was made", path=path)
+            return f"{path}|{size}|{mtime}|{sha256_file(Path(path))}"
+        except OSError as e:
+            raise IncompatibleSnapshot(f"{path}: {e.strerror}", path=path) from None
+
+    with ThreadPoolExecutor(_PARALLEL) as pool:
+        return replace(manifest, external=tuple(pool.map(one, manifest.external)))
+
+
+def _as_here(manifest: Manifest) -> Manifest:
+    """The manifest with the times that the files outside it have on this machine.
+
+    Raises:
+        IncompatibleSnapshot: one of them is not here, or is another.
+    """
+
+    def one(entry: str) -> str:
+        path, size, _, digest = external_file(entry)
+        try:
+            info = os.stat(path)
+            if info.st_size != size or sha256_file(Path(path)) != digest:
+                raise IncompatibleSnapshot(f"{path} is another file here than where the snapshot was made", path=path)
+        except OSError as e:
+            raise IncompatibleSnapshot(
+                f"{path}, which the snapshot rests on, cannot be read here: {e.strerror}", path=path
+            ) from None
+        return f"{path}|{size}|{info.st_mtime_ns}"
+
+    with ThreadPoolExecutor(_PARALLEL) as pool:
+        return replace(manifest, external=tuple(pool.map(one, manifest.external)))
+
+
+class Transport:
+    """Moves snapshots of one catalogue. Everything here takes its time: call it in a thread.
+
+    Args:
+        key: what the cold form is encrypted with; None = it is not.
+        scratch: a directory on the store's disk for what is on its way.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        store: PageStore,
+        signing: SigningKey,
+        trust: TrustStore,
+        scratch: Path,
+        key: Key | None,
+    ) -> None:
+        self._catalogue = catalogue
+        self._store = store
+        self.signing = signing
+        self.trust = trust
+        self._scratch = scratch
+        self._key = key
+        self._place = f"packs-{key.id[:16]}" if key else "packs"
+        self.stop = threading.Event()
+        """Set when the daemon goes: what is under way is given up at the next object."""
+
+    def _go_on(self) -> None:
+        if self.stop.is_set():
+            raise StoreError("the daemon is stopping; the transfer is begun anew when it is back", code="stopping")
+
+    def push(self, snapshot_id: str, tier: Tier, progress: Progress | None = None) -> None:
+        """Copy a snapshot to a tier: packs, files, then the manifest. What is there already is not sent again.
+
+        Raises:
+            StoreError, IntegrityError: it could not be; what is in the tier is not visible as a snapshot.
+            IncompatibleSnapshot: files it rests on were changed: nobody could thaw it.
+        """
+        opened = self._catalogue.open_verified(snapshot_id)
+        manifest = with_digests(opened.manifest)
+        packs = sorted(self._store.needs(manifest.packs))
+        tell = progress or (lambda *_: None)
+        owner = _owner("push", snapshot_id)
+        self._store.lease(packs, owner)
+        try:
+            with self._room() as room, ThreadPoolExecutor(_PARALLEL) as pool:
+                done = 0
+
+                def send(pack: str) -> tuple[str, str]:
+                    nonlocal done
+                    self._go_on()
+                    kind = self._send_pack(pack, tier, room)
+                    done += 1
+                    tell("packs", done, len(packs))
+                    return pack, kind
+
+                kinds = list(pool.map(send, packs))
+                fault("push.packs")
+                prefix = f"snapshots/{snapshot_id}"
+                for part, folder in zip(_TREES, (manifest.images, "fs", "shm"), strict=True):
+                    self._go_on()
+                    pack_tree(opened.path / folder, room / part, key=self._key)
+                    tier.put(f"{prefix}/{part}", room / part)
+                tier.put(f"{prefix}/packs.json", json.dumps({"place": self._place, "packs": kinds}).encode())
+                fault("push.files")
+                working_set = opened.path / WORKING_SET
+                if working_set.exists():
+                    tier.put(f"{prefix}/{WORKING_SET}", self._sealed(working_set.read_bytes()))
+                data = encode(manifest)
+                tier.put(f"{prefix}/manifest.sig", self.signing.sign(data))
+                tier.put(f"{prefix}/manifest.json", self._sealed(data))
+                tier.put(f"by-key/{manifest.function_key}/{manifest.worker_class}/{snapshot_id}", b"")
+        except OSError as e:
+            raise store_error("cannot push the snapshot", opened.path, e) from e
+        finally:
+            self._store.release(owner)
+
+    def _send_pack(self, pack: str, tier: Tier, room: Path) -> str:
+        names, content, kind = self._store.files(pack)
+        prefix = f"{self._place}/{pack[:2]}/{pack}"
+        for suffix, source in ((kind, content), ("names", names)):  # names last: the pack is whole then
+            if tier.has(f"{prefix}.{suffix}"):
+                continue
+            target = room / f"{pack}.{suffix}"
+            encode_file(source, target, key=self._key)
+            tier.put(f"{prefix}.{suffix}", target)
+            target.unlink()
+        return kind
+
+    def find(self, tier: Tier, function_key: str, worker_class: str) -> list[str]:
+        """What a tier says are snapshots for this function on this kind of host. Nobody has signed that.
+
+        Raises:
+            StoreError: the tier cannot be asked.
+        """
+        keys = tier.list(f"by-key/{function_key}/{worker_class}/")
+        return [name for name in (key.rsplit("/", 1)[1] for key in keys) if _ID.match(name)]
+
+    @staticmethod
+    def has(tier: Tier, snapshot_id: str) -> bool:
+        """Whether a snapshot is in a tier.
+
+        Raises:
+            StoreError: the tier cannot be asked.
+        """
+        return tier.has(f"snapshots/{snapshot_id}/manifest.json")
+
+    def pull(
+        self, snapshot_id: str, tier: Tier, progress: Progress | None = None, *, function_key: str = ""
+    ) -> Manifest:
+        """Bring a snapshot from a tier into this machine's catalogue.
+
+        Args:
+            function_key: what it must be a snapshot of; "" = of anything.
+
+        Raises:
+            NotFoundError: it is not there.
+            IntegrityError: it is not signed by a trusted key, or is not what was signed.
+            IncompatibleSnapshot: files it rests on are missing or others here.
+            StoreError: the tier or the disk fails.
+        """
+        if not _ID.match(snapshot_id):
+            raise NotFoundError(f"{snapshot_id!r} is not a snapshot's id", snapshot=snapshot_id)
+        if self._catalogue.form(snapshot_id) is not None:
+            return self._catalogue.get(snapshot_id)
+        prefix = f"snapshots/{snapshot_id}"
+        try:
+            data = self._small(tier, f"{prefix}/manifest.json", _MANIFEST_MAX)
+            signature = _small(tier, f"{prefix}/manifest.sig", _SIGNATURE_MAX)
+        except StoreError as e:
+            if e.code == "tier-missing":
+                raise NotFoundError(f"no snapshot {snapshot_id} in {tier.name}", snapshot=snapshot_id) from None
+            raise
+        known = (self.signing.public, *self.trust.public_keys())
+        verify_any(data, signature, known, f"snapshot {snapshot_id} from {tier.name}")
+        manifest = decode(data)
+        if manifest.id != snapshot_id:
+            raise IntegrityError(f"snapshot {snapshot_id}: its manifest is of {manifest.id}", code="bad-manifest")
+        if function_key and manifest.function_key != function_key:
+            raise IntegrityError(f"snapshot {snapshot_id} in {tier.name} is of another function", code="other-function")
+        here = _as_here(manifest)
+        owner = _owner("pull", snapshot_id)
+        try:
+            with self._room() as room:
+                self._fetch_packs(tier, prefix, manifest, room, owner, progress or (lambda *_: None))
+                fault("pull.packs")
+                folders = dict(zip(_TREES, (manifest.images, "fs", "shm"), strict=True))
+                for part, folder in folders.items():
+                    self._get(tier, f"{prefix}/{part}", room / part, _tree_max(manifest, folder))
+                staging = self._catalogue.begin(snapshot_id)
+                try:
+                    remove_tree(staging.images)
+                    for part, folder in folders.items():
+                        unpack_tree(room / part, staging.path / folder, key=self._key, devices=True)
+                    if tier.has(f"{prefix}/{WORKING_SET}"):
+                        (staging.path / WORKING_SET).write_bytes(
+                            self._small(tier, f"{prefix}/{WORKING_SET}", _WORKING_SET_MAX)
+                        )
+                    fault("pull.files")
+                    return self._catalogue.admit(staging, here)
+                except BaseException:
+                    self._catalogue.abandon(staging)
+                    raise
+        except OSError as e:
+            raise store_error("cannot pull the snapshot", self._scratch, e) from e
+        finally:
+            self._store.release(owner)
+
+    def _sealed(self, data: bytes) -> bytes:
+        """Digests of small files, names and addresses tell something, too."""
+        return encode_bytes(data, key=self._key) if self._key else data
+
+    def _small(self, tier: Tier, key: str, most: int) -> bytes:
+        data = _small(tier, key, most)
+        if not is_cold(data):
+            return data
+        if content_size(data) > most:
+            raise _too_large(tier, key)
+        return decode_bytes(data, key=self._key, what=f"{tier.name}: {key}")
+
+    def _get(self, tier: Tier, key: str, target: Path, most: int) -> None:
+        """Bring a cold form, whose content has no more than `most` bytes."""
+        self._go_on()
+        if tier.size(key) > most + (most >> 7) + (1 << 20):
+            raise _too_large(tier, key)
+        tier.get(key, target)
+        with open(target, "rb") as f:
+            head = f.read(HEADER)
+        if content_size(head) > most:
+            raise _too_large(tier, key)
+
+    def _fetch_packs(
+        self,
+        tier: Tier,
+        prefix: str,
+        manifest: Manifest,
+        room: Path,
+        owner: str,
+        tell: Progress,
+    ) -> None:
+        place, kinds = _hint(_small(tier, f"{prefix}/packs.json", _HINT_MAX), f"{prefix}/packs.json")
+        if place not in ("packs", self._place):
+            raise IntegrityError(
+                f"snapshot {manifest.id} in {tier.name} is encrypted with key {place.removeprefix('packs-')}, which is "
+                "not the one that is set",
+                code="wrong-key",
+            )
+        done = 0
+
+        def bring(pack: str) -> tuple[bytes, Path] | None:
+            """Names and content of a pack that is not here."""
+            nonlocal done
+            done += 1
+            tell("packs", done, max(done, len(kinds)))
+            self._store.lease([pack], owner)  # first: it might be collected while it is looked at
+            if self._store.has(pack):
+                return None
+            if pack not in kinds:
+                raise IntegrityError(f"{prefix}/packs.json does not name pack {pack}", code="altered")
+            found = []
+            most = _NAMES_MAX
+            for suffix in ("names", kinds[pack]):
+                cold, local = room / f"{pack}.{suffix}.cold", room / f"{pack}.{suffix}"
+                self._get(tier, f"{place}/{pack[:2]}/{pack}.{suffix}", cold, most)
+                decode_file(cold, local, key=self._key)
+                cold.unlink()
+                found.append(local)
+                if suffix == "names":
+                    names = local.read_bytes()
+                    if pack_id(names) != pack:
+                        raise IntegrityError(f"pack {pack} from {tier.name} has other names", code="altered")
+                    most = len(names) // NAME * (PAGE + _BESIDE_PAGE) + _NAMES_MAX
+            return names, found[1]
+
+        def take_raw(pack: str) -> None:
+            if (new := bring(pack)) is not None:
+                self._store.adopt(new[0], pages=new[1], owner=owner)
+                new[1].unlink()
+
+        wanted = set(manifest.packs)
+        deltas = sorted(pack for pack in wanted if kinds.get(pack) == "delta")
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            new = {pack: got for pack, got in zip(deltas, pool.map(bring, deltas), strict=True) if got is not None}
+            bases = {base for _, path in new.values() for base in read_delta(path).bases} | self._store.needs(deltas)
+            list(pool.map(take_raw, sorted((wanted | bases) - set(deltas))))
+            list(pool.map(lambda p: self._store.adopt(new[p][0], delta=new[p][1], owner=owner), new))
+
+    def _room(self) -> _Room:
+        return _Room(self._scratch)
+
+    def export(self, snapshot_id: str, target: Path, progress: Progress | None = None) -> int:
+        """Write a snapshot as one file, which `import_` reads on this or another machine.
+
+        Returns:
+            Its size in bytes.
+
+        Raises:
+            StoreError, IntegrityError, IncompatibleSnapshot: as `push`.
+        """
+        with self._room() as room:
+            self.push(snapshot_id, DirectoryTier(room / "tier"), progress)
+            temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+            try:
+                fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                with os.fdopen(fd, "wb") as file:
+                    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+                        for path in sorted((room / "tier").rglob("*")):
+                            if path.is_file():
+                                tar.add(path, str(path.relative_to(room / "tier")), recursive=False)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.rename(temporary, target)
+            except OSError as e:
+                raise store_error("cannot export the snapshot", target, e) from e
+            finally:
+                temporary.unlink(missing_ok=True)
+        return target.stat().st_size
+
+    def import_(self, source: Path, progress: Progress | None = None) -> Manifest:
+        """Read a snapshot that `export` wrote.
+
+        Raises:
+            IntegrityError: not such a file, altered, or not signed by a trusted key.
+            IncompatibleSnapshot, StoreError: as `pull`.
+        """
+        with self._room() as room:
+            tier = DirectoryTier(room / "tier")
+            try:
+                with tarfile.open(source, "r:") as tar:
+                    ids = set(_take_members(tar, room / "tier"))
+            except (tarfile.TarError, ValueError, OverflowError, EOFError) as e:
+                why = str(e).partition("\n")[0]
+                raise IntegrityError(f"{source} is not an exported snapshot: {why}", code="bad-export") from None
+            except OSError as e:
+                raise store_error("cannot import the snapshot", source, e) from e
+            if len(ids) != 1:
+                raise IntegrityError(f"{source} is not an exported snapshot", code="bad-export")
+            return self.pull(ids.pop(), tier, progress)
+
+
+def _take_members(tar: tarfile.TarFile, target: Path) -> Iterable[str]:
+    """Unpack regular files with the names of a tier's objects, nothing else."""
+    at = -1
+    for member in tar:
+        name = member.name
+        # A sparse file may be of any size; a size below zero leads back to where the reader was.
+        odd = member.issparse() or member.size < 0 or member.offset <= at
+        at = member.offset
+        if odd or not member.isreg() or not _EXPORT.match(name) or ".." in name.split("/"):
+            raise IntegrityError(f"an exported snapshot holds no {name[:80]!r}", code="bad-export")
+        content = tar.extractfile(member)
+        assert content is not None
+        path = target / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with content, open(path, "xb") as f:
+            while data := content.read(1 << 20):
+                f.write(data)
+        if name.startswith("snapshots/"):
+            yield name.split("/")[1]
+
+
+def _owner(what: str, snapshot_id: str) -> str:
+    """Of leases: the same snapshot may be on its way twice."""
+    return f"{what}-{snapshot_id}-{uuid.uuid4().hex[:8]}"
+
+
+def _small(tier: Tier, key: str, most: int) -> bytes:
+    data = tier.get_bytes(key, 0, most + 1)
+    if len(data) > most:
+        raise _too_large(tier, key)
+    return data
+
+
+def _too_large(tier: Tier, key: str) -> IntegrityError:
+    return IntegrityError(f"{tier.name}: {key} is larger than what was signed can be", code="altered")
+
+
+def _tree_max(manifest: Manifest, folder: str) -> int:
+    """Bytes that a tree's archive takes at most."""
+    inside = f"{folder}/"
+    files = [f for f in manifest.files if f.path.startswith(inside)]
+    others = [text for name, text in manifest.links.items() if name.startswith(inside)]
+    return sum(f.size for f in files) + sum(map(len, others)) + _ENTRY * (len(files) + len(others) + 2)
+
+
+def _hint(data: bytes, what: str) -> tuple[str, dict[str, str]]:
+    """Where the packs are, and the form of each."""
+    try:
+        hint = json.loads(data)
+        place, kinds = str(hint["place"]), {str(p): str(k) for p, k in hint["packs"]}
+    except (ValueError, TypeError, KeyError, RecursionError) as e:
+        raise IntegrityError(f"{what} is damaged: {e}", code="altered") from None
+    odd = [p for p, k in kinds.items() if not _PACK.match(p) or k not in ("pages", "delta")]
+    if odd or not _PLACE.match(place):
+        raise IntegrityError(f"{what} names {(odd or [place])[0][:80]!r}", code="altered")
+    return place, kinds
+
+
+class _Room:
+    """A private directory for what is on its way."""
+
+    def __init__(self, parent: Path) -> None:
+        self._parent = parent
+        self._path: Path | None = None
+
+    def __enter__(self) -> Path:
+        self._parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._path = Path(tempfile.mkdtemp(prefix=".moving-", dir=self._parent))
+        return self._path
+
+    def __exit__(self, *_: object) -> None:
+        assert self._path is not None
+        remove_tree(self._path)

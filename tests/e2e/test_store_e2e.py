@@ -1,0 +1,197 @@
+"""The page store, the tier and encryption as a user meets them: one daemon captures, another thaws."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e.harness import Daemon, until
+
+pytestmark = [pytest.mark.root, pytest.mark.criu]
+
+PROGRAM = """
+import woodfrog
+app = woodfrog.App("NAME")
+
+
+@app.cls(enable_memory_snapshot=True, scaledown_window=4)
+class Holder:
+    @woodfrog.enter(snap=True)
+    def load(self):
+        import random
+        rng = random.Random(4)
+        self.secret = b"a text that must not lie on any disk " * 1000
+        self.data = [rng.randbytes(1 << 20) for _ in range(24)]
+        with open("/tmp/started", "a") as f:
+            f.write("x")
+
+    @woodfrog.method()
+    def look(self, at: int):
+        import zlib
+        return [zlib.crc32(self.data[at]), open("/tmp/started").read(), woodfrog.restored()]
+"""
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="wf-", dir="/var/tmp"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def deploy(daemon: Daemon, program: str, name: str = "held") -> None:
+    daemon.cli("deploy", str(daemon.program(program.replace("NAME", name))))
+
+
+def packed(daemon: Daemon, app: str = "held") -> str:
+    """The app's snapshot, once its memory is in the page store."""
+
+    def found() -> str | None:
+        rows = daemon.json("store", "stats")["snapshots"]
+        return next((r["id"] for r in rows if r["app"] == app and r["form"] == "packed"), None)
+
+    return str(until(found, 60, 0.2))
+
+
+def counts(daemon: Daemon) -> dict[str, int]:
+    return dict(daemon.get("/status").get("counters", {}))
+
+
+def idle(daemon: Daemon) -> bool:
+    """No container is left."""
+    return not daemon.json("container", "list")
+
+
+def test_a_machine_that_never_saw_it_thaws_it_from_the_tier(place: Path) -> None:
+    """Encrypted on the way and at rest, trusted only when told so, and refused when it was altered."""
+    secret = place / "secret-key"
+    secret.write_text(secrets.token_hex(32))
+    secret.chmod(0o600)
+    env = {"WOODFROG_TIER": str(place / "tier"), "WOODFROG_ENCRYPTION_KEY_FILE": str(secret), "WOODFROG_ZYGOTES": "0"}
+    with Daemon(**env) as first, Daemon(**env) as second:
+        program = PROGRAM.replace("NAME", "held")
+        path = place / "src" / "program.py"
+        path.parent.mkdir()
+        os.chmod(place, 0o755)
+        path.write_text(program)
+        first.cli("deploy", str(path))
+        right = first.call("held", "Holder.look", at=5)
+        assert right[1:] == ["x", True]
+        snapshot = packed(first)
+        until(lambda: [r for r in first.json("store", "stats")["snapshots"] if r["pushed"]], 60, 0.2)
+
+        # not trusted yet: it boots by itself, and says why
+        second.cli("deploy", str(path))
+        assert second.call("held", "Holder.look", at=5) == right
+        assert snapshot not in second.snapshots("held")
+        assert "trust" in second.log.read_text()
+        for other in until(lambda: second.snapshots("held"), 30):  # stored in the background
+            until(lambda: idle(second), 60)
+            second.cli("snapshot", "invalidate", other)
+        shutil.rmtree(place / "tier" / "by-key")
+        first.cli("snapshot", "push", snapshot)
+
+        text = first.json("snapshot", "trust", "list")["own"]["text"]
+        second.cli("snapshot", "trust", "add", "--yes", text)
+        second.stop()
+        second.start()
+        assert second.call("held", "Holder.look", at=5) == right
+        assert second.snapshots("held") == [snapshot]
+        (row,) = second.json("container", "list")
+        phases = [p["name"] for p in second.json("container", "inspect", row["id"])["phases"]]
+        assert "fetch" in phases and "boot" not in phases
+
+        # the same on a machine that forgot everything but its keys, as after a reboot
+        until(lambda: idle(second), 60)
+        second.stop()
+        shutil.rmtree(second.settings.kdat_dir.parent / "hot")
+        second.start()
+        assert second.call("held", "Holder.look", at=6)[1:] == right[1:]
+        assert second.snapshots("held") == [snapshot]
+
+        for daemon in (first, second):
+            for found in [*daemon.home.rglob("*"), *(place / "tier").rglob("*")]:
+                if found.is_file() and not found.is_symlink() and found.stat().st_size < 1 << 28:
+                    assert b"must not lie on any disk must" not in found.read_bytes().replace(program.encode(), b"")
+
+
+def test_what_people_ask_of_the_store(place: Path) -> None:
+    """verify, pin, export, import, gc, stats; and a bit that flips under a running daemon."""
+    with Daemon(WOODFROG_ZYGOTES="0", WOODFROG_KEEP_SNAPSHOTS="1") as daemon, Daemon(WOODFROG_ZYGOTES="0") as other:
+        deploy(daemon, PROGRAM)
+        right = daemon.call("held", "Holder.look", at=1)
+        snapshot = packed(daemon)
+        stats = daemon.json("store", "stats")
+        assert stats["stored_bytes"] > 20 << 20 and stats["packs"] >= 1
+        assert daemon.json("snapshot", "verify")["store"] == []
+        daemon.cli("snapshot", "pin", snapshot)
+
+        exported = place / "held.frog"
+        daemon.cli("snapshot", "export", snapshot, str(exported))
+        failed = other.cli("snapshot", "import", str(exported), check=False)
+        assert failed.returncode != 0 and "trust" in failed.stderr and "Traceback" not in failed.stderr
+        other.cli("snapshot", "trust", "add", "--yes", daemon.json("snapshot", "trust", "list")["own"]["text"])
+        assert other.json("snapshot", "import", str(exported))["new"] is True
+        assert other.json("snapshot", "import", str(exported))["new"] is False
+        assert other.json("snapshot", "verify", snapshot)["snapshots"][0]["problems"] == []
+
+        # a new version: the pinned one stays although only one is kept
+        until(lambda: idle(daemon), 60)
+        deploy(daemon, PROGRAM.replace("range(24)", "range(25)"))
+        assert daemon.call("held", "Holder.look", at=1) == right
+        newer = daemon.wait_snapshot("held", other_than=[snapshot])
+        assert snapshot in daemon.snapshots("held")
+        until(
+            lambda: len([r for r in daemon.json("store", "stats")["snapshots"] if r["form"] == "packed"]) == 2, 60, 0.2
+        )
+        grown = daemon.json("store", "stats")
+        row = next(r for r in grown["snapshots"] if r["id"] == newer)
+        assert row["stored_bytes"] < row["raw_bytes"] / 2, "most of its pages were there"
+
+        # a flipped bit in a pack: noticed before anything runs, the call is answered all the same
+        until(lambda: idle(daemon), 60)
+        rng = random.Random(2)
+        packs = [p for p in (daemon.home / "store" / "packs").rglob("*.pages") if p.stat().st_size > 1 << 20]
+        for path in packs:
+            with open(path, "r+b") as f:
+                at = rng.randrange(path.stat().st_size)
+                f.seek(at)
+                (value,) = f.read(1)
+                f.seek(at)
+                f.write(bytes([value ^ 16]))
+        told = daemon.cli("snapshot", "verify", newer, check=False)
+        assert told.returncode != 0 and newer in told.stdout + told.stderr
+        assert daemon.call("held", "Holder.look", at=1) == right
+        assert newer not in daemon.snapshots("held"), "it is retired"
+
+        until(lambda: idle(daemon), 60)
+        daemon.cli("snapshot", "unpin", snapshot)
+        for found in daemon.json("snapshot", "list"):
+            if found["state"] != "damaged":
+                daemon.cli("snapshot", "invalidate", found["id"])
+        until(lambda: not daemon.snapshots("held"), 30)
+        assert daemon.json("snapshot", "gc")["freed_bytes"] >= 0
+
+
+def test_what_goes_when_there_is_no_room_comes_back(place: Path) -> None:
+    env = {"WOODFROG_TIER": str(place / "tier"), "WOODFROG_SNAPSHOTS_MIB": "40", "WOODFROG_ZYGOTES": "0"}
+    with Daemon(**env) as daemon:
+        right = {}
+        for name in ("one", "two"):
+            deploy(daemon, PROGRAM.replace("Random(4)", f"Random('{name}')"), name)
+            right[name] = daemon.call(name, "Holder.look", at=1)
+            until(lambda: [r for r in daemon.json("store", "stats")["snapshots"] if r["pushed"]], 60, 0.2)
+            until(lambda: idle(daemon), 60)
+        deploy(daemon, PROGRAM, "three")  # after its packing one of the others goes
+        right["three"] = daemon.call("three", "Holder.look", at=1)
+        until(lambda: len(daemon.json("store", "stats")["snapshots"]) < 3, 60, 0.2)
+        for name in ("one", "two", "three"):
+            until(lambda: idle(daemon), 60)
+            assert daemon.call(name, "Holder.look", at=1) == right[name]
