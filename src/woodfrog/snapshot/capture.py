@@ -18,6 +18,7 @@ from woodfrog.linux.sandbox import Sandbox
 from woodfrog.snapshot.catalogue import Staging
 from woodfrog.snapshot.compat import WorkerClass
 from woodfrog.snapshot.manifest import FORMAT, Manifest
+from woodfrog.store.files import store_error
 from woodfrog.telemetry import Phases
 
 __all__ = ["SnapshotIdentity", "capture"]
@@ -48,6 +49,14 @@ async def copy_tree(source: Path, target: Path, what: str) -> None:
     Raises:
         StoreError: anything could not be copied.
     """
+    try:
+        if not os.listdir(source):  # most often so with /dev/shm
+            info = os.stat(source)
+            os.chown(target, info.st_uid, info.st_gid)
+            shutil.copystat(source, target)
+            return
+    except OSError as e:
+        raise store_error(what, target, e) from e
     process = await asyncio.create_subprocess_exec(
         "cp", "-a", "--sparse=auto", f"{source}/.", f"{target}/", stderr=asyncio.subprocess.PIPE
     )
@@ -90,6 +99,13 @@ def _unchanged_since(paths: tuple[str, ...]) -> list[str]:
     return found
 
 
+async def _copy_layers(sandbox: Sandbox, staging: Staging, below: Path | None) -> None:
+    if below is not None:
+        await copy_tree(below, staging.fs, "cannot store the zygote's files")
+        await asyncio.to_thread(uncover, sandbox.upper_path(), staging.fs)
+    await copy_tree(sandbox.upper_path(), staging.fs, "cannot store the sandbox's files")
+
+
 async def capture(
     sandbox: Sandbox,
     *,
@@ -119,11 +135,14 @@ async def capture(
     fault("capture.files")
     try:
         with phases("files"):
-            if below is not None:
-                await copy_tree(below, staging.fs, "cannot store the zygote's files")
-                await asyncio.to_thread(uncover, sandbox.upper_path(), staging.fs)
-            await copy_tree(sandbox.upper_path(), staging.fs, "cannot store the sandbox's files")
-            await copy_tree(sandbox.path("/dev/shm"), staging.shm, "cannot store the sandbox's shared memory")
+            copies = (
+                _copy_layers(sandbox, staging, below),
+                copy_tree(sandbox.path("/dev/shm"), staging.shm, "cannot store the sandbox's shared memory"),
+            )
+            # Both have ended when one has failed: nobody writes into what may then be removed.
+            for failure in await asyncio.gather(*copies, return_exceptions=True):
+                if failure is not None:
+                    raise failure
     except StoreError as e:
         raise CaptureError(e.message, alive=False, phase="files", code=e.code) from e
     sources = await asyncio.to_thread(_unchanged_since, identity.sources)
