@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from woodfrog.linux.pageserver import merge_sets, set_pages
+from woodfrog.linux.pageserver import common_set, merge_sets, set_pages
 
 HEAD, RANGE = struct.Struct("=QII"), struct.Struct("=iIQ")
 MAGIC = int.from_bytes(b"FROGSET1", "little")
@@ -37,6 +37,13 @@ def test_a_merge_is_the_union_in_order_without_overlap(sets: list[Ranges]) -> No
         assert (p, at + n) < (q, after), "apart, or they would be one range"
     assert set_pages(pack(merged)) == len(pages(merged))
     assert merge_sets(pack(merged)) == pack(merged)
+
+
+@given(ranges, ranges)
+def test_what_two_sets_have_in_common(one: Ranges, other: Ranges) -> None:
+    both = common_set(pack(one), pack(other))
+    assert pages(unpack(both)) == pages(one) & pages(other)
+    assert both == merge_sets(both)
 
 
 @given(st.binary(max_size=80))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from woodfrog.engine.engine import Lazy
 from woodfrog.errors import StoreError, WoodfrogError
-from woodfrog.linux.pageserver import PageServer, ServedPages, merge_sets, set_pages
+from woodfrog.linux.pageserver import PageServer, ServedPages, common_set, merge_sets, set_pages
 from woodfrog.snapshot.catalogue import WORKING_SET, Opened
 from woodfrog.store.files import write_atomic
 from woodfrog.telemetry import counters
@@ -22,7 +22,9 @@ log = logging.getLogger("woodfrog")
 _AROUND = 64 << 10
 _AROUND_LEARNING = 16 << 10
 _STALE_SHARE = 200
-"""A working set that misses more than one page in so many is extended."""
+"""A working set that misses more than one page in so many is refined."""
+_MISSED = "working-set.missed"
+"""Beside the working set: what the last thaw asked for that was not in it."""
 
 
 class Memory:
@@ -92,13 +94,13 @@ class Memory:
 
     @staticmethod
     async def keep(seen: bytes, snapshot: Path, who: str) -> None:
-        """Add what was touched to the snapshot's working set."""
-        working_set = snapshot / WORKING_SET
+        """Refine the snapshot's working set with what faults asked for.
+
+        What one request alone touched must not be pushed to all: a page joins when two thaws in a row missed it.
+        """
         try:
-            known = await asyncio.to_thread(_read_or_empty, working_set)
-            if seen and snapshot.is_dir() and (not known or set_pages(seen) * _STALE_SHARE > set_pages(known)):
-                merged = merge_sets(*filter(None, (known, seen)))
-                await asyncio.to_thread(write_atomic, working_set, merged)
+            if seen and snapshot.is_dir():
+                await asyncio.to_thread(_refine, snapshot / WORKING_SET, snapshot / _MISSED, seen)
         except (WoodfrogError, ValueError, OSError) as e:
             log.warning("%s: working set not kept: %s", who, e)
 
@@ -120,6 +122,20 @@ def _read_or_empty(path: Path) -> bytes:
     with contextlib.suppress(FileNotFoundError):
         return path.read_bytes()
     return b""
+
+
+def _refine(working_set: Path, missed: Path, seen: bytes) -> None:
+    known = _read_or_empty(working_set)
+    if not known:
+        write_atomic(working_set, merge_sets(seen))
+        return
+    if set_pages(seen) * _STALE_SHARE <= set_pages(known):
+        return
+    before = _read_or_empty(missed)
+    write_atomic(missed, seen)
+    again = common_set(before, seen) if before else b""
+    if again and set_pages(again):
+        write_atomic(working_set, merge_sets(known, again))
 
 
 def read_working_set(snapshot: Path) -> bytes:

@@ -27,7 +27,16 @@ from typing import Any
 
 from woodfrog.errors import HostError, SandboxError
 
-__all__ = ["NEVER", "PageServer", "ServedPages", "merge_sets", "page_server_path", "set_pages", "set_ranges"]
+__all__ = [
+    "NEVER",
+    "PageServer",
+    "ServedPages",
+    "common_set",
+    "merge_sets",
+    "page_server_path",
+    "set_pages",
+    "set_ranges",
+]
 
 NEVER = 0xFFFFFFFF
 """`drain_ms`: leave what nobody asks for out."""
@@ -71,6 +80,27 @@ def merge_sets(*sets: bytes) -> bytes:
             if end > begin:
                 out.append(_RANGE.pack(pid, (end - begin) // _PAGE, begin))
             begin, end = start, stop
+    return _SET.pack(_SET_MAGIC, len(out), 0) + b"".join(out)
+
+
+def common_set(one: bytes, other: bytes) -> bytes:
+    """The pages that are in both working sets.
+
+    Raises:
+        ValueError: one of them is not a working set.
+    """
+    # Each without overlap of its own: a page that is covered twice is then in both.
+    edges = [
+        (pid, address + end * pages * _PAGE, -1 if end else 1)
+        for data in (one, other)
+        for pid, pages, address in set_ranges(merge_sets(data))
+        for end in (0, 1)
+    ]
+    out, begin, depth = [], 0, 0
+    for pid, at, step in sorted(edges):  # an end before a beginning at the same address
+        if step < 0 and depth == 2:
+            out.append(_RANGE.pack(pid, (at - begin) // _PAGE, begin))
+        depth, begin = depth + step, at
     return _SET.pack(_SET_MAGIC, len(out), 0) + b"".join(out)
 
 
