@@ -6,12 +6,17 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that runs the tests in the background has its children ignore Ctrl-C, and so would what they test.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CRIU_PLACES = (os.environ.get("WOODFROG_CRIU"), "/usr/local/lib/woodfrog/criu/bin/criu")
 
