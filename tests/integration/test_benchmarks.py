@@ -56,12 +56,14 @@ def test_soak(tmp_path: Path) -> None:
     assert result["freezes"] >= 5 and result["thaws"] >= 11
 
 
+@pytest.mark.slow
 def test_burst(tmp_path: Path) -> None:
     result = run("burst.py", tmp_path / "burst.json", "--calls", "12", "--rounds", "1")
     assert (result["thaws"], result["cold"]) == (12, 0)
     assert result["thaws_per_second"]["n"] == 1 and result["processor_ms_per_thaw"]["sandboxes"] > 0
 
 
+@pytest.mark.slow
 def test_memory(tmp_path: Path) -> None:
     result = run("memory.py", tmp_path / "memory.json", "--clones", "3", "--drained", "1")
     small, read, filled = (v["clone"] for v in result["mib_per_clone"].values())
@@ -69,12 +71,14 @@ def test_memory(tmp_path: Path) -> None:
     assert read >= 30 and filled >= 600
 
 
+@pytest.mark.slow
 def test_capture(tmp_path: Path) -> None:
     small = run("capture.py", tmp_path / "capture.json", "--rounds", "1", "small")["workloads"]["small"]
     assert small["criu_dump_ms"]["n"] == 1 and small["pause_over_criu_dump"] > 0
     assert small["stored_after_answer_ms"]["n"] == 1 and "capture/dump" in small["phases_ms"]
 
 
+@pytest.mark.slow
 def test_kills(tmp_path: Path) -> None:
     result = run("kills.py", tmp_path / "kills.json", "--count", "8", "--seed", "4")
     assert (result["wrong"], result["leaks"], result["store_problems"]) == ([], [], [])
