@@ -399,7 +399,7 @@ def thaw_lazily(daemon: Daemon, *, learn: bool = True) -> str:
 @pytest.fixture(scope="module")
 def lazy(daemon: Daemon) -> Iterator[Daemon]:
     daemon.stop()
-    daemon.start(WOODFROG_DRAIN_MS="-1")
+    daemon.start(WOODFROG_DRAIN_MS="-1", WOODFROG_PACK="0")
     assert call(daemon, "Lazy.check", first=0, last=2)[0] is True
     until(lambda: of_function(daemon, "Lazy"))
     yield daemon

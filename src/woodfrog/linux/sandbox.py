@@ -634,6 +634,8 @@ class Sandbox:
         Raises:
             SandboxError: it could not be started.
         """
+        if not os.path.exists(self.path(str(prestart_path()))):  # the program would run at once, and for nothing
+            raise SandboxError(f"{prestart_path()} is not seen in the sandbox", code="no-prestart")
         ours, theirs = socket.socketpair()
         out, err = _Capture(CAPTURE_BYTES), _Capture(CAPTURE_BYTES)
         try:
