@@ -110,6 +110,34 @@ def test_run(daemon: Daemon, program: Path) -> None:
     assert "total 4" in daemon.cli("run", "-m", "tool", cwd=program.parent).stdout
 
 
+LINES = """
+import woodfrog
+app = woodfrog.App("lines")
+
+@app.function()
+def chatter():
+    for n in range(300):
+        print("container", n)
+
+@app.local_entrypoint()
+def main():
+    call = chatter.spawn()
+    for n in range(20_000):
+        print("program", n, "x" * (n % 50))
+    call.get()
+"""
+
+
+def test_output_of_program_and_containers_is_by_whole_lines(daemon: Daemon) -> None:
+    """Both print at once, buffered by blocks and not at all: no line has a part of another in it."""
+    path = daemon.program(LINES, "lines.py")
+    container = [f"container {n}" for n in range(300)]
+    expected = sorted([*container, *(f"program {n} {'x' * (n % 50)}" for n in range(20_000))])
+    for unbuffered in ("", "1"):
+        done = daemon.cli("run", str(path), env={"PYTHONUNBUFFERED": unbuffered})
+        assert sorted(done.stdout.splitlines()) == expected
+
+
 def test_run_with_errors(daemon: Daemon, program: Path) -> None:
     done = daemon.cli("run", f"{program}::fail", "--why", "because", check=False)
     assert done.returncode == 1

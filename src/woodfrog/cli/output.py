@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -197,6 +198,15 @@ def stage_words(stage: str | None) -> str:
     return STAGES.get(stage or "ready", stage or "")
 
 
+def whole_lines() -> None:
+    """Let what the program prints leave by whole lines, as what its containers print does: neither cuts the other.
+
+    Python writes the pieces of one `print` apart where output is unbuffered, and cuts at 8 KiB where it is a pipe.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(line_buffering=True, write_through=False)
+
+
 # --- progress --------------------------------------------------------------------------------------------------------
 
 
@@ -259,7 +269,7 @@ class Progress:
 
 
 def _write_whole(stream: TextIO, line: str) -> None:
-    """Write a line in one piece: the program's own `print` on another thread writes text and line end apart."""
+    """Write a line in one piece, past the buffer in which a line of the program's may be half there."""
     try:
         if not stream.isatty():
             os.write(stream.fileno(), line.encode(errors="replace"))

@@ -176,6 +176,7 @@ def _json(value: Any, label: str) -> str:
 @contextmanager
 def _running(app: App) -> Iterator[output.Progress]:
     """The app runs within this block, and what its containers print appears."""
+    output.whole_lines()
     with output.Progress() as progress:
         progress.say("deploying")
         follower = None
