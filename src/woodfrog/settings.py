@@ -47,7 +47,7 @@ class Settings:
     """Snapshots of at least so much memory are thawed through the page server; smaller ones are read at once."""
     drain_ms: int = 500
     """How long after its thaw, and not before `drain_calls`, the rest of its memory is filled in; -1 = never."""
-    drain_calls: int = 1
+    drain_calls: int = 8
     """After how many calls the rest of a process's memory is filled in: a copy that hardly works keeps to what it
     touched."""
     pack: bool = True

@@ -341,16 +341,16 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     await made.close()
 
 
-async def freeze(rig: Rig, env: dict[str, str]) -> Frozen:
+async def freeze(rig: Rig, env: dict[str, str], setup: str = PROGRAM, answer: str = FIRST_ANSWER) -> Frozen:
     sandbox = await rig.sandbox()
-    program = RIG_PROGRAM.replace("{setup}", PROGRAM).replace("{socket}", SOCKET)
+    program = RIG_PROGRAM.replace("{setup}", setup).replace("{socket}", SOCKET)
     (rig.home / "code" / "program.py").write_text(program)
     numpy = importlib.util.find_spec("numpy")
     path = {"PYTHONPATH": str(Path(numpy.origin).parents[1])} if numpy and numpy.origin else {}
     await sandbox.spawn(
         ProcessSpec(
             (sys._base_executable, "-B", "/app/program.py"),
-            env={"PATH": os.defpath, "HOME": "/tmp", **path, **env},
+            env={"PATH": os.defpath, "HOME": "/tmp", "PYTHONFAULTHANDLER": "1", **path, **env},
             uid=UID,
             gid=UID,
             inner_pid=WORKER_PID,
@@ -360,14 +360,20 @@ async def freeze(rig: Rig, env: dict[str, str]) -> Frozen:
             no_new_privs=True,
         )
     )
-    assert await rig.ask(sandbox, patience=60) == FIRST_ANSWER
+    assert await rig.ask(sandbox, patience=60) == answer
     return await rig.freeze(sandbox)
 
 
 async def thaw(rig: Rig, frozen: Frozen, lazy: Lazy, times: int = 2) -> list[tuple[object, ...]]:
     sandbox = await rig.sandbox(layers=(frozen.fs,), shm=frozen.shm)
-    await restore(sandbox, images=frozen.images, criu=rig.criu, phases=Phases(), lazy=lazy)
-    answers = [ast.literal_eval(await rig.ask(sandbox, patience=60)) for _ in range(times)]
+    process = await restore(sandbox, images=frozen.images, criu=rig.criu, phases=Phases(), lazy=lazy)
+    answers: list[tuple[object, ...]] = []
+    for _ in range(times):
+        answer = await rig.ask(sandbox, patience=60)
+        if not answer:
+            await asyncio.sleep(0.5)  # until its end is known
+        assert answer, (answers, process.status, rig.stderr(sandbox))
+        answers.append(ast.literal_eval(answer))
     assert lazy.served is not None and not lazy.served.failed.done()
     return answers
 
@@ -420,6 +426,28 @@ async def test_everything_may_be_dumped_again(rig: Rig) -> None:
         third = await rig.freeze(sandbox)
         lazy = Lazy(server, everything=True)
         assert await thaw(rig, third, lazy) == [right, right]
+        assert lazy.served is not None
+        await lazy.served.drop()
+
+
+SEEN_FROM_OUTSIDE = """
+fill = bytearray(os.urandom(1 << 16)) * 500
+def seen():
+    return [zlib.crc32(open("/proc/self/" + name, "rb").read()) for name in ("cmdline", "environ")]
+import zlib
+before = seen()
+def check():
+    return before == seen(), len(open("/proc/self/environ").read()) > 30_000
+"""
+
+
+@pytest.mark.criu
+async def test_arguments_and_environment_are_seen_from_outside(rig: Rig) -> None:
+    """/proc/PID/cmdline and environ show what is in memory, and ask no page server for the rest."""
+    frozen = await freeze(rig, {"LONG": "x" * 30_000}, SEEN_FROM_OUTSIDE, "(True, True)")
+    async with page_server() as server:
+        lazy = Lazy(server)
+        assert await thaw(rig, frozen, lazy) == [(True, True)] * 2
         assert lazy.served is not None
         await lazy.served.drop()
 

@@ -14,6 +14,7 @@ from woodfrog.criu.pagemap import (
     PageTask,
     build_index,
     index_files,
+    keep_arguments,
     parse_pagemap,
     read_index,
     wiped_on_fork,
@@ -69,6 +70,37 @@ def test_what_cannot_be_served_is_refused() -> None:
     ):
         with pytest.raises(ValueError):
             parse_pagemap(bad)
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(
+    ("arguments", "lazy"),
+    [
+        ((0x2000, 0x3000), ((0x1000, 1, 0), (0x3000, 2, 8192), (0x20000, 1, 20480))),
+        ((0x1010, 0x1020), ((0x2000, 3, 4096), (0x20000, 1, 20480))),
+        ((0x4001, 0x20001), ((0x1000, 3, 0),)),
+        ((0x0, 0x0), ((0x1000, 4, 0), (0x20000, 1, 20480))),
+        ((0x9000, 0xA000), ((0x1000, 4, 0), (0x20000, 1, 20480))),
+    ],
+)
+def test_arguments_are_read_by_criu(
+    tmp_path: Path, old: bool, arguments: tuple[int, int], lazy: tuple[tuple[int, int, int], ...]
+) -> None:
+    entries = (0x1000, 4, PRESENT | LAZY), (0x9000, 1, PRESENT), (0x20000, 1, PRESENT | LAZY), (0x30000, 1, LAZY)
+    data = pagemap(*entries, old=old)
+    image = tmp_path / "pagemap-100.img"
+    image.write_bytes(data)
+    begin, end = arguments
+    middle = (begin + end) // 2
+    maps = message(f5=7, f8=begin, f9=middle, f10=middle, f11=end, f14=fields(f1=1, f2=2))
+    (tmp_path / "mm-100.img").write_bytes(MAGICS + maps)
+    keep_arguments(tmp_path)
+    kept = image.read_bytes()
+    assert parse_pagemap(kept) == (3, lazy)
+    # CRIU finds every page where it was; what is not served is marked as present alone.
+    assert (kept == data) == (lazy == parse_pagemap(data)[1])
+    keep_arguments(tmp_path)
+    assert image.read_bytes() == kept
 
 
 @given(st.binary(max_size=200))

@@ -6,13 +6,15 @@ file, then entries. The present entries' pages lie in `pages-<n>.img` one after 
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from woodfrog.criu.stats import fields_of
+from woodfrog.criu.stats import encode_int, fields_of
 
 __all__ = [
     "INDEX",
@@ -21,6 +23,7 @@ __all__ = [
     "PageTask",
     "build_index",
     "index_files",
+    "keep_arguments",
     "parse_pagemap",
     "read_index",
     "wiped_on_fork",
@@ -44,6 +47,8 @@ _MAX_TASKS = 1 << 16
 _SET = struct.Struct("=QII")
 _RANGE = struct.Struct("=iIQ")
 _SET_MAGIC = int.from_bytes(b"FROGSET1", "little")
+_MM_ARGUMENTS = (8, 9, 10, 11)
+"""Where arguments begin and end, and environment."""
 _MM_VMAS = 14
 _MADVISE_KEY = bytes([9 << 3])
 _MADV_WIPEONFORK = 18
@@ -73,39 +78,112 @@ class PageIndex:
     wiped: tuple[tuple[int, int, int], ...] = ()
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """Pages side by side: its message as it was read, and where that lies in the image."""
+
+    message: dict[int, int]
+    begin: int
+    end: int
+
+    @property
+    def address(self) -> int:
+        return self.message[1]
+
+    @property
+    def pages(self) -> int:
+        # Newer versions write the count as field 5 and leave the older field 2 at 0.
+        return self.message.get(5) or self.message.get(2, 0)
+
+    @property
+    def flags(self) -> int:
+        return self.message.get(4, 0)
+
+    def part(self, first: int, pages: int, flags: int) -> bytes:
+        """Some of its pages, as an entry of its own."""
+        changed = {1: self.address + first * PAGE, 4: flags} | {n: pages for n in (2, 5) if self.message.get(n)}
+        body = b"".join(encode_int(n, v) for n, v in sorted((self.message | changed).items()))
+        return struct.pack("<I", len(body)) + body
+
+
+def _entries(data: bytes) -> Iterator[_Entry]:
+    """The messages of a page map; the first one is its head."""
+    if struct.unpack_from("<II", data) != _MAGICS:
+        raise ValueError("not a page map")
+    at = 8
+    while at < len(data):
+        (length,) = struct.unpack_from("<I", data, at)
+        end = at + 4 + length
+        if end > len(data):
+            raise ValueError("a truncated page map")
+        fields = {number: value for number, value in fields_of(data[at + 4 : end]) if isinstance(value, int)}
+        yield _Entry(fields, at, end)
+        at = end
+
+
 def parse_pagemap(data: bytes) -> tuple[int, tuple[tuple[int, int, int], ...]]:
     """Number of the pages file, and the extents CRIU leaves to a page server.
 
     Raises:
         ValueError: not a page map, or one that rests on a parent image.
     """
-    if struct.unpack_from("<II", data) != _MAGICS:
-        raise ValueError("not a page map")
-    at, offset = 8, 0
-    pages_file: int | None = None
-    extents: list[tuple[int, int, int]] = []
-    while at < len(data):
-        (length,) = struct.unpack_from("<I", data, at)
-        at += 4
-        if at + length > len(data):
-            raise ValueError("a truncated page map")
-        values = {number: value for number, value in fields_of(data[at : at + length]) if isinstance(value, int)}
-        at += length
-        if pages_file is None:
-            pages_file = values[1]
-            continue
-        # Newer versions write the count as field 5 and leave the older field 2 at 0.
-        address, pages, flags = values[1], values.get(5) or values.get(2, 0), values.get(4, 0)
-        if flags & _IN_PARENT:
-            raise ValueError("a page map that rests on a parent")
-        if not flags & _PRESENT:
-            continue
-        if flags & _LAZY:
-            extents.append((address, pages, offset))
-        offset += pages * PAGE
-    if pages_file is None:
+    entries = _entries(data)
+    head = next(entries, None)
+    if head is None:
         raise ValueError("an empty page map")
-    return pages_file, tuple(extents)
+    extents: list[tuple[int, int, int]] = []
+    offset = 0
+    for entry in entries:
+        if entry.flags & _IN_PARENT:
+            raise ValueError("a page map that rests on a parent")
+        if not entry.flags & _PRESENT:
+            continue
+        if entry.flags & _LAZY:
+            extents.append((entry.address, entry.pages, offset))
+        offset += entry.pages * PAGE
+    return head.message[1], tuple(extents)
+
+
+def _read_by_criu(data: bytes, begin: int, end: int) -> bytes:
+    """A page map whose pages in [begin, end) CRIU does not leave to a page server."""
+    out, copied = [], 0
+    entries = _entries(data)
+    next(entries)
+    for entry in entries:
+        first = min(max((begin - entry.address) // PAGE, 0), entry.pages)
+        last = min(max(-(-(end - entry.address) // PAGE), first), entry.pages)
+        if first == last or not entry.flags & _LAZY:
+            continue
+        out.append(data[copied : entry.begin])
+        for start, stop, flags in (
+            (0, first, entry.flags), (first, last, entry.flags & ~_LAZY), (last, entry.pages, entry.flags),
+        ):  # fmt: skip
+            if stop > start:
+                out.append(entry.part(start, stop - start, flags))
+        copied = entry.end
+    return b"".join((*out, data[copied:]))
+
+
+def keep_arguments(images: Path) -> None:
+    """Let CRIU itself read the pages with each task's arguments and environment.
+
+    /proc/PID/cmdline and environ show another process only what is in memory: the kernel asks no page server for it.
+
+    Raises:
+        ValueError: an image that is not what it should be; nothing was changed in it.
+    """
+    for path in sorted(images.glob("pagemap-*.img")):
+        pid = _pid_of(path)
+        maps = images / f"mm-{pid}.img"
+        if pid is None or not maps.exists():
+            continue
+        known = itertools.takewhile(lambda field: field[0] <= _MM_ARGUMENTS[-1], _of_maps(maps.read_bytes()))
+        bounds = [value for n, value in known if n in _MM_ARGUMENTS and isinstance(value, int) and value]
+        if bounds:
+            data = path.read_bytes()
+            kept = _read_by_criu(data, min(bounds) & -PAGE, max(bounds))
+            if kept != data:
+                path.write_bytes(kept)
 
 
 def write_index(index: PageIndex) -> bytes:
@@ -184,17 +262,27 @@ def _wiped(data: bytes) -> tuple[tuple[int, int, int], ...]:
     return tuple(_RANGE.iter_unpack(data[_SET.size :]))
 
 
+def _of_maps(mm: bytes) -> Iterator[tuple[int, int | bytes]]:
+    _, _, length = struct.unpack_from("<III", mm)
+    return fields_of(mm[12 : 12 + length])
+
+
 def wiped_on_fork(mm: bytes) -> list[tuple[int, int]]:
     """(address, pages) of the maps with MADV_WIPEONFORK, from CRIU's image of a task's maps (`mm-<pid>.img`)."""
-    _, _, length = struct.unpack_from("<III", mm)
     found = []
-    for number, value in fields_of(mm[12 : 12 + length]):
+    for number, value in _of_maps(mm):
         if number != _MM_VMAS or not isinstance(value, bytes) or _MADVISE_KEY not in value:
             continue  # of a thousand maps, few have any advice
         vma = {n: v for n, v in fields_of(value) if isinstance(v, int)}
         if vma.get(9, 0) >> _MADV_WIPEONFORK & 1:
             found.append((vma[1], (vma[2] - vma[1]) // PAGE))
     return found
+
+
+def _pid_of(pagemap: Path) -> int | None:
+    """None: shared memory's (pagemap-shmem-…), which CRIU always reads itself."""
+    found = re.fullmatch(r"pagemap-(\d+)\.img", pagemap.name)
+    return int(found.group(1)) if found else None
 
 
 def build_index(images: Path) -> PageIndex:
@@ -207,10 +295,9 @@ def build_index(images: Path) -> PageIndex:
     files: list[str] = []
     wiped: list[tuple[int, int, int]] = []
     for path in sorted(images.glob("pagemap-*.img")):
-        found = re.fullmatch(r"pagemap-(\d+)\.img", path.name)
-        if found is None:
-            continue  # shared memory has page maps of its own (pagemap-shmem-…), which CRIU always reads itself
-        pid = int(found.group(1))
+        pid = _pid_of(path)
+        if pid is None:
+            continue
         number, extents = parse_pagemap(path.read_bytes())
         tasks.append(PageTask(pid, tuple((*e, len(files)) for e in extents)))
         files.append(f"pages-{number}.img")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-__all__ = ["fields_of", "parse_stats"]
+__all__ = ["encode_int", "fields_of", "parse_stats"]
 
 MAGIC = 0x57093306
 DUMP = {
@@ -24,6 +24,17 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
+
+
+def encode_int(number: int, value: int) -> bytes:
+    """One field of a protobuf message with an integer in it."""
+    out = bytearray()
+    for left in (number << 3, value):
+        while left > 0x7F:
+            out.append(left & 0x7F | 0x80)
+            left >>= 7
+        out.append(left)
+    return bytes(out)
 
 
 def fields_of(data: bytes) -> Iterator[tuple[int, int | bytes]]:
