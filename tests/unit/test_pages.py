@@ -221,6 +221,29 @@ def test_few_packs_are_shared_from(store: PageStore, files: Files, monkeypatch: 
     assert store.verify() == []
 
 
+def test_few_pages_of_a_pack_are_stored_again(root: Path, store: PageStore, files: Files) -> None:
+    """A pack is not kept for a few of its pages: else each capture would keep the one before it, for ever."""
+    old = noise(1, 100)
+    [pack] = store.ingest([files.run(old)], owner="old").packs
+    store.release("old")
+    few = noise(2, 3) + old[:PAGE] * 2 + old[50 * PAGE : 59 * PAGE] + noise(3, 2)
+    made = store.ingest([files.run(few), files.run(old[:PAGE], first=True)], owner="new")
+    assert pack not in made.packs and made.shared_pages == 2
+    assert (content(store, made.refs[0]), content(store, made.refs[1])) == (few, old[:PAGE])
+    assert made.new_pages == 15
+    store.release("new")
+    assert store.gc(set(made.packs), min_age_s=0.0).packs == (pack,)
+    assert content(store, made.refs[0]) == few
+    # Where they are an eighth of it, they are shared.
+    other = noise(5, 100)
+    [pack] = store.ingest([files.run(other)], owner="other").packs
+    assert pack in store.ingest([files.run(noise(4, 2) + other[: 20 * PAGE])], owner="third").packs
+    # The parent's are shared, be they ever so few.
+    base = tuple((n, Ref(pack, n, 1)) for n in range(2))
+    child = store.ingest([files.run(other[: 2 * PAGE], base=base)], owner="child")
+    assert child.packs == (pack,) and child.shared_pages == 2
+
+
 def test_a_run_beyond_its_file_and_other_misuse(store: PageStore, files: Files) -> None:
     run = files.run(noise(1, 3))
     with pytest.raises(StoreError, match="run 0"):

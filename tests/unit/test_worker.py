@@ -4,6 +4,7 @@ import ctypes
 import os
 import pickle
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -190,3 +191,31 @@ def test_worker_state_is_seen_by_the_hooks_module(monkeypatch: pytest.MonkeyPatc
     assert (hooks.restored(), hooks.snapshot_id()) == (True, "s-1")
     monkeypatch.delitem(sys.modules, "woodfrog.worker.state")
     assert (hooks.restored(), hooks.snapshot_id()) == (False, None)
+
+
+HELD = """
+import gc, sys
+from woodfrog.worker.runtime import Runtime
+own = sys.argv[1] == "own"
+runtime = Runtime()
+runtime._boot, runtime._methods, runtime._target = {"tag": "f", "kind": "function"}, {"f": False}, lambda: 0
+if own:
+    gc.freeze()
+runtime.freeze()
+assert gc.get_freeze_count() > 1000
+counts = []
+for _ in range(10):
+    runtime.call("f", (), {})
+    counts.append(gc.get_freeze_count() > 1000)
+assert counts == ([True] * 10 if own else [True] * 8 + [False] * 2), counts
+again = Runtime()
+again._hold()
+again._let_go()
+assert (gc.get_freeze_count() > 1000) == own
+"""
+
+
+@pytest.mark.parametrize("who", ["ours", "own"])
+def test_the_collector_leaves_what_was_frozen_alone_for_a_while(who: str) -> None:
+    """Unless the program keeps it so itself."""
+    subprocess.run([sys.executable, "-c", HELD, who], check=True)

@@ -20,7 +20,7 @@ __all__ = ["Memory"]
 log = logging.getLogger("woodfrog")
 
 _AROUND = 64 << 10
-_AROUND_LEARNING = 16 << 10
+_AROUND_LEARNING = 4 << 10
 _STALE_SHARE = 200
 """A working set that misses more than one page in so many is refined."""
 _MISSED = "working-set.missed"

@@ -41,6 +41,9 @@ MAX_PAGES = {False: 65536, True: 16384}
 """Pages of one raw pack (256 MiB) and of one delta pack, about: deltas are rebuilt whole, and collected in memory."""
 MAX_FOUND_PACKS = 64
 """Packs beside those of its bases that one ingest takes pages from: every pack is a file to hold open and to keep."""
+SPARSE = 8
+"""Of such a pack at least one page in so many must be wanted; fewer are stored again, or a dead pack would be kept for
+them, and the next capture would keep this one's for a few of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +139,10 @@ class Ingest:
                 places = self._batch(runs, pieces, first)
                 for run, _, count, at in pieces:
                     _merge(refs[run], places[at : at + count])
-                for key, writer in list(self.writers.items()):
-                    if writer.pages >= MAX_PAGES[writer.delta is not None]:
-                        self._finish(key)
+                self._finish_full()
                 if breathe is not None:
                     breathe()
+        self._leave_sparse(runs, refs)
         for key in sorted(self.writers):
             self._finish(key)
         named = {self.ids[h] for run in refs for h, _, _ in run} - {""}
@@ -154,6 +156,58 @@ class Ingest:
             self.counts["zero"],
             self.counts["shared"],
         )
+
+    def _leave_sparse(self, runs: Sequence[Run], refs: list[list[list[int]]]) -> None:
+        """Store again what was found in packs that are hardly needed otherwise."""
+        wanted: Counter[int] = Counter()
+        for handle, _, pages in itertools.chain.from_iterable(refs):
+            wanted[handle] += pages
+        names = {
+            self.handles[pack]: self.store.folder.names(pack)
+            for pack, good in self.usable.items()
+            if good and pack in self.handles and pack not in self.lengths
+        }
+        sparse = {h: n for h, n in names.items() if wanted[h] and wanted[h] * SPARSE < len(n) // NAME}
+        if not sparse:
+            return
+        again: dict[bytes, tuple[int, int]] = {}
+        for number, page, place in _pages_of(refs):
+            if place[0] in sparse:
+                again.setdefault(sparse[place[0]][place[1] * NAME : (place[1] + 1) * NAME], (number, page))
+        moved: dict[bytes, tuple[int, int]] = {}
+        for first in (True, False):
+            names_of = [name for name, (number, _) in again.items() if runs[number].first == first]
+            for at in range(0, len(names_of), BATCH):
+                moved |= self._store_again({n: again[n] for n in names_of[at : at + BATCH]}, runs, first)
+        places: list[list[tuple[int, int]]] = [[] for _ in runs]
+        for number, _, (handle, slot) in _pages_of(refs):
+            place = (handle, slot)
+            if handle in sparse:
+                place = moved[sparse[handle][slot * NAME : (slot + 1) * NAME]]
+            places[number].append(place)
+        for number, of_run in enumerate(places):
+            refs[number] = []
+            _merge(refs[number], of_run)
+
+    def _store_again(
+        self, pages: dict[bytes, tuple[int, int]], runs: Sequence[Run], first: bool
+    ) -> dict[bytes, tuple[int, int]]:
+        """Store up to a batch of pages, each given as run and page in it."""
+        for i, (name, (number, page)) in enumerate(pages.items()):
+            view = self.page[i * PAGE : (i + 1) * PAGE]
+            pread_full(runs[number].fd, view, runs[number].offset + page * PAGE)
+            if page_name(view) != name:
+                raise StoreError(f"run {number}: page {page} changed while it was stored")
+        self._store(dict(enumerate(pages)), {}, first)
+        self.counts["shared"] -= len(pages)
+        places = {name: self.pending[name] for name in pages}
+        self._finish_full()
+        return places
+
+    def _finish_full(self) -> None:
+        for key, writer in list(self.writers.items()):
+            if writer.pages >= MAX_PAGES[writer.delta is not None]:
+                self._finish(key)
 
     def _handle(self, pack: str) -> int:
         if pack not in self.handles:
@@ -411,6 +465,16 @@ def _overlapping(run: Run, page: int, count: int) -> Iterator[tuple[int, Ref]]:
 
 def _begin(segment: tuple[int, Ref]) -> int:
     return segment[0]
+
+
+def _pages_of(refs: list[list[list[int]]]) -> Iterator[tuple[int, int, tuple[int, int]]]:
+    """Run, page in it, and place, of every page."""
+    for number, run in enumerate(refs):
+        page = 0
+        for handle, slot, count in run:
+            for i in range(count):
+                yield number, page + i, (handle, slot + i if handle else 0)
+            page += count
 
 
 def _merge(refs: list[list[int]], places: list[tuple[int, int]]) -> None:

@@ -28,6 +28,11 @@ _NO_GPU = {
 }
 
 
+_HOLD_CALLS = 8
+"""So many calls of a thawed process the garbage collector leaves alone what was frozen: a full collection would touch
+all of it, and all of it would have to be brought in. Most copies of a burst are gone before that."""
+
+
 class StageError(Exception):
     """The user's code failed before it could serve; `stage` is one of protocol.py's, `cause` what it raised."""
 
@@ -77,6 +82,8 @@ class Runtime:
         self._methods: dict[str, bool] = {}
         self._hidden_gpu = False
         self._preloaded: _Traces | None = None
+        self._held = 0
+        self._calls_to_hold = 0
         self.phases: dict[str, float] = {}
 
     @contextmanager
@@ -198,6 +205,7 @@ class Runtime:
                 self._settle(hook())
             codec.preload()
             self._tidy()
+        self._calls_to_hold = _HOLD_CALLS
         return self.phases
 
     def settle(self) -> dict[str, float]:
@@ -209,16 +217,27 @@ class Runtime:
         self.phases = {}
         with self._stage("preload", "settle"):
             self._tidy()
-            gc.freeze()  # so that the program's own freeze need not go through all of it once more
         return self.phases
 
-    @staticmethod
-    def _tidy() -> None:
+    def _tidy(self) -> None:
         renew.prepare()
         gc.collect()
-        gc.unfreeze()
+        self._hold()
         renew.trim_heap()
         maps.join_code()
+
+    def _hold(self) -> None:
+        """Keep the collector from what there is; unless the program does so itself, and is left to it."""
+        # What is kept from it may still go by itself, and then counts no more.
+        if gc.get_freeze_count() <= self._held:
+            gc.freeze()
+            self._held = gc.get_freeze_count()
+
+    def _let_go(self) -> None:
+        """Have all of it collected as ever."""
+        if gc.get_freeze_count() <= self._held:
+            gc.unfreeze()
+        self._held = 0
 
     def start(self, context: dict[str, Any]) -> tuple[dict[str, float], list[str]]:
         """Take on the identity of this instance; phases and warnings.
@@ -231,8 +250,8 @@ class Runtime:
         restored = bool(context["restored"])
         state.restored, state.instance_id = restored, context["instance_id"]
         state.snapshot_id = context["snapshot_id"] if restored else None
-        if self._preloaded is not None and not restored:
-            gc.unfreeze()
+        if not restored:
+            self._let_go()
         with self._stage("after-restore", "reseed"):
             renew.set_environ(context["env"])
             if restored:
@@ -278,6 +297,10 @@ class Runtime:
 
     def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run it to its end and return its value; a generator is returned unstarted."""
+        if self._held:
+            self._calls_to_hold -= 1
+            if self._calls_to_hold < 0:
+                self._let_go()
         return self._settle(self.function(method)(*args, **kwargs))
 
     def items(self, value: Any) -> Iterator[Any]:
