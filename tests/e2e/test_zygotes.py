@@ -15,6 +15,9 @@ import pytest
 
 from e2e.harness import Daemon, until
 
+MADE_S = 120
+"""A zygote is made when nothing has been starting for a second, at the latest after a minute, and behind all others."""
+
 pytestmark = [pytest.mark.root, pytest.mark.criu]
 
 PROBE = '''
@@ -179,7 +182,7 @@ def test_a_program_cannot_tell_how_it_was_started(daemon: Daemon, plain: Daemon,
 def test_one_of_fewer_imports_serves_and_the_rest_is_imported_after(daemon: Daemon) -> None:
     deploy(daemon, probe("import numpy", "less"))
     answer(daemon, "less")
-    until(lambda: [z for z in zygotes(daemon, "numpy") if len(z["modules"]) == 2])
+    until(lambda: [z for z in zygotes(daemon, "numpy") if len(z["modules"]) == 2], MADE_S)
     deploy(daemon, probe("import numpy\nimport numpy.ma, numpy.testing", "more", enable="enable_memory_snapshot=True"))
     value, phases = answer(daemon, "more")
     assert {"zygote.restore", "import"} <= phases and "spawn" not in phases
@@ -189,7 +192,7 @@ def test_one_of_fewer_imports_serves_and_the_rest_is_imported_after(daemon: Daem
     manifest = json.loads((daemon.home / "snapshots" / daemon.wait_snapshot("more") / "manifest.json").read_text())
     parent = next(z for z in daemon.get("/snapshots")["snapshots"] if z["id"] == manifest["parent"])
     assert parent["modules"][0] == "woodfrog.sdk.app" and "numpy.testing" not in parent["modules"]
-    until(lambda: zygotes(daemon, "numpy", "numpy.testing"))
+    until(lambda: zygotes(daemon, "numpy", "numpy.testing"), MADE_S)
     # Others before numpy, and a start begins where it is still as theirs.
     deploy(daemon, probe("import pandas\nimport numpy", "other"))
     if find_spec("pandas"):
@@ -200,10 +203,11 @@ def test_one_of_fewer_imports_serves_and_the_rest_is_imported_after(daemon: Daem
 def test_a_snapshot_of_a_child_needs_no_zygote(daemon: Daemon) -> None:
     deploy(daemon, probe("import numpy", "warm-up"))
     answer(daemon, "warm-up")
-    until(lambda: zygotes(daemon, "numpy"))
+    until(lambda: zygotes(daemon, "numpy"), MADE_S)
     deploy(daemon, probe("import numpy\nopen('/tmp/own', 'w').close()", "child", enable="enable_memory_snapshot=True"))
     first, phases = answer(daemon, "child")
-    assert {"zygote.restore", "capture"} <= phases and "/tmp/own" in first["same"]["files"]
+    assert {"zygote.restore", "capture"} <= phases, (phases, daemon.log.read_text()[-2000:])
+    assert "/tmp/own" in first["same"]["files"]
     daemon.wait_snapshot("child")
     for row in zygotes(daemon):
         daemon._client.request("POST", f"/snapshots/{row['id']}/invalidate")  # type: ignore[union-attr]
@@ -222,7 +226,7 @@ def test_values_of_secrets_are_not_in_its_name_and_a_rotated_one_is_seen(daemon:
         deploy(daemon, probe(imports, f"secret-{number}", extra="[TAKEN, os.environ['TOKEN']]", enable=secret))
         answered, _ = answer(daemon, f"secret-{number}")
         assert answered["same"]["extra"] == [value, value]
-        until(lambda made=made: len(zygotes(daemon, "numpy")) == before + made)  # type: ignore[misc]
+        until(lambda made=made: len(zygotes(daemon, "numpy")) == before + made, MADE_S)  # type: ignore[misc]
     paths = [daemon.home / "snapshots" / z["id"] / "manifest.json" for z in zygotes(daemon, "numpy")]
     keys = {json.loads(path.read_text())["function_key"] for path in paths}
     assert len(keys) > 1 and all(re.fullmatch(r"zygote-[0-9a-f]{32}", key) for key in keys)
@@ -232,7 +236,7 @@ def test_values_of_secrets_are_not_in_its_name_and_a_rotated_one_is_seen(daemon:
 def test_whatever_is_wrong_with_a_zygote_the_answer_is_right(daemon: Daemon) -> None:
     deploy(daemon, probe("import numpy, numpy.f2py", "damage"))
     answer(daemon, "damage")
-    zygote = until(lambda: zygotes(daemon, "numpy", "numpy.f2py"))[-1]["id"]
+    zygote = until(lambda: zygotes(daemon, "numpy", "numpy.f2py"), MADE_S)[-1]["id"]
     images = daemon.home / "snapshots" / zygote
     image = next(p for p in images.glob("img*/core-*.img"))
     data = bytearray(image.read_bytes())
@@ -248,7 +252,7 @@ def test_whatever_is_wrong_with_a_zygote_the_answer_is_right(daemon: Daemon) -> 
 def test_a_program_that_hides_what_a_library_looks_for_starts_plainly(daemon: Daemon) -> None:
     deploy(daemon, probe("import numpy, numpy.random", "open"))
     answer(daemon, "open")
-    until(lambda: zygotes(daemon, "numpy", "numpy.random"))
+    until(lambda: zygotes(daemon, "numpy", "numpy.random"), MADE_S)
     deploy(daemon, probe("import numpy, numpy.random", "shadow"), secrets="raise RuntimeError('mine')")
     with pytest.raises(Exception, match="mine"):
         answer(daemon, "shadow")
@@ -273,7 +277,7 @@ def test_a_short_startup_timeout_is_one_for_the_whole_start(daemon: Daemon) -> N
     text = probe("import numpy, time\ntime.sleep(0 if 'slow' not in '{}' else 30)", "{}", enable="startup_timeout=4")
     deploy(daemon, text.replace("{}", "hasty"))
     answer(daemon, "hasty")
-    until(lambda: zygotes(daemon, "numpy"))
+    until(lambda: zygotes(daemon, "numpy"), MADE_S)
     deploy(daemon, text.replace("{}", "slow"))
     with pytest.raises(Exception, match="not ready after 4 s"):
         answer(daemon, "slow")
