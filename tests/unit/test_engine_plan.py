@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from woodfrog import faults
-from woodfrog.engine.inspect import Connection, Descriptor, Task, Tree, host_path, parse_bound, parse_inet
+from woodfrog.engine.inspect import Connection, Descriptor, HostPaths, Task, Tree, parse_bound, parse_inet
 from woodfrog.engine.plan import (
     REFUSALS,
     Facts,
@@ -148,7 +148,7 @@ HOST = (mount("/"), mount("/mnt/disk", device=(254, 1)), mount("/dev/shm", kind=
     ],
 )
 def test_host_path(inner: str, outer: str | None) -> None:
-    assert host_path(inner, SANDBOX, HOST) == outer
+    assert HostPaths(SANDBOX, HOST).of(inner) == outer
 
 
 TCP = """\

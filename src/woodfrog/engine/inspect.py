@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,9 @@ __all__ = [
     "Connection",
     "Descriptor",
     "ExternalFile",
+    "HostPaths",
     "Task",
     "Tree",
-    "host_path",
     "inspect_tree",
     "parse_bound",
     "parse_inet",
@@ -93,41 +94,43 @@ class Tree:
     files: tuple[ExternalFile, ...] = ()
 
 
-def host_path(path: str, inside: tuple[procfs.MountEntry, ...], outside: tuple[procfs.MountEntry, ...]) -> str | None:
-    """Where a path of the sandbox lies on the host; None when it is on a file system of the sandbox's own.
+class HostPaths:
+    """Where paths of a sandbox lie on the host.
 
     Args:
         inside, outside: the mount tables of the sandbox and of the host, in the kernel's order.
     """
-    mount = _covering(path, inside)
-    if mount is None or mount.kind in PRIVATE_KINDS:
-        return None
-    within = _join(mount.root, path[len(mount.target.rstrip("/")) :])
-    best: procfs.MountEntry | None = None
-    for other in outside:
-        covers = other.device == mount.device and _is_below(within, other.root)
-        if covers and (best is None or len(other.root) > len(best.root)):
-            best = other
-    if best is None:
+
+    def __init__(self, inside: tuple[procfs.MountEntry, ...], outside: tuple[procfs.MountEntry, ...]) -> None:
+        # Of two at one place the later one covers the earlier.
+        self._inside = {mount.target: mount for mount in inside}
+        self._outside: dict[tuple[tuple[int, int], str], procfs.MountEntry] = {}
+        for mount in outside:
+            self._outside.setdefault((mount.device, mount.root), mount)
+
+    def of(self, path: str) -> str | None:
+        """None: on a file system of the sandbox's own."""
+        mount = next((found for at in _ancestors(path) if (found := self._inside.get(at))), None)
+        if mount is None or mount.kind in PRIVATE_KINDS:
+            return None
+        within = _join(mount.root, path[len(mount.target.rstrip("/")) :])
+        for at in _ancestors(within):
+            other = self._outside.get((mount.device, at))
+            if other is not None:
+                return _join(other.target, within[len(at.rstrip("/")) :])
         return path
-    return _join(best.target, within[len(best.root.rstrip("/")) :])
 
 
-def _is_below(path: str, directory: str) -> bool:
-    return directory == "/" or path == directory or path.startswith(directory.rstrip("/") + "/")
+def _ancestors(path: str) -> Iterator[str]:
+    """The path and all directories above it, the root last."""
+    while path != "/":
+        yield path
+        path = path.rpartition("/")[0] or "/"
+    yield path
 
 
 def _join(directory: str, rest: str) -> str:
     return directory.rstrip("/") + ("/" + rest.lstrip("/") if rest.strip("/") else "") or "/"
-
-
-def _covering(path: str, mounts: tuple[procfs.MountEntry, ...]) -> procfs.MountEntry | None:
-    best: procfs.MountEntry | None = None
-    for mount in mounts:
-        # Of two at one place the later one covers the earlier.
-        if _is_below(path, mount.target) and (best is None or len(mount.target) >= len(best.target)):
-            best = mount
-    return best
 
 
 def _address(text: str) -> tuple[bytes, int]:
@@ -250,11 +253,11 @@ def _external_files(
     for task in tasks:
         paths |= {m.path for m in maps.get(task.pid, ()) if m.path.startswith("/") and m.inode and m.device != (0, 0)}
         paths |= {d.target for d in task.descriptors if d.target.startswith("/") and not d.deleted and d.device is None}
-    inside, outside = procfs.mountinfo(init_pid), procfs.mountinfo(os.getpid())
+    places = HostPaths(procfs.mountinfo(init_pid), procfs.mountinfo(os.getpid()))
     found = []
     for path in sorted(paths):
         # Deleted and replaced files are CRIU's to capture.
-        if path.endswith(" (deleted)") or (outer := host_path(path, inside, outside)) is None:
+        if path.endswith(" (deleted)") or (outer := places.of(path)) is None:
             continue
         try:
             info = os.stat(f"/proc/{init_pid}/root{path}")

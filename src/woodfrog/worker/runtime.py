@@ -216,6 +216,7 @@ class Runtime:
         """
         self.phases = {}
         with self._stage("preload", "settle"):
+            codec.preload()
             self._tidy()
         return self.phases
 
