@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,8 @@ class Rig:
     sandboxes: list[Sandbox] = field(default_factory=list)
     hardware: Hardware | None = None
     """GPUs that sandboxes may be given."""
+    nodes: Callable[[tuple[int, ...]], tuple[DeviceNode, ...]] | None = None
+    """Device nodes of real ones."""
 
     @classmethod
     def make(cls, home: Path) -> Rig:
@@ -90,6 +93,8 @@ class Rig:
         return tuple({Path(p).resolve() for p in (sys.base_prefix, self.criu.path.parents[1], *more)})
 
     def devices(self, gpus: tuple[int, ...]) -> tuple[DeviceNode, ...]:
+        if self.nodes is not None:
+            return self.nodes(gpus)
         if self.hardware is None or not gpus:
             return ()
         names = ("nvidiactl", "nvidia-uvm", *(f"nvidia{i}" for i in gpus))

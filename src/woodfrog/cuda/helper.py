@@ -6,8 +6,10 @@ line, in and out; each request has a thread of its own. It ends with its standar
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import threading
 from dataclasses import asdict
@@ -18,6 +20,7 @@ from woodfrog.errors import GpuError, WoodfrogError
 
 __all__ = ["main"]
 
+_PR_SET_PDEATHSIG = 1
 _writing = threading.Lock()
 
 
@@ -54,6 +57,8 @@ def _answer(driver: Driver, request: dict[str, Any]) -> None:
 
 
 def main() -> int:
+    # Also while cuInit hangs: nobody would read the end of the input then.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
         driver = Driver()
     except WoodfrogError as e:

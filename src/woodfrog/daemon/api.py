@@ -38,7 +38,7 @@ from woodfrog.errors import (
     WoodfrogError,
 )
 from woodfrog.snapshot.catalogue import PINNED, PUSHED, Catalogue
-from woodfrog.snapshot.compat import WorkerClass, explain_mismatch
+from woodfrog.snapshot.compat import WorkerClass, explain_mismatch, with_gpu
 from woodfrog.snapshot.manifest import Manifest
 from woodfrog.spec import function_key, split_tag, to_dict
 from woodfrog.store.content import ContentStore
@@ -168,6 +168,9 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
 def _snapshot_row(catalogue: Catalogue, manifest: Manifest, here: WorkerClass) -> dict[str, Any]:
     why = catalogue.retired(manifest.id)
     state = "retired" if why else "ready"
+    if "gpu" in manifest.host:
+        # Which GPU a thaw gets is not known before.
+        here = with_gpu(here, manifest.host["gpu"], manifest.host.get("driver", ""))
     if not why and manifest.worker_class != here.digest:
         state, why = "other-host", explain_mismatch(manifest.host, here.parts)
     return {

@@ -27,7 +27,7 @@ from woodfrog.criu.options import check_command, dump_command, environment, rest
 from woodfrog.criu.pagemap import INDEX, MAX_FILES, build_index, index_files, keep_arguments, write_index
 from woodfrog.criu.stats import parse_stats
 from woodfrog.cuda.failures import gpu_error
-from woodfrog.engine.gpu import GpuCapture, GpuSide, put_back
+from woodfrog.engine.gpu import GpuCapture, GpuSide, plan_back, put_back
 from woodfrog.engine.inspect import Task, Tree, inspect_tree, task_alive
 from woodfrog.engine.plan import (
     CACHE,
@@ -673,8 +673,11 @@ async def restore(
             facts = await asyncio.to_thread(_load_facts, images)
         phase = "plan"
         with phases("plan"):
-            if facts.gpu is not None and (gpu is None or stopped):
-                raise gpu_error("gpu-needed", "snapshot")
+            pairs: tuple[tuple[str, str], ...] = ()
+            if facts.gpu is not None:
+                if gpu is None or stopped:
+                    raise gpu_error("gpu-needed", "snapshot")
+                pairs = await plan_back(gpu, facts.gpu)
             page_files = await asyncio.to_thread(_page_files, images, lazy) if lazy is not None else None
             clock = _clock_ns(sandbox.init_pid)
             plan = restore_plan(facts, monotonic_ns=clock, lazy_pages=page_files is not None, stopped=stopped)
@@ -730,7 +733,7 @@ async def restore(
             await sandbox.unbind(IMAGES)
         if facts.gpu is not None and gpu is not None:
             phase = "gpu"
-            await _while_served(put_back(gpu, facts.gpu, sandbox.init_pid, phases), served)
+            await _while_served(put_back(gpu, facts.gpu, pairs, sandbox.init_pid, phases), served)
         return root
     except asyncio.CancelledError:
         await undo.unwind()

@@ -19,7 +19,7 @@ from woodfrog.errors import GpuError
 from woodfrog.linux import procfs
 from woodfrog.telemetry import Phases
 
-__all__ = ["GpuCapture", "GpuSide", "put_back"]
+__all__ = ["GpuCapture", "GpuSide", "plan_back", "put_back"]
 
 
 @dataclass(frozen=True)
@@ -184,15 +184,30 @@ def _host_pids(init_pid: int) -> dict[int, int]:
     return found
 
 
-async def put_back(side: GpuSide, facts: GpuFacts, init_pid: int, phases: Phases) -> None:
+async def plan_back(side: GpuSide, facts: GpuFacts) -> tuple[tuple[str, str], ...]:
+    """Which of this sandbox's GPUs takes the place of which.
+
+    Raises:
+        GpuError: none can, or the driver cannot.
+    """
+    node = await side.cuda.start()
+    if not node.checkpoints:
+        raise gpu_error("gpu-driver-old", f"driver {node.driver} (CUDA {node.version})")
+    return device_map(facts.node, facts.visible, node, side.uuids)
+
+
+async def put_back(
+    side: GpuSide, facts: GpuFacts, pairs: Sequence[tuple[str, str]], init_pid: int, phases: Phases
+) -> None:
     """Bring the device memory of restored processes onto this sandbox's GPUs, and let them go on.
+
+    Args:
+        pairs: from `plan_back`.
 
     Raises:
         GpuError: after which the processes are good for nothing: the driver never takes them again.
     """
     cuda = side.cuda
-    node = await cuda.start()
-    pairs = device_map(facts.node, facts.visible, node, side.uuids)
     pids = await asyncio.to_thread(_host_pids, init_pid)
     missing = [inner for inner, _ in facts.processes if inner not in pids]
     if missing:
