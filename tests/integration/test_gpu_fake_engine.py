@@ -16,6 +16,7 @@ import pytest
 from engine_rig import Rig
 from fake_cuda.hardware import MIB, Hardware
 from fake_cuda.program import GPU
+from woodfrog import faults
 from woodfrog.cuda.client import Cuda
 from woodfrog.engine.engine import GpuSide, Lazy
 from woodfrog.engine.plan import FACTS, parse_facts
@@ -264,14 +265,12 @@ async def test_a_checkpoint_that_saves_nothing_is_noticed(rig: Rig, cuda: Cuda) 
     assert e.value.code == "gpu-bytes-missing", e.value.message
 
 
-@pytest.mark.parametrize("fault", ["dump.before=raise", "dump.criu=kill-criu"])
-async def test_what_fails_later_is_taken_back_to_the_gpu(rig: Rig, cuda: Cuda, fault: str) -> None:
-    from woodfrog import faults
-
+@pytest.mark.parametrize("point", ["dump.before=raise", "dump.criu=kill-criu"])
+async def test_what_fails_later_is_taken_back_to_the_gpu(rig: Rig, cuda: Cuda, point: str) -> None:
     sandbox, _ = await rig.start(FAMILY, gpus=(0, 1))
     expected = "([True, True], ['True 0', 'True 1'], None)"
     await answers(rig, sandbox, expected)
-    faults.configure(fault)
+    faults.configure(point)
     try:
         with pytest.raises(CaptureError) as e:
             await rig.freeze(sandbox, gpu=side(rig, cuda, 0, 1))
@@ -281,7 +280,7 @@ async def test_what_fails_later_is_taken_back_to_the_gpu(rig: Rig, cuda: Cuda, f
         await answers(rig, sandbox, expected)
         assert hardware_of(rig).memory_of(0)
     else:
-        assert "kill" in fault
+        assert "kill" in point
         await rig.nothing_runs(sandbox)
 
 

@@ -254,7 +254,14 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, down.set)
 
-    api = build(controller, content=content, catalogue=catalogue, worker_class=cls, shutdown=down.set)
+    api = build(
+        controller,
+        content=content,
+        catalogue=catalogue,
+        worker_class=cls,
+        gpu_classes=gpus.classes(cls),
+        shutdown=down.set,
+    )
     servers: list[tuple[_Server, socket.socket]] = []
 
     def server(app: Any, sock: socket.socket) -> None:
