@@ -20,6 +20,7 @@ from e2e.harness import Daemon, until
 from fake_cuda.hardware import MIB, Hardware
 from fake_cuda.program import GPU
 from fake_cuda.torch_stub import SENTENCE_TRANSFORMERS, TORCH
+from woodfrog.control.replay import main as replay_main
 from woodfrog.errors import WoodfrogError
 
 pytestmark = [pytest.mark.root, pytest.mark.criu]
@@ -276,6 +277,23 @@ def test_a_driver_that_hangs_is_a_cold_start(daemon: Daemon, hardware: Hardware)
     found: dict[str, Any] = daemon.call("holder", "Holder.check", timeout=120, wait=0)
     assert found["intact"] and "did not return in time" in daemon.app_text("holder")
     assert daemon.get("/health")["pid"]
+
+
+def test_a_killed_daemon_leaves_nothing_on_the_gpu(daemon: Daemon, hardware: Hardware) -> None:
+    daemon.cli("deploy", str(holder(daemon)), "--snapshot")
+    digest = check(daemon)["digest"]
+    assert daemon.process is not None and _live(hardware, 0)
+    children = Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text().split()
+    helpers = [c for c in children if "woodfrog.cuda.helper" in Path(f"/proc/{c}/cmdline").read_text()]
+    assert len(helpers) == 1
+    daemon.kill()
+    until(lambda: not _live(hardware, 0) and not Path(f"/proc/{helpers[0]}").exists())
+    daemon.start()
+    assert check(daemon)["digest"] == digest, "thawed from what the killed daemon had stored"
+    events = max((daemon.home / "events").glob("*.ndjson"), key=lambda p: p.stat().st_mtime)
+    stop_all(daemon)
+    daemon.stop()
+    assert replay_main([str(events)]) == 0
 
 
 def test_a_chip_that_is_not_here(daemon: Daemon) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +167,36 @@ async def test_memory_follows_the_processes(rig: Rig, cuda: Cuda) -> None:
         await server.close()
 
 
+async def test_memory_that_no_longer_follows(rig: Rig, cuda: Cuda) -> None:
+    """The page server dies while the driver is at work: nobody waits for what will not come."""
+    sandbox, _ = await rig.start(HOLDER, gpus=(0,))
+    await answers(rig, sandbox, "(1, True, '0')")
+    frozen = await rig.freeze(sandbox, gpu=side(rig, cuda, 0))
+    await cuda.close()
+    slow = Cuda(library=hardware_of(rig).folder, move_s=30)
+    await slow.start()
+    hardware_of(rig).configure("fault target.restore hang")
+    server = await PageServer.start(uid=64647, on_death=lambda: None)
+    try:
+        thaw = asyncio.ensure_future(rig.thaw(frozen, gpu=side(rig, slow, 0), gpus=(0,), lazy=Lazy(server)))
+        while not (hardware_of(rig).control / "count-target.restore").exists():
+            await asyncio.sleep(0.02)
+            assert not thaw.done(), thaw.exception()
+        begin = asyncio.get_running_loop().time()
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        for child in children:
+            if Path(f"/proc/{child}/comm").read_text().startswith("woodfrog-pages"):
+                os.kill(int(child), signal.SIGKILL)
+        with pytest.raises(RestoreError) as e:
+            await thaw
+        assert e.value.code == "memory-not-served", e.value.message
+        assert asyncio.get_running_loop().time() - begin < 10
+        await rig.nothing_runs(rig.sandboxes[-1])
+    finally:
+        await server.close()
+        await slow.close()
+
+
 async def test_without_the_gpu_it_is_refused(rig: Rig, cuda: Cuda) -> None:
     sandbox, _ = await rig.start(HOLDER, gpus=(0,))
     await answers(rig, sandbox, "(1, True, '0')")
@@ -182,12 +213,9 @@ async def test_a_process_that_is_not_checkpointed_loses_its_memory(
     sandbox, _ = await rig.start(HOLDER, gpus=(0,))
     await answers(rig, sandbox, "(1, True, '0')")
     monkeypatch.setattr("woodfrog.engine.engine.refuse", lambda *a, **k: None)
-    try:
-        frozen = await rig.freeze(sandbox)
-        thawed, _ = await rig.thaw(frozen, gpus=(0,))
-        assert "CUDA error 709" in await rig.ask(thawed)
-    except (CaptureError, RestoreError) as e:
-        assert e.code  # CRIU refuses by itself
+    frozen = await rig.freeze(sandbox)
+    thawed, _ = await rig.thaw(frozen, gpus=(0,))
+    assert "CUDA error 709" in await rig.ask(thawed)
 
 
 REFUSED = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from woodfrog.control.events import Action, Event
 from woodfrog.control.gpus import Gpu, choose, fits, parse, possible
 from woodfrog.control.machine import handle
 from woodfrog.control.state import Config, State
-from woodfrog.spec import FunctionSpec, MethodSpec, Resources, ScalingPolicy, SourceSpec
+from woodfrog.spec import FunctionSpec, MethodSpec, Resources, ScalingPolicy, SnapshotPolicy, SourceSpec
 
 H100, A10 = "NVIDIA H100 80GB HBM3", "NVIDIA A10"
 FOUR = (Gpu("a", A10), Gpu("b", A10), Gpu("c", H100), Gpu("d", H100))
@@ -132,3 +133,31 @@ def test_a_gpu_is_free_again_when_its_instance_is_gone() -> None:
         later = d.send(ev.Tick)
         assert d.now < 30
     assert started(later)[0][1] == ("a",)
+
+
+def test_a_busy_function_gives_its_gpu_to_one_that_waits() -> None:
+    d = Driver(function("f", "any"), function("g", "any"), gpus=FOUR[:1])
+    for _ in range(3):
+        d.call("f")
+    d.send(ev.InstanceReady, instance_id="i-t-1")
+    assert d.call("g") == []
+    d.now += 10
+    actions = d.send(ev.CallFinished, call_id="c1", instance_id="i-t-1", outcome="success", error=None)
+    assert [type(a).__name__ for a in actions] == ["FinishCall", "StopInstance"]
+    assert started(d.send(ev.InstanceStopped, instance_id="i-t-1")) == [("i-t-2", ("a",))]
+    assert d.state.instances["i-t-2"].group.service.tag == "g"
+
+
+def test_gpu_functions_are_not_parked() -> None:
+    spec = function("f", "any", buffer_containers=1)
+    spec = replace(spec, snapshot=SnapshotPolicy(enabled=True, gpu=True))
+    d = Driver(spec, gpus=FOUR[:2])
+    actions = d.call("f")
+    assert len(started(actions)) == 2
+    d.send(ev.SnapshotCaptured, instance_id="i-t-1", snapshot_id="s1")
+    d.send(ev.InstanceReady, instance_id="i-t-1")
+    d.send(ev.InstanceReady, instance_id="i-t-2")
+    d.send(ev.CallFinished, call_id="c1", instance_id="i-t-1", outcome="success", error=None)
+    for _ in range(60):
+        d.now += 1
+        assert not [a for a in d.send(ev.Tick) if isinstance(a, ev.ParkInstance)]

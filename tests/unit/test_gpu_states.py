@@ -47,6 +47,11 @@ def node(*names: str, version: int = 13000, first: int = 0) -> Node:
     return Node(version, "580", tuple(Device(f"GPU-{first + i}", name, 1 << 30) for i, name in enumerate(names)))
 
 
+def test_which_driver_can_what() -> None:
+    assert not Node(12060, "560.35.03").checkpoints and Node(12080, "570.10").checkpoints
+    assert Node(13030, "610.12").peers and not Node(13000, "580.65.06").peers and not Node(13030, "CUDA 13030").peers
+
+
 def known(of: Node) -> list[tuple[str, str]]:
     return [(d.uuid, d.name) for d in of.devices]
 

@@ -260,6 +260,7 @@ def serve(st: State, inst: Instance) -> None:
     if group.queue:
         if st.starved and should_yield(st, group):
             stop(st, inst, "makes room for another function")
+            group.starved_since = st.now  # it was served until now
             return schedule(st, group)
         return run(st, inst, group.queue.popitem(last=False)[1])
     if not service.active:
@@ -577,12 +578,13 @@ def mark_starved(st: State, group: Group, urgent: int, spare: int) -> None:
 
 
 def feed(st: State) -> None:
-    """Room was made: groups with the fewest instances come first, those with waiting calls before mere reserves."""
+    """Room was made: groups with the fewest instances come first, then those that wait longest; waiting calls before
+    mere reserves."""
     st.freed = False
     for reserves in (False, True):
         pending = list(st.starved.values())
         while pending and len(st.instances) < st.config.max_instances:
-            group = min(pending, key=lambda g: g.live)
+            group = min(pending, key=lambda g: (g.live, g.starved_since))
             if not wanted(st, group)[reserves] or not start(st, group):
                 pending.remove(group)
     for group in list(st.starved.values()):

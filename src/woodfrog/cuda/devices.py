@@ -8,14 +8,14 @@ from typing import Any
 
 from woodfrog.cuda.failures import gpu_error
 
-__all__ = ["CHECKPOINT_VERSION", "MAP_VERSION", "PEERS_VERSION", "Device", "Node", "device_map", "node_from_dict"]
+__all__ = ["CHECKPOINT_VERSION", "MAP_VERSION", "Device", "Node", "device_map", "node_from_dict"]
 
 CHECKPOINT_VERSION = 12080
 """CUDA version of the first driver with the checkpoint calls (570)."""
 MAP_VERSION = 13000
 """And of the first that restores on other GPUs than the captured ones (580)."""
-PEERS_VERSION = 13030
-"""And of the first that takes CUDA IPC (610)."""
+PEERS_DRIVER = 610
+"""The first driver that takes CUDA IPC, and so NCCL's communicators."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,12 @@ class Node:
     @property
     def checkpoints(self) -> bool:
         return self.version >= CHECKPOINT_VERSION
+
+    @property
+    def peers(self) -> bool:
+        """Whether memory that processes share can be checkpointed."""
+        major = self.driver.partition(".")[0]
+        return major.isdigit() and int(major) >= PEERS_DRIVER
 
     def named(self, uuid: str) -> Device | None:
         return next((d for d in self.devices if d.uuid == uuid), None)

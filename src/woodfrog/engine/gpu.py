@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from woodfrog.cuda.client import Cuda
-from woodfrog.cuda.devices import PEERS_VERSION, device_map
+from woodfrog.cuda.devices import device_map
 from woodfrog.cuda.failures import gpu_error
 from woodfrog.cuda.states import Move, State, way_back
-from woodfrog.engine.inspect import Tree
+from woodfrog.engine.inspect import Task, Tree
 from woodfrog.engine.plan import GpuFacts
 from woodfrog.errors import GpuError
 from woodfrog.linux import procfs
@@ -94,7 +94,7 @@ class GpuCapture:
     def peers(self) -> bool:
         """Whether this driver can checkpoint memory that processes share."""
         node = self.side.cuda.node
-        return node is not None and node.version >= PEERS_VERSION
+        return node is not None and node.peers
 
     async def find(self, tree: Tree) -> None:
         """Ask the driver for every process that may have GPU state, not only the root.
@@ -105,9 +105,17 @@ class GpuCapture:
         cuda = self.side.cuda
         await cuda.start()
         asked = [t for t in tree.tasks if t.gpu_devices or t.cuda]
-        states = await _all([cuda.state(t.pid) for t in asked])
+        states = await _all([self._state(t) for t in asked])
         self.known = {t.pid: state is not None for t, state in zip(asked, states, strict=True)}
         self.processes = [_Process(t.pid, t.inner_pid, t.name) for t in asked if self.known[t.pid]]
+
+    async def _state(self, task: Task) -> State | None:
+        try:
+            return await self.side.cuda.state(task.pid)
+        except GpuError as e:
+            if task.gpu_devices or e.code != "gpu-driver":
+                raise
+            return None  # it has the library loaded, and nothing of a GPU
 
     async def save(self, phases: Phases) -> None:
         """Bring all device memory into host memory. After a failure: `bring_back`.

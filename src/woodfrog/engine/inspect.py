@@ -27,7 +27,7 @@ PRIVATE_KINDS = frozenset(
 )
 """File systems of the sandbox itself: what lies on them is in the snapshot, or made anew."""
 GPU_NODES = ("/dev/nvidia", "/dev/dri/")
-GPU_PEERS = ("/dev/shm/nccl-", "/dev/shm/cuda.shm.")
+GPU_PEERS = ("/dev/shm/nccl-",)
 NAMESPACES = ("ipc", "mnt", "net", "pid", "user", "uts")
 
 
@@ -73,7 +73,7 @@ class Task:
     cuda: bool = False
     """It has NVIDIA's library mapped: the driver may know it, with or without a device."""
     gpu_peers: tuple[str, ...] = ()
-    """Mapped shared memory by which GPU programs reach one another (NCCL, CUDA IPC)."""
+    """Mapped shared memory by which GPU programs reach one another (NCCL)."""
 
     @property
     def gpu_devices(self) -> tuple[str, ...]:
