@@ -189,11 +189,14 @@ def test_the_whole_life(daemon: Daemon, hardware: Hardware) -> None:
         found = check(daemon)
         digests.add(found["digest"])
         assert found["visible"] == first
-        assert found["devices"] == ["/dev/nvidia-uvm", "/dev/nvidia0", "/dev/nvidiactl"]
+        assert found["devices"] == [
+            "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools", "/dev/nvidia0", "/dev/nvidiactl",
+        ]  # fmt: skip
         assert hardware.memory_of(0) >= 24 * MIB and not hardware.memory_of(1)
         stop_all(daemon)
         assert until(lambda: hardware.memory_of(0) == 0 or not _live(hardware, 0))
     assert len(digests) == 1, "the same bytes each time: thawed, not loaded anew"
+    until(lambda: daemon.json("snapshot", "inspect", snapshot)["form"] == "packed")
     trace = last_trace(daemon)
     assert '"gpu.restore"' in trace and '"gpu.unlock"' in trace and '"boot"' not in trace
     assert daemon.snapshots("holder") == [snapshot]

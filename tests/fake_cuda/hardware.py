@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
@@ -62,6 +63,9 @@ class Hardware:
         self.control.chmod(0o777)
         self.configure()
         (self.dev / "nvidia-uvm").touch()
+        if os.geteuid() == 0:
+            # The one of them that is a device, as all of the real ones are: it is bound, and never opened.
+            os.mknod(self.dev / "nvidia-uvm-tools", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
 
     @property
     def dev(self) -> Path:

@@ -155,20 +155,24 @@ class GpuCapture:
     async def bring_back(self) -> None:
         """Take back what was done, in reverse: every process runs on, with its bytes on the GPU.
 
+        None runs before all have their memory: they may wait for one another.
+
         The driver is asked how far each is: a call that failed may have had its effect.
 
         Raises:
             GpuError: one cannot be brought back; it must be ended.
         """
-        await _all([self._bring_back(p) for p in reversed(self.processes)])
+        ways = dict(zip(map(id, self.processes), await _all([self._way(p) for p in self.processes]), strict=True))
+        moves: tuple[Move, ...] = ("restore", "unlock")
+        for move in moves:
+            going = [p for p in reversed(self.processes) if move in ways[id(p)]]
+            await _all([self._move(p, move, size=p.held or 0) for p in going])
 
-    async def _bring_back(self, process: _Process) -> None:
-        cuda = self.side.cuda
-        state = await cuda.state(process.pid)
+    async def _way(self, process: _Process) -> tuple[Move, ...]:
+        state = await self.side.cuda.state(process.pid)
         if state is None:
             raise gpu_error("gpu-not-cuda", process.who, pid=process.pid)
-        for move in way_back(state, process.who):
-            await self._move(process, move, size=process.held or 0)
+        return way_back(state, process.who)
 
     def facts(self) -> GpuFacts | None:
         """What a restore must know; None when no process has GPU state."""
