@@ -20,6 +20,7 @@ from woodfrog.errors import error_from_dict
 __all__ = ["Cuda"]
 
 START_S = 60.0
+END_S = 5.0
 ASK_S = 10.0
 LOCK_S = 10.0
 """How long the GPU's work may take to end before a checkpoint."""
@@ -148,11 +149,14 @@ class Cuda:
         helper.retired = True
         helper.kill()
         self._all.discard(helper)
-        await helper.process.wait()
         assert helper.process.stdin is not None
         helper.process.stdin.close()
-        if helper.reader is not None:
-            await asyncio.wait({helper.reader})
+        # One that hangs inside the kernel cannot be killed: it goes when the driver lets it, and nobody waits for it.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(END_S):
+                await helper.process.wait()
+                if helper.reader is not None:
+                    await asyncio.wait({helper.reader})
 
     async def _call(self, op: str, pid: int, limit: float, **arguments: Any) -> Any:
         helper = await self._running()

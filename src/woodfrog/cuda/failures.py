@@ -60,7 +60,7 @@ CODES: dict[str, tuple[str, str]] = {
     ),
     "gpu-bytes-missing": (
         "the driver said that GPU memory was saved, but the process did not grow by it",
-        "update the driver; the function runs on without a snapshot",
+        "update the driver; the process is ended, since it may have lost the bytes, and started anew",
     ),
     "gpu-driver": (
         "the driver refused a call",

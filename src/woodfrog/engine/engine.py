@@ -550,7 +550,7 @@ async def dump(
             alive = await _settle(sandbox, root, tree, criu_killed=killed)
             # Not before: the driver works inside the processes, and waits for ever for one that is stopped.
             if alive and on_gpu is not None:
-                alive = await _bring_back(sandbox, root, on_gpu, cleanup)
+                alive = await _bring_back(sandbox, root, on_gpu, cleanup, lost=failure.code == "gpu-bytes-missing")
         raise _capture_error(failure, phase, alive, cleanup) from e
     times = {
         name: stats[key] / 1e3
@@ -578,13 +578,17 @@ def _refuse(refusal: Refusal | None) -> None:
         raise _Failure(f"cannot capture: {refusal.cause}", refusal.code, refusal.remedy)
 
 
-async def _bring_back(sandbox: Sandbox, root: SandboxProcess, on_gpu: GpuCapture, cleanup: list[str]) -> bool:
-    """Whether all are back on the GPU, and run. Otherwise none is left alive: one that is stuck never runs again."""
-    try:
-        await on_gpu.bring_back()
-        return True
-    except GpuError as e:
-        cleanup.append(f"bring back to the GPU: {e.message}")
+async def _bring_back(
+    sandbox: Sandbox, root: SandboxProcess, on_gpu: GpuCapture, cleanup: list[str], *, lost: bool
+) -> bool:
+    """Whether all are back on the GPU, and run. Otherwise none is left alive: one that is stuck never runs again, and
+    one whose device memory is `lost` would go on with other bytes."""
+    if not lost:
+        try:
+            await on_gpu.bring_back()
+            return True
+        except GpuError as e:
+            cleanup.append(f"bring back to the GPU: {e.message}")
     await _kill_and_wait(sandbox, root)
     return False
 
