@@ -8,14 +8,16 @@ import shutil
 import subprocess
 import sys
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fake_cuda.hardware import Hardware
 from woodfrog.criu.binary import Criu, find_criu
-from woodfrog.engine.engine import DumpResult, dump, restore
+from woodfrog.engine.engine import DumpResult, GpuSide, Lazy, dump, restore
 from woodfrog.linux import procfs
-from woodfrog.linux.rootplan import RootRequest, root_plan
+from woodfrog.linux.rootplan import DeviceNode, RootRequest, root_plan
 from woodfrog.linux.sandbox import ProcessSpec, Sandbox, SandboxProcess, init_binary_path
 from woodfrog.linux.skeleton import make_skeleton, read_host_root
 from woodfrog.telemetry import Phases
@@ -63,6 +65,10 @@ class Rig:
     home: Path
     criu: Criu
     sandboxes: list[Sandbox] = field(default_factory=list)
+    hardware: Hardware | None = None
+    """GPUs that sandboxes may be given."""
+    nodes: Callable[[tuple[int, ...]], tuple[DeviceNode, ...]] | None = None
+    """Device nodes of real ones."""
 
     @classmethod
     def make(cls, home: Path) -> Rig:
@@ -83,9 +89,25 @@ class Rig:
 
     @property
     def prefixes(self) -> tuple[Path, ...]:
-        return tuple({Path(p).resolve() for p in (sys.base_prefix, self.criu.path.parents[1])})
+        more = (self.hardware.folder,) if self.hardware is not None else ()
+        return tuple({Path(p).resolve() for p in (sys.base_prefix, self.criu.path.parents[1], *more)})
 
-    async def sandbox(self, *, layers: tuple[Path, ...] = (), shm: Path | None = None, disk: int = 1 << 30) -> Sandbox:
+    def devices(self, gpus: tuple[int, ...]) -> tuple[DeviceNode, ...]:
+        if self.nodes is not None:
+            return self.nodes(gpus)
+        if self.hardware is None or not gpus:
+            return ()
+        names = ("nvidiactl", "nvidia-uvm", *(f"nvidia{i}" for i in gpus))
+        return tuple(DeviceNode(p, p.name, p.is_dir()) for p in map(self.hardware.dev.joinpath, names))
+
+    async def sandbox(
+        self,
+        *,
+        layers: tuple[Path, ...] = (),
+        shm: Path | None = None,
+        disk: int = 1 << 30,
+        gpus: tuple[int, ...] = (),
+    ) -> Sandbox:
         host = read_host_root()
         skeleton = make_skeleton(self.home / "skeletons", host, self.prefixes, UID)
         sandbox = await Sandbox.prepare(
@@ -107,20 +129,22 @@ class Rig:
             code=self.home / "code",
             prefixes=self.prefixes,
             kdat_dir=self.kdat,
+            devices=self.devices(gpus),
         )
         await sandbox.assemble(root_plan(request, host))
         return sandbox
 
     async def start(
-        self, setup: str, *, seccomp: bool = True, no_new_privs: bool = True
+        self, setup: str, *, seccomp: bool = True, no_new_privs: bool = True, gpus: tuple[int, ...] = ()
     ) -> tuple[Sandbox, SandboxProcess]:
         """Run a program: `setup` defines `check()`, whose repr every connection gets."""
-        sandbox = await self.sandbox()
+        sandbox = await self.sandbox(gpus=gpus)
+        library = {"LD_LIBRARY_PATH": str(self.hardware.folder)} if self.hardware is not None else {}
         (self.home / "code" / "program.py").write_text(PROGRAM.replace("{setup}", setup).replace("{socket}", SOCKET))
         process = await sandbox.spawn(
             ProcessSpec(
                 (sys._base_executable, "-B", "/app/program.py"),
-                env={"PATH": os.defpath, "HOME": "/tmp"},
+                env={"PATH": os.defpath, "HOME": "/tmp", **library},
                 uid=UID,
                 gid=UID,
                 inner_pid=WORKER_PID,
@@ -179,18 +203,35 @@ class Rig:
             (path / name).chmod(mode)
         return path / "img"
 
-    async def freeze(self, sandbox: Sandbox, images: Path | None = None, phases: Phases | None = None) -> Frozen:
+    async def freeze(
+        self,
+        sandbox: Sandbox,
+        images: Path | None = None,
+        phases: Phases | None = None,
+        gpu: GpuSide | None = None,
+    ) -> Frozen:
         images = images or self.images()
-        result = await dump(sandbox, root_pid=WORKER_PID, images=images, criu=self.criu, phases=phases or Phases())
+        result = await dump(
+            sandbox, root_pid=WORKER_PID, images=images, criu=self.criu, phases=phases or Phases(), gpu=gpu
+        )
         frozen = Frozen(images, images.parent / "fs", images.parent / "shm", result)
         for source, target in ((sandbox.upper_path(), frozen.fs), (sandbox.path("/dev/shm"), frozen.shm)):
             subprocess.run(["cp", "-a", f"{source}/.", f"{target}/"], check=True)
         await sandbox.destroy()
         return frozen
 
-    async def thaw(self, frozen: Frozen, phases: Phases | None = None) -> tuple[Sandbox, SandboxProcess]:
-        sandbox = await self.sandbox(layers=(frozen.fs,), shm=frozen.shm)
-        process = await restore(sandbox, images=frozen.images, criu=self.criu, phases=phases or Phases())
+    async def thaw(
+        self,
+        frozen: Frozen,
+        phases: Phases | None = None,
+        gpu: GpuSide | None = None,
+        gpus: tuple[int, ...] = (),
+        lazy: Lazy | None = None,
+    ) -> tuple[Sandbox, SandboxProcess]:
+        sandbox = await self.sandbox(layers=(frozen.fs,), shm=frozen.shm, gpus=gpus)
+        process = await restore(
+            sandbox, images=frozen.images, criu=self.criu, phases=phases or Phases(), gpu=gpu, lazy=lazy
+        )
         return sandbox, process
 
     async def close(self) -> None:

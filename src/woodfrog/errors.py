@@ -12,6 +12,7 @@
     │   ├── CaptureError           the freeze failed
     │   ├── RestoreError           the thaw failed: cold start
     │   └── IntegrityError         altered, truncated or unsigned: never restored
+    ├── GpuError                a GPU or its driver did not do what it was asked
     ├── StoreError              reading or writing state on disk
     └── ExecutionError          the call did not come to an answer
         ├── FunctionTimeoutError   it ran past its timeout
@@ -35,6 +36,7 @@ __all__ = [
     "DaemonError",
     "ExecutionError",
     "FunctionTimeoutError",
+    "GpuError",
     "HostError",
     "IncompatibleSnapshot",
     "InstanceCrashed",
@@ -204,6 +206,18 @@ class IntegrityError(SnapshotError):
     """Something stored was altered, truncated or is unsigned; it is never restored."""
 
     code = "integrity"
+
+
+class GpuError(WoodfrogError):
+    """A GPU or its driver did not do what it was asked; `code` is one of `woodfrog.cuda.failures.CODES`.
+
+    Args:
+        pid: the process it was about, as the host knows it.
+        call: the driver's function.
+        result: what the driver answered (`CUDA_ERROR_…`).
+    """
+
+    code = "gpu-driver"
 
 
 class StoreError(WoodfrogError):

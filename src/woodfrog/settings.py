@@ -39,6 +39,9 @@ class Settings:
     """Path of the criu binary; empty = look in the usual places."""
     gpu: str = ""
     """`none` runs functions that ask for a GPU without one."""
+    cuda_dir: str = ""
+    """Directory with libcuda.so.1 where the loader does not find it by itself. Where it has a directory `dev`, the
+    device nodes are those in it."""
     worker_uid: int = 64646
     """Uid and gid that user code runs as."""
     pool_size: int = 2

@@ -241,7 +241,7 @@ class FakeBackend:
         for future in instance.calls:
             future.cancel()
 
-    def find_snapshot(self, function_key: str) -> str | None:
+    def find_snapshot(self, function_key: str, *, gpu: bool = False) -> str | None:
         manifest = self.catalogue.find(function_key, WORKER_CLASS)
         return manifest.id if manifest else None
 

@@ -36,7 +36,7 @@ def test_every_fact_counts_and_is_explained() -> None:
         ({"cpu": "avx2 avx512f sse2"}, {"cpu": "avx2 sse2"}, "this processor lacks avx512f"),
         ({"cpu": "sse2"}, {"cpu": "avx2 sse2"}, "this processor has avx2 besides"),
         ({"criu": "4.1.1"}, {"criu": "4.2.1"}, "CRIU 4.1.1 there, 4.2.1 here"),
-        ({"gpu": "H100"}, {}, "gpu H100 there, unknown here"),
+        ({"gpu": "H100"}, {}, "GPU H100 there, unknown here"),
     ],
 )
 def test_explanations(there: dict[str, str], here: dict[str, str], says: str) -> None:

@@ -667,7 +667,12 @@ def _example(hint: Any) -> Any:
     text = str(hint)
     if "Literal" in text:
         return hint.__args__[0]
-    for name, value in (("FunctionSpec", (function(),)), ("dict[str, str]", {"f": "k"}), ("dict", {"a": [1, None]})):
+    for name, value in (
+        ("FunctionSpec", (function(),)),
+        ("tuple[str", ("x",)),
+        ("dict[str, str]", {"f": "k"}),
+        ("dict", {"a": [1, None]}),
+    ):
         if name in text:
             return value
     return {bool: True, int: 3, float: 1.5}.get(hint, 3 if "int" in text else "x")

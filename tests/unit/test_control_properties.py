@@ -42,10 +42,11 @@ from woodfrog.control.events import (
     WakeAt,
     WakeInstance,
 )
+from woodfrog.control.gpus import Gpu, possible
 from woodfrog.control.machine import handle
 from woodfrog.control.replay import journal_header, journal_line, replay
 from woodfrog.control.state import Config, State
-from woodfrog.spec import FunctionSpec, MethodSpec, RetryPolicy, ScalingPolicy, SnapshotPolicy, SourceSpec
+from woodfrog.spec import FunctionSpec, MethodSpec, Resources, RetryPolicy, ScalingPolicy, SnapshotPolicy, SourceSpec
 
 ERROR = {"type": "InstanceCrashed", "code": "crashed", "message": "gone", "retryable": False, "fields": {}}
 APPS = ("a", "b")
@@ -71,6 +72,7 @@ specs = st.tuples(
             source=st.just(SourceSpec("module", "m", tag)),
             methods=st.just((MethodSpec("f"),) if tag == "f" else (MethodSpec("run"), MethodSpec("gen", True))),
             snapshot=st.builds(SnapshotPolicy, enabled=st.booleans()),
+            resources=st.builds(Resources, gpu=st.sampled_from([(), (), ("any",), ("A:2", "B"), ("B",), ("Z",)])),
             scaling=policies,
             retries=retries,
             timeout=st.sampled_from([5.0, 300.0]),
@@ -88,6 +90,7 @@ configs = st.builds(
     start_attempts=st.integers(1, 3),
     parked=st.integers(0, 2),
     park_window=st.sampled_from([3.0, 3600.0]),
+    gpus=st.sampled_from([(), (Gpu("1", "A"), Gpu("2", "A"), Gpu("3", "B"))]),
 )
 
 
@@ -106,6 +109,7 @@ class Box:
     up: bool = False
     ending: bool = False
     call: str | None = None
+    gpus: tuple[str, ...] = ()
 
 
 @dataclass
@@ -153,7 +157,10 @@ class Backend:
                     action.mode,
                     action.snapshot_id,
                     action.capture,
+                    gpus=action.gpus,
                 )
+                wish = service.spec.resources.gpu
+                assert bool(action.gpus) == (bool(wish) and possible(wish, self.state.config.gpus))
             case ParkInstance():
                 assert not self.shutdown
                 assert action.instance_id not in self.seen
@@ -195,6 +202,8 @@ class Backend:
         assert len(self.boxes) <= config.max_instances
         cold = [b for b in self.boxes.values() if b.mode == "cold" and not b.up and not b.ending]
         assert len(cold) <= config.max_starting
+        given = [gpu for b in self.boxes.values() for gpu in b.gpus]
+        assert len(given) == len(set(given)), "one GPU, two instances"
         capturing = [b.group for b in self.boxes.values() if b.capturing]
         assert len(capturing) == len(set(capturing))
         for service in self.state.services.values():
@@ -479,7 +488,8 @@ class Life(RuleBasedStateMachine):
                 if s.active
             }
             assert all(s.active for s in state.services.values())
-            if sum(floors.values()) <= self.config.max_instances:
+            wishes = any(s.spec.resources.gpu for s in state.services.values())
+            if sum(floors.values()) <= self.config.max_instances and not (wishes and self.config.gpus):
                 assert {s.id: s.instances for s in state.services.values()} == floors
             assert len(backend.boxes) <= sum(floors.values())
         for app in APPS:

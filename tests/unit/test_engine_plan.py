@@ -11,6 +11,7 @@ from woodfrog.engine.inspect import Connection, Descriptor, HostPaths, Task, Tre
 from woodfrog.engine.plan import (
     REFUSALS,
     Facts,
+    GpuFacts,
     damaged,
     dump_plan,
     facts_of,
@@ -51,6 +52,36 @@ def test_refused_by_name(tree: Tree, code: str) -> None:
     assert refusal is not None and refusal.code == code and refusal.remedy == REFUSALS[code][1]
     culprit = tree.strays[0] if tree.strays else tree.tasks[-1]
     assert f"process {culprit.inner_pid} ({culprit.name})" in refusal.cause
+
+
+@pytest.mark.parametrize(
+    ("task", "known", "code"),
+    [
+        (replace(TASK, descriptors=(Descriptor(3, "/dev/nvidia0", device=(195, 0)),)), True, ""),
+        (replace(TASK, special_maps=("/dev/nvidia-uvm", "/dev/nvidia0")), True, ""),
+        (replace(TASK, special_maps=("/dev/nvidia0",)), False, "gpu-fork"),
+        (replace(TASK, descriptors=(Descriptor(3, "/dev/nvidia-caps/nvidia-cap21"),)), True, "gpu-mig"),
+        (replace(TASK, descriptors=(Descriptor(3, "/dev/dri/renderD128", device=(226, 128)),)), True, "gpu-graphics"),
+        (replace(TASK, descriptors=(Descriptor(3, "/dev/nvidia-modeset", device=(195, 254)),)), True, "gpu-graphics"),
+        (replace(TASK, descriptors=(Descriptor(3, "/tmp/nvidia-mps/control"),)), True, "gpu-mps"),
+        (replace(TASK, gpu_peers=("/dev/shm/nccl-x1",)), True, "gpu-peers"),
+        (replace(TASK, descriptors=(Descriptor(3, "/dev/kvm", device=(10, 232)),)), True, "device"),
+    ],
+)
+def test_what_of_a_gpu_is_captured_and_what_is_refused(task: Task, known: bool, code: str) -> None:
+    refusal = refuse(Tree((task,)), {task.pid: known})
+    assert (refusal.code if refusal else "") == code
+    if code == "gpu-peers":
+        assert refuse(Tree((task,)), {task.pid: known}, gpu_peers=True) is None
+
+
+def test_gpu_facts_survive_json() -> None:
+    gpu = GpuFacts("580.65", (("GPU-1", "A"), ("GPU-2", "A")), ("GPU-2",), ((100, 1 << 33), (104, 0)))
+    facts = replace(facts_of(Tree((TASK,)), monotonic_ns=5, criu="4.2", gpu=gpu), sizes={"a.img": 1})
+    assert parse_facts(facts.to_json()) == facts
+    assert "gpu" not in replace(facts, gpu=None).to_json()
+    with pytest.raises(ValueError, match="visible"):
+        parse_facts(facts.to_json().replace('"visible"', '"seen"'))
 
 
 def test_what_criu_can_capture_is_not_refused() -> None:

@@ -44,6 +44,8 @@ class StartRequest:
     params: bytes = b""
     params_digest: str = ""
     parked: bool = False
+    gpus: tuple[str, ...] = ()
+    """Uuids of the GPUs it gets, in the order it sees them."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,8 @@ class Backend(Protocol):
     def stop(self, instance_id: str, *, graceful: bool, reason: str) -> None:
         """Begin a stop; `on_stopped` follows. Graceful runs the exit hooks."""
 
-    def find_snapshot(self, function_key: str) -> str | None:
-        """The snapshot that a start on this machine could thaw."""
+    def find_snapshot(self, function_key: str, *, gpu: bool = False) -> str | None:
+        """The snapshot that a start on this machine could thaw; `gpu`: one that holds GPU memory."""
 
     def snapshots_in_use(self) -> set[str]:
         """Snapshots whose files some instance rests on."""

@@ -14,7 +14,7 @@ from woodfrog import protocol
 from woodfrog.errors import SandboxError, WoodfrogError
 from woodfrog.linux import cgroups
 from woodfrog.linux.network import Network
-from woodfrog.linux.rootplan import RootRequest, VolumeMount, etc_files, root_plan
+from woodfrog.linux.rootplan import DeviceNode, RootRequest, VolumeMount, etc_files, root_plan
 from woodfrog.linux.sandbox import Limits, ProcessSpec, Sandbox, SandboxProcess, init_binary_path
 from woodfrog.linux.skeleton import make_skeleton, read_host_root
 from woodfrog.settings import Settings
@@ -149,6 +149,7 @@ class SandboxFactory:
         layers: tuple[Path, ...],
         shm: Path | None,
         hostname: str,
+        devices: tuple[DeviceNode, ...] = (),
     ) -> None:
         """Give the sandbox its root."""
         settings = self._settings
@@ -174,6 +175,7 @@ class SandboxFactory:
                 address=lease.address if lease is not None and not spec.block_network else "",
             ),
             kdat_dir=settings.kdat_dir,
+            devices=devices,
             network=not spec.block_network,
         )
         await sandbox.assemble(root_plan(request, self._host))
@@ -190,6 +192,7 @@ class SandboxFactory:
         """Directories the interpreter needs, at the paths it knows them by and at their real ones."""
         wanted = [runtime.prefix, runtime.base_prefix, os.path.dirname(runtime.executable), *runtime.sys_path]
         wanted += [str(self.package_root), os.path.dirname(os.path.realpath(runtime.executable))]
+        wanted += [self._settings.cuda_dir] if self._settings.cuda_dir else []
         found: dict[Path, None] = {}
         for text in wanted:
             for path in (Path(text), Path(os.path.realpath(text))):
@@ -201,6 +204,10 @@ class SandboxFactory:
                     )
                 found[path] = None
         return tuple(found)
+
+    def library_env(self) -> dict[str, str]:
+        """Where programs find the GPU's library, if not where all libraries are."""
+        return {"LD_LIBRARY_PATH": self._settings.cuda_dir} if self._settings.cuda_dir else {}
 
     async def spawn_worker(self, sandbox: Sandbox, runtime: RuntimeSpec) -> SandboxProcess:
         """Start a worker of this Python environment; it has no program yet."""
@@ -214,6 +221,7 @@ class SandboxFactory:
                     "HOME": "/home/woodfrog",
                     "LANG": "C.UTF-8",
                     "PYTHONPATH": str(self.package_root),
+                    **self.library_env(),
                 },
                 uid=uid,
                 gid=uid,

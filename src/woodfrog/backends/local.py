@@ -19,6 +19,7 @@ from woodfrog import protocol
 from woodfrog.backends.base import Answer, CallRequest, Observer, StartRequest
 from woodfrog.backends.connection import Payload, WorkerConnection, connect
 from woodfrog.backends.factory import SandboxFactory
+from woodfrog.backends.gpus import Gpus
 from woodfrog.backends.keeper import Keeper
 from woodfrog.backends.memory import Memory
 from woodfrog.backends.parked import unpark
@@ -127,8 +128,10 @@ class LocalBackend:
         criu: Criu,
         worker_class: WorkerClass,
         keeper: Keeper,
+        gpus: Gpus | None = None,
     ) -> None:
         self._config = config
+        self._gpus = gpus or Gpus()
         self._observer = observer
         self._factory = factory
         factory.ahead = lambda sandbox: prestart(sandbox, criu)
@@ -255,6 +258,7 @@ class LocalBackend:
                 layers=layers,
                 shm=shm,
                 hostname=instance.hostname,
+                devices=self._gpus.device_nodes(request.gpus),
             )
         self._open_logs(instance, sandbox)
         return sandbox
@@ -263,15 +267,22 @@ class LocalBackend:
         digest = request.spec.source.code_digest
         return self._content.code_path(digest) if digest else None
 
-    def _env(self, instance: Instance) -> dict[str, str]:
+    def _env(self, instance: Instance, *, gpu: bool = True) -> dict[str, str]:
+        """`gpu=False`: as it is for every instance of the function, whichever GPU it has."""
         request = instance.request
         return {
             **basic_env(request.runtime),
+            **self._factory.library_env(),
             "WOODFROG_APP": request.app,
             "WOODFROG_FUNCTION": request.spec.tag,
             "WOODFROG_INSTANCE": instance.id,
             **request.env,
+            **(self._gpus.env(request.gpus) if gpu else {}),
         }
+
+    def _saves_gpu(self, request: StartRequest) -> bool:
+        """Whether its snapshots hold the memory of its GPUs."""
+        return bool(request.gpus) and request.spec.snapshot.gpu
 
     async def _boot(self, instance: Instance) -> None:
         request, phases = instance.request, instance.phases
@@ -345,6 +356,7 @@ class LocalBackend:
         """Give the worker its context; it answers when it is ready to serve."""
         self._stage(instance, "starting")
         assert instance.connection is not None
+        request = instance.request
         context = protocol.StartContext(
             instance_id=instance.id,
             hostname=instance.hostname,
@@ -353,6 +365,7 @@ class LocalBackend:
             entropy=os.urandom(64).hex(),
             wall_clock=time.time(),
             env=self._env(instance),
+            gpu=list(request.gpus),
         )
         with instance.phases("wake"):
             reply = await instance.connection.request(context.header(), expect="ready")
@@ -368,7 +381,7 @@ class LocalBackend:
         """Have a worker with imports of the program's; False = there is no worker, do without."""
         request = instance.request
         with instance.phases("scan"):
-            instance.plan = await self._zygotes.plan(request, self._env(instance), self._code(request))
+            instance.plan = await self._zygotes.plan(request, self._env(instance, gpu=False), self._code(request))
         found = self._zygotes.find(instance.plan) if instance.plan is not None else None
         if found is None:
             return False
@@ -401,7 +414,8 @@ class LocalBackend:
         code = self._code(instance.request)
         if instance.plan is not None and code is not None:
             took = sum(p.ms for p in instance.phases.items if p.name == "import")
-            self._zygotes.started(instance.request, self._env(instance), code, instance.plan, took)
+            env = self._env(instance, gpu=False)
+            self._zygotes.started(instance.request, env, code, instance.plan, took)
 
     # Freezing
 
@@ -423,10 +437,11 @@ class LocalBackend:
             await instance.connection.close()
             instance.connection = None
         self._take_phases(instance, reply.header, "freeze")
+        saves_gpu = self._saves_gpu(request)
         identity = SnapshotIdentity(
             id=f"s-{uuid.uuid4().hex[:12]}",
             function_key=request.function_key,
-            worker_class=self._worker_class,
+            worker_class=self._gpus.worker_class(self._worker_class, request.gpus) if saves_gpu else self._worker_class,
             app=request.family,
             tag=request.spec.tag,
             params_digest=request.params_digest,
@@ -446,6 +461,7 @@ class LocalBackend:
                     criu=self._criu,
                     phases=phases,
                     below=self._catalogue.path(instance.zygote) / "fs" if instance.zygote else None,
+                    gpu=self._gpus.side(request.gpus) if saves_gpu else None,
                 )
         except Exception as e:
             counters["capture.failed"] += 1
@@ -520,6 +536,8 @@ class LocalBackend:
 
     async def _thaw_fetched(self, instance: Instance) -> bool:
         """Thaw what another machine captured and left in the tier; False = boot, there is none that does."""
+        if self._saves_gpu(instance.request):
+            return False  # the look-up knows this host's class without its GPUs
         with instance.phases("look-up"):
             found = await self.keeper.look_up(instance.request.function_key)
         if found is None:
@@ -564,6 +582,7 @@ class LocalBackend:
             phases=instance.phases,
             lazy=lazy,
             stopped=instance.request.parked,
+            gpu=self._gpus.side(instance.request.gpus),
         )
         if lazy is not None and lazy.served is not None:
             instance.pages = lazy.served
@@ -798,9 +817,10 @@ class LocalBackend:
 
     # Looking
 
-    def find_snapshot(self, function_key: str) -> str | None:
-        manifest = self._catalogue.find(function_key, self._worker_class.digest)
-        return manifest.id if manifest else None
+    def find_snapshot(self, function_key: str, *, gpu: bool = False) -> str | None:
+        classes = self._gpus.classes(self._worker_class) if gpu else (self._worker_class,)
+        found = (self._catalogue.find(function_key, c.digest) for c in classes)
+        return next((m.id for m in found if m is not None), None)
 
     def snapshots_in_use(self) -> set[str]:
         used = {i.snapshot_id for i in self._instances.values()} | {
@@ -823,6 +843,7 @@ class LocalBackend:
             "storing": _running(instance.commit_task),
             "started": instance.started,
             "snapshot": instance.snapshot_id,
+            "gpus": list(instance.request.gpus),
             "hostname": instance.hostname,
             "init_pid": sandbox.init_pid if sandbox else None,
             "pid": instance.process.host_pid if instance.process else None,
@@ -845,6 +866,7 @@ class LocalBackend:
         await self._factory.close()
         await self._memory.close()
         await self.keeper.close()
+        await self._gpus.close()
 
 
 def _fetch_s(instance: Instance) -> float:

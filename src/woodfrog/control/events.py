@@ -331,6 +331,8 @@ class StartInstance(Action):
     """Set for mode `restore`."""
     capture: bool = False
     """Freeze it after `enter(snap=True)`, then go on through the restore path."""
+    gpus: tuple[str, ...] = ()
+    """Ids of the GPUs it gets; empty although it asks for some: this machine has none that fit."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from woodfrog.control.events import (
     StopInstance,
     WakeInstance,
 )
+from woodfrog.control.gpus import choose, possible
 from woodfrog.control.state import HISTORY, NEVER, App, Call, Group, Instance, InstanceState, Knowledge, Service, State
 
 Error = dict[str, Any]
@@ -168,7 +169,26 @@ def can_start(st: State, group: Group) -> bool:
     limit = service.spec.scaling.max_containers
     if len(st.instances) >= st.config.max_instances or (limit is not None and service.instances >= limit):
         return False
+    if lacks_gpu(st, group):
+        return False
     return st.cold_starting < st.config.max_starting or can_restore(st, group)
+
+
+def needs_gpu(st: State, group: Group) -> bool:
+    """Whether its instances hold GPUs of this machine."""
+    requests = group.service.spec.resources.gpu
+    return bool(requests and st.config.gpus) and possible(requests, st.config.gpus)
+
+
+def lacks_gpu(st: State, group: Group) -> bool:
+    """Whether it waits for a GPU that others have."""
+    return needs_gpu(st, group) and gpus_for(st, group) is None
+
+
+def gpus_for(st: State, group: Group, *, without: tuple[Instance, ...] = ()) -> tuple[str, ...] | None:
+    """GPUs for one more instance, were those of `without` free; None = there are not enough."""
+    taken = {gpu for i in st.instances.values() if i not in without for gpu in i.gpus}
+    return choose(group.service.spec.resources.gpu, st.config.gpus, taken)
 
 
 def start(st: State, group: Group) -> bool:
@@ -182,7 +202,9 @@ def start(st: State, group: Group) -> bool:
     if group.force_cold:
         group.force_cold -= 1
     capture = enabled and service.active and not restore and capture_due(knowledge)
+    gpus = (gpus_for(st, group) or ()) if needs_gpu(st, group) else ()
     inst = begin(st, group, knowledge.snapshot_id if restore else None, capture=capture)
+    inst.gpus = gpus
     if capture:
         knowledge.capturer = inst.id
     if group.starved_since != NEVER:
@@ -195,6 +217,7 @@ def start(st: State, group: Group) -> bool:
             mode=inst.mode,
             snapshot_id=inst.snapshot_id,
             capture=capture,
+            gpus=gpus,
         )
     )
     return True
@@ -237,6 +260,7 @@ def serve(st: State, inst: Instance) -> None:
     if group.queue:
         if st.starved and should_yield(st, group):
             stop(st, inst, "makes room for another function")
+            group.starved_since = st.now  # it was served until now
             return schedule(st, group)
         return run(st, inst, group.queue.popitem(last=False)[1])
     if not service.active:
@@ -281,6 +305,8 @@ def park_target(st: State, group: Group) -> int:
     service = group.service
     if st.shutting_down or not service.active or not can_restore(st, group):
         return 0
+    if service.spec.resources.gpu and st.config.gpus:
+        return 0  # it would hold a GPU that others could use
     if not st.knows(service, group.digest).used:
         return 0
     if not (group.queue or group.running) and st.now - group.last_load >= st.config.park_window:
@@ -489,7 +515,7 @@ def target(st: State, group: Group) -> int:
         return load
     policy = service.spec.scaling
     recent = load or st.now - group.last_load < policy.scaledown_window
-    if policy.buffer_containers and recent and not can_restore(st, group):
+    if policy.buffer_containers and recent and (not can_restore(st, group) or needs_gpu(st, group)):
         load += policy.buffer_containers  # otherwise they are parked
     return max(load, policy.min_containers)
 
@@ -552,12 +578,13 @@ def mark_starved(st: State, group: Group, urgent: int, spare: int) -> None:
 
 
 def feed(st: State) -> None:
-    """Room was made: groups with the fewest instances come first, those with waiting calls before mere reserves."""
+    """Room was made: groups with the fewest instances come first, then those that wait longest; waiting calls before
+    mere reserves."""
     st.freed = False
     for reserves in (False, True):
         pending = list(st.starved.values())
         while pending and len(st.instances) < st.config.max_instances:
-            group = min(pending, key=lambda g: g.live)
+            group = min(pending, key=lambda g: (g.live, g.starved_since))
             if not wanted(st, group)[reserves] or not start(st, group):
                 pending.remove(group)
     for group in list(st.starved.values()):
@@ -592,6 +619,26 @@ def make_room(st: State, group: Group, urgent: int) -> None:
             # Oldest first; those that `min_containers` asks for only when there is no other.
             spare = (i for i in st.idle.values() if i.group.live > floor(i.group))
             stop(st, next(spare, None) or next(iter(st.idle.values())), "makes room for another function")
+    elif lacks_gpu(st, group):
+        free_gpu(st, group)
+
+
+def free_gpu(st: State, group: Group) -> None:
+    """Stop idle instances that hold GPUs, oldest first, as few as one start needs; none where that would not do."""
+    leaving = tuple(i for i in st.instances.values() if i.state == "stopping" and i.gpus)
+    holders = [i for i in st.idle.values() if i.gpus]
+    holders.sort(key=lambda i: i.group.live <= floor(i.group))
+    for count in range(len(holders) + 1):
+        if gpus_for(st, group, without=(*leaving, *holders[:count])) is None:
+            continue
+        going = holders[:count]
+        for holder in holders[:count]:
+            rest = [h for h in going if h is not holder]
+            if gpus_for(st, group, without=(*leaving, *rest)) is not None:
+                going = rest  # it is of another chip, or has less than the others
+        for holder in going:
+            stop(st, holder, "makes room on its GPU for another function")
+        return
 
 
 def should_yield(st: State, group: Group) -> bool:
@@ -608,7 +655,9 @@ def should_yield(st: State, group: Group) -> bool:
         if limit is not None and other.service.instances >= limit:
             if other.service is group.service and not group.service.stopping:
                 return True
-        elif len(st.instances) >= st.config.max_instances and not st.stopping:
+        elif not st.stopping and (
+            len(st.instances) >= st.config.max_instances or (lacks_gpu(st, other) and needs_gpu(st, group))
+        ):
             return True
     return False
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from woodfrog.control.events import Action
+from woodfrog.control.gpus import Gpu
 from woodfrog.spec import FunctionSpec
 
 __all__ = ["App", "Call", "Config", "Group", "Instance", "InstanceState", "Knowledge", "Service", "State"]
@@ -53,6 +54,8 @@ class Config:
     """Pause after one could not be parked, or was lost."""
     park_full: float = 60.0
     """Pause where a limit leaves no room for parked instances."""
+    gpus: tuple[Gpu, ...] = ()
+    """Of the whole machine. Without any, functions that ask for one are started all the same, and told."""
     keep_finished: int = 1000
     """Outcomes of finished calls that are remembered."""
 
@@ -142,6 +145,8 @@ class Instance:
     """Number of the event that started it."""
     park: bool = False
     """It is to be parked, or is."""
+    gpus: tuple[str, ...] = ()
+    """Its own until it is gone."""
     state: InstanceState = "starting"
     stage: str = ""
     call: Call | None = None

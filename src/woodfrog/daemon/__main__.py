@@ -27,9 +27,11 @@ import uvloop
 import woodfrog
 from woodfrog import faults
 from woodfrog.backends.factory import SandboxFactory
+from woodfrog.backends.gpus import find_gpus
 from woodfrog.backends.keeper import Keeper
 from woodfrog.backends.local import LocalBackend, LocalConfig
 from woodfrog.backends.zygote import ZygoteConfig
+from woodfrog.control.gpus import Gpu
 from woodfrog.criu.binary import Criu, find_criu
 from woodfrog.daemon.api import TokenAuth, build
 from woodfrog.daemon.controller import Controller
@@ -210,8 +212,16 @@ async def serve(settings: Settings) -> None:
     facts = await asyncio.to_thread(host_facts, criu)
     cls = worker_class(facts)
     keeper = _keeper(settings, catalogue, store, key, cls.digest)
+    gpus = await find_gpus(settings.gpu, settings.cuda_dir)
     controller = Controller(
-        settings, journal=journal, logs=logs, resources=resources, catalogue=catalogue, run_id=run_id
+        settings,
+        journal=journal,
+        logs=logs,
+        resources=resources,
+        catalogue=catalogue,
+        run_id=run_id,
+        gpus=tuple(Gpu(d.uuid, d.name) for d in gpus.devices),
+        no_gpu=gpus.why,
     )
     factory = await SandboxFactory.open(settings)
     keeper.on_taken_up = controller.snapshot_arrived
@@ -237,13 +247,21 @@ async def serve(settings: Settings) -> None:
         criu=criu,
         worker_class=cls,
         keeper=keeper,
+        gpus=gpus,
     )
     down = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, down.set)
 
-    api = build(controller, content=content, catalogue=catalogue, worker_class=cls, shutdown=down.set)
+    api = build(
+        controller,
+        content=content,
+        catalogue=catalogue,
+        worker_class=cls,
+        gpu_classes=gpus.classes(cls),
+        shutdown=down.set,
+    )
     servers: list[tuple[_Server, socket.socket]] = []
 
     def server(app: Any, sock: socket.socket) -> None:

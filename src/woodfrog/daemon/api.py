@@ -165,7 +165,17 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
             return
 
 
-def _snapshot_row(catalogue: Catalogue, manifest: Manifest, here: WorkerClass) -> dict[str, Any]:
+def _class_for(manifest: Manifest, classes: tuple[WorkerClass, ...]) -> WorkerClass:
+    """The class of this machine that a snapshot is to be compared with: one of its GPUs', where it holds GPU memory."""
+    chip = manifest.host.get("gpu")
+    of_gpus = [c for c in classes if "gpu" in c.parts]
+    if chip is None or not of_gpus:
+        return classes[0]
+    return next((c for c in of_gpus if c.parts["gpu"] == chip), of_gpus[0])
+
+
+def _snapshot_row(catalogue: Catalogue, manifest: Manifest, classes: tuple[WorkerClass, ...]) -> dict[str, Any]:
+    here = _class_for(manifest, classes)
     why = catalogue.retired(manifest.id)
     state = "retired" if why else "ready"
     if not why and manifest.worker_class != here.digest:
@@ -198,6 +208,7 @@ def build(
     content: ContentStore,
     catalogue: Catalogue,
     worker_class: WorkerClass,
+    gpu_classes: tuple[WorkerClass, ...] = (),
     shutdown: Callable[[], None],
 ) -> FastAPI:
     """The application over one controller."""
@@ -209,6 +220,7 @@ def build(
         default_response_class=_Json,
     )
     settings = controller.settings
+    classes = (worker_class, *gpu_classes)
     spool = settings.home / "calls"
     begun = time.monotonic()
 
@@ -537,7 +549,7 @@ def build(
 
     @api.get("/v1/snapshots")
     async def snapshots() -> dict[str, Any]:
-        rows = [_snapshot_row(catalogue, m, worker_class) for m in catalogue.manifests()]
+        rows = [_snapshot_row(catalogue, m, classes) for m in catalogue.manifests()]
         damaged = [{"id": i, "state": "damaged", "why": why} for i, why in sorted(catalogue.damaged.items())]
         return {"snapshots": rows + damaged}
 
@@ -548,7 +560,7 @@ def build(
             row = {"id": snapshot_id, "state": "failed", "why": failed.splitlines()[0]}
             return {**row, "log": {"dump.log": failed}} if log else row
         manifest = catalogue.get(snapshot_id)
-        out = _snapshot_row(catalogue, manifest, worker_class)
+        out = _snapshot_row(catalogue, manifest, classes)
         out["host"] = manifest.host
         out["root_pid"] = manifest.root_pid
         out["phases"] = [dict(zip(("name", "ms"), p.split("="), strict=True)) for p in manifest.phases]

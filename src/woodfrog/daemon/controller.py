@@ -14,6 +14,7 @@ from typing import Any, Literal
 from woodfrog.backends.base import Answer, Backend, CallRequest, StartRequest
 from woodfrog.backends.connection import Payload
 from woodfrog.control import events as ev
+from woodfrog.control.gpus import Gpu
 from woodfrog.control.machine import InvalidTransition, handle
 from woodfrog.control.replay import journal_header, journal_line
 from woodfrog.control.state import Config, State
@@ -117,8 +118,11 @@ class Controller:
         resources: Resources,
         catalogue: Catalogue,
         run_id: str,
+        gpus: tuple[Gpu, ...] = (),
+        no_gpu: str = "",
     ) -> None:
         self.settings = settings
+        self._no_gpu = no_gpu
         self.journal = journal
         self.logs = logs
         self.resources = resources
@@ -130,6 +134,7 @@ class Controller:
                 snapshot_failures=settings.snapshot_failures,
                 capture_attempts=settings.capture_attempts,
                 parked=settings.parked,
+                gpus=gpus,
             ),
             run_id,
         )
@@ -301,14 +306,15 @@ class Controller:
         for function in spec.functions:
             if function.snapshot.enabled:
                 self._known_groups.add((row.app, row.version, function.tag, ""))
-                if found := self.backend.find_snapshot(keys[function.tag]):
+                saves_gpu = function.snapshot.gpu and self._uses_gpu(row, function)
+                if found := self.backend.find_snapshot(keys[function.tag], gpu=saves_gpu):
                     snapshots[function.tag] = found
         self.emit(
             ev.AppDeployed(
                 now=self.now(),
                 app=row.app,
                 version=row.version,
-                specs=tuple(_lean(f) for f in spec.functions),
+                specs=tuple(_lean(f, gpu=self._uses_gpu(row, f)) for f in spec.functions),
                 keys=keys,
                 snapshots=snapshots,
                 ephemeral=row.ephemeral,
@@ -320,8 +326,11 @@ class Controller:
         if not function.snapshot.enabled or group in self._known_groups:
             return
         self._known_groups.add(group)
-        runtime = self.apps[app, version][1].runtime
-        found = self.backend.find_snapshot(function_key(function, runtime, params_digest))
+        row, spec = self.apps[app, version]
+        found = self.backend.find_snapshot(
+            function_key(function, spec.runtime, params_digest),
+            gpu=function.snapshot.gpu and self._uses_gpu(row, function),
+        )
         if found is not None:
             self.emit(
                 ev.SnapshotAvailable(
@@ -613,19 +622,25 @@ class Controller:
             params=self.journal.params(action.params_digest) if action.params_digest else b"",
             params_digest=action.params_digest,
             parked=parked,
+            gpus=action.gpus if isinstance(action, ev.StartInstance) else (),
         )
         self.instances[action.instance_id] = InstanceInfo(request, self.now())
         counters[f"start.{mode}"] += not parked
-        if function.resources.gpu and "none" not in (self.settings.gpu, row.client.get("gpu")):
+        if self._uses_gpu(row, function) and not request.gpus:
             wanted = ", ".join(function.resources.gpu)
+            has = ", ".join(sorted({g.chip for g in self.state.config.gpus})) or self._no_gpu
             error = HostError(
-                f"{tag} asks for gpu={wanted}, and this machine has none woodfrog can use; "
+                f"{tag} asks for gpu={wanted}, and this machine has none woodfrog can use{f' ({has})' if has else ''}; "
                 "set WOODFROG_GPU=none to run it without",
                 code="no-gpu",
             )
             self.on_start_failed(action.instance_id, error, user_fault=True)
             return
         self.backend.start(request)
+
+    def _uses_gpu(self, row: DeployRow, function: FunctionSpec) -> bool:
+        """Whether it is to have the GPU it asks for: `none` runs it without."""
+        return bool(function.resources.gpu) and "none" not in (self.settings.gpu, row.client.get("gpu"))
 
     def _forget(self, instance_id: str) -> None:
         info = self.instances.pop(instance_id, None)
@@ -838,9 +853,10 @@ def _as_error(what: str, error: Exception) -> WoodfrogError:
     return SandboxError(f"{what} failed unexpectedly: {type(error).__name__}: {error}", code="unexpected")
 
 
-def _lean(spec: FunctionSpec) -> FunctionSpec:
+def _lean(spec: FunctionSpec, *, gpu: bool) -> FunctionSpec:
     """What the control machine needs of a function: its event journal shall hold nobody's secrets."""
-    return replace(spec, secrets=(), env={}, image=ImageSpec())
+    resources = spec.resources if gpu else replace(spec.resources, gpu=())
+    return replace(spec, secrets=(), env={}, image=ImageSpec(), resources=resources)
 
 
 def failure_of(record: CallRecord) -> WoodfrogError:

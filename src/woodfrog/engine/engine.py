@@ -19,13 +19,15 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from woodfrog.criu.binary import Criu
 from woodfrog.criu.diagnose import Diagnosis, diagnose, tail
 from woodfrog.criu.options import check_command, dump_command, environment, restore_command
 from woodfrog.criu.pagemap import INDEX, MAX_FILES, build_index, index_files, keep_arguments, write_index
 from woodfrog.criu.stats import parse_stats
+from woodfrog.cuda.failures import gpu_error
+from woodfrog.engine.gpu import GpuCapture, GpuSide, plan_back, put_back
 from woodfrog.engine.inspect import Task, Tree, inspect_tree, task_alive
 from woodfrog.engine.plan import (
     CACHE,
@@ -33,6 +35,7 @@ from woodfrog.engine.plan import (
     IMAGES,
     WORK,
     Facts,
+    Refusal,
     damaged,
     dump_plan,
     facts_of,
@@ -41,14 +44,16 @@ from woodfrog.engine.plan import (
     restore_plan,
     warnings,
 )
-from woodfrog.errors import CaptureError, RestoreError, SandboxError
+from woodfrog.errors import CaptureError, GpuError, RestoreError, SandboxError
 from woodfrog.faults import fault, kills_criu
 from woodfrog.linux import procfs
 from woodfrog.linux.pageserver import NEVER, PageServer, ServedPages
 from woodfrog.linux.sandbox import Completed, ProcessSpec, Sandbox, SandboxProcess
 from woodfrog.telemetry import Phases
 
-__all__ = ["DumpResult", "Lazy", "dump", "prestart", "restore"]
+__all__ = ["DumpResult", "GpuSide", "Lazy", "dump", "prestart", "restore"]
+
+T = TypeVar("T")
 
 DUMP_TIMEOUT_S = 600.0
 RESTORE_TIMEOUT_S = 60.0
@@ -78,6 +83,7 @@ class DumpResult:
         files: (path on the host, size, mtime_ns) of each file outside the sandbox's own layers that the processes have
             mapped or open: a restore needs them unchanged.
         warnings: what the snapshot does not keep, one line each.
+        gpu_bytes: of `pages_bytes`, what was on GPUs.
     """
 
     phases: dict[str, float]
@@ -86,6 +92,7 @@ class DumpResult:
     log: Path
     files: tuple[tuple[str, int, int], ...] = ()
     warnings: tuple[str, ...] = ()
+    gpu_bytes: int = 0
 
 
 @dataclass
@@ -153,6 +160,9 @@ def _unexpected(verb: str, error: Exception) -> _Failure:
         return error
     if isinstance(error, SandboxError):
         return _Failure(f"cannot {verb}: {error.message}", error.code)
+    if isinstance(error, GpuError):
+        remedy = str(error.fields.get("remedy", ""))
+        return _Failure(f"cannot {verb}: {error.message.removesuffix(f'; {remedy}')}", error.code, remedy)
     if isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "make room below woodfrog's state directory" if full else ""
@@ -434,21 +444,26 @@ async def _settle(sandbox: Sandbox, root: SandboxProcess, tree: Tree, *, criu_ki
             except (OSError, ProcessLookupError):
                 continue
         await asyncio.sleep(0.05)
-    with suppress(SandboxError):
-        await _kill_all(sandbox)
-    with suppress(SandboxError, TimeoutError):
-        await asyncio.wait_for(root.wait(), SETTLE_S)
+    await _kill_and_wait(sandbox, root)
     return False
 
 
 async def dump(
-    sandbox: Sandbox, *, root_pid: int, images: Path, criu: Criu, phases: Phases, timeout: float = DUMP_TIMEOUT_S
+    sandbox: Sandbox,
+    *,
+    root_pid: int,
+    images: Path,
+    criu: Criu,
+    phases: Phases,
+    gpu: GpuSide | None = None,
+    timeout: float = DUMP_TIMEOUT_S,
 ) -> DumpResult:
     """Dump the tree of `root_pid` into `images` and kill it.
 
     Args:
         root_pid: pid inside the sandbox.
         images: an empty host directory, root's alone.
+        gpu: capture device memory too; None = a process that holds a GPU is refused.
         timeout: seconds CRIU may take.
 
     Raises:
@@ -463,16 +478,31 @@ async def dump(
     phase = "inspect"
     tree: Tree | None = None
     killed_ok = False
+    on_gpu = GpuCapture(gpu) if gpu is not None else None
     root = await _watch(sandbox, root_pid)
     try:
         with phases("inspect"):
             tree = await asyncio.to_thread(inspect_tree, root.host_pid, sandbox.init_pid)
+            if on_gpu is not None:
+                await on_gpu.find(tree)
         phase = "plan"
+        if on_gpu is not None:
+            _refuse(refuse(tree, on_gpu.known, gpu_peers=on_gpu.peers))
+            if on_gpu.processes:
+                phase = "gpu"
+                await on_gpu.save(phases)
+                # Nothing of the GPU may be left in it: CRIU would fail, or lose it.
+                tree = await asyncio.to_thread(inspect_tree, root.host_pid, sandbox.init_pid)
+                phase = "plan"
         with phases("plan"):
-            if refusal := refuse(tree):
-                raise _Failure(f"cannot capture: {refusal.cause}", refusal.code, refusal.remedy)
+            _refuse(refuse(tree))
             plan = dump_plan(tree)
-            facts = facts_of(tree, monotonic_ns=_clock_ns(root.host_pid), criu=criu.name)
+            facts = facts_of(
+                tree,
+                monotonic_ns=_clock_ns(root.host_pid),
+                criu=criu.name,
+                gpu=on_gpu.facts() if on_gpu is not None else None,
+            )
         phase = "prepare"
         with phases("prepare"):
             await _fill_cache(sandbox, criu)
@@ -518,6 +548,9 @@ async def dump(
         alive = False
         if tree is not None and not killed_ok:
             alive = await _settle(sandbox, root, tree, criu_killed=killed)
+            # Not before: the driver works inside the processes, and waits for ever for one that is stopped.
+            if alive and on_gpu is not None:
+                alive = await _bring_back(sandbox, root, on_gpu, cleanup, lost=failure.code == "gpu-bytes-missing")
         raise _capture_error(failure, phase, alive, cleanup) from e
     times = {
         name: stats[key] / 1e3
@@ -536,7 +569,35 @@ async def dump(
         log=log_path,
         files=tuple((f.path, f.size, f.mtime_ns) for f in tree.files),
         warnings=warnings(tree),
+        gpu_bytes=sum(size for _, size in facts.gpu.processes) if facts.gpu is not None else 0,
     )
+
+
+def _refuse(refusal: Refusal | None) -> None:
+    if refusal is not None:
+        raise _Failure(f"cannot capture: {refusal.cause}", refusal.code, refusal.remedy)
+
+
+async def _bring_back(
+    sandbox: Sandbox, root: SandboxProcess, on_gpu: GpuCapture, cleanup: list[str], *, lost: bool
+) -> bool:
+    """Whether all are back on the GPU, and run. Otherwise none is left alive: one that is stuck never runs again, and
+    one whose device memory is `lost` would go on with other bytes."""
+    if not lost:
+        try:
+            await on_gpu.bring_back()
+            return True
+        except GpuError as e:
+            cleanup.append(f"bring back to the GPU: {e.message}")
+    await _kill_and_wait(sandbox, root)
+    return False
+
+
+async def _kill_and_wait(sandbox: Sandbox, root: SandboxProcess) -> None:
+    with suppress(SandboxError):
+        await _kill_all(sandbox)
+    with suppress(SandboxError, TimeoutError):
+        await asyncio.wait_for(root.wait(), SETTLE_S)
 
 
 async def _watch(sandbox: Sandbox, root_pid: int) -> SandboxProcess:
@@ -588,6 +649,7 @@ async def restore(
     phases: Phases,
     lazy: Lazy | None = None,
     stopped: bool = False,
+    gpu: GpuSide | None = None,
     timeout: float | None = None,
 ) -> SandboxProcess:
     """Restore the tree of `images` in a sandbox that nothing else runs in. The images are only read.
@@ -595,7 +657,9 @@ async def restore(
     Args:
         lazy: let the page server give the processes their memory; its `served` is set. None = CRIU reads all of it
         first.
-        stopped: not one instruction of it runs before it is sent SIGCONT.
+        stopped: not one instruction of it runs before it is sent SIGCONT. Not with GPU memory, which comes back through
+        the running process.
+        gpu: the GPUs of this sandbox; needed where the snapshot holds GPU memory.
         timeout: seconds CRIU may take; None = by the size of the images.
 
     Returns:
@@ -613,6 +677,11 @@ async def restore(
             facts = await asyncio.to_thread(_load_facts, images)
         phase = "plan"
         with phases("plan"):
+            pairs: tuple[tuple[str, str], ...] = ()
+            if facts.gpu is not None:
+                if gpu is None or stopped:
+                    raise gpu_error("gpu-needed", "snapshot")
+                pairs = await plan_back(gpu, facts.gpu)
             page_files = await asyncio.to_thread(_page_files, images, lazy) if lazy is not None else None
             clock = _clock_ns(sandbox.init_pid)
             plan = restore_plan(facts, monotonic_ns=clock, lazy_pages=page_files is not None, stopped=stopped)
@@ -666,6 +735,9 @@ async def restore(
                 )
             fault("restore.after")
             await sandbox.unbind(IMAGES)
+        if facts.gpu is not None and gpu is not None:
+            phase = "gpu"
+            await _while_served(put_back(gpu, facts.gpu, pairs, sandbox.init_pid, phases), served)
         return root
     except asyncio.CancelledError:
         await undo.unwind()
@@ -685,15 +757,16 @@ async def restore(
         ) from e
 
 
-async def _while_served(criu: Coroutine[Any, Any, Completed], served: ServedPages | None) -> Completed:
-    """Let CRIU finish, unless the memory it restores can no longer be served: its tasks may wait for some of it.
+async def _while_served(work: Coroutine[Any, Any, T], served: ServedPages | None) -> T:
+    """Let CRIU or the driver finish, unless the memory that is restored can no longer be served: the tasks may wait for
+    some of it.
 
     Raises:
         SandboxError: it was ended for that.
     """
     if served is None:
-        return await criu
-    running = asyncio.ensure_future(criu)
+        return await work
+    running = asyncio.ensure_future(work)
     try:
         either: set[asyncio.Future[Any]] = {running, served.failed}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)

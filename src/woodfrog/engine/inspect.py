@@ -27,6 +27,8 @@ PRIVATE_KINDS = frozenset(
     {"overlay", "tmpfs", "ramfs", "proc", "sysfs", "devpts", "mqueue", "cgroup", "cgroup2", "devtmpfs"}
 )
 """File systems of the sandbox itself: what lies on them is in the snapshot, or made anew."""
+GPU_NODES = ("/dev/nvidia", "/dev/dri/")
+GPU_PEERS = ("/dev/shm/nccl-",)
 NAMESPACES = ("ipc", "mnt", "net", "pid", "user", "uts")
 
 
@@ -69,6 +71,16 @@ class Task:
     """Names of mapped devices, rings and System V segments."""
     foreign_namespaces: tuple[str, ...] = ()
     """Kinds of namespaces in which it differs from the root of the tree."""
+    cuda: bool = False
+    """It has NVIDIA's library mapped: the driver may know it, with or without a device."""
+    gpu_peers: tuple[str, ...] = ()
+    """Mapped shared memory by which GPU programs reach one another (NCCL)."""
+
+    @property
+    def gpu_devices(self) -> tuple[str, ...]:
+        """What of the GPU it has open or mapped."""
+        names = (*(d.target for d in self.descriptors), *self.special_maps)
+        return tuple(sorted({n for n in names if n.startswith(GPU_NODES)}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +255,8 @@ def _task(pid: int, root_namespaces: dict[str, str], maps: tuple[procfs.MapEntry
         descriptors=_descriptors(pid),
         special_maps=tuple(sorted({m.path for m in maps if _special(m)})),
         foreign_namespaces=tuple(k for k in NAMESPACES if own[k] != root_namespaces[k]),
+        cuda=any("/libcuda.so" in m.path for m in maps),
+        gpu_peers=tuple(sorted({m.path for m in maps if m.path.startswith(GPU_PEERS)})),
     )
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "REFUSALS",
     "WORK",
     "Facts",
+    "GpuFacts",
     "Refusal",
     "damaged",
     "dump_plan",
@@ -72,6 +73,26 @@ REFUSALS: dict[str, tuple[str, str]] = {
         "do not touch the GPU before the snapshot: move the model to it in enter(snap=False); check children "
         "left by fork too",
     ),
+    "gpu-fork": (
+        "a process holds a GPU device that the driver does not know it by: a child left by fork, without exec",
+        "start children with subprocess or multiprocessing's spawn, or before the GPU is used",
+    ),
+    "gpu-peers": (
+        "a process shares GPU memory with others (NCCL, CUDA IPC), which this driver cannot checkpoint",
+        "open communicators after the snapshot (enter(snap=False)), or destroy them in a register_before_snapshot hook",
+    ),
+    "gpu-mps": (
+        "a process uses the GPU through MPS, which the driver cannot checkpoint",
+        "run it without MPS, or without enable_gpu_snapshot",
+    ),
+    "gpu-mig": (
+        "a process uses a part of a GPU (MIG), which the driver cannot checkpoint",
+        "give it a whole GPU, or run it without enable_gpu_snapshot",
+    ),
+    "gpu-graphics": (
+        "a process uses the GPU for graphics or video, which the driver cannot checkpoint",
+        "open it after the snapshot (enter(snap=False))",
+    ),
     "device": (
         "a process holds a device, which CRIU cannot capture",
         "open it after the snapshot (enter(snap=False)), or close it in a register_before_snapshot hook",
@@ -112,7 +133,7 @@ def _refusal(code: str, task: Task, what: str = "") -> Refusal:
 def _refused_descriptor(d: Descriptor) -> str:
     if d.target == "anon_inode:[io_uring]":
         return "io-uring"
-    if d.device is not None and (d.target.startswith("/dev/nvidia") or d.device[0] == 195):
+    if d.target.startswith("/dev/nvidia") or (d.device is not None and d.device[0] == 195):
         return "gpu-device"
     if d.device is not None and d.device[0] not in HARMLESS_MAJORS:
         return "device"
@@ -132,22 +153,46 @@ def _refused_map(name: str) -> str:
     return "device" if name.startswith("/dev/") else "descriptor-kind"
 
 
-def refuse(tree: Tree) -> Refusal | None:
-    """The first thing in the tree that CRIU cannot capture, or would capture wrongly."""
+def refuse(tree: Tree, gpu: Mapping[int, bool] | None = None, *, gpu_peers: bool = False) -> Refusal | None:
+    """The first thing in the tree that CRIU cannot capture, or would capture wrongly.
+
+    Args:
+        gpu: where device memory is to be captured too: by host pid, whether the driver knows the process.
+        gpu_peers: this driver can checkpoint memory that GPU processes share.
+    """
     for task in tree.tasks:
         if task.tracer:
             return _refusal("traced", task, f"traced by {task.tracer}")
         if task.foreign_namespaces:
             return _refusal("nested-namespace", task, f"own {', '.join(task.foreign_namespaces)}")
+        if gpu is not None and (refusal := _refused_gpu(task, gpu.get(task.pid, False), gpu_peers)):
+            return refusal
         for d in task.descriptors:
-            if code := _refused_descriptor(d):
+            if (code := _refused_descriptor(d)) and not (gpu is not None and code == "gpu-device"):
                 return _refusal(code, task, f"descriptor {d.number}, {d.target}")
         for name in task.special_maps:
-            return _refusal(_refused_map(name), task, f"mapped {name}")
+            if (code := _refused_map(name)) != "gpu-device" or gpu is None:
+                return _refusal(code, task, f"mapped {name}")
     if tree.bound:
         cause, remedy = REFUSALS["own-address"]
         return Refusal("own-address", f"{tree.bound[0]}: {cause}", remedy)
     return _refusal("stray-process", tree.strays[0]) if tree.strays else None
+
+
+def _refused_gpu(task: Task, known: bool, peers: bool) -> Refusal | None:
+    for name in task.gpu_devices:
+        if name.startswith("/dev/nvidia-caps"):
+            return _refusal("gpu-mig", task, f"holds {name}")
+        if name.startswith(("/dev/dri/", "/dev/nvidia-modeset")):
+            return _refusal("gpu-graphics", task, f"holds {name}")
+        if not known:
+            return _refusal("gpu-fork", task, f"holds {name}")
+    for d in task.descriptors:
+        if "/nvidia-mps/" in d.target:
+            return _refusal("gpu-mps", task, f"descriptor {d.number}, {d.target}")
+    if task.gpu_peers and not peers:
+        return _refusal("gpu-peers", task, f"mapped {task.gpu_peers[0]}")
+    return None
 
 
 def _tcp(tree: Tree) -> Tcp:
@@ -171,6 +216,23 @@ def warnings(tree: Tree) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class GpuFacts:
+    """What a restore must know of the GPUs.
+
+    Args:
+        driver: the driver's version.
+        node: (uuid, chip) of each GPU of the machine.
+        visible: uuids that the processes saw, in their order.
+        processes: (inner pid, bytes of host memory that hold its device memory) of each process with GPU state.
+    """
+
+    driver: str
+    node: tuple[tuple[str, str], ...]
+    visible: tuple[str, ...]
+    processes: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class Facts:
     """What a restore must know of the dump.
 
@@ -188,9 +250,13 @@ class Facts:
     criu: str
     sizes: Mapping[str, int] = field(default_factory=dict)
     format: int = 1
+    gpu: GpuFacts | None = None
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+        data = asdict(self)
+        if self.gpu is None:
+            del data["gpu"]
+        return json.dumps(data, indent=1) + "\n"
 
 
 def parse_facts(text: str) -> Facts:
@@ -203,8 +269,15 @@ def parse_facts(text: str) -> Facts:
     if not isinstance(data, dict) or data.get("format") != 1:
         raise ValueError("not an engine.json of format 1")
     try:
+        if (gpu := data.pop("gpu", None)) is not None:
+            data["gpu"] = GpuFacts(
+                driver=str(gpu["driver"]),
+                node=tuple((str(uuid), str(name)) for uuid, name in gpu["node"]),
+                visible=tuple(map(str, gpu["visible"])),
+                processes=tuple((int(pid), int(size)) for pid, size in gpu["processes"]),
+            )
         facts = Facts(**data)
-    except TypeError as e:
+    except (TypeError, KeyError) as e:
         raise ValueError(str(e)) from None
     if not isinstance(facts.sizes, dict) or not facts.sizes:
         raise ValueError("no sizes")
@@ -213,7 +286,7 @@ def parse_facts(text: str) -> Facts:
     return facts
 
 
-def facts_of(tree: Tree, *, monotonic_ns: int, criu: str) -> Facts:
+def facts_of(tree: Tree, *, monotonic_ns: int, criu: str, gpu: GpuFacts | None = None) -> Facts:
     return Facts(
         root_pid=tree.tasks[0].inner_pid,
         max_pid=max(max(t.inner_pid, t.max_thread) for t in tree.tasks),
@@ -221,6 +294,7 @@ def facts_of(tree: Tree, *, monotonic_ns: int, criu: str) -> Facts:
         tcp=_tcp(tree),
         monotonic_ns=monotonic_ns,
         criu=criu,
+        gpu=gpu,
     )
 
 

@@ -19,6 +19,7 @@ from woodfrog.errors import SandboxError
 __all__ = [
     "CRIU_KDAT",
     "MASKED",
+    "DeviceNode",
     "HostEntry",
     "HostRoot",
     "Op",
@@ -98,6 +99,15 @@ class VolumeMount:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceNode:
+    """A device of the host, at `/dev/<name>` inside."""
+
+    source: Path
+    name: str
+    directory: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class SkeletonEntry:
     """One directory, symlink or empty file of the lowest layer."""
 
@@ -127,6 +137,7 @@ class RootRequest:
             (with `XDG_RUNTIME_DIR=/run/criu`).
         kdat_file: the same for CRIU as root, made once (`CRIU_KDAT` in a sandbox with a tmpfs on /run): without it,
             every restore probes the kernel anew, for 50 ms.
+        devices: what `/dev` holds beside what every sandbox has.
         disk_bytes: how much the sandbox may write; it is memory, and counts against the memory limit.
     """
 
@@ -145,6 +156,7 @@ class RootRequest:
     etc: tuple[tuple[str, str], ...] = ()
     kdat_dir: Path | None = None
     kdat_file: Path | None = None
+    devices: tuple[DeviceNode, ...] = ()
     network: bool = True
     """False takes the prepared network device away (`block_network`)."""
 
@@ -353,6 +365,10 @@ def root_plan(request: RootRequest, host: HostRoot) -> RootPlan:
     if host.var_tmp:
         ops.append(_bind(f"={VAR_TMP}", "/var/tmp", "nosuid,nodev"))
     ops += [Op("move", (str(s / n), f"/{n}")) for n in ("proc", "sys", "dev")]
+    for device in request.devices:
+        target = PurePosixPath("/dev") / device.name
+        ops.append(_mkdir(target) if device.directory else Op("touch", (str(target),)))
+        ops.append(_bind(_absolute(device.source, "device"), target, "nosuid,noexec"))
     ops.append(Op("move", (str(s / "run"), "/run/woodfrog")))
     if request.kdat_dir is not None:
         ops.append(_bind(_absolute(request.kdat_dir, "kdat directory"), "/run/criu", "nosuid,nodev,noexec"))

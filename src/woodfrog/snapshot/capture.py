@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from woodfrog.criu.binary import Criu
-from woodfrog.engine.engine import dump
+from woodfrog.engine.engine import GpuSide, dump
 from woodfrog.errors import CaptureError, StoreError
 from woodfrog.faults import fault
 from woodfrog.linux.sandbox import Sandbox
@@ -115,6 +115,7 @@ async def capture(
     criu: Criu,
     phases: Phases,
     below: Path | None = None,
+    gpu: GpuSide | None = None,
 ) -> Manifest:
     """Freeze the tree of `root_pid` (a pid inside the sandbox) into `staging`.
 
@@ -123,6 +124,7 @@ async def capture(
     Args:
         below: the layer that the sandbox's own files lie on, of the zygote it was thawed from. It becomes part of the
         snapshot, which so depends on no other.
+        gpu: capture the memory of these GPUs too.
 
     Returns:
         The manifest to commit, still without its files' digests.
@@ -131,7 +133,7 @@ async def capture(
         CaptureError: with `alive` telling whether the processes run on unharmed.
     """
     with phases("dump"):
-        result = await dump(sandbox, root_pid=root_pid, images=staging.images, criu=criu, phases=phases)
+        result = await dump(sandbox, root_pid=root_pid, images=staging.images, criu=criu, phases=phases, gpu=gpu)
     fault("capture.files")
     try:
         with phases("files"):

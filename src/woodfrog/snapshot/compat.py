@@ -20,6 +20,7 @@ __all__ = [
     "explain_mismatch",
     "host_facts",
     "runtime_digest",
+    "with_gpu",
     "worker_class",
 ]
 
@@ -105,8 +106,17 @@ def worker_class(facts: HostFacts) -> WorkerClass:
         "runtime": facts.runtime,
         "page_size": str(facts.page_size),
     }
+    return _class_of(parts)
+
+
+def _class_of(parts: Mapping[str, str]) -> WorkerClass:
     text = "".join(f"{key}={value}\n" for key, value in sorted(parts.items()))
     return WorkerClass(hashlib.sha256(text.encode()).hexdigest()[:32], parts)
+
+
+def with_gpu(base: WorkerClass, chip: str, driver: str) -> WorkerClass:
+    """The class of snapshots that hold the memory of such a GPU."""
+    return _class_of({**base.parts, "gpu": chip, "driver": driver})
 
 
 NAMES = {
@@ -115,6 +125,8 @@ NAMES = {
     "criu": "CRIU",
     "runtime": "woodfrog's worker runtime",
     "page_size": "page size",
+    "gpu": "GPU",
+    "driver": "NVIDIA driver",
 }
 
 

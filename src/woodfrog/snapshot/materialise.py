@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from woodfrog.criu.binary import Criu
-from woodfrog.engine.engine import Lazy, restore
+from woodfrog.engine.engine import GpuSide, Lazy, restore
 from woodfrog.errors import IncompatibleSnapshot
 from woodfrog.linux.sandbox import Sandbox, SandboxProcess
 from woodfrog.snapshot.manifest import Manifest, external_file
@@ -42,8 +42,10 @@ async def materialise(
     phases: Phases,
     lazy: Lazy | None = None,
     stopped: bool = False,
+    gpu: GpuSide | None = None,
 ) -> SandboxProcess:
-    """Thaw the snapshot in a sandbox whose root is assembled already; `stopped`: it does not run before SIGCONT.
+    """Thaw the snapshot in a sandbox whose root is assembled already; `stopped`: it does not run before SIGCONT; `gpu`:
+    the GPUs of that sandbox.
 
     Raises:
         IncompatibleSnapshot: what it rests on has changed.
@@ -52,4 +54,4 @@ async def materialise(
     with phases("check"):
         check_external(manifest)
     with phases("restore"):
-        return await restore(sandbox, images=images, criu=criu, phases=phases, lazy=lazy, stopped=stopped)
+        return await restore(sandbox, images=images, criu=criu, phases=phases, lazy=lazy, stopped=stopped, gpu=gpu)

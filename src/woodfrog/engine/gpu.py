@@ -1,0 +1,231 @@
+"""GPU state of a tree: into its processes' own memory before CRIU dumps them, and back onto GPUs after the restore."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from woodfrog.cuda.client import Cuda
+from woodfrog.cuda.devices import device_map
+from woodfrog.cuda.failures import gpu_error
+from woodfrog.cuda.states import Move, State, way_back
+from woodfrog.engine.inspect import Task, Tree
+from woodfrog.engine.plan import GpuFacts
+from woodfrog.errors import GpuError
+from woodfrog.linux import procfs
+from woodfrog.telemetry import Phases
+
+__all__ = ["GpuCapture", "GpuSide", "plan_back", "put_back"]
+
+
+@dataclass(frozen=True)
+class GpuSide:
+    """The GPUs of one sandbox: who calls the driver, and what the processes see.
+
+    Args:
+        uuids: in the order in which the processes see them.
+    """
+
+    cuda: Cuda
+    uuids: tuple[str, ...]
+
+
+@dataclass
+class _Process:
+    pid: int
+    inner_pid: int
+    name: str
+    held: int | None = None
+    """Bytes of device memory, as NVML says; None = not known."""
+    before: int = 0
+    saved: int = 0
+    """By how much its host memory grew when it was checkpointed."""
+
+    @property
+    def who(self) -> str:
+        return f"process {self.inner_pid} ({self.name})"
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Do all at once: processes of one program may wait for one another. The first failure is raised when all ended,
+    so that what became of each is known."""
+    done = await asyncio.gather(*work, return_exceptions=True)
+    for result in done:
+        if isinstance(result, BaseException):
+            raise result
+    return done
+
+
+def _private_bytes(pid: int) -> int:
+    """Memory that a dump of the process would hold."""
+    total = 0
+    for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
+        if line.startswith(("RssAnon:", "RssShmem:", "VmSwap:")):
+            total += int(line.split()[1]) << 10
+    return total
+
+
+async def _move(
+    cuda: Cuda, pid: int, who: str, move: Move, *, size: int = 0, pairs: Sequence[tuple[str, str]] = ()
+) -> None:
+    """`Cuda.move`, with the process named as people know it: by its pid in the sandbox."""
+    try:
+        await cuda.move(pid, move, size=size, pairs=pairs)
+    except GpuError as e:
+        e.message = e.message.replace(f"process {pid}", who)
+        e.args = (e.message,)
+        raise
+
+
+@dataclass
+class GpuCapture:
+    """The processes of a tree that have GPU state, and how far they are on the way into host memory."""
+
+    side: GpuSide
+    known: dict[int, bool] = field(default_factory=dict)
+    """By host pid: whether the driver knows it. Those it was asked about."""
+    processes: list[_Process] = field(default_factory=list)
+
+    @property
+    def peers(self) -> bool:
+        """Whether this driver can checkpoint memory that processes share."""
+        node = self.side.cuda.node
+        return node is not None and node.peers
+
+    async def find(self, tree: Tree) -> None:
+        """Ask the driver for every process that may have GPU state, not only the root.
+
+        Raises:
+            GpuError: it cannot be known.
+        """
+        cuda = self.side.cuda
+        await cuda.start()
+        asked = [t for t in tree.tasks if t.gpu_devices or t.cuda]
+        states = await _all([self._state(t) for t in asked])
+        self.known = {t.pid: state is not None for t, state in zip(asked, states, strict=True)}
+        self.processes = [_Process(t.pid, t.inner_pid, t.name) for t in asked if self.known[t.pid]]
+
+    async def _state(self, task: Task) -> State | None:
+        try:
+            return await self.side.cuda.state(task.pid)
+        except GpuError as e:
+            if task.gpu_devices or e.code != "gpu-driver":
+                raise
+            return None  # it has the library loaded, and nothing of a GPU
+
+    async def save(self, phases: Phases) -> None:
+        """Bring all device memory into host memory. After a failure: `bring_back`.
+
+        Raises:
+            GpuError: with the process and the driver's answer.
+        """
+        cuda = self.side.cuda
+        with phases("gpu.lock"):
+            await _all([self._move(p, "lock") for p in self.processes])
+        with phases("gpu.checkpoint"):
+            for process, held in zip(
+                self.processes, await _all([cuda.held(p.pid) for p in self.processes]), strict=True
+            ):
+                process.held, process.before = held, _private_bytes(process.pid)
+            await _all([self._move(p, "checkpoint", size=p.held or 0) for p in self.processes])
+        with phases("gpu.check"):
+            # A checkpoint that saved nothing would make an image that restores to garbage.
+            for process, state in zip(
+                self.processes, await _all([cuda.state(p.pid) for p in self.processes]), strict=True
+            ):
+                if state is not State.CHECKPOINTED:
+                    got = state.name if state is not None else "gone"
+                    raise gpu_error("gpu-illegal-move", f"{process.who} is {got}, not CHECKPOINTED", pid=process.pid)
+                process.saved = max(_private_bytes(process.pid) - process.before, 0)
+                spared = cuda.context_bytes * len(self.side.uuids)
+                if process.held is not None and process.saved + spared < process.held:
+                    raise gpu_error(
+                        "gpu-bytes-missing",
+                        f"{process.who}: {process.held >> 20} MiB on the GPU, {process.saved >> 20} MiB saved",
+                        pid=process.pid,
+                    )
+
+    async def _move(self, process: _Process, move: Move, size: int = 0) -> None:
+        await _move(self.side.cuda, process.pid, process.who, move, size=size)
+
+    async def bring_back(self) -> None:
+        """Take back what was done, in reverse: every process runs on, with its bytes on the GPU.
+
+        None runs before all have their memory: they may wait for one another.
+
+        The driver is asked how far each is: a call that failed may have had its effect.
+
+        Raises:
+            GpuError: one cannot be brought back; it must be ended.
+        """
+        ways = dict(zip(map(id, self.processes), await _all([self._way(p) for p in self.processes]), strict=True))
+        moves: tuple[Move, ...] = ("restore", "unlock")
+        for move in moves:
+            going = [p for p in reversed(self.processes) if move in ways[id(p)]]
+            await _all([self._move(p, move, size=p.held or 0) for p in going])
+
+    async def _way(self, process: _Process) -> tuple[Move, ...]:
+        state = await self.side.cuda.state(process.pid)
+        if state is None:
+            raise gpu_error("gpu-not-cuda", process.who, pid=process.pid)
+        return way_back(state, process.who)
+
+    def facts(self) -> GpuFacts | None:
+        """What a restore must know; None when no process has GPU state."""
+        node = self.side.cuda.node
+        if not self.processes or node is None:
+            return None
+        return GpuFacts(
+            driver=node.driver,
+            node=tuple((d.uuid, d.name) for d in node.devices),
+            visible=self.side.uuids,
+            processes=tuple((p.inner_pid, p.saved) for p in self.processes),
+        )
+
+
+def _host_pids(init_pid: int) -> dict[int, int]:
+    """By inner pid, the host's pids of a sandbox."""
+    found = {}
+    for pid in procfs.tree(init_pid):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found[procfs.status(pid).ns_pids[-1]] = pid
+    return found
+
+
+async def plan_back(side: GpuSide, facts: GpuFacts) -> tuple[tuple[str, str], ...]:
+    """Which of this sandbox's GPUs takes the place of which.
+
+    Raises:
+        GpuError: none can, or the driver cannot.
+    """
+    node = await side.cuda.start()
+    if not node.checkpoints:
+        raise gpu_error("gpu-driver-old", f"driver {node.driver} (CUDA {node.version})")
+    return device_map(facts.node, facts.visible, node, side.uuids)
+
+
+async def put_back(
+    side: GpuSide, facts: GpuFacts, pairs: Sequence[tuple[str, str]], init_pid: int, phases: Phases
+) -> None:
+    """Bring the device memory of restored processes onto this sandbox's GPUs, and let them go on.
+
+    Args:
+        pairs: from `plan_back`.
+
+    Raises:
+        GpuError: after which the processes are good for nothing: the driver never takes them again.
+    """
+    cuda = side.cuda
+    pids = await asyncio.to_thread(_host_pids, init_pid)
+    missing = [inner for inner, _ in facts.processes if inner not in pids]
+    if missing:
+        raise gpu_error("gpu-not-cuda", f"process {missing[0]}: restore")
+    who = {inner: f"process {inner}" for inner, _ in facts.processes}
+    with phases("gpu.restore"):
+        await _all([_move(cuda, pids[i], who[i], "restore", size=size, pairs=pairs) for i, size in facts.processes])
+    with phases("gpu.unlock"):
+        await _all([_move(cuda, pids[i], who[i], "unlock") for i, _ in facts.processes])

@@ -1,0 +1,335 @@
+"""GPU functions through the command line, the daemon and real CRIU, on GPUs that are fakes.
+
+None of it says how fast, or whether a real GPU does the same: docs/gpu.md says what ran on what.
+"""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e2e.harness import Daemon, until
+from fake_cuda.hardware import MIB, Hardware
+from fake_cuda.program import GPU
+from fake_cuda.torch_stub import SENTENCE_TRANSFORMERS, TORCH
+from woodfrog.control.replay import main as replay_main
+from woodfrog.errors import WoodfrogError
+
+pytestmark = [pytest.mark.root, pytest.mark.criu]
+
+CHIP = "NVIDIA FAKE100"
+HOLDER = """
+import glob, hashlib, os, time
+import woodfrog as modal
+from fakegpu import Cuda
+
+app = modal.App("holder")
+
+@app.cls(gpu={gpu!r}, enable_memory_snapshot=True, experimental_options={{"enable_gpu_snapshot": True}}, {more})
+class Holder:
+    @modal.enter(snap=True)
+    def load(self):
+        self.gpu = Cuda()
+        data = os.urandom(24 << 20)
+        self.held = self.gpu.put(data)
+        self.digest = hashlib.sha256(data).hexdigest()
+        self.booted = time.time()
+
+    @modal.method()
+    def check(self, wait: float = 0.0):
+        time.sleep(wait)
+        return {{
+            "intact": hashlib.sha256(self.gpu.get(self.held)).hexdigest() == self.digest,
+            "digest": self.digest,
+            "uuid": self.gpu.uuid(),
+            "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "devices": sorted(glob.glob("/dev/nvidia*")),
+        }}
+
+@app.function()
+def plain():
+    return sorted(glob.glob("/dev/nvidia*")) + [os.environ.get("CUDA_VISIBLE_DEVICES")]
+"""
+# The programs of the guide that ask for a GPU, but for the model's path.
+SEEDS = """
+import woodfrog as modal  # changed: import modal
+
+image = modal.Image.debian_slim()  # changed: without pip_install, the packages are stand-ins beside this file
+app = modal.App("sentence-transformers", image=image)
+
+with image.imports():
+    from sentence_transformers import SentenceTransformer
+
+model_vol = modal.Volume.from_name("sentence-transformers-models", create_if_missing=True)
+
+
+@app.cls(enable_memory_snapshot=True, gpu="A10")
+class GPUAvailability:
+    @modal.enter(snap=True)
+    def no_gpus_available_during_snapshots(self):
+        import torch
+        print(f"GPUs available: {torch.cuda.is_available()}") # False
+
+    @modal.enter(snap=False)
+    def gpus_available_following_restore(self):
+        import torch
+        print(f"GPUs available: {torch.cuda.is_available()}") # True
+
+    @modal.method()
+    def demo(self):
+        import torch
+        print(f"GPUs available: {torch.cuda.is_available()}") # True
+
+
+@app.function(
+    gpu="a10",
+    enable_memory_snapshot=True,
+    experimental_options={"enable_gpu_snapshot": True},
+)
+def my_gpu_func():
+    import torch
+    print(f"GPUs available: {torch.cuda.is_available()}") # True
+
+
+@app.cls(gpu="a10", volumes={"/models": model_vol}, enable_memory_snapshot=True)
+class Embedder:
+    model_id = "BAAI/bge-small-en-v1.5"
+
+    @modal.enter(snap=True)
+    def load(self):
+        # Create a memory snapshot with the model loaded in CPU memory.
+        self.model = SentenceTransformer(f"/models/{self.model_id}", device="cpu")
+
+    @modal.enter(snap=False)
+    def setup(self):
+        self.model.to("cuda") # Move the model to a GPU!
+
+    @modal.method()
+    def run(self, sentences:list[str]):
+        embeddings = self.model.encode(sentences, normalize_embeddings=True)
+        print(embeddings)
+
+
+@app.cls(
+    gpu="a10",
+    volumes={"/models": model_vol},
+    enable_memory_snapshot=True,
+    experimental_options={"enable_gpu_snapshot": True}
+)
+class GpuEmbedder:
+    model_id = "BAAI/bge-small-en-v1.5"
+
+    @modal.enter(snap=True)
+    def load(self):
+        # Create a memory snapshot with the model loaded in GPU memory.
+        self.model = SentenceTransformer(f"/models/{self.model_id}", device="cuda")
+
+    @modal.method()
+    def run(self, sentences:list[str]):
+        embeddings = self.model.encode(sentences, normalize_embeddings=True)
+        print(embeddings)
+
+
+@app.local_entrypoint()
+def main():
+    Embedder().run.remote(sentences=["what is the meaning of life?"])
+    GpuEmbedder().run.remote(sentences=["what is the meaning of life?"])
+"""
+
+
+@pytest.fixture
+def hardware() -> Iterator[Hardware]:
+    folder = Path(tempfile.mkdtemp(prefix="wf-cuda-", dir="/var/tmp"))
+    yield Hardware(folder, gpus=((CHIP, 96 * MIB), (CHIP, 96 * MIB), ("NVIDIA A10", 96 * MIB)))
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def daemon(hardware: Hardware) -> Iterator[Daemon]:
+    with Daemon(WOODFROG_CUDA_DIR=str(hardware.folder)) as made:
+        yield made
+
+
+def holder(daemon: Daemon, gpu: Any = "FAKE100", **more: Any) -> Path:
+    program = daemon.program(HOLDER.format(gpu=gpu, more=", ".join(f"{k}={v!r}" for k, v in more.items())))
+    program.with_name("fakegpu.py").write_text(GPU)
+    return program
+
+
+def check(daemon: Daemon, wait: float = 0.0) -> dict[str, Any]:
+    found: dict[str, Any] = daemon.call("holder", "Holder.check", wait=wait)
+    assert found["intact"]
+    return found
+
+
+def stop_all(daemon: Daemon) -> None:
+    for container in daemon.get("/containers")["containers"]:
+        daemon.cli("container", "stop", container["id"])
+    daemon.wait_idle()
+
+
+def last_trace(daemon: Daemon) -> str:
+    return daemon.cli("call", "holder.Holder.check", "--json").stdout
+
+
+def test_the_whole_life(daemon: Daemon, hardware: Hardware) -> None:
+    first = hardware.uuids[0]
+    daemon.cli("deploy", str(holder(daemon)), "--snapshot")
+    snapshot = daemon.wait_snapshot("holder")
+    digests = set()
+    for _ in range(3):
+        found = check(daemon)
+        digests.add(found["digest"])
+        assert found["visible"] == first
+        assert found["devices"] == [
+            "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools", "/dev/nvidia0", "/dev/nvidiactl",
+        ]  # fmt: skip
+        assert hardware.memory_of(0) >= 24 * MIB and not hardware.memory_of(1)
+        stop_all(daemon)
+        assert until(lambda: hardware.memory_of(0) == 0 or not _live(hardware, 0))
+    assert len(digests) == 1, "the same bytes each time: thawed, not loaded anew"
+    until(lambda: daemon.json("snapshot", "inspect", snapshot)["form"] == "packed")
+    trace = last_trace(daemon)
+    assert '"gpu.restore"' in trace and '"gpu.unlock"' in trace and '"boot"' not in trace
+    assert daemon.snapshots("holder") == [snapshot]
+    assert daemon.call("holder", "plain") == [None]
+    assert "gpu.checkpoint" in str(daemon.json("snapshot", "inspect", snapshot)["phases"])
+
+
+def _live(hardware: Hardware, index: int) -> bool:
+    """Whether some process holds memory of a GPU: a dead one's files stay until the next that looks."""
+    for path in (hardware.dev / f"nvidia{index}").glob("mem-*"):
+        with open(path) as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    return False
+
+
+def test_two_at_a_time_on_two_gpus(daemon: Daemon, hardware: Hardware) -> None:
+    daemon.cli("deploy", str(holder(daemon)), "--snapshot")
+    daemon.wait_snapshot("holder")
+    stop_all(daemon)
+    found = at_once(daemon, 2, 1.5)
+    assert {f["visible"] for f in found} == set(hardware.uuids[:2]) and len({f["digest"] for f in found}) == 1
+    assert {f["uuid"] for f in found} == {u.removeprefix("GPU-").replace("-", "") for u in hardware.uuids[:2]}
+
+
+def at_once(daemon: Daemon, count: int, wait: float) -> list[dict[str, Any]]:
+    """So many calls from as many threads."""
+
+    def one(_: int) -> dict[str, Any]:
+        own = copy.copy(daemon)
+        own._client = None  # a client is one thread's
+        return check(own, wait)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+def test_more_calls_than_gpus_wait(daemon: Daemon, hardware: Hardware) -> None:
+    daemon.cli("deploy", str(holder(daemon, ["FAKE100:2", "A10"])), "--snapshot")
+    found = at_once(daemon, 4, 0.5)
+    assert len(found) == 4
+    both = ",".join(hardware.uuids[:2])
+    assert {f["visible"] for f in found} <= {both, hardware.uuids[2]}
+
+
+def test_a_full_gpu_is_a_cold_start(daemon: Daemon, hardware: Hardware) -> None:
+    daemon.cli("deploy", str(holder(daemon)), "--snapshot")
+    daemon.wait_snapshot("holder")
+    before = check(daemon)
+    stop_all(daemon)
+    hardware.configure("fault target.restore fail=2 1 1")
+    after = check(daemon)
+    assert after["digest"] != before["digest"], "loaded anew"
+    assert "gpu-out-of-memory" in daemon.app_text("holder") or "not enough free memory" in daemon.app_text("holder")
+    assert len(daemon.snapshots("holder")) == 1, "the snapshot is not at fault"
+    stop_all(daemon)
+    hardware.configure()
+    assert check(daemon)["digest"] == before["digest"]
+
+
+def test_a_capture_that_fails_runs_on(daemon: Daemon, hardware: Hardware) -> None:
+    hardware.configure("fault cuCheckpointProcessCheckpoint fail=801 1 1")
+    daemon.cli("deploy", str(holder(daemon)))
+    first = check(daemon)
+    assert "cannot checkpoint" in daemon.app_text("holder")
+    assert check(daemon)["digest"] == first["digest"], "the same process"
+    assert daemon.snapshots("holder") == []
+    stop_all(daemon)
+    assert check(daemon)["digest"] != first["digest"]
+    daemon.wait_snapshot("holder")
+
+
+@pytest.mark.timeout(200)
+def test_a_driver_that_hangs_is_a_cold_start(daemon: Daemon, hardware: Hardware) -> None:
+    daemon.cli("deploy", str(holder(daemon)), "--snapshot")
+    daemon.wait_snapshot("holder")
+    stop_all(daemon)
+    hardware.configure("fault cuCheckpointProcessRestore hang 1 1")
+    found: dict[str, Any] = daemon.call("holder", "Holder.check", timeout=120, wait=0)
+    assert found["intact"] and "did not return in time" in daemon.app_text("holder")
+    assert daemon.get("/health")["pid"]
+
+
+def test_a_killed_daemon_leaves_nothing_on_the_gpu(daemon: Daemon, hardware: Hardware) -> None:
+    daemon.cli("deploy", str(holder(daemon)), "--snapshot")
+    digest = check(daemon)["digest"]
+    assert daemon.process is not None and _live(hardware, 0)
+    children = Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children").read_text().split()
+    helpers = [c for c in children if "woodfrog.cuda.helper" in Path(f"/proc/{c}/cmdline").read_text()]
+    assert len(helpers) == 1
+    daemon.kill()
+    until(lambda: not _live(hardware, 0) and not Path(f"/proc/{helpers[0]}").exists())
+    daemon.start()
+    assert check(daemon)["digest"] == digest, "thawed from what the killed daemon had stored"
+    events = max((daemon.home / "events").glob("*.ndjson"), key=lambda p: p.stat().st_mtime)
+    stop_all(daemon)
+    daemon.stop()
+    assert replay_main([str(events)]) == 0
+
+
+def test_a_chip_that_is_not_here(daemon: Daemon) -> None:
+    daemon.cli("deploy", str(holder(daemon, "H100")))
+    with pytest.raises(WoodfrogError) as e:
+        daemon.call("holder", "Holder.check")
+    assert e.value.code == "no-gpu" and CHIP in e.value.message and "gpu=H100" in e.value.message
+
+
+def test_without_the_gpu_by_request(daemon: Daemon) -> None:
+    """`WOODFROG_GPU=none`: no device, and no snapshot that has one is taken."""
+    program = daemon.program(HOLDER.format(gpu="any", more="").replace("self.gpu = Cuda()", "return"))
+    program.with_name("fakegpu.py").write_text(GPU)
+    daemon.cli("deploy", str(program), env={"WOODFROG_GPU": "none"})
+    with pytest.raises(AssertionError, match="AttributeError"):
+        daemon.call("holder", "Holder.check")
+    assert daemon.call("holder", "plain") == [None]
+
+
+def test_the_guides_programs(daemon: Daemon, hardware: Hardware) -> None:
+    program = daemon.program(SEEDS)
+    torch = program.with_name("torch")
+    torch.mkdir()
+    for name, text in TORCH.items():
+        (torch / name).write_text(text)
+    program.with_name("sentence_transformers.py").write_text(SENTENCE_TRANSFORMERS)
+    assert daemon.cli("run", f"{program}::GPUAvailability.demo").stdout.splitlines() == [
+        "GPUs available: False", "GPUs available: True", "GPUs available: True",
+    ]  # fmt: skip
+    assert daemon.cli("run", f"{program}::my_gpu_func").stdout == "GPUs available: True\n"
+    done = daemon.cli("run", str(program))
+    assert len(set(done.stdout.splitlines())) == 1 and len(done.stdout.splitlines()) == 2, done.stdout
+    daemon.cli("deploy", str(program), "--snapshot")
+    for function in ("GPUAvailability.demo", "my_gpu_func"):
+        assert '"restore"' in daemon.cli("call", f"sentence-transformers.{function}", "--json").stdout
+    assert not _live(hardware, 0)
