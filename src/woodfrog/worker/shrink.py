@@ -83,8 +83,10 @@ class Shrinker:
 
         kind = getattr(sys.modules["vllm"], "LLM", None)
         level = int(self.options["vllm"])
-        found: list[Any] = gc.get_objects()
-        for engine in [o for o in found if isinstance(kind, type) and isinstance(o, kind)]:
+        if not isinstance(kind, type):
+            return
+        engines: list[Any] = [found for found in gc.get_objects() if isinstance(found, kind)]
+        for engine in engines:
             engine.sleep(level=level)
             self._back.append(("vllm", lambda engine=engine: _wake(engine, level)))  # type: ignore[misc]
 
