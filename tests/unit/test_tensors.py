@@ -20,10 +20,12 @@ from woodfrog.tensors.hashing import LANES, ROW, Hasher, by_floats, product  # n
 
 pytestmark = pytest.mark.torch
 
+# fmt: off
 DTYPES = (
-    [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.bool]
-    + [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.float8_e4m3fn]
-)  # fmt: skip
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.bool,
+    torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.float8_e4m3fn,
+)
+# fmt: on
 
 
 def fresh(rng: random.Random) -> Any:
@@ -253,7 +255,9 @@ def test_small_and_cancelling_edits_change_the_signature(block: int) -> None:
     edits += [swapped.view(torch.int8), torch.zeros(block, dtype=torch.int8), data.flip(0)]
     for changed in edits:
         assert not torch.equal(hasher.signatures(changed), plain)
-    assert torch.equal(Hasher(hasher_key := os.urandom(32), block).signatures(data), Hasher(hasher_key, block).signatures(data))
+    assert torch.equal(
+        Hasher(hasher_key := os.urandom(32), block).signatures(data), Hasher(hasher_key, block).signatures(data)
+    )
 
 
 # The tree

@@ -41,14 +41,12 @@ _LIBRARIES = frozenset(
         "xformers",
     )
 )
-# fmt: off
 _WORDS = (
-    "accel", "arch", "avail", "backend", "bf16", "big_gpu", "capab", "cublas", "cuda", "cudnn", "cutlass", "device",
-    "dram", "flash", "fp8", "get_system", "gpu", "has_", "hip", "is_", "nccl", "nvml", "rocm", "sdpa", "sm_", "sm9",
-    "stages", "support", "tf32", "tflops", "tma", "triton", "version_hash",
+    *("accelerator", "bf16", "big_gpu", "capability", "cublas", "cuda", "cudnn", "cutlass", "device", "dram", "dsl"),
+    *("flash", "fp8", "get_system", "gpu", "hip", "nccl", "nvml", "rocm", "sdpa", "tf32", "tflops", "triton", "xpu"),
 )
-# fmt: on
-"""A cache in these libraries is dropped when its name has one of these: asking again costs little."""
+"""A cache in these libraries is dropped when its function's name, or a name that it uses, has one of these in it. Not
+the others: whether a package is installed stays as it is, and is dear to find out again."""
 
 
 def hidden() -> dict[str, str]:
@@ -145,8 +143,8 @@ class Answers:
             if (
                 type(found) is _lru_cache_wrapper
                 and (found.__module__ or "").partition(".")[0] in _LIBRARIES
-                and any(word in found.__qualname__.lower() for word in _WORDS)
                 and found.cache_info().currsize
+                and _about_devices(found)
             ):
                 self._caches.append(found)
         self._cells = list(_once_cells())
@@ -176,6 +174,15 @@ class Answers:
             if warning:
                 warnings.append(f"gpu: {name.partition('.')[0]}: {warning}")
         return warnings
+
+
+def _about_devices(cache: Any) -> bool:
+    names = [cache.__qualname__]
+    function = cache
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    names += getattr(getattr(function, "__code__", None), "co_names", ())
+    return any(word in name.lower() for name in names for word in _WORDS)
 
 
 def _loaded() -> bool:
