@@ -16,6 +16,7 @@ import pytest
 
 from fake_gpu import install
 from integration.test_worker import Worker
+from woodfrog import protocol
 
 NONE = {
     "is_available": False,
@@ -117,6 +118,24 @@ def test_placement_by_number_and_by_name(model: Worker, gpus: Path) -> None:
     model.start(restored=True, env=environment(gpus, CUDA_VISIBLE_DEVICES=one))
     after: dict[str, Any] = model.call("seen")[1]
     assert after["nvml"] == after["device_count"] == 1
+
+
+@pytest.mark.model
+def test_hidden_in_a_zygote_too(model: Worker, gpus: Path) -> None:
+    """torch is imported before the program is known; that is where its C functions are stood before."""
+    env, paths = environment(gpus), [str(model.root), *[p for p in sys.path if p]]
+    place: dict[str, Any] = {"cwd": str(model.root), "hide_gpu": True}
+    preloaded = model.ask(protocol.PreloadMessage(["fake_cuda", "xformers"], paths, env, **place).header())[0]
+    assert preloaded["type"] == "preloaded", preloaded
+    assert model.freeze()["type"] == "frozen"
+    more = {"snapshot": True, "entropy": os.urandom(64).hex(), **place}
+    assert model.boot("Model", kind="class", methods=("seen",), env=env, **more)["type"] == "booted"
+    model.freeze()
+    ready = model.start(restored=True, env=env)
+    assert ready["type"] == "ready", ready
+    before, after = model.call("seen")
+    assert "hidden until after the snapshot" in before.pop("start")
+    assert before == NONE and after == BOTH
 
 
 def test_a_program_without_such_libraries_pays_nothing(tmp_path: Path) -> None:

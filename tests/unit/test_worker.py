@@ -168,11 +168,17 @@ def test_family_that_cannot_be_renewed_stops_the_copy(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.torch
-def test_cached_absence_of_a_gpu_is_forgotten() -> None:
+def test_a_seed_that_waits_for_cuda_is_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
-    torch.cuda._cached_device_count = 0
-    assert renew.forget_missing_gpu() == []
-    assert torch.cuda._cached_device_count is None
+    given = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", given.append)
+    monkeypatch.setattr(torch.cuda, "_lazy_seed_tracker", type(torch.cuda._lazy_seed_tracker)())
+    renew._torch(os.urandom)
+    assert given == []
+    torch.cuda._lazy_seed_tracker.queue_seed_all(print, [])
+    renew._torch(os.urandom)
+    renew._torch(os.urandom)
+    assert len(set(given)) == 2
 
 
 def test_every_family_is_documented() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO
 
@@ -13,10 +13,10 @@ import torch
 
 from woodfrog.errors import IntegrityError, SpecError
 from woodfrog.tensors import find
-from woodfrog.tensors.hashing import Hasher
+from woodfrog.tensors.hashing import SIGNATURE, Hasher
 from woodfrog.tensors.merkle import Tree
 
-__all__ = ["Blocks", "Delta", "Memory", "Placed", "restore", "root_of", "trees_of"]
+__all__ = ["Blocks", "Delta", "Memory", "Placed", "leaves", "restore", "root_of", "trees_of"]
 
 _HEAD = struct.Struct("<8sQ")
 _MAGIC = b"wftensr1"
@@ -151,8 +151,8 @@ def trees_of(hasher: Hasher, memories: Iterable[torch.Tensor]) -> list[Tree]:
 
 def leaves(signatures: torch.Tensor) -> list[bytes]:
     """Signatures as bytes, one each."""
-    raw = signatures.cpu().contiguous().numpy()
-    return [row.tobytes() for row in raw]
+    raw = signatures.cpu().contiguous().numpy().tobytes()
+    return [raw[at : at + SIGNATURE] for at in range(0, len(raw), SIGNATURE)]
 
 
 def restore(
@@ -218,12 +218,22 @@ def _replay(chain: Sequence[Delta]) -> tuple[Delta, dict[int, torch.Tensor]]:
 
 def _apply(target: torch.Tensor | None, blocks: Blocks, width: int) -> None:
     at, size = 0, 0 if target is None else target.numel()
-    for index in blocks.index:
-        length = min(width, size - index * width)
-        if target is None or index < 0 or length <= 0 or at + length > blocks.data.numel():
+    for first, last in _runs(blocks.index):
+        begin = first * width
+        length = min((last + 1) * width, size) - begin
+        if target is None or first < 0 or last * width >= size or at + length > blocks.data.numel():
             raise IntegrityError("a capture names blocks that are not there", code="tensors-damaged")
-        target[index * width : index * width + length] = blocks.data[at : at + length]
+        target[begin : begin + length] = blocks.data[at : at + length]
         at += length
+
+
+def _runs(index: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First and last of each run of numbers that follow one another."""
+    first = 0
+    for at in range(1, len(index) + 1):
+        if at == len(index) or index[at] != index[at - 1] + 1:
+            yield index[first], index[at - 1]
+            first = at
 
 
 def _fill(last: Delta, data: list[torch.Tensor], targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

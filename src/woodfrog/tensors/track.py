@@ -184,7 +184,7 @@ def _compare(signatures: torch.Tensor, old: _Known | None) -> tuple[torch.Tensor
     differs = torch.ones(count, dtype=torch.bool, device=signatures.device)
     differs[:common] = (signatures[:common] != old.signatures[:common]).any(1)
     index = differs.nonzero().view(-1)
-    if count != old.signatures.shape[0]:
+    if count != old.signatures.shape[0] or index.numel() > count // 4:
         return index, Tree.build(leaves(signatures))
     if not index.numel():
         return index, old.tree
