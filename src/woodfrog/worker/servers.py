@@ -9,12 +9,16 @@ import _socket
 import os
 from dataclasses import dataclass
 
-__all__ = ["Server", "find"]
+__all__ = ["Refused", "Server", "find"]
 
 KINDS = ("vllm", "sglang")
 _LISTENING = "0A"
 _TOP = 1 << 16
 """Of an answer, so much is read: what matters is its first line."""
+
+
+class Refused(OSError):
+    """The server answered, and did not do it."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class Server:
         """Send one POST and wait for its answer.
 
         Raises:
-            OSError: no connection, no answer in time (TimeoutError), or an answer other than 2xx; with `hint` for 404.
+            Refused: an answer other than 2xx; with `hint` for 404.
+            OSError: no connection, or no answer in time (TimeoutError): it may have been done, or be done later.
         """
         data = body.encode()
         kind = "Content-Type: application/json\r\n" if data else ""
@@ -52,7 +57,7 @@ class Server:
         if len(status) < 2 or not status[1].startswith("2"):
             shown = status[1] if len(status) > 1 else "nothing"
             missing = f" ({hint})" if hint and shown == "404" else ""
-            raise OSError(f"{path} on port {self.port} answered {shown}{missing} {text[:120]}".rstrip())
+            raise Refused(f"{path} on port {self.port} answered {shown}{missing} {text[:120]}".rstrip())
         return text
 
 

@@ -20,6 +20,9 @@ __all__ = ["OPTIONS", "Shrinker"]
 OPTIONS: dict[str, Any] = {"torch": True, "vllm": 1, "sglang": True, "timeout_s": 60.0}
 """What `woodfrog.shrink_before_snapshot` changes; its docstring says what they mean."""
 
+_TOGETHER_S = 90.0
+"""All of them together; the freeze is given up when its hooks take longer than two minutes."""
+
 Back = tuple[str, Callable[[], None]]
 """What is to be done after the restore, and its name."""
 
@@ -46,16 +49,17 @@ class Shrinker:
         cuda = getattr(sys.modules.get("torch"), "cuda", None)
         if self.options["torch"] and cuda is not None and cuda.is_initialized():
             hooks.append(("torch", _torch))  # last: the others give memory back to torch's allocator
+        ends = time.monotonic() + _TOGETHER_S
         for name, hook in hooks:
-            self._bounded("shrink", name, hook)
+            self._bounded("shrink", name, hook, ends - time.monotonic())
 
     def after(self) -> None:
         """Take back what was let go, in reverse order; what does not work is in `warnings`."""
         back, self._back = self._back, []
         for name, hook in reversed(back):
-            self._bounded("unshrink", name, hook)
+            self._bounded("unshrink", name, hook, _TOGETHER_S)
 
-    def _bounded(self, verb: str, name: str, hook: Callable[[], None]) -> None:
+    def _bounded(self, verb: str, name: str, hook: Callable[[], None], left: float) -> None:
         # In a thread: nothing else ends a call into a library that hangs. It may go on later, and do no harm.
         import threading
 
@@ -67,7 +71,7 @@ class Shrinker:
             except BaseException as e:
                 failure.append(e)
 
-        begin, limit = time.perf_counter(), float(self.options["timeout_s"])
+        begin, limit = time.perf_counter(), min(float(self.options["timeout_s"]), max(0.0, left))
         thread = threading.Thread(target=run, name=f"woodfrog-{verb}-{name}", daemon=True)
         thread.start()
         thread.join(limit)
@@ -87,31 +91,39 @@ class Shrinker:
             return
         engines: list[Any] = [found for found in gc.get_objects() if isinstance(found, kind)]
         for engine in engines:
-            engine.sleep(level=level)
-            self._back.append(("vllm", lambda engine=engine: _wake(engine, level)))  # type: ignore[misc]
+            wake = lambda engine=engine: _wake(engine, level)  # noqa: E731
+            self._let_go("vllm", lambda engine=engine: engine.sleep(level=level), wake, Exception)  # type: ignore[misc]
 
     def _server(self, server: servers.Server) -> Callable[[], None]:
-        def let_go() -> None:
-            limit = float(self.options["timeout_s"])
-            if server.kind == "vllm":
-                level = int(self.options["vllm"])
-                server.post(f"/sleep?level={level}", limit, hint="it needs --enable-sleep-mode, VLLM_SERVER_DEV_MODE=1")
-                again = [("/wake_up", "")]
-                if level >= 2:  # the weights are gone too, and are read again between
-                    reload = ("/collective_rpc", '{"method": "reload_weights"}')
-                    again = [("/wake_up?tags=weights", ""), reload, ("/wake_up?tags=kv_cache", "")]
-            else:
-                hint = "it needs --enable-memory-saver"
-                server.post("/release_memory_occupation", limit, "{}", hint=hint)
-                again = [("/resume_memory_occupation", "{}")]
+        limit, level = float(self.options["timeout_s"]), int(self.options["vllm"])
+        path, body, hint = "/release_memory_occupation", "{}", "it needs --enable-memory-saver"
+        again = [("/resume_memory_occupation", "{}")]
+        if server.kind == "vllm":
+            path, body, hint = f"/sleep?level={level}", "", "it needs --enable-sleep-mode, VLLM_SERVER_DEV_MODE=1"
+            again = [("/wake_up", "")]
+            if level >= 2:  # the weights are gone too, and are read again between
+                reload = ("/collective_rpc", '{"method": "reload_weights"}')
+                again = [("/wake_up?tags=weights", ""), reload, ("/wake_up?tags=kv_cache", "")]
 
-            def take_back() -> None:
-                for path, body in again:
-                    server.post(path, limit, body)
+        def take_back() -> None:
+            for path, body in again:
+                server.post(path, limit, body)
 
-            self._back.append((f"{server.kind}:{server.port}", take_back))
+        def ask() -> None:
+            server.post(path, limit, body, hint=hint)
 
-        return let_go
+        return lambda: self._let_go(f"{server.kind}:{server.port}", ask, take_back, servers.Refused)
+
+    def _let_go(self, name: str, act: Callable[[], Any], back: Callable[[], None], refusal: type[Exception]) -> None:
+        """Do `act`, to be undone by `back` unless it is certain that nothing was done: what does not answer in time may
+        still do it, and must not be left asleep."""
+        entry = (name, back)
+        self._back.append(entry)
+        try:
+            act()
+        except refusal:
+            self._back.remove(entry)
+            raise
 
 
 def _wake(engine: Any, level: int) -> None:
