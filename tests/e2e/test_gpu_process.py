@@ -6,13 +6,14 @@ No test here needs a GPU or shows one: stand-ins (`fake_gpu`) take the place of 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from e2e.harness import Daemon
-from fake_gpu import install
+from fake_gpu import install, install_device
 
 pytestmark = [pytest.mark.root, pytest.mark.criu]
 
@@ -80,9 +81,12 @@ AWAY = """
 import json
 import torch
 import woodfrog
+if "@DEVICE@" == "fake":
+    import fake_device
 from woodfrog.tensors import TensorTracker, put_away_on_snapshot, restore
 
-app = woodfrog.App("away")
+app = woodfrog.App("away-@DEVICE@")
+torch.set_default_device("@DEVICE@")
 
 
 @app.cls(enable_memory_snapshot=True)
@@ -101,8 +105,7 @@ class Trainer:
         self.chain.append(self.tracker.capture())
         self.answer = self.model(torch.ones(256)).detach().clone()
         self.identity = [id(p) for p in self.model.parameters()]
-        # The CPU stands for a device.
-        self.away = put_away_on_snapshot(self.model, self.optimizer, devices=["cpu"])
+        self.away = put_away_on_snapshot(self.model, self.optimizer, devices=["@DEVICE@"])
 
     def step(self):
         loss = self.model(torch.ones(4, 256)).square().mean()
@@ -130,8 +133,15 @@ def main():
 
 
 @pytest.mark.torch
-def test_tensors_put_away_and_captures_go_on_after_the_thaw(daemon: Daemon) -> None:
-    assert printed(daemon, daemon.program(AWAY)) == [True, 0, True, True, True, 0, True]
+@pytest.mark.parametrize("device", ["cpu", "fake"])
+def test_tensors_put_away_and_captures_go_on_after_the_thaw(daemon: Daemon, device: str) -> None:
+    """Once the CPU stands for a device, once there is one of ours, with its own memory."""
+    program = daemon.program(AWAY.replace("@DEVICE@", device))
+    if device == "fake":
+        if shutil.which("c++") is None:
+            pytest.skip("needs a C++ compiler")
+        install_device(program.parent)
+    assert printed(daemon, program) == [True, 0, True, True, True, 0, True]
 
 
 ENGINE = """

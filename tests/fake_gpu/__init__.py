@@ -39,3 +39,15 @@ def install(folder: Path) -> None:
         [compiler, "-shared", "-fPIC", "-Wl,-soname,libnvidia-ml.so.1", "-o", folder / "nvml.so", HERE / "nvml.c"],
         check=True,
     )
+
+
+def install_device(folder: Path) -> None:
+    """Put fake_device.py and what it loads into a program's directory. Compiling takes half a minute."""
+    import torch
+
+    root = Path(torch.__file__).parent
+    shutil.copy(HERE / "fake_device.py", folder)
+    includes = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
+    libraries = ["-Wl,--no-as-needed", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
+    command = ["c++", "-O0", "-std=c++20", "-shared", "-fPIC", *includes, str(HERE / "device.cpp"), *libraries]
+    subprocess.run([*command, "-o", str(folder / "device.so")], check=True)

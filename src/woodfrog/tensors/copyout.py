@@ -42,7 +42,7 @@ class CopyOut:
         if tail.numel() and index.numel() and int(index[-1]) == full:
             whole = index[:-1]
             self._copy(tail, out[whole.numel() * width :])
-        if self._stream is None:
+        if self._device.type == "cpu":
             torch.index_select(blocks, 0, whole, out=out[: whole.numel() * width].view(-1, width))
             return
         step = max(1, _BUFFER // width)
