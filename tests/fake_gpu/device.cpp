@@ -17,6 +17,7 @@
 namespace {
 
 constexpr auto kHere = c10::DeviceType::PrivateUse1;
+constexpr c10::DispatchKeySet keys(c10::DispatchKey::PrivateUse1);
 std::atomic<int64_t> in_use{0};
 
 void release(void *context) {
@@ -69,14 +70,13 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 
 at::Tensor empty(c10::SymIntArrayRef size, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout>,
                  std::optional<c10::Device>, std::optional<bool>, std::optional<c10::MemoryFormat> format) {
-    return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(size), &memory, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
-                                     c10::dtype_or_default(dtype), format);
+    return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(size), &memory, keys, c10::dtype_or_default(dtype), format);
 }
 
 at::Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride, std::optional<c10::ScalarType> dtype,
                          std::optional<c10::Layout>, std::optional<c10::Device>, std::optional<bool>) {
     return at::detail::empty_strided_generic(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), &memory,
-                                             c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), c10::dtype_or_default(dtype));
+                                             keys, c10::dtype_or_default(dtype));
 }
 
 // A tensor of the CPU over the same bytes.
