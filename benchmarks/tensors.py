@@ -1,6 +1,6 @@
 """Captures of tensors: how fast blocks are hashed, and what a capture costs when little, much or nothing changed.
 
-    python benchmarks/tensors.py                        # 512 MiB, on the GPU too where there is one
+    python benchmarks/tensors.py                        # 256 MiB, on the GPU too where there is one
     python benchmarks/tensors.py --mib 64 --rounds 2    # briefly
 
 Writes benchmarks/results/tensors.json. benchmarks/README.md says what is measured. Needs torch.
@@ -13,6 +13,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import blake3
@@ -29,16 +30,13 @@ HOSTS_MIB = 64
 """What the host's hashes are measured on: they do not get faster with size."""
 
 
-def timed(device: str, action: Callable[[], Any], rounds: int) -> list[float]:
-    """Seconds of each round, after one that does not count."""
-    taken = []
-    for _ in range(rounds + 1):
-        settle(device)
-        begin = time.perf_counter()
-        action()
-        settle(device)
-        taken.append(time.perf_counter() - begin)
-    return taken[1:]
+def timed(device: str, action: Callable[[], Any]) -> float:
+    """Seconds."""
+    settle(device)
+    begin = time.perf_counter()
+    action()
+    settle(device)
+    return time.perf_counter() - begin
 
 
 def settle(device: str) -> None:
@@ -52,26 +50,35 @@ def rate(nbytes: int, seconds: list[float]) -> dict[str, Any]:
 
 
 def hashes(device: str, nbytes: int, rounds: int) -> dict[str, Any]:
+    """GB/s of each way, in turn within each round, after a round that does not count."""
     data = torch.randint(-128, 128, (nbytes,), dtype=torch.int8, device=device)
-    found = {}
-    for width in BLOCKS:
-        hasher = Hasher(bytes(32), width)
-        taken = timed(device, lambda: hasher.signatures(data), rounds)  # noqa: B023
-        found[f"signatures, blocks of {width >> 10} KiB"] = rate(nbytes, taken)
-    found["one copy, for comparison"] = rate(nbytes, timed(device, lambda: data.clone(), rounds))
-    if device != "cpu":
-        return found
-    size = min(nbytes, HOSTS_MIB << 20)
-    raw = memoryview(data[:size].numpy()).cast("B")
-    for name, make in {
-        "blake3": blake3.blake3,
-        "hashlib.blake2b": hashlib.blake2b,
-        "hashlib.sha256": hashlib.sha256,
-    }.items():
-        width = 65536
-        action = lambda: [make(raw[at : at + width]).digest() for at in range(0, size, width)]  # noqa: B023, E731
-        found[f"{name}, blocks of 64 KiB"] = rate(size, timed("cpu", action, rounds))
-    return found
+    arms: dict[str, tuple[int, int, Callable[[], Any]]] = {}
+    for threads in sorted({1, torch.get_num_threads()}) if device == "cpu" else [1]:
+        where = f", {threads} thread{'s' * (threads > 1)}" if device == "cpu" else ""
+        for width in BLOCKS:
+            sign = partial(Hasher(bytes(32), width).signatures, data)
+            arms[f"signatures, blocks of {width >> 10} KiB{where}"] = (nbytes, threads, sign)
+        arms[f"one copy, for comparison{where}"] = (nbytes, threads, data.clone)
+    if device == "cpu":
+        size = min(nbytes, HOSTS_MIB << 20)
+        raw = memoryview(data[:size].numpy()).cast("B")
+        for name, make in (("blake3", blake3.blake3), ("blake2b", hashlib.blake2b), ("sha256", hashlib.sha256)):
+            arms[f"{name}, blocks of 64 KiB, 1 thread"] = (size, 1, partial(host, make, raw))
+    taken: dict[str, list[float]] = {name: [] for name in arms}
+    before = torch.get_num_threads()
+    for counts in range(rounds + 1):
+        for name, (_, threads, action) in arms.items():
+            torch.set_num_threads(threads)
+            seconds = timed(device, action)
+            if counts:
+                taken[name].append(seconds)
+    torch.set_num_threads(before)
+    return {name: rate(size, taken[name]) for name, (size, _, _) in arms.items()}
+
+
+def host(make: Callable[[memoryview], Any], raw: memoryview) -> None:
+    for at in range(0, len(raw), 65536):
+        make(raw[at : at + 65536]).digest()
 
 
 def captures(device: str, nbytes: int, rounds: int) -> dict[str, Any]:
@@ -136,8 +143,11 @@ def away(device: str, nbytes: int, rounds: int) -> dict[str, Any]:
 def show(device: str, found: dict[str, Any]) -> None:
     table(
         f"{device}: GB/s",
-        ("", "min", "median"),
-        [(name, number(v["min"], 2), number(v["median"], 2)) for name, v in found["hash_gb_s"].items()],
+        ("", "min", "median", "max"),
+        [
+            (name, *(number(x, 2) for x in (v["min"], v["median"], max(v["values"]))))
+            for name, v in found["hash_gb_s"].items()
+        ],
     )
     rows = []
     for width, row in found["captures"].items():
@@ -149,7 +159,7 @@ def show(device: str, found: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mib", type=int, default=512, help="size of the state (default 512)")
+    parser.add_argument("--mib", type=int, default=256, help="size of the state (default 256)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="torch's threads on the CPU (default: all cores)")
     parser.add_argument("--json", help="write the result here")
