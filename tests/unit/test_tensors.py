@@ -15,7 +15,7 @@ from woodfrog.errors import IntegrityError, SpecError
 
 torch: Any = pytest.importorskip("torch", reason="needs torch (make demo-setup installs it)")
 
-from woodfrog.tensors import Delta, TensorTracker, Tree, restore  # noqa: E402
+from woodfrog.tensors import Away, Delta, TensorTracker, Tree, restore  # noqa: E402
 from woodfrog.tensors.hashing import LANES, ROW, Hasher, by_floats, product  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -153,6 +153,24 @@ def test_training_goes_on_from_a_restored_state_as_it_did() -> None:
     step(other, its_optimizer, 9)
     restore(chain, into=(other, its_optimizer))
     assert [step(other, its_optimizer, seed) for seed in (3, 4)] == wanted
+
+
+def test_defaults_of_the_program_change_nothing() -> None:
+    weights = torch.randn(5000)
+    tracker, plain = TensorTracker(weights, key=bytes(32)), TensorTracker(weights, key=bytes(32)).capture()
+    torch.set_default_device("meta")
+    try:
+        with torch.inference_mode(), torch.autocast("cpu"):
+            delta = tracker.capture()
+            assert delta.root == plain.root and torch.equal(restore([delta])["0"], weights)
+            gone = Away(weights, devices=["cpu"])
+            assert gone.leave() == [] and gone.nbytes == 20_000
+            gone.come_back()
+            keys = torch.ones(ROW, LANES, dtype=torch.int8, device="cpu")
+            rows = torch.full((3, ROW), 127, dtype=torch.int8, device="cpu")
+            assert torch.equal(by_floats(rows, keys), product(rows, keys))
+    finally:
+        torch.set_default_device(None)
 
 
 def test_lazy_views_come_back() -> None:

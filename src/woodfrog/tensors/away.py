@@ -69,7 +69,8 @@ class Away:
             except Exception as e:
                 warnings.append(f"it stays on its device: {e}")
                 continue
-            storages.setdefault(storage._cdata, (str(name), storage))
+            if storage.device.type != "meta":  # what compilers trace with has a device, and no memory
+                storages.setdefault(storage._cdata, (str(name), storage))
         gone = {storage._cdata for storage, _ in self._held}
         try:
             for address, (name, storage) in storages.items():
@@ -174,6 +175,7 @@ def _empty() -> None:
         torch.cuda.synchronize(device)
     calls: tuple[Callable[[], Any] | None, ...] = (
         getattr(torch._C, "_cuda_clearCublasWorkspaces", None),
+        getattr(torch._C, "_host_emptyCache", None),
         torch.cuda.empty_cache,
         torch.cuda.ipc_collect,
     )

@@ -41,7 +41,7 @@ class CopyOut:
         whole, tail = index, data[full * width :]
         if tail.numel() and index.numel() and int(index[-1]) == full:
             whole = index[:-1]
-            self._copy(tail, out[whole.numel() * width :])
+            self._copy(tail.clone(), out[whole.numel() * width :])
         if self._device.type == "cpu":
             torch.index_select(blocks, 0, whole, out=out[: whole.numel() * width].view(-1, width))
             return
@@ -51,10 +51,10 @@ class CopyOut:
             self._copy(blocks[some].view(-1), out[at * width : (at + some.numel()) * width])
 
     def _copy(self, source: torch.Tensor, out: torch.Tensor) -> None:
+        """`source` is a copy that nothing writes to any more."""
         if self._stream is None:
             out.copy_(source)
             return
-        source = source.clone() if source.numel() < _BUFFER else source
         pinned = self._buffer(source.numel())
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
@@ -70,7 +70,7 @@ class CopyOut:
         if self._free:
             return self._free.pop()
         self._made += 1
-        return torch.empty(max(size, _BUFFER), dtype=torch.int8, pin_memory=True)
+        return torch.empty(max(size, _BUFFER), dtype=torch.int8, device="cpu", pin_memory=True)
 
     def _settle(self) -> None:
         event, pinned, out = self._jobs.popleft()
@@ -79,7 +79,7 @@ class CopyOut:
         self._free.append(pinned)
 
     def finish(self) -> None:
-        """Wait until everything is in place. The pinned memory is given back: it could not be in a snapshot."""
+        """Wait until everything is in place. The pinned memory goes back to torch's cache of it."""
         while self._jobs:
             self._settle()
         self._free.clear()
@@ -88,7 +88,7 @@ class CopyOut:
 
 def copy_to_host(data: torch.Tensor, staging_bytes: int = 64 << 20) -> torch.Tensor:
     """All of `data` (int8, one row), in ordinary host memory."""
-    out = torch.empty(data.numel(), dtype=torch.int8)
+    out = torch.empty(data.numel(), dtype=torch.int8, device="cpu")
     copier = CopyOut(data.device, staging_bytes)
     index = torch.arange(-(-data.numel() // _BUFFER), device=data.device)
     copier.put(data, _BUFFER, index, out)

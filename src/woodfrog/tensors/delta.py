@@ -116,7 +116,9 @@ class Delta:
                 data = bytearray(file.read(nbytes))
                 if len(data) != nbytes:
                     raise ValueError("cut short")
-                tensor = torch.frombuffer(data, dtype=torch.int8) if data else torch.empty(0, dtype=torch.int8)
+                tensor = torch.empty(0, dtype=torch.int8, device="cpu")
+                if data:
+                    tensor = torch.frombuffer(data, dtype=torch.int8)
                 changed.append(Blocks(int(number), tuple(index), tensor))
             return cls(
                 bytes.fromhex(head["root"]),
@@ -201,7 +203,7 @@ def _replay(chain: Sequence[Delta]) -> tuple[Delta, dict[int, torch.Tensor]]:
             raise IntegrityError(f"the chain is broken: {delta!r} does not follow {wanted}", code="tensors-chain")
         now = {}
         for memory in delta.memories:
-            old, new = held.get(memory.id), torch.zeros(memory.nbytes, dtype=torch.int8)
+            old, new = held.get(memory.id), torch.zeros(memory.nbytes, dtype=torch.int8, device="cpu")
             if old is not None and old.numel() == memory.nbytes:
                 new = old
             elif old is not None:

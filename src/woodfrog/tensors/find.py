@@ -98,11 +98,12 @@ def storage_of(name: str, tensor: torch.Tensor) -> torch.UntypedStorage:
     try:
         if tensor.is_quantized or tensor.device.type == "meta":
             raise NotImplementedError("quantized" if tensor.is_quantized else "on the meta device")
-        return tensor.untyped_storage()
+        storage = tensor.untyped_storage()
     except (NotImplementedError, RuntimeError) as e:
         kind = f"{type(tensor).__name__}, {tensor.layout}"
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise SpecError(f"tensor {name} ({kind}) has no memory of its own: {reason}", code="no-storage") from None
+    return storage
 
 
 def as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -32,6 +32,8 @@ _SLICE = 64 << 20
 _FEW_ROWS = 17
 """The integer product on CUDA wants more rows than 16."""
 
+_no_integers: set[torch.device] = set()
+
 
 class Hasher:
     """Signatures of blocks of `block_bytes`, under one key.
@@ -86,17 +88,23 @@ def _keys(key: bytes, purpose: bytes, rows: int) -> torch.Tensor:
 
 def product(data: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """data @ keys, both int8, exactly, as int32."""
-    if data.device.type == "cpu" or (data.device.type == "cuda" and torch.version.hip is None):
-        few = _FEW_ROWS - data.shape[0]
-        if few <= 0 or data.device.type == "cpu":
-            return torch._int_mm(data, keys)
-        return torch._int_mm(torch.cat((data, data.new_zeros(few, data.shape[1]))), keys)[: data.shape[0]]
-    return by_floats(data, keys)
+    if data.device.type == "cpu":
+        return torch._int_mm(data, keys)
+    if data.device.type != "cuda" or torch.version.hip is not None or data.device in _no_integers:
+        return by_floats(data, keys)
+    few = _FEW_ROWS - data.shape[0]
+    padded = torch.cat((data, data.new_zeros(few, data.shape[1]))) if few > 0 else data
+    try:
+        return torch._int_mm(padded, keys)[: data.shape[0]]
+    except RuntimeError:  # an older GPU; whatever else it is, it will show again
+        _no_integers.add(data.device)
+        return by_floats(data, keys)
 
 
 def by_floats(data: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """The same for devices without an integer product: 32-bit floats hold sums of 512 such products exactly."""
     total = torch.zeros(data.shape[0], keys.shape[1], dtype=torch.int32, device=data.device)
-    for at in range(0, data.shape[1], 512):
-        total += (data[:, at : at + 512].float() @ keys[at : at + 512].float()).to(torch.int32)
+    with torch._C._DisableAutocast():  # it would round the sums
+        for at in range(0, data.shape[1], 512):
+            total += (data[:, at : at + 512].float() @ keys[at : at + 512].float()).to(torch.int32)
     return total

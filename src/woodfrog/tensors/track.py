@@ -162,7 +162,7 @@ class TensorTracker:
         width = self._hasher.block_bytes
         places = tuple(index.tolist())
         short = max(0, (places[-1] + 1) * width - nbytes)
-        return torch.empty(len(places) * width - short, dtype=torch.int8), places
+        return torch.empty(len(places) * width - short, dtype=torch.int8, device="cpu"), places
 
 
 @dataclass(frozen=True)

@@ -122,8 +122,12 @@ def _torch(seed: Seed) -> None:
         return
     # A seed given before CUDA started waits for that, and would be the same in every copy.
     waiting = getattr(cuda, "_lazy_seed_tracker", None)
-    if cuda.is_initialized() or (waiting is not None and waiting.call_order):
+    if cuda.is_initialized():
         cuda.manual_seed_all(int.from_bytes(seed(8), "little"))
+    elif waiting is not None and waiting.call_order and hasattr(torch._C, "_cuda_init"):
+        value = int.from_bytes(seed(8), "little")
+        # Not by manual_seed_all: it would write down the stack, which takes longer than all the rest.
+        waiting.queue_seed_all(lambda: [device.manual_seed(value) for device in cuda.default_generators], [])
 
 
 def _openssl(seed: Seed) -> None:
