@@ -122,10 +122,11 @@ def test_placement_by_number_and_by_name(model: Worker, gpus: Path) -> None:
 
 @pytest.mark.model
 def test_hidden_in_a_zygote_too(model: Worker, gpus: Path) -> None:
-    """torch is imported before the program is known; that is where its C functions are stood before."""
+    """torch is imported, and asked, before the program is known. The collector is then kept from all that there is."""
+    (model.root / "asked.py").write_text("import fake_cuda, xformers\nfake_cuda.answers()\n")
     env, paths = environment(gpus), [str(model.root), *[p for p in sys.path if p]]
     place: dict[str, Any] = {"cwd": str(model.root), "hide_gpu": True}
-    preloaded = model.ask(protocol.PreloadMessage(["fake_cuda", "xformers"], paths, env, **place).header())[0]
+    preloaded = model.ask(protocol.PreloadMessage(["fake_cuda", "asked"], paths, env, **place).header())[0]
     assert preloaded["type"] == "preloaded", preloaded
     assert model.freeze()["type"] == "frozen"
     more = {"snapshot": True, "entropy": os.urandom(64).hex(), **place}

@@ -29,7 +29,7 @@ class Away:
 
     Args:
         objects: modules, optimizers, tensors, containers, objects with attributes; with none, every tensor that
-            Python's garbage collector knows.
+            Python's garbage collector knows and is not kept from (`gc.freeze`, as in a thawed process's first calls).
         devices: kinds of devices that are left: all but the CPU by default.
 
     Example:
