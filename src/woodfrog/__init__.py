@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from woodfrog.sdk.hooks import register_after_restore as register_after_restore
     from woodfrog.sdk.hooks import register_before_snapshot as register_before_snapshot
     from woodfrog.sdk.hooks import restored as restored
+    from woodfrog.sdk.hooks import shrink_before_snapshot as shrink_before_snapshot
     from woodfrog.sdk.hooks import snapshot_id as snapshot_id
     from woodfrog.sdk.image import Image as Image
     from woodfrog.sdk.options import Retries as Retries
@@ -62,6 +63,7 @@ _HOME = {
     "register_after_restore": "hooks",
     "register_before_snapshot": "hooks",
     "restored": "hooks",
+    "shrink_before_snapshot": "hooks",
     "snapshot_id": "hooks",
 }
 

@@ -56,6 +56,15 @@ def test_soak(tmp_path: Path) -> None:
     assert result["freezes"] >= 5 and result["thaws"] >= 11
 
 
+@pytest.mark.torch
+def test_tensors(tmp_path: Path) -> None:
+    result = run("tensors.py", tmp_path / "tensors.json", "--mib", "32", "--rounds", "1")
+    cpu = result["devices"]["cpu"]
+    assert all(v["median"] > 0 for v in (*cpu["hash_gb_s"].values(), *cpu["away_gb_s"].values()))
+    changed = cpu["captures"]["64 KiB"]["changed"]
+    assert changed["0%"]["mib"] == 0 and changed["100%"]["mib"] == 32 and result["tree"]["reads"] < 100
+
+
 @pytest.mark.slow
 def test_burst(tmp_path: Path) -> None:
     result = run("burst.py", tmp_path / "burst.json", "--calls", "12", "--rounds", "1")

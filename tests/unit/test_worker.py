@@ -168,11 +168,23 @@ def test_family_that_cannot_be_renewed_stops_the_copy(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.torch
-def test_cached_absence_of_a_gpu_is_forgotten() -> None:
+def test_a_seed_that_waits_for_cuda_is_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
-    torch.cuda._cached_device_count = 0
-    assert renew.forget_missing_gpu() == []
-    assert torch.cuda._cached_device_count is None
+    tracker = type(torch.cuda._lazy_seed_tracker)()
+    monkeypatch.setattr(torch.cuda, "_lazy_seed_tracker", tracker)
+    monkeypatch.setattr(torch._C, "_cuda_init", print, raising=False)
+    renew._torch(os.urandom)
+    assert tracker.call_order == []
+    device = torch.Generator()
+    monkeypatch.setattr(torch.cuda, "default_generators", (device,))
+    tracker.queue_seed_all(lambda: device.manual_seed(1), [])
+    seen = set()
+    for _ in range(3):
+        renew._torch(os.urandom)
+        for call, _ in tracker.get_calls()[-1:]:
+            call()
+        seen.add(device.initial_seed())
+    assert len(seen) == 3 and 1 not in seen
 
 
 def test_every_family_is_documented() -> None:

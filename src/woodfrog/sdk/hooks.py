@@ -27,6 +27,7 @@ __all__ = [
     "register_after_restore",
     "register_before_snapshot",
     "restored",
+    "shrink_before_snapshot",
     "snapshot_id",
 ]
 
@@ -34,6 +35,9 @@ _before_snapshot: list[Callable[[], Any]] = []
 """In order of registration; the worker runs them in reverse."""
 _after_restore: list[Callable[[], Any]] = []
 """In order of registration; the worker runs them in this order."""
+
+_shrink: dict[str, Any] = {}
+"""What `shrink_before_snapshot` was told; the worker reads it."""
 
 
 def in_worker() -> bool:
@@ -80,6 +84,36 @@ def register_after_restore(function: F) -> F:
         raise TypeError(f"register_after_restore needs a function, got {type(function).__name__}")
     _after_restore.append(function)
     return function
+
+
+def shrink_before_snapshot(
+    *, torch: bool | None = None, vllm: int | None = None, sglang: bool | None = None, timeout_s: float | None = None
+) -> None:
+    """Say what libraries free before this process is frozen; what is not named stays as it is.
+
+    Done without asking, after the functions of `register_before_snapshot`, for what is loaded in this process or runs
+    as a server that it started: a hook that fails or does not end in time is named in the log, and the freeze goes on.
+
+    Args:
+        torch: empty the caching allocators and drop cuBLAS workspaces, if CUDA was initialised. Default True.
+        vllm: sleep level of vLLM engines: 1 moves weights to host memory and drops the KV cache, 2 drops both and reads
+            the weights again after the restore, 0 leaves them alone. Default 1.
+        sglang: have SGLang servers release their memory. Default True.
+        timeout_s: seconds that each may take. Default 60.
+
+    Example:
+        >>> import woodfrog
+        >>> woodfrog.shrink_before_snapshot(vllm=2, timeout_s=120)
+
+    Raises:
+        ValueError: `vllm` is not 0, 1 or 2, or `timeout_s` not above 0.
+    """
+    if vllm not in (None, 0, 1, 2):
+        raise ValueError(f"shrink_before_snapshot: vllm is a sleep level, 0, 1 or 2, not {vllm!r}")
+    if timeout_s is not None and not timeout_s > 0:
+        raise ValueError(f"shrink_before_snapshot: timeout_s must be above 0, got {timeout_s!r}")
+    given = {"torch": torch, "vllm": vllm, "sglang": sglang, "timeout_s": timeout_s}
+    _shrink.update({name: value for name, value in given.items() if value is not None})
 
 
 def restored() -> bool:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["forget_missing_gpu", "prepare", "renew", "set_environ", "trim_heap"]
+__all__ = ["prepare", "renew", "set_environ", "trim_heap"]
 
 _native: dict[str, list[Any]] = {}
 """C functions found by `prepare`: family to functions, already loaded, with their types set."""
@@ -118,8 +118,16 @@ def _torch(seed: Seed) -> None:
         return
     generator.manual_seed(int.from_bytes(seed(8), "little"))
     cuda = getattr(torch, "cuda", None)
-    if cuda is not None and cuda.is_initialized():
+    if cuda is None:
+        return
+    # A seed given before CUDA started waits for that, and would be the same in every copy.
+    waiting = getattr(cuda, "_lazy_seed_tracker", None)
+    if cuda.is_initialized():
         cuda.manual_seed_all(int.from_bytes(seed(8), "little"))
+    elif waiting is not None and waiting.call_order and hasattr(torch._C, "_cuda_init"):
+        value = int.from_bytes(seed(8), "little")
+        # Not by manual_seed_all: it would write down the stack, which takes longer than all the rest.
+        waiting.queue_seed_all(lambda: [device.manual_seed(value) for device in cuda.default_generators], [])
 
 
 def _openssl(seed: Seed) -> None:
@@ -217,23 +225,3 @@ def renew(entropy: bytes) -> tuple[dict[str, float], list[str]]:
     if "_sqlite3" in sys.modules and not _native.get("sqlite"):
         warnings.append("sqlite: its generator is out of reach here; SQL random() may repeat between copies")
     return timings, warnings
-
-
-_GPU_CACHES = ("torch.cuda", "torch.utils._triton", "transformers.utils.import_utils", "accelerate.utils.imports")
-_GPU_WORDS = ("cuda", "gpu", "device", "bf16", "tf32")
-
-
-def forget_missing_gpu() -> list[str]:
-    """Undo the answers "no GPU" that libraries keep from before the restore; warnings where that cannot be done."""
-    try:
-        cuda: Any = sys.modules.get("torch.cuda")
-        if hasattr(cuda, "_cached_device_count"):
-            cuda._cached_device_count = None
-        for module in filter(None, map(sys.modules.get, _GPU_CACHES)):
-            for name, value in list(vars(module).items()):
-                clear = getattr(value, "cache_clear", None)
-                if clear is not None and any(word in name for word in _GPU_WORDS):
-                    clear()
-    except Exception as e:
-        return [f"gpu: cached answers from before the restore could not be cleared: {e}"]
-    return []

@@ -15,18 +15,12 @@ from types import AsyncGeneratorType, GeneratorType
 from typing import Any
 
 from woodfrog.errors import NotFoundError, SpecError
-from woodfrog.worker import codec, maps, renew, state
+from woodfrog.worker import codec, maps, nogpu, renew, state
 
 __all__ = ["Runtime", "StageError"]
 
-_NO_GPU = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "HIP_VISIBLE_DEVICES": "",
-    "ROCR_VISIBLE_DEVICES": "",
-    # torch then answers is_available() from this list and never initialises CUDA, which would cache "none" for good.
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-}
-
+_HOOKS, _TENSORS = "woodfrog.sdk.hooks", "woodfrog.tensors.away"
+"""Modules that meet the worker here only: loaded by the user's code or not at all."""
 
 _HOLD_CALLS = 8
 """So many calls of a thawed process the garbage collector leaves alone what was frozen: a full collection would touch
@@ -81,6 +75,9 @@ class Runtime:
         self._loop: Any = None
         self._methods: dict[str, bool] = {}
         self._hidden_gpu = False
+        self._shield = nogpu.Shield()
+        self._no_gpu = nogpu.Answers()
+        self._shrinker: Any = None
         self._preloaded: _Traces | None = None
         self._held = 0
         self._calls_to_hold = 0
@@ -136,11 +133,13 @@ class Runtime:
     def _surround(self, message: dict[str, Any]) -> None:
         """Environment, arguments, import path and directory of the user's code."""
         traces = self._preloaded or _Traces()
-        hidden = _NO_GPU if message.get("hide_gpu") else {}
-        env = {**message["env"], **hidden, **traces.env}
-        renew.set_environ({name: value for name, value in env.items() if value is not None})
         sys.argv = list(message["argv"])
         sys.path[:] = [*traces.path_before, *message["sys_path"], *traces.path_after]
+        hidden = nogpu.hidden() if message.get("hide_gpu") else {}
+        if hidden:
+            self._shield.raise_()
+        env = {**message["env"], **hidden, **traces.env}
+        renew.set_environ({name: value for name, value in env.items() if value is not None})
         try:
             os.chdir(message["cwd"])
         except OSError as e:
@@ -203,10 +202,47 @@ class Runtime:
         with self._stage("before-snapshot", "before_snapshot"):
             for hook in reversed(_registered("_before_snapshot")):
                 self._settle(hook())
+            if self._hidden_gpu or not sys.modules.keys().isdisjoint(("vllm", _TENSORS)):
+                # What is looked for is found through the collector, and it does not show what it was kept from. For
+                # others it stays so: a collection of all would touch the pages that are shared with a zygote.
+                self._let_go()
+            self._put_away()
             codec.preload()
+            if self._hidden_gpu:
+                self._no_gpu.find()
             self._tidy()
         self._calls_to_hold = _HOLD_CALLS
         return self.phases
+
+    def _put_away(self) -> None:
+        """Have libraries free what need not travel, then move registered tensors off their devices."""
+        from woodfrog.worker.shrink import OPTIONS, Shrinker
+
+        wanted = getattr(sys.modules.get(_HOOKS), "_shrink", {})
+        self._shrinker = Shrinker({**OPTIONS, **wanted})
+        self._shrinker.before()
+        self.phases.update(self._shrinker.phases)
+        _tell(self._shrinker.warnings)
+        tensors = sys.modules.get(_TENSORS)
+        if tensors is not None:
+            begin = time.perf_counter()
+            _tell(tensors.put_away())
+            self.phases["put_away.tensors"] = round((time.perf_counter() - begin) * 1e3, 3)
+
+    def _bring_back(self) -> list[str]:
+        """Undo `_put_away`, also where no snapshot came of it; warnings."""
+        tensors = sys.modules.get(_TENSORS)
+        if tensors is not None:
+            begin = time.perf_counter()
+            tensors.bring_back()
+            self.phases["bring_back.tensors"] = round((time.perf_counter() - begin) * 1e3, 3)
+        if self._shrinker is None:
+            return []
+        shrinker, self._shrinker = self._shrinker, None
+        shrinker.warnings, shrinker.phases = [], {}
+        shrinker.after()
+        self.phases.update(shrinker.phases)
+        return _tell(shrinker.warnings)
 
     def settle(self) -> dict[str, float]:
         """The same for a worker that has no program yet.
@@ -259,7 +295,12 @@ class Runtime:
                 families, warnings = renew.renew(bytes.fromhex(context["entropy"]))
                 self.phases.update({f"reseed.{name}": ms for name, ms in families.items()})
             if self._hidden_gpu:
-                warnings += renew.forget_missing_gpu()
+                self._shield.take_down()
+                begin = time.perf_counter()
+                warnings += _tell(self._no_gpu.forget())
+                self.phases["forget_gpu"] = round((time.perf_counter() - begin) * 1e3, 3)
+        with self._stage("after-restore", "bring_back"):
+            warnings += self._bring_back()
         if restored:
             with self._stage("after-restore", "after_restore"):
                 for hook in list(_registered("_after_restore")):
@@ -391,4 +432,11 @@ def _bound(instance: Any, name: str) -> Callable[..., Any]:
 
 def _registered(name: str) -> list[Callable[[], Any]]:
     """The user's snapshot hooks; the module is there only if the user's code imported it."""
-    return getattr(sys.modules.get("woodfrog.sdk.hooks"), name, [])
+    return getattr(sys.modules.get(_HOOKS), name, [])
+
+
+def _tell(warnings: list[str]) -> list[str]:
+    """Say them in the program's log, too."""
+    for warning in warnings:
+        print(f"woodfrog: {warning}", file=sys.stderr)
+    return warnings

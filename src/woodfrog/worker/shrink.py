@@ -1,0 +1,150 @@
+"""What libraries hold and need not travel, freed before the freeze and taken back after the restore.
+
+Most of a GPU process's memory is not its program's: inference engines fill it with cache, torch's allocator keeps what
+was freed. Each library that is there, in this process or as a server among its children, is asked to let go in its own
+way. A hook that fails or does not end in time is named in a warning, and the freeze goes on without it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from woodfrog.worker import servers
+
+__all__ = ["OPTIONS", "Shrinker"]
+
+OPTIONS: dict[str, Any] = {"torch": True, "vllm": 1, "sglang": True, "timeout_s": 60.0}
+"""What `woodfrog.shrink_before_snapshot` changes; its docstring says what they mean."""
+
+_TOGETHER_S = 90.0
+"""All of them together; the freeze is given up when its hooks take longer than two minutes."""
+
+Back = tuple[str, Callable[[], None]]
+"""What is to be done after the restore, and its name."""
+
+
+@dataclass
+class Shrinker:
+    """Lets go before one freeze (`before`), and takes back after (`after`)."""
+
+    options: dict[str, Any]
+    """All of OPTIONS' keys."""
+    phases: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    _back: list[Back] = field(default_factory=list)
+
+    def before(self) -> None:
+        """Let go of what need not travel. Never raises: what does not work is in `warnings`."""
+        hooks: list[tuple[str, Callable[[], None]]] = []
+        if self.options["vllm"] and "vllm" in sys.modules:
+            hooks.append(("vllm", self._vllm))
+        try:
+            hooks += [(f"{s.kind}:{s.port}", self._server(s)) for s in servers.find() if self.options.get(s.kind)]
+        except OSError as e:
+            self.warnings.append(f"shrink servers: {e}")
+        cuda = getattr(sys.modules.get("torch"), "cuda", None)
+        if self.options["torch"] and cuda is not None and cuda.is_initialized():
+            hooks.append(("torch", _torch))  # last: the others give memory back to torch's allocator
+        ends = time.monotonic() + _TOGETHER_S
+        for name, hook in hooks:
+            self._bounded("shrink", name, hook, ends - time.monotonic())
+
+    def after(self) -> None:
+        """Take back what was let go, in reverse order; what does not work is in `warnings`."""
+        back, self._back = self._back, []
+        for name, hook in reversed(back):
+            self._bounded("unshrink", name, hook, _TOGETHER_S)
+
+    def _bounded(self, verb: str, name: str, hook: Callable[[], None], left: float) -> None:
+        # In a thread: nothing else ends a call into a library that hangs. It may go on later, and do no harm.
+        import threading
+
+        failure: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                hook()
+            except BaseException as e:
+                failure.append(e)
+
+        begin, limit = time.perf_counter(), min(float(self.options["timeout_s"]), max(0.0, left))
+        thread = threading.Thread(target=run, name=f"woodfrog-{verb}-{name}", daemon=True)
+        thread.start()
+        thread.join(limit)
+        self.phases[f"{verb}.{name}"] = round((time.perf_counter() - begin) * 1e3, 3)
+        if thread.is_alive():
+            self.warnings.append(f"{verb} {name}: not done within {limit:g} s; going on without it")
+        elif failure:
+            self.warnings.append(f"{verb} {name}: {type(failure[0]).__name__}: {failure[0]}")
+
+    def _vllm(self) -> None:
+        """Engines in this process."""
+        import gc
+
+        kind = getattr(sys.modules["vllm"], "LLM", None)
+        level = int(self.options["vllm"])
+        if not isinstance(kind, type):
+            return
+        engines: list[Any] = [found for found in gc.get_objects() if isinstance(found, kind)]
+        for engine in engines:
+            wake = lambda engine=engine: _wake(engine, level)  # noqa: E731
+            self._let_go("vllm", lambda engine=engine: engine.sleep(level=level), wake, Exception)  # type: ignore[misc]
+
+    def _server(self, server: servers.Server) -> Callable[[], None]:
+        limit, level = float(self.options["timeout_s"]), int(self.options["vllm"])
+        path, body, hint = "/release_memory_occupation", "{}", "it needs --enable-memory-saver"
+        again = [("/resume_memory_occupation", "{}")]
+        if server.kind == "vllm":
+            path, body, hint = f"/sleep?level={level}", "", "it needs --enable-sleep-mode, VLLM_SERVER_DEV_MODE=1"
+            again = [("/wake_up", "")]
+            if level >= 2:  # the weights are gone too, and are read again between
+                reload = ("/collective_rpc", '{"method": "reload_weights"}')
+                again = [("/wake_up?tags=weights", ""), reload, ("/wake_up?tags=kv_cache", "")]
+
+        def take_back() -> None:
+            for path, body in again:
+                server.post(path, limit, body)
+
+        def ask() -> None:
+            server.post(path, limit, body, hint=hint)
+
+        return lambda: self._let_go(f"{server.kind}:{server.port}", ask, take_back, servers.Refused)
+
+    def _let_go(self, name: str, act: Callable[[], Any], back: Callable[[], None], refusal: type[Exception]) -> None:
+        """Do `act`, to be undone by `back` unless it is certain that nothing was done: what does not answer in time may
+        still do it, and must not be left asleep."""
+        entry = (name, back)
+        self._back.append(entry)
+        try:
+            act()
+        except refusal:
+            self._back.remove(entry)
+            raise
+
+
+def _wake(engine: Any, level: int) -> None:
+    if level < 2:
+        engine.wake_up()
+        return
+    engine.wake_up(tags=["weights"])
+    engine.collective_rpc("reload_weights")
+    engine.wake_up(tags=["kv_cache"])
+
+
+def _torch() -> None:
+    """torch's workspaces and the memory that its allocators keep for later, on every device."""
+    import gc
+
+    torch: Any = sys.modules["torch"]
+    for device in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(device)
+    gc.collect()
+    for name in ("_cuda_clearCublasWorkspaces", "_host_emptyCache"):
+        free = getattr(torch._C, name, None)
+        if free is not None:
+            free()
+    torch.cuda.empty_cache()
