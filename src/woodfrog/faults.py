@@ -46,6 +46,11 @@ POINTS: dict[str, str] = {
     "push.files": "all is in the tier but the manifest",
     "pull.packs": "the packs are in the store, there is no snapshot",
     "pull.files": "the files are unpacked, nothing is checked",
+    "arrive.files": "all is unpacked and checked but the packs, none of which is here",
+    "arrive.page": "some pages of a pack are here",
+    "arrive.ready": "the working set is here, the snapshot may be thawed",
+    "arrive.pack": "one of the packs is whole and in the store",
+    "arrive.whole": "all packs are in the store, there is no snapshot",
     "admit.manifest": "the manifest is written, the snapshot not visible",
     "pack.manifest": "the manifest names the packed form, both signatures still there",
 }

@@ -186,6 +186,7 @@ def _keeper(settings: Settings, catalogue: Catalogue, store: PageStore, key: Sig
         pack_min=settings.lazy_min_mib << 20,
         budget=budget,
         worker_class=cls,
+        read_through=settings.read_through,
     )
     catalogue.on_removed = keeper.collect_later
     return keeper

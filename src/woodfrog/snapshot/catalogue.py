@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from woodfrog.criu.pagemap import INDEX, read_index
 from woodfrog.errors import IntegrityError, NotFoundError, StoreError
 from woodfrog.faults import fault
+from woodfrog.linux.pageserver import Present
 from woodfrog.snapshot.manifest import FileEntry, Manifest, SigningKey, decode, encode
 from woodfrog.store.files import fsync_dir, fsync_tree, remove_tree, sha256_file, store_error, write_atomic
 
@@ -72,11 +73,13 @@ class Opened:
 
     Args:
         files: what the page index names, in its order; None = pages files beside it.
+        present: some of the files are still on their way.
     """
 
     manifest: Manifest
     path: Path
     files: tuple[Path, ...] | None = None
+    present: Present | None = None
 
     @property
     def images(self) -> Path:
@@ -194,6 +197,7 @@ class Catalogue:
         self._key = key
         self._manifests: dict[str, Manifest] = {}
         self._verified: dict[str, tuple[tuple[int, int, int, int], ...]] = {}
+        self._staged: dict[str, tuple[tuple[int, int, int, int], ...]] = {}
         self._retired: dict[str, str] = {}
         self._mutex = threading.Lock()
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -355,6 +359,7 @@ class Catalogue:
             StoreError: the directory cannot be made.
         """
         staging = Staging(snapshot_id, self.root / f".staging-{snapshot_id}")
+        self._staged.pop(snapshot_id, None)
         try:
             staging.path.mkdir(mode=0o700)
         except OSError as e:
@@ -491,9 +496,8 @@ class Catalogue:
             StoreError: something could not be written. The staging directory is the caller's to abandon.
         """
         try:
-            names = self._verify_names(manifest, staging.path)
-            stamp = self._stamp(staging.path, names)
-            self._verify_files(manifest, staging.path, stamp, names)
+            self.check(staging, manifest)
+            stamp = self._staged[staging.id]
             fsync_tree(staging.path)
             data = encode(manifest)
             write_atomic(staging.path / "manifest.json", data)
@@ -506,7 +510,32 @@ class Catalogue:
         (self._invalid / manifest.id).unlink(missing_ok=True)
         self._manifests[manifest.id] = manifest
         self._verified[manifest.id] = stamp
+        self._staged.pop(manifest.id, None)
         return manifest
+
+    def check(self, staging: Staging, manifest: Manifest) -> None:
+        """Whether a snapshot that came from elsewhere is what its manifest says, but for its packs; quick when it was
+        checked before and nothing was touched since.
+
+        Raises:
+            IntegrityError: it is not.
+        """
+        try:
+            names = self._verify_names(manifest, staging.path)
+            stamp = self._stamp(staging.path, names)
+            if self._staged.get(staging.id) != stamp:
+                self._verify_files(manifest, staging.path, stamp, names)
+        except OSError as e:
+            raise store_error("cannot check the snapshot", staging.path, e) from e
+        self._staged[staging.id] = stamp
+
+    def set_aside(self, staging: Staging) -> Path:
+        """Let another take a staging directory's place while sandboxes rest on it; where it is now, to be removed."""
+        self._staged.pop(staging.id, None)
+        hidden = self.root / f".removed-{staging.id}-{time.time_ns()}"
+        with contextlib.suppress(OSError):
+            os.rename(staging.path, hidden)
+        return hidden
 
     def _files(self, manifest: Manifest) -> tuple[Path, ...]:
         """The files that a packed snapshot's page index names, in its order, each verified."""
