@@ -207,4 +207,3 @@ class Arrival:
             self._store.release(self._owner)
         except WoodfrogError as e:
             log.warning("snapshot %s: %s", self.manifest.id, e.message)
-

@@ -1,8 +1,8 @@
 """Packs that come page by page from a tier: what is wanted first, and in the background the rest.
 
 A pack's cold form is frames of which each can be fetched and found genuine alone; its table (`.frames`) says where they
-lie. A delta comes whole, for it is small, and its pages are made when the pages that they rest on are here. Each page is
-verified by its name before anybody may see it (`store.partial`).
+lie. A delta comes whole, for it is small, and its pages are made when the pages that they rest on are here. Each page
+is verified by its name before anybody may see it (`store.partial`).
 """
 
 from __future__ import annotations

@@ -349,7 +349,7 @@ class PageStore:
         self._verified[pack] = stamp, stamp_of(self.folder.path(pack, "names"))
 
     def unlink_alias(self, pack: str, path: Path) -> None:
-        """Remove another name of a file that may be a pack's raw form by now: its stamp changes, its content does not."""
+        """Remove another name of what may be a pack's raw form by now: its stamp changes, its content does not."""
         verified = self._is_verified(pack)
         path.unlink(missing_ok=True)
         if verified and (stamp := stamp_of(self.folder.path(pack, "pages"))):
