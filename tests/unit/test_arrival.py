@@ -466,3 +466,34 @@ def test_a_server_is_told_what_it_asks_of_nothing(there: Machine) -> None:
         await keeper.close()
 
     asyncio.run(main())
+
+
+def test_one_that_waits_too_long_is_told_so_and_nobody_begins_the_same(
+    there: Machine, tier: DirectoryTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(keeper_module, "_NEED_S", 0.2)
+        monkeypatch.setattr(keeper_module, "_STALLED_S", 0.3)
+        monkeypatch.setattr(arrival_module, "_GIVE_UP_S", 60)
+        faulty = FaultyTier(tier, hang_s=20)
+        keeper = keeping(there, faulty)
+        await keeper.fetch(A)
+        reader = Reader(there, await keeper.open(A))
+        faulty.faults = [Fault("hang", "get_bytes", times=-1)]
+        missing = next(p for p in range(PAGES - 1, 0, -1) if not reader.is_here(p))
+        file, slot = reader.place(missing)
+        assert reader.opened.present is not None
+        place = (reader.opened.present.places[file] or 0) + slot
+        server = Server()
+        keeper.need(server, place, 1, True)  # type: ignore[arg-type]
+        await until(lambda: bool(server.answers))
+        assert server.answers[0][2] != 0
+        with pytest.raises(StoreError, match="does not give"):
+            await keeper.fetch(A)
+        faulty.faults = []
+        faulty.released.set()
+        await until(lambda: there.catalogue.form(A) == "packed" and settled(keeper))
+        await keeper.fetch(A)
+        await keeper.close()
+
+    asyncio.run(main())

@@ -45,6 +45,9 @@ _NOT_THERE_S = 30.0
 _PUSH_AGAIN_S = 60.0
 _CLOSE_S = 10.0
 _LEFT_S = 1.0
+_NEED_S = 15.0
+"""So long a process waits for a page of the tier."""
+_STALLED_S = 30.0
 
 
 def _quietly(what: str, done: int, total: int) -> None:
@@ -93,6 +96,8 @@ class Keeper:
         self._fetches: dict[str, asyncio.Task[Manifest]] = {}
         self._arrivals: dict[str, Arrival] = {}
         """What can be thawed while the rest of it is on its way."""
+        self._stalled = 0.0
+        """Until when nothing is thawed that is not whole: the tier did not give what a process waited for."""
         self._whole_first: set[str] = set()
         """What once began to arrive and did not get here: it is not thawed again before all of it is here."""
         self._broken: dict[str, IntegrityError] = {}
@@ -301,6 +306,12 @@ class Keeper:
                     retryable=True,
                 ) from None
         arrival = self._arrivals.get(snapshot_id)
+        if arrival is not None and time.monotonic() < self._stalled:
+            raise StoreError(
+                f"snapshot {snapshot_id} is not all here, and the tier does not give the rest",
+                code="tier-slow",
+                retryable=True,
+            )
         manifest = self._catalogue.get(snapshot_id) if arrival is None else arrival.manifest
         if function_key and (manifest.function_key, manifest.worker_class) != (function_key, self._worker_class):
             raise IntegrityError(f"snapshot {snapshot_id} is of another function or host", code="other-function")
@@ -371,12 +382,24 @@ class Keeper:
     def need(self, server: PageServer, place: int, pages: int, asked: bool) -> None:
         """Have pages come that a page server does not find here, and tell it."""
         loop = asyncio.get_running_loop()
+        late: asyncio.TimerHandle | None = None
+
+        def tell(here: bool) -> None:
+            nonlocal late
+            if late is not None:
+                late.cancel()
+            if asked and not here:
+                self._stalled = time.monotonic() + _STALLED_S
+            server.have(place, pages, 0 if here else errno.ENODATA)
 
         def answer(here: bool) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(server.have, place, pages, 0 if here else errno.ENODATA)
+                loop.call_soon_threadsafe(tell, here)
 
-        counters["pages.fetched"] += pages if asked else 0
+        if asked:
+            counters["pages.fetched"] += pages
+            # Its call is better run again elsewhere than held up for as long as a network may take.
+            late = loop.call_later(_NEED_S, tell, False)
         self._transport.incoming.need(place, pages, asked, answer)
 
     async def _make_room(self) -> None:

@@ -275,8 +275,8 @@ class PageServer:
         self._on_death = on_death
         self._served: dict[int, ServedPages] = {}
         self.on_need: Callable[[int, int, bool], None] = lambda place, pages, _: self.have(place, pages, errno.ENODATA)
-        """Called when pages are wanted that are not here: place and number in the map of `Present`, and whether a process
-        waits for them. To be answered with `have`."""
+        """Called when pages are wanted that are not here: place and number in the map of `Present`, and whether a
+        process waits for them. To be answered with `have`."""
         self._count = 0
         self._closing = False
         self.alive = True
