@@ -1,13 +1,13 @@
-"""The first answer of a machine that never saw the snapshot, which is in a bucket on a slow line.
+"""The first answer of a machine that never saw the snapshot, which is in a bucket behind a slow line.
 
     python benchmarks/tier.py                                  # 600 MB of memory; 50 MB/s and 20 ms; 5 rounds
     python benchmarks/tier.py --mb-s 200 --latency-ms 5        # another line
     python benchmarks/tier.py --workload arrays --rounds 1     # briefly
 
-Writes benchmarks/results/tier.json. The bucket is a real S3-compatible server (moto) on this machine, behind a relay that
-all connections share: so many bytes a second together, so many milliseconds before each answer. Then the same line without
-woodfrog's daemon: how many requests at a time fill it. Arms, in turn in each round: a cold start; the snapshot fetched whole
-first; and read-through.
+Writes benchmarks/results/tier.json. The bucket is a real S3-compatible server (moto) on this machine, behind a relay
+that all connections share: so many bytes a second together, so many milliseconds before each answer. Arms, in turn in
+each round: a cold start; the snapshot fetched whole first; read-through. Then the same line without woodfrog's daemon:
+how many requests at a time fill it.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ class Holder:
 
     @woodfrog.method()
     def look(self, at: int):
-        import os, zlib
-        return [zlib.crc32(self.data[at]), open("/tmp/started").read(), woodfrog.restored(), os.environ["WOODFROG_INSTANCE"]]
+        import zlib
+        return [zlib.crc32(self.data[at]), open("/tmp/started").read(), woodfrog.restored()]
 """
 SLOW = f"slow {1 << 20}"
 """Bytes a second of each connection."""

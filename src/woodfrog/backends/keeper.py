@@ -28,7 +28,8 @@ from woodfrog.snapshot.packing import NotPackable, prepare
 from woodfrog.snapshot.transport import Transport
 from woodfrog.snapshot.trust import fingerprint, public_text
 from woodfrog.store.files import remove_tree
-from woodfrog.store.pages import PageStore
+from woodfrog.store.layers import LayerStats
+from woodfrog.store.pages import PageStore, Problem
 from woodfrog.store.tiers import Tier
 from woodfrog.telemetry import counters
 
@@ -437,11 +438,15 @@ class Keeper:
         self._queued.discard(snapshot_id)
         # What was stored a moment ago counts as well, else more would go than must: nothing that is needed is lost.
         await asyncio.to_thread(self._store.gc, self._live, min_age_s=0.0)
+        if self._catalogue.layers is not None:
+            await asyncio.to_thread(self._catalogue.layers.collect)
         return True
 
     def _local_bytes(self) -> int:
         loose = sum(m.pages_bytes for m in self._catalogue.manifests() if m.form == "loose")
         layers = sum(m.fs_bytes for m in self._catalogue.manifests())
+        if self._catalogue.layers is not None:
+            layers = max(0, layers - self._catalogue.layers.stats().shared_bytes)
         stats = self._store.stats()
         return loose + layers + stats.stored_bytes + stats.cache_bytes
 
@@ -474,6 +479,8 @@ class Keeper:
         Raises:
             StoreError: the store could not be read or written.
         """
+        if self._catalogue.layers is not None:
+            await asyncio.to_thread(self._catalogue.layers.collect)
         return await asyncio.to_thread(self._store.gc, self._live)
 
     def _live(self) -> set[str]:
@@ -490,6 +497,8 @@ class Keeper:
         damaged = {} if snapshot_id else self._catalogue.damaged
         rows += [{"id": i, "bytes": 0, "problems": [why]} for i, why in sorted(damaged.items())]
         problems = [] if snapshot_id else await asyncio.to_thread(self._store.verify)
+        if not snapshot_id and self._catalogue.layers is not None:
+            problems += [Problem("", what) for what in await asyncio.to_thread(self._catalogue.layers.verify)]
         progress("snapshots", len(ids), len(ids))
         return {"snapshots": rows, "store": [{"pack": p.pack, "what": p.what} for p in problems]}
 
@@ -512,7 +521,10 @@ class Keeper:
         progress("packs", 0, 1)
         async with self._one:
             gone = await asyncio.to_thread(self._store.gc, self._live, dry_run=dry_run)
-        return {"packs": len(gone.packs), "freed_bytes": gone.freed_bytes}
+            freed = 0
+            if self._catalogue.layers is not None:
+                freed = await asyncio.to_thread(self._catalogue.layers.collect, dry_run=dry_run)
+        return {"packs": len(gone.packs), "freed_bytes": gone.freed_bytes + freed}
 
     async def pin(self, snapshot_id: str) -> dict[str, Any]:
         await self._mark(snapshot_id, PINNED)
@@ -585,12 +597,18 @@ class Keeper:
 
     async def store_stats(self) -> dict[str, Any]:
         stats = await asyncio.to_thread(self._store.stats)
+        layers = LayerStats(0, 0, 0)
+        if self._catalogue.layers is not None:
+            layers = await asyncio.to_thread(self._catalogue.layers.stats)
         return {
             "packs": stats.packs,
             "pages": stats.pages,
             "raw_bytes": stats.raw_bytes,
             "stored_bytes": stats.stored_bytes,
             "cache_bytes": stats.cache_bytes,
+            "large_files": layers.files,
+            "large_files_bytes": layers.bytes,
+            "large_files_shared_bytes": layers.shared_bytes,
             "budget_bytes": self._budget,
             "tier": self._tier.name if self._tier else "",
             "snapshots": [

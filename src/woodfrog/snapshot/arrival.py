@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 from woodfrog.criu.pagemap import INDEX, PageIndex, read_index
@@ -117,9 +118,10 @@ class Arrival:
             source, (slot, count) = item
             if self._over.is_set():
                 raise StoreError("the snapshot is not wanted any more", code="stopping")
-            if not urgent and not source.has(slot, count):
-                self._in.calm()
-            insist(lambda: source.ensure(slot, count), self._in.go_on)
+            if source.has(slot, count):
+                return
+            with nullcontext() if urgent else self._in.turn():
+                insist(lambda: source.ensure(slot, count), self._in.go_on)
 
         with ThreadPoolExecutor(PARALLEL, thread_name_prefix="arrive") as pool:
             waiting = [pool.submit(one, item) for item in todo]

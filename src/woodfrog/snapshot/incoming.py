@@ -10,9 +10,9 @@ from __future__ import annotations
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -33,7 +33,9 @@ PARALLEL = 8
 """Requests at a time, see benchmarks/README.md."""
 URGENT = 4
 """Of their own, for pages that a process waits for."""
-PIECE = 4 << 20
+BESIDE = 2
+"""Requests of the background while a process waits."""
+PIECE = 2 << 20
 """Bytes of content asked for at once in the background: large enough that a request's latency costs little, small
 enough that who waits for another page is not held up for long."""
 _MAX_FRAME = 4 << 20
@@ -283,7 +285,7 @@ class Incoming:
         self._origins: dict[str, Origin] = {}
         self._later: list[tuple[Source, int, int, Callable[[bool], None]]] = []
         self._urgent = ThreadPoolExecutor(URGENT, thread_name_prefix="urgent")
-        self._hurry = 0
+        self._hurry = self._turns = 0
         self._idle = threading.Condition()
 
     def source(self, pack: str, origin: Origin) -> Source:
@@ -386,10 +388,19 @@ class Incoming:
                 self._idle.notify_all()
         answer(here)
 
-    def calm(self) -> None:
-        """Wait, for the background, until nobody waits for a page; not for ever, though."""
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """One request of the background: most of them wait while somebody waits for a page, but not all, or a process
+        that goes through its memory would have to ask for each part of it."""
         with self._idle:
-            self._idle.wait_for(lambda: not self._hurry, timeout=2.0)
+            self._idle.wait_for(lambda: not self._hurry or self._turns < BESIDE)
+            self._turns += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._turns -= 1
+                self._idle.notify_all()
 
     def came(self, source: Source) -> None:
         """Pages came."""

@@ -4,6 +4,7 @@ In a tier:
 
     packs[-<key>]/<2>/<id>.names, .pages | .delta     a pack of the page store, cold form each; encrypted with that key
     packs[-<key>]/<2>/<id>.frames             where the frames of its .pages lie; a hint, as it is not trusted
+    chunks[-<key>]/<2>/<name>                 a part of a large file of some layer, see store/chunks.py
     snapshots/<id>/images, fs, shm            CRIU's images and the file layers, cold form of trees
     snapshots/<id>/packs.json                 where its packs are and in which form; a hint, not trusted
     snapshots/<id>/manifest.json, .sig        last: what is not named by it is not there
@@ -36,6 +37,7 @@ from woodfrog.snapshot.incoming import Incoming, Origin
 from woodfrog.snapshot.manifest import Manifest, SigningKey, decode, encode, external_file
 from woodfrog.snapshot.trust import TrustStore, verify_any
 from woodfrog.store.bundle import pack_tree, unpack_tree
+from woodfrog.store.chunks import Chunks, Large
 from woodfrog.store.cold import (
     HEADER,
     Key,
@@ -61,7 +63,8 @@ _ID = re.compile(r"[sz]-[0-9a-f]{12}\Z")
 _PACK = re.compile(r"[0-9a-f]{64}\Z")
 _PLACE = re.compile(r"packs(-[0-9a-f]{16})?\Z")
 _EXPORT = re.compile(
-    r"(packs(-[0-9a-f]{16})?/[0-9a-f]{2}/[0-9a-f]{64}\.(names|pages|delta|frames)|(snapshots|by-key)/[A-Za-z0-9_./-]+)\Z"
+    r"(packs(-[0-9a-f]{16})?/[0-9a-f]{2}/[0-9a-f]{64}\.(names|pages|delta|frames)"
+    r"|chunks(-[0-9a-f]{16})?/[0-9a-f]{2}/[0-9a-f]{64}|(snapshots|by-key)/[A-Za-z0-9_./-]+)\Z"
 )
 _TREES = ("images", "fs", "shm")
 _PARALLEL = 4
@@ -184,7 +187,10 @@ class Transport:
                 prefix = f"snapshots/{snapshot_id}"
                 for part, folder in zip(_TREES, (manifest.images, "fs", "shm"), strict=True):
                     self._go_on()
-                    pack_tree(opened.path / folder, room / part, key=self._key)
+                    # Images are different in each snapshot, and small once memory is packed.
+                    large = None if part == "images" else Chunks(tier, self._key).send
+                    pack_tree(opened.path / folder, room / part, key=self._key, send=large)
+                    fault("push.tree")
                     tier.put(f"{prefix}/{part}", room / part)
                 tier.put(f"{prefix}/packs.json", json.dumps({"place": self._place, "packs": kinds}).encode())
                 fault("push.files")
@@ -348,13 +354,34 @@ class Transport:
         try:
             remove_tree(staging.images)
             for part, folder in folders.items():
-                unpack_tree(room / part, staging.path / folder, key=self._key, devices=True)
+                bring = self._bring_large(tier, manifest, folder) if part != "images" else None
+                unpack_tree(room / part, staging.path / folder, key=self._key, devices=True, bring=bring)
+                fault("pull.tree")
             if found := working_set.result():
                 (staging.path / WORKING_SET).write_bytes(found)
         except BaseException:
             self._catalogue.abandon(staging)
             raise
         return staging
+
+    def _bring_large(self, tier: Tier, manifest: Manifest, folder: str) -> Callable[[str, Large, int], None]:
+        """Brings large files of a layer, each no larger than the manifest says."""
+        known = {f.path: f for f in manifest.files}
+        chunks = Chunks(tier, self._key)
+        layers = self._catalogue.layers
+
+        def bring(name: str, large: Large, fd: int) -> None:
+            self._go_on()
+            entry = known.get(f"{folder}/{name}")
+            if entry is not None and layers is not None and layers.copy(entry.sha256, entry.size, fd):
+                return
+            if entry is None or entry.size != large.size:
+                raise IntegrityError(
+                    f"snapshot {manifest.id} in {tier.name}: {folder}/{name} is not as it was signed", code="altered"
+                )
+            chunks.bring(large, fd)
+
+        return bring
 
     def _sealed(self, data: bytes) -> bytes:
         """Digests of small files, names and addresses tell something, too."""

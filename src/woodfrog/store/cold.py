@@ -158,6 +158,11 @@ class Key:
         material = HKDF(SHA256(), 39, salt, b"woodfrog cold form 1").derive(self._secret)
         return AESGCM(material[:32]), material[32:]
 
+    def name(self, data: bytes) -> str:
+        """A name for some content, 64 hex digits, that only the holder of the key can find."""
+        secret = HKDF(SHA256(), 32, None, b"woodfrog names").derive(self._secret)
+        return blake3.blake3(data, key=secret).hexdigest()
+
     def __repr__(self) -> str:
         return f"Key({self.id[:16]})"
 
