@@ -4,10 +4,10 @@
     python benchmarks/tier.py --mb-s 200 --latency-ms 5        # another line
     python benchmarks/tier.py --workload arrays --rounds 1     # briefly
 
-Writes benchmarks/results/tier.json. The bucket is a real S3-compatible server (moto) on this machine, behind a relay
-that all connections share: so many bytes a second together, so many milliseconds before each answer. Arms, in turn in
-each round: a cold start; the snapshot fetched whole first; read-through. Then the same line without woodfrog's daemon:
-how many requests at a time fill it.
+Writes benchmarks/results/tier.json. The bucket is a directory behind as much of S3 as reading takes, on this machine:
+all answers share so many bytes a second, each comes so many milliseconds late. Arms, in turn in each round: a cold
+start; the snapshot fetched whole first; read-through. Then the same line without woodfrog's daemon: how many requests at
+a time fill it.
 """
 
 from __future__ import annotations
@@ -15,24 +15,23 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import socket
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from common import Daemon, console, has, machine, number, program, save, summary, table, wait_until
 
 from woodfrog.settings import load
 from woodfrog.snapshot.incoming import PIECE
-from woodfrog.store.tiers import ObjectTier, open_tier
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from woodfrog.store.tiers import open_tier
 
 ARMS = ("cold", "whole", "through")
 TITLES = {"cold": "cold start", "whole": "all of it first", "through": "read-through"}
@@ -43,63 +42,104 @@ CHUNK = 1 << 16
 
 
 class Line:
-    """A relay to `upstream`: all answers share `rate` bytes a second, each comes `latency_s` late."""
+    """As much of S3 as reading a bucket takes, from a directory, over a line that all answers share.
 
-    def __init__(self, upstream: str, rate: float, latency_s: float) -> None:
-        parts = urlsplit(upstream)
-        self._upstream = (str(parts.hostname), int(parts.port or 80))
-        self._rate, self._latency_s = rate, latency_s
+    Args:
+        rate: bytes a second, of all answers together.
+        latency_s: before each answer.
+    """
+
+    def __init__(self, root: Path, rate: float, latency_s: float) -> None:
+        self.root, self._rate, self._latency_s = root, rate, latency_s
         self._free = 0.0
         self._mutex = threading.Lock()
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.bytes = 0
-        threading.Thread(target=self._serve, daemon=True).start()
+        line = self
 
-    def _serve(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(self._upstream)
-                asked = threading.Event()
-                threading.Thread(target=self._ask, args=(client, server, asked), daemon=True).start()
-                threading.Thread(target=self._answer, args=(server, client, asked), daemon=True).start()
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
 
-    @staticmethod
-    def _ask(client: socket.socket, server: socket.socket, asked: threading.Event) -> None:
-        with suppress(OSError):
-            while data := client.recv(CHUNK):
-                asked.set()
-                server.sendall(data)
-            server.shutdown(socket.SHUT_WR)
+            def do_GET(self) -> None:
+                line.answer(self, self.command == "HEAD")
 
-    def _answer(self, server: socket.socket, client: socket.socket, asked: threading.Event) -> None:
+            do_HEAD = do_GET
+
+            def log_message(self, format: str, *args: Any) -> None:
+                """Nobody reads it."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.environment = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._server.server_port}",
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "any",
+            "AWS_SECRET_ACCESS_KEY": "any",
+        }
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def answer(self, request: BaseHTTPRequestHandler, head: bool) -> None:
+        time.sleep(self._latency_s)
+        parts = urlsplit(request.path)
+        path = self.root / unquote(parts.path).removeprefix(f"/{BUCKET}").strip("/")
+        if "list-type" in parts.query:
+            self._list(request, parse_qs(parts.query).get("prefix", [""])[0])
+            return
+        if not path.is_file():
+            self._say(request, 404, b"<Error><Code>NoSuchKey</Code></Error>", {}, head)
+            return
+        size = path.stat().st_size
+        headers = {"ETag": f'"{path.stat().st_ino}"', "Last-Modified": formatdate(path.stat().st_mtime, usegmt=True)}
+        begin, end, status = 0, size, 200
+        if asked := request.headers.get("Range"):
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            begin, end, status = int(first), min(size, int(last or size) + 1), 206
+            if begin >= size:
+                self._say(request, 416, b"", {}, head)
+                return
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
+        with path.open("rb") as file:
+            file.seek(begin)
+            self._say(request, status, file.read(end - begin) if not head else b"", headers, head, end - begin)
+
+    def _say(
+        self,
+        request: BaseHTTPRequestHandler,
+        status: int,
+        data: bytes,
+        headers: dict[str, str],
+        head: bool,
+        length: int | None = None,
+    ) -> None:
+        request.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(data) if length is None else length)}.items():
+            request.send_header(name, value)
+        request.end_headers()
         with suppress(OSError):
-            while data := server.recv(CHUNK):
-                if asked.is_set():  # the first bytes of an answer
-                    asked.clear()
-                    time.sleep(self._latency_s)
+            for at in range(0, 0 if head else len(data), CHUNK):
+                part = data[at : at + CHUNK]
                 with self._mutex:
                     now = time.monotonic()
-                    self._free = max(self._free, now) + len(data) / self._rate
+                    self._free = max(self._free, now) + len(part) / self._rate
                     wait = self._free - now
-                    self.bytes += len(data)
+                    self.bytes += len(part)
                 if wait > 0.002:
                     time.sleep(wait)
-                client.sendall(data)
-            client.shutdown(socket.SHUT_WR)
+                request.wfile.write(part)
+
+    def _list(self, request: BaseHTTPRequestHandler, prefix: str) -> None:
+        found = sorted(str(p.relative_to(self.root)) for p in self.root.rglob("*") if p.is_file())
+        rows = "".join(
+            f"<Contents><Key>{key}</Key><Size>{(self.root / key).stat().st_size}</Size><ETag>x</ETag>"
+            "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
+            for key in found
+            if key.startswith(prefix) and not key.startswith(".")
+        )
+        text = f"<ListBucketResult><IsTruncated>false</IsTruncated><KeyCount>1</KeyCount>{rows}</ListBucketResult>"
+        self._say(request, 200, text.encode(), {}, False)
 
     def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-
-
-@contextmanager
-def bucket() -> Iterator[Any]:
-    from s3_server import s3_server
-
-    with s3_server() as server:
-        server.make_bucket(BUCKET)
-        yield server
+        self._server.shutdown()
 
 
 def stored(daemon: Daemon) -> list[dict[str, Any]]:
@@ -107,12 +147,10 @@ def stored(daemon: Daemon) -> list[dict[str, Any]]:
     return rows
 
 
-def make(server: Any, workload: str, keys: Path) -> tuple[dict[str, Any], list[Any]]:
+def make(root: Path, workload: str, keys: Path) -> tuple[dict[str, Any], list[Any]]:
     """Have a snapshot in the bucket, with its working set; its row, and the right answers."""
     tag, _ = WORKLOADS[workload]
-    daemon = Daemon(tier=f"s3://{BUCKET}/p", zygotes=0)
-    daemon.env.update(server.environment)
-    with daemon:
+    with Daemon(tier=str(root), zygotes=0) as daemon:
         daemon.deploy("demo", program("starts"), [tag], scaledown_window=60.0)
         time.sleep(0.5)
         right = [daemon.call("demo", f"{tag}.run", request) for request in (0, 1)]
@@ -121,16 +159,14 @@ def make(server: Any, workload: str, keys: Path) -> tuple[dict[str, Any], list[A
         return next(r for r in stored(daemon) if r["pushed"]), right
 
 
-def answer(
-    line: Line, environment: dict[str, str], workload: str, arm: str, keys: Path, right: list[Any]
-) -> dict[str, Any]:
+def answer(line: Line, workload: str, arm: str, keys: Path, right: list[Any]) -> dict[str, Any]:
     """A new machine's first answer."""
     tag, _ = WORKLOADS[workload]
     settings: dict[str, Any] = {"zygotes": 0, "read_through": int(arm == "through")}
     if arm != "cold":
-        settings["tier"] = f"s3://{BUCKET}/p"
+        settings["tier"] = f"s3://{BUCKET}"
     daemon = Daemon(**settings)
-    daemon.env.update({**environment, "AWS_ENDPOINT_URL": line.url})
+    daemon.env.update(line.environment)
     shutil.copytree(keys, daemon.home / "keys")
     with daemon:
         daemon.deploy("demo", program("starts"), [tag], scaledown_window=120.0)
@@ -155,12 +191,11 @@ def answer(
         return result
 
 
-def fill(line: Line, environment: dict[str, str], total: int) -> dict[str, Any]:
+def fill(line: Line, total: int) -> dict[str, Any]:
     """How fast an object comes in ranges of one piece, so many at a time."""
-    os.environ.update({**environment, "AWS_ENDPOINT_URL": line.url})
-    tier = open_tier(f"s3://{BUCKET}/q")
-    assert isinstance(tier, ObjectTier)
-    tier.put("object", os.urandom(total))
+    os.environ.update(line.environment)
+    tier = open_tier(f"s3://{BUCKET}")
+    (line.root / "object").write_bytes(os.urandom(total))
     found = {}
     for at_once in AT_ONCE:
         ranges = [(at, min(at + PIECE, total)) for at in range(0, total, PIECE)]
@@ -184,29 +219,26 @@ def main() -> int:
     parser.add_argument("--fill-mb", type=int, default=64, help="size of the object for the second table")
     parser.add_argument("--json", default=None, help="where to write the results")
     options = parser.parse_args()
-    missing = [m for m in (*WORKLOADS[options.workload][1], "obstore", "moto") if not has(m)]
+    missing = [m for m in (*WORKLOADS[options.workload][1], "obstore") if not has(m)]
     if missing:
         raise SystemExit(f"{missing[0]} is not installed")
     facts = machine(load())
-    keys = Path(f"/var/tmp/wfb-keys-{os.getpid()}")
+    place = Path(tempfile.mkdtemp(prefix="wfb-", dir="/var/tmp"))
+    root, keys = place / "bucket", place / "keys"
     try:
-        with bucket() as server:
-            made, right = make(server, options.workload, keys)
-            line = Line(server.endpoint, options.mb_s * 1e6, options.latency_ms / 1e3)
-            fast = Line(server.endpoint, 1e12, options.latency_ms / 1e3)
-            rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-            for _ in range(options.rounds):
-                for arm in ARMS:
-                    rows[arm].append(answer(line, server.environment, options.workload, arm, keys, right))
-                    console.print(f"[dim]{arm}: {rows[arm][-1]}")
-            parallel = {
-                "line": fill(line, server.environment, options.fill_mb << 20),
-                "latency alone": fill(fast, server.environment, options.fill_mb << 20),
-            }
-            line.close()
-            fast.close()
+        made, right = make(root, options.workload, keys)
+        line = Line(root, options.mb_s * 1e6, options.latency_ms / 1e3)
+        rows: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+        for _ in range(options.rounds):
+            for arm in ARMS:
+                rows[arm].append(answer(line, options.workload, arm, keys, right))
+                console.print(f"[dim]{arm}: {rows[arm][-1]}")
+        fast = Line(root, 1e12, options.latency_ms / 1e3)
+        parallel = {"this line": fill(line, options.fill_mb << 20), "latency alone": fill(fast, options.fill_mb << 20)}
+        line.close()
+        fast.close()
     finally:
-        shutil.rmtree(keys, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
     arms = {arm: {key: summary([r[key] for r in found]) for key in found[0]} for arm, found in rows.items()}
     result = {
         "machine": facts,
