@@ -6,7 +6,7 @@
 
 Writes benchmarks/results/tier.json. The bucket is a directory behind as much of S3 as reading takes, on this machine:
 all answers share so many bytes a second, each comes so many milliseconds late. Arms, in turn in each round: a cold
-start; the snapshot fetched whole first; read-through. Then the same line without woodfrog's daemon: how many requests at
+start; the snapshot fetched whole first; read-through. Then the same line without the daemon: how many requests at
 a time fill it.
 """
 

@@ -1,4 +1,4 @@
-"""Large files of file layers: kept once here, sent once to a tier, and exactly what they were wherever they come back."""
+"""Large files of file layers: kept once here, sent once to a tier, and what they were wherever they come back."""
 
 from __future__ import annotations
 
