@@ -103,10 +103,10 @@ def test_a_machine_that_never_saw_it_thaws_it_from_the_tier(place: Path) -> None
         second.stop()
         second.start()
         assert second.call("held", "Holder.look", at=5) == right
-        assert second.snapshots("held") == [snapshot]
         (row,) = second.json("container", "list")
         phases = [p["name"] for p in second.json("container", "inspect", row["id"])["phases"]]
         assert "fetch" in phases and "boot" not in phases
+        until(lambda: second.snapshots("held") == [snapshot], 60)  # it was thawed before all of it was here
 
         # the same on a machine that forgot everything but its keys, as after a reboot
         until(lambda: idle(second), 60)
@@ -114,7 +114,7 @@ def test_a_machine_that_never_saw_it_thaws_it_from_the_tier(place: Path) -> None
         shutil.rmtree(second.settings.kdat_dir.parent / "hot")
         second.start()
         assert second.call("held", "Holder.look", at=6)[1:] == right[1:]
-        assert second.snapshots("held") == [snapshot]
+        until(lambda: second.snapshots("held") == [snapshot], 60)  # it was thawed before all of it was here
 
         for daemon in (first, second):
             for found in [*daemon.home.rglob("*"), *(place / "tier").rglob("*")]:

@@ -138,11 +138,15 @@ class Source:
             decode_file(cold, plain, key=self._in.key)
         finally:
             cold.unlink(missing_ok=True)
+        if self._delta_file is not None:  # of an attempt before
+            self._delta_file.unlink(missing_ok=True)
         self._delta_file = plain
         delta = read_delta(plain)
         if delta.pages != self.partial.pages:
             raise IntegrityError(f"the pack {self.pack[:12]}…: names and delta differ", code="altered", pack=self.pack)
-        self._bases = {base: self._in.base(self, base) for base in delta.bases}
+        for base in delta.bases:
+            if base not in self._bases:
+                self._bases[base] = self._in.base(self, base)
         at = 0
         for pages, _, _ in delta.frames:
             self._firsts.append(at)
@@ -321,12 +325,11 @@ class Incoming:
 
     def base(self, delta: Source, pack: str) -> Source | None:
         """What a delta rests on; released with the delta's arrival."""
-        with self._mutex:
-            if pack not in self._sources and self.store.has(pack):
-                return None
-            origin = self._origins.get(pack)
-            if origin is None or origin.kind != "pages":
-                raise IntegrityError(f"the pack {delta.pack[:12]}… rests on one that is not there", code="altered")
+        if pack not in self._sources and self.store.has(pack):
+            return None
+        origin = self._origins.get(pack)
+        if origin is None or origin.kind != "pages":
+            raise IntegrityError(f"the pack {delta.pack[:12]}… rests on one that is not there", code="altered")
         return self.source(pack, origin)
 
     def release(self, sources: Iterable[Source]) -> None:

@@ -9,6 +9,7 @@ name here that no snapshot shares any more goes with the next collection.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -81,7 +82,12 @@ class LayerFiles:
             OSError: the disk fails. Each name is what it was or what it is to be.
         """
         taken: set[Path] = set()
-        return sum(self._share(path, sha256, stamp, taken) for path, sha256, stamp in files)
+        try:
+            return sum(self._share(path, sha256, stamp, taken) for path, sha256, stamp in files)
+        except OSError as e:
+            if e.errno not in (errno.EPERM, errno.EMLINK, errno.EXDEV, errno.EOPNOTSUPP):
+                raise
+            return 0  # there can be no second names here: each stays what it is
 
     def _share(self, path: Path, sha256: str, stamp: Stamp, taken: set[Path]) -> bool:
         info = os.lstat(path)
