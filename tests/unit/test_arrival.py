@@ -27,6 +27,7 @@ from woodfrog.snapshot.manifest import FORMAT, Manifest
 from woodfrog.snapshot.packing import prepare
 from woodfrog.snapshot.trust import public_text
 from woodfrog.store.cold import Key
+from woodfrog.store.partial import PresentMap
 from woodfrog.store.tiers import DirectoryTier
 
 PAGE = 4096
@@ -494,6 +495,18 @@ def test_one_that_waits_too_long_is_told_so_and_nobody_begins_the_same(
         faulty.released.set()
         await until(lambda: there.catalogue.form(A) == "packed" and settled(keeper))
         await keeper.fetch(A)
+        await keeper.close()
+
+    asyncio.run(main())
+
+
+def test_where_no_more_can_come_by_page_it_comes_whole(there: Machine, tier: DirectoryTier) -> None:
+    async def main() -> None:
+        there.transport.incoming.present = PresentMap(10)
+        keeper = keeping(there, tier)
+        await keeper.fetch(A)
+        assert there.catalogue.form(A) == "packed" and not keeper._arrivals
+        assert there.store.verify() == [] and not list(there.store.folder.tmp.iterdir())
         await keeper.close()
 
     asyncio.run(main())

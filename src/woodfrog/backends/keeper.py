@@ -327,10 +327,15 @@ class Keeper:
         if self._closing:
             raise StoreError("the daemon is stopping", code="stopping")
         if self._read_through and snapshot_id not in self._whole_first:
-            arrival = await asyncio.to_thread(self._transport.arrive, snapshot_id, tier, function_key=function_key)
-            self._arrivals[snapshot_id] = arrival
-            self._spawn(self._rest(snapshot_id, arrival, tier))
-            return arrival.manifest
+            try:
+                arrival = await asyncio.to_thread(self._transport.arrive, snapshot_id, tier, function_key=function_key)
+            except StoreError as e:
+                if e.code != "map-full":
+                    raise
+            else:
+                self._arrivals[snapshot_id] = arrival
+                self._spawn(self._rest(snapshot_id, arrival, tier))
+                return arrival.manifest
         manifest = await asyncio.to_thread(self._transport.pull, snapshot_id, tier, function_key=function_key)
         await self._pulled(snapshot_id, tier)
         return manifest
