@@ -155,6 +155,31 @@ def soak(result: dict[str, Any]) -> str:
     )
 
 
+def tier(result: dict[str, Any]) -> str:
+    arms, parallel = result["arms"], result["parallel_mb_s"]
+    titles = {"cold": "cold start", "whole": "all of it first", "through": "read-through"}
+    lines = [
+        [
+            titles[arm],
+            three(values["first_ms"]),
+            f"{values['first_mb']['median']:.0f}",
+            three(values["second_ms"]),
+            three(values["whole_ms"]) if "whole_ms" in values else "",
+        ]
+        for arm, values in arms.items()
+    ]
+    first = rows(["minimum / median / p95", "first answer, ms", "MB by then", "second, ms", "all here, ms"], lines)
+    requests = next(iter(parallel.values()))
+    many = [[n, *(f"{column[n]['median']:.0f}" for column in parallel.values())] for n in requests]
+    return (
+        facts(result)
+        + f"{result['raw_bytes'] / 1e6:.0f} MB of memory, {result['mb_s']:.0f} MB/s, {result['latency_ms']:.0f} ms:\n\n"
+        + first
+        + "\nMB/s of ranges of 2 MiB, so many requests at a time:\n\n"
+        + rows(["requests", *parallel], many)
+    )
+
+
 def main() -> int:
     readme = HERE / "README.md"
     text = readme.read_text()
@@ -167,6 +192,7 @@ def main() -> int:
         "soak": soak,
         "bitflips": bitflips,
         "kills": kills,
+        "tier": tier,
     }
     for name, render in parts.items():
         path = HERE / "results" / f"{name}.json"

@@ -12,7 +12,8 @@
  *
  * These threads go before all others of the machine: none of them may wait for a process or for a disk. What cannot be
  * done now (the kernel says EAGAIN while a process changes its memory) is kept and tried again a millisecond later. What
- * is not in the page cache is read by ordinary threads, the readers; when they have it, it is tried again.
+ * is not in the page cache is read by ordinary threads, the readers; when they have it, it is tried again. What is not
+ * on this machine yet is asked of the daemon, who says when it is: a map tells which pages of a file are there.
  *
  * Pages go through a small buffer: what lies side by side in a process is copied in at once, from however many files it
  * comes. And a page file that is cut short gives an error, where a mapped one would end this program.
@@ -77,11 +78,12 @@
 
 /* ---- what goes over the control socket; native byte order, both ends are this machine ---- */
 
-enum { CMD_RESTORE = 1, CMD_DROP = 2, CMD_WORKING_SET = 3, CMD_DRAIN = 4, CMD_PUSH = 5 };
+enum { CMD_RESTORE = 1, CMD_DROP = 2, CMD_WORKING_SET = 3, CMD_DRAIN = 4, CMD_PUSH = 5, CMD_HAVE = 6 };
 enum {
 	WITH_SET = 1,   /* there is a working set */
 	PARKED = 2,     /* nothing is pushed or filled in before CMD_PUSH: a process that may never be woken */
 	EVERYTHING = 4, /* push all there is, then let go */
+	WITH_MAP = 8,   /* some of the files are still to come */
 };
 enum {
 	MSG_HOLD = 1,        /* a userfaultfd to keep open; a = number of the address space */
@@ -91,14 +93,16 @@ enum {
 	MSG_FAILED = 5,      /* this restore cannot go on; a = errno, b = step, c = 1: no more memory for the process */
 	MSG_STATS = 6,       /* answer to DROP: a = pages pushed, b = demand faults, c = pages by demand */
 	MSG_HELD = 7,        /* the processes are about to run, and a copy of every descriptor was sent; a = how many */
+	MSG_NEED = 8,        /* pages that are not here: a = place in the map, b = how many, c = 1: somebody waits for them */
 };
 
 struct command {
 	uint32_t op, id;
-	uint32_t fds;        /* descriptors with it: listening socket, index, working set, then the index's files in order */
-	uint32_t around;     /* bytes served around a fault, a power of two */
-	uint32_t drain_ms;   /* fill in the rest so long after the start; 0xffffffff = never */
-	uint32_t flags;
+	/* Descriptors with it: listening socket, index, working set, map and places, then the index's files in order. */
+	uint32_t fds;
+	uint32_t around;     /* bytes served around a fault, a power of two; HAVE: place in the map */
+	uint32_t drain_ms;   /* fill in the rest so long after the start; 0xffffffff = never; HAVE: how many pages */
+	uint32_t flags;      /* HAVE: errno, or 0 */
 };
 
 struct message {
@@ -119,6 +123,8 @@ struct file {
 	dev_t dev;
 	ino_t ino;
 	uint64_t length;
+	const uint8_t *present; /* a byte for each page, not 0 when it is here; NULL = all are */
+	uint64_t place;         /* of its first page in the map */
 	int fd, users;
 	bool in_memory; /* there is nothing to wait for */
 	bool tells;     /* its file system says when it would have to wait; if not, the faults of others may wait, too */
@@ -133,7 +139,7 @@ struct reading {
 	struct thread *thread; /* is told when they are there; NULL = nobody waits for it */
 	uint64_t offset, length;
 	int users, error;
-	bool done;
+	bool done, asked; /* asked: a process waits */
 };
 
 struct extent {
@@ -301,11 +307,51 @@ static bool say(uint32_t op, uint32_t id, uint64_t a, uint64_t b, uint64_t c, in
 
 /* ---- the page files: open once for all restores ---- */
 
-static struct file *file_open(int fd)
+#define HERE UINT64_MAX /* a place: the file is whole */
+
+/* What tells which pages are here; the daemon writes it. One for all, and never unmapped: files point into it. */
+static struct { dev_t dev; ino_t ino; uint64_t length; const uint8_t *bytes; } map;
+
+static bool map_open(int fd)
+{
+	struct stat info;
+	if (fstat(fd, &info) || !S_ISREG(info.st_mode))
+		return false;
+	if (map.bytes)
+		return map.dev == info.st_dev && map.ino == info.st_ino;
+	int seals = fcntl(fd, F_GET_SEALS); /* it must not become shorter under our feet */
+	if (seals < 0 || !(seals & F_SEAL_SHRINK) || info.st_size <= 0)
+		return false;
+	void *bytes = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_SHARED, fd, 0);
+	if (bytes == MAP_FAILED)
+		return false;
+	map.dev = info.st_dev;
+	map.ino = info.st_ino;
+	map.length = (uint64_t)info.st_size;
+	map.bytes = bytes;
+	return true;
+}
+
+/* How many bytes from `offset` on are here, at most `length`; both are multiples of a page. */
+static uint64_t file_has(const struct file *file, uint64_t offset, uint64_t length)
+{
+	uint64_t has = 0;
+	if (!file->present)
+		return length;
+	/* What the daemon wrote before it set the byte is there for who sees it set. */
+	while (has < length && __atomic_load_n(&file->present[(offset + has) / PAGE], __ATOMIC_ACQUIRE))
+		has += PAGE;
+	return has < length ? has : length;
+}
+
+static struct file *file_open(int fd, uint64_t place)
 {
 	struct stat info;
 	struct statfs system;
 	if (fstat(fd, &info) || !S_ISREG(info.st_mode) || fstatfs(fd, &system))
+		return NULL;
+	uint64_t pages = ((uint64_t)info.st_size + PAGE - 1) / PAGE;
+	if (place != HERE && (!map.bytes || place > map.length || pages > map.length - place))
 		return NULL;
 	pthread_mutex_lock(&files_lock);
 	struct file *file = files;
@@ -318,6 +364,8 @@ static struct file *file_open(int fd)
 		file->dev = info.st_dev;
 		file->ino = info.st_ino;
 		file->length = (uint64_t)info.st_size;
+		file->present = place == HERE ? NULL : map.bytes + place;
+		file->place = place;
 		file->fd = copy;
 		file->in_memory = system.f_type == TMPFS_MAGIC;
 		file->tells = preadv2(fd, &part, 1, 0, RWF_NOWAIT) >= 0 || errno != EOPNOTSUPP;
@@ -361,6 +409,7 @@ static void file_close(struct file *file)
 static pthread_mutex_t readers_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t urgent_wake = PTHREAD_COND_INITIALIZER, later_wake = PTHREAD_COND_INITIALIZER;
 static struct { struct reading *first, **last; } urgent = { NULL, &urgent.first }, later = { NULL, &later.first };
+static struct reading *absent; /* these wait for the daemon */
 
 static void wake(struct thread *thread)
 {
@@ -378,7 +427,7 @@ static void reading_put(struct reading *reading)
 }
 
 /* NULL: no memory. With a thread, somebody waits for it: it goes first, and is the caller's to put. */
-static struct reading *reading_start(struct restore *restore, struct span span, struct thread *thread)
+static struct reading *reading_start(struct restore *restore, struct span span, struct thread *thread, bool asked)
 {
 	struct reading *reading = calloc(1, sizeof *reading);
 	if (!reading)
@@ -388,6 +437,7 @@ static struct reading *reading_start(struct restore *restore, struct span span, 
 	reading->length = span.length;
 	reading->restore = restore;
 	reading->thread = thread;
+	reading->asked = asked;
 	reading->users = thread ? 2 : 1;
 	pthread_mutex_lock(&readers_lock);
 	if (thread) {
@@ -408,7 +458,7 @@ static bool reading_done(const struct reading *reading)
 	return !reading || __atomic_load_n(&reading->done, __ATOMIC_ACQUIRE);
 }
 
-/* Forget what was only to be read ahead for a restore. */
+/* Forget what was only to be read ahead for a restore, and what is not here. */
 static void readings_forget(const struct restore *restore)
 {
 	struct reading *dropped = NULL;
@@ -426,11 +476,84 @@ static void readings_forget(const struct restore *restore)
 		reading = next;
 	}
 	*later.last = NULL;
+	for (struct reading **at = &absent; *at;) {
+		struct reading *reading = *at;
+		if (reading->restore == restore) {
+			*at = reading->next;
+			reading->next = dropped;
+			dropped = reading;
+		} else
+			at = &reading->next;
+	}
 	pthread_mutex_unlock(&readers_lock);
 	while (dropped) {
 		struct reading *next = dropped->next;
 		reading_put(dropped);
 		dropped = next;
+	}
+}
+
+static void reading_over(struct reading *reading)
+{
+	struct thread *thread = reading->thread;
+	__atomic_store_n(&reading->done, true, __ATOMIC_RELEASE);
+	reading_put(reading);
+	if (thread)
+		wake(thread);
+}
+
+/* Whether a reading cannot be done now: then the daemon is asked, and it is taken up again when it has answered. */
+static bool reading_lacks(struct reading *reading)
+{
+	if (file_has(reading->file, reading->offset, reading->length) == reading->length)
+		return false;
+	if (!reading->thread) {
+		reading_put(reading); /* to read ahead what may never be asked for is the daemon's matter */
+		return true;
+	}
+	uint64_t place = reading->file->place + reading->offset / PAGE, pages = reading->length / PAGE;
+	bool asked = reading->asked;
+	pthread_mutex_lock(&readers_lock);
+	/* Once more, and with the lock: an answer that comes now finds it. */
+	bool lacks = file_has(reading->file, reading->offset, reading->length) != reading->length;
+	if (lacks) {
+		reading->next = absent;
+		absent = reading;
+	}
+	pthread_mutex_unlock(&readers_lock);
+	if (lacks)
+		say(MSG_NEED, 0, place, pages, asked, -1);
+	return lacks;
+}
+
+/* The daemon's answer: these pages are here, or cannot be had. */
+static void readings_have(uint64_t place, uint64_t pages, int error)
+{
+	struct reading *over = NULL;
+	pthread_mutex_lock(&readers_lock);
+	for (struct reading **at = &absent; *at;) {
+		struct reading *reading = *at;
+		uint64_t from = reading->file->place + reading->offset / PAGE, to = from + reading->length / PAGE;
+		if (error && from < place + pages && place < to) {
+			*at = reading->next;
+			reading->error = error;
+			reading->next = over;
+			over = reading;
+		} else if (!error && file_has(reading->file, reading->offset, reading->length) == reading->length) {
+			*at = reading->next;
+			reading->next = NULL;
+			*urgent.last = reading;
+			urgent.last = &reading->next;
+			pthread_cond_signal(&urgent_wake);
+			pthread_cond_signal(&later_wake);
+		} else
+			at = &reading->next;
+	}
+	pthread_mutex_unlock(&readers_lock);
+	while (over) {
+		struct reading *next = over->next;
+		reading_over(over);
+		over = next;
 	}
 }
 
@@ -482,12 +605,11 @@ static void *reader(void *argument)
 				later.last = &later.first;
 		}
 		pthread_mutex_unlock(&readers_lock);
+		reading->next = NULL;
+		if (reading_lacks(reading))
+			continue;
 		read_in(reading, scratches[number]);
-		struct thread *thread = reading->thread;
-		__atomic_store_n(&reading->done, true, __ATOMIC_RELEASE);
-		reading_put(reading);
-		if (thread)
-			wake(thread);
+		reading_over(reading);
 	}
 	return NULL;
 }
@@ -533,7 +655,7 @@ static void read_ahead(struct restore *restore, const struct span *spans, size_t
 		}
 		for (uint64_t at = 0; at < together.length && !together.file->in_memory; at += READ_LENGTH) {
 			uint64_t length = together.length - at < READ_LENGTH ? together.length - at : READ_LENGTH;
-			reading_start(restore, (struct span){ together.file, together.offset + at, length }, NULL);
+			reading_start(restore, (struct span){ together.file, together.offset + at, length }, NULL, false);
 		}
 		if (next)
 			together = *next;
@@ -797,10 +919,10 @@ static enum outcome install(struct space *space, const struct batch *batch, uint
 	return DONE;
 }
 
-/* Read pages without waiting for the disk; `pages` becomes how many there were. */
+/* Read pages without waiting for the disk, or for what is still to come; `pages` becomes how many there were. */
 static enum outcome fetch(struct copier *copier, struct file *file, uint64_t offset, uint32_t at, uint32_t *pages)
 {
-	uint64_t done = 0, length = *pages * PAGE;
+	uint64_t done = 0, wanted = *pages * PAGE, length = file_has(file, offset, wanted);
 	while (done < length) {
 		struct iovec part = { copier->stage + at * PAGE + done, length - done };
 		ssize_t got = preadv2(file->fd, &part, 1, (off_t)(offset + done), file->tells ? RWF_NOWAIT : 0);
@@ -815,13 +937,19 @@ static enum outcome fetch(struct copier *copier, struct file *file, uint64_t off
 			done -= done % PAGE;
 			copier->file = file;
 			copier->offset = offset + done;
-			copier->length = length - done;
+			copier->length = wanted - done;
 			return COLD;
 		}
 		copier->error = got ? errno : EIO; /* the file ends early */
 		return BROKEN;
 	}
-	return DONE;
+	if (length == wanted)
+		return DONE;
+	*pages = (uint32_t)(length / PAGE);
+	copier->file = file;
+	copier->offset = offset + length;
+	copier->length = wanted - length;
+	return COLD;
 }
 
 /* Copy what is missing of [start, end) in, over all extents there. */
@@ -983,7 +1111,7 @@ static void space_fault(struct space *space, uint64_t address)
 		break;
 	case COLD: {
 		struct span span = { copier->file, copier->offset, copier->length };
-		if (!(reading = reading_start(restore, span, restore->thread))) {
+		if (!(reading = reading_start(restore, span, restore->thread, true))) {
 			restore_failed(restore, ENOMEM, 2);
 			return;
 		}
@@ -1184,7 +1312,7 @@ static void *push_part(void *argument)
 		}
 		if (outcome == COLD) {
 			struct span span = { copier->file, copier->offset, copier->length };
-			push->reading = reading_start(restore, span, restore->thread);
+			push->reading = reading_start(restore, span, restore->thread, true);
 			if (push->reading)
 				break;
 		}
@@ -1411,7 +1539,7 @@ static bool drain_sources(struct restore *restore)
 			return true;
 		case COLD: {
 			struct span span = { copier->file, copier->offset, copier->length };
-			restore->drain_reading = reading_start(restore, span, restore->thread);
+			restore->drain_reading = reading_start(restore, span, restore->thread, restore->everything);
 			return true;
 		}
 		case GONE:
@@ -1462,7 +1590,8 @@ static bool drain_step(struct space *space)
 			break;
 		case COLD: {
 			struct span span = { copier->file, copier->offset, copier->length };
-			space->restore->drain_reading = reading_start(space->restore, span, space->restore->thread);
+			struct restore *restore = space->restore;
+			restore->drain_reading = reading_start(restore, span, restore->thread, restore->everything);
 			break;
 		}
 		default:
@@ -1744,7 +1873,8 @@ static bool load_wipes(struct restore *restore, int fd, off_t at, off_t end)
 	return ok;
 }
 
-static bool load_index(struct restore *restore, int fd, const int *page_fds, uint32_t page_files)
+/* `places`: a file with the place of each of the index's files in the map; -1 = they are all whole. */
+static bool load_index(struct restore *restore, int fd, int places, const int *page_fds, uint32_t page_files)
 {
 	struct stat info;
 	struct index_head head;
@@ -1753,7 +1883,10 @@ static bool load_index(struct restore *restore, int fd, const int *page_fds, uin
 	    !(restore->files = calloc(head.files + 1, sizeof *restore->files)))
 		return false;
 	for (uint32_t i = 0; i < head.files; i++) {
-		if (!(restore->files[i] = file_open(page_fds[i])))
+		uint64_t place = HERE;
+		if (places >= 0 && !read_all(places, &place, sizeof place, (off_t)(i * sizeof place)))
+			return false;
+		if (!(restore->files[i] = file_open(page_fds[i], place)))
 			return false;
 		restore->opened++;
 	}
@@ -1850,7 +1983,8 @@ static bool load_everything(struct restore *restore)
 
 static struct restore *restore_new(const struct command *command, const int *fds, uint32_t count)
 {
-	uint32_t set = command->flags & WITH_SET, first = 2 + set;
+	bool mapped = command->flags & WITH_MAP;
+	uint32_t set = command->flags & WITH_SET, first = 2 + set + 2 * mapped;
 	uint64_t around = command->around;
 	if (count < first || around < PAGE || around > 1 << 24 || (around & (around - 1)))
 		return NULL;
@@ -1864,7 +1998,8 @@ static struct restore *restore_new(const struct command *command, const int *fds
 	restore->everything = command->flags & EVERYTHING;
 	restore->connection = -1;
 	restore->listener = fds[0];
-	if (!load_index(restore, fds[1], fds + first, count - first)) {
+	if ((mapped && !map_open(fds[2 + set])) ||
+	    !load_index(restore, fds[1], mapped ? fds[3 + set] : -1, fds + first, count - first)) {
 		restore->listener = -1; /* the caller closes what it was given */
 		restore_free(restore);
 		return NULL;
@@ -2089,6 +2224,8 @@ static void control(void)
 				post(thread, &command, restore);
 			} else
 				say(MSG_FAILED, command.id, EINVAL, 12, 0, -1);
+		} else if (whole && command.op == CMD_HAVE) {
+			readings_have(command.around, command.drain_ms, (int)command.flags);
 		} else if (whole) {
 			for (int i = 0; i < thread_count; i++)
 				post(&threads[i], &command, NULL);

@@ -58,6 +58,8 @@ class Settings:
     tier: str = ""
     """Where snapshots are kept beside this machine: `s3://bucket/prefix`, `gs://…`, `az://…`, or a directory. Each is
     copied there after it was packed; a function with none here looks for one there."""
+    read_through: bool = True
+    """Thaw a snapshot of the tier as soon as the memory that it needs first is here. Off: when all of it is."""
     encryption_key_file: str = ""
     """File (mode 0600) with a key, 32 bytes in hex or base64. With one, snapshots are on disk and in the tier only
     encrypted; those in use are in memory (tmpfs). Empty = they are not encrypted."""

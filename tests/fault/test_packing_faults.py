@@ -43,6 +43,10 @@ if what == "pack":
     old, new = prepare(catalogue, store, "s-0123456789ab", owner="me")
     catalogue.replace_images(old, new)
     store.release("me")
+elif what == "arrive":
+    arrival = transport.arrive("s-0123456789ab", DirectoryTier(Path(tier)))
+    arrival.rest()
+    arrival.finish()
 else:
     getattr(transport, what)("s-0123456789ab", DirectoryTier(Path(tier)))
 """
@@ -121,7 +125,9 @@ def test_killed_while_packing(tmp_path: Path, point: str) -> None:
 
 @pytest.mark.parametrize(
     "what, point",
-    [(p.split(".")[0], p) for p in POINTS if p.startswith(("push.", "pull."))] + [("pull", "admit.manifest")],
+    [(p.split(".")[0], p) for p in POINTS if p.startswith(("push.", "pull.", "arrive."))]
+    + [("pull", "admit.manifest"), ("arrive", "admit.manifest")]
+    + [("arrive", f"store.{p}") for p in ("leased", "durable", "pages", "names", "renamed", "entered", "listed")],
 )
 def test_killed_on_the_way(tmp_path: Path, what: str, point: str) -> None:
     """Nobody sees half a snapshot, and the next attempt succeeds."""
@@ -134,14 +140,15 @@ def test_killed_on_the_way(tmp_path: Path, what: str, point: str) -> None:
         assert run(here, tier, "push", point) == -9
         assert run(there, tier, "pull", "") == 1, "there is no manifest yet"
     assert run(here, tier, "push", "") == 0
-    if what == "pull":
-        assert run(there, tier, "pull", point) == -9
+    if what != "push":
+        assert run(there, tier, what, point) == -9
         catalogue, store = machine(there, key)
         with pytest.raises(NotFoundError):
             catalogue.get(ID)
         assert catalogue.damaged == {} and not [p for p in catalogue.root.iterdir() if p.name.startswith(".")]
+        assert store.verify() == [] and not list(store.folder.tmp.iterdir())
         store.close()
-    assert run(there, tier, "pull", "") == 0
+    assert run(there, tier, "arrive" if what == "arrive" else "pull", "") == 0
     catalogue, store = machine(there, key)
     assert read(catalogue.open_verified(ID)) == memory() and store.verify() == []
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import fcntl
 import os
 import random
 import socket
@@ -57,6 +58,10 @@ class Rig:
         )  # fmt: skip
         theirs.close()
         self.number = 1 << 20
+        self.map = os.memfd_create("map", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.truncate(self.map, 1 << 16)
+        fcntl.fcntl(self.map, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        os.pwrite(self.map, b"\1" * 40, 100)
 
     def file(self, name: str, data: bytes) -> int:
         path = self.folder / name
@@ -75,11 +80,24 @@ class Rig:
         listener.listen(1)
         return listener
 
-    def restore(self, index: bytes, files: list[bytes], working_set: bytes | None, talk: bytes, flags: int = 0) -> int:
+    def restore(
+        self,
+        index: bytes,
+        files: list[bytes],
+        working_set: bytes | None,
+        talk: bytes,
+        flags: int = 0,
+        places: bytes | None = None,
+    ) -> int:
         self.number += 1
         fds = [self.file("index", index)]
         if working_set is not None:
             fds.append(self.file("set", working_set))
+        if places is not None:
+            flags |= 8
+            # Now and then a map that might become shorter, or is none.
+            odd = len(places) % 8 == 3
+            fds += [self.file("map", places) if odd else os.dup(self.map), self.file("places", places)]
         fds += [self.file(f"pages{i}", data) for i, data in enumerate(files)]
         with self.listener() as listener:
             fds.insert(0, listener.fileno())
@@ -132,6 +150,7 @@ class Rig:
         text = self.process.stderr.read().decode(errors="replace")
         self.process.wait()
         self.ours.close()
+        os.close(self.map)
         return text
 
 
@@ -176,7 +195,7 @@ def spoiled(rng: random.Random, data: bytes) -> bytes:
     return bytes(out)
 
 
-def some(rng: random.Random) -> tuple[bytes, list[bytes], bytes | None, bytes, int]:
+def some(rng: random.Random) -> tuple[bytes, list[bytes], bytes | None, bytes, int, bytes | None]:
     tasks = []
     for _ in range(rng.randrange(4)):
         extents, at = [], 0
@@ -202,7 +221,15 @@ def some(rng: random.Random) -> tuple[bytes, list[bytes], bytes | None, bytes, i
     if rng.random() < 0.5:
         index += set_of([(rng.choice((7, 8, 9)), number(rng, 32), number(rng, 64) & ~0xFFF) for _ in range(3)])
     parked_or_everything = rng.choice((0, 0, 2, 4, 6))
-    return index if rng.random() < 0.5 else spoiled(rng, index), files, working_set, talk, parked_or_everything
+    places = b"".join(struct.pack("=Q", rng.choice((100, 0, (1 << 64) - 1, number(rng, 64)))) for _ in range(count))
+    return (
+        index if rng.random() < 0.5 else spoiled(rng, index),
+        files,
+        working_set,
+        talk,
+        parked_or_everything,
+        rng.choice((None, None, places, spoiled(rng, places))),
+    )
 
 
 GOOD = (7, [(0x1000, 2, 0, 0), (0x3000, 1, 4096, 1), (0x8000, 3, 0, 1)])
@@ -252,6 +279,8 @@ def test_files_and_words_of_criu(rig: Rig) -> None:
         last = rig.restore(*some(rng))
         if rng.random() < 0.8:
             rig.send(COMMAND.pack(rng.choice((2, 3, 4, 5)), last - rng.randrange(2), 0, 0, number(rng, 32), 0), [])
+        if rng.random() < 0.3:
+            rig.send(COMMAND.pack(6, 0, 0, number(rng, 32), number(rng, 32), rng.choice((0, 5))), [])
         if n % 50 == 49:
             rig.lives()
         rig.drain()

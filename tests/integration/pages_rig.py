@@ -10,7 +10,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from woodfrog.linux.pageserver import NEVER, PageServer, ServedPages
+from woodfrog.linux.pageserver import NEVER, PageServer, Present, ServedPages
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ("-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra")
@@ -86,10 +86,12 @@ class Victim:
         working_set: bytes | None = None,
         drain_ms: int = NEVER,
         around: int = 1 << 16,
+        present: Present | None = None,
+        files: tuple[str, ...] = ("pages0", "pages1", "pages2"),
         **more: bool,
     ) -> ServedPages:
         """Give it to the page server, and let it go."""
-        names = ("index", "pages0", "pages1", "pages2")
+        names = ("index", *files)
         fds = [os.open(self.folder / name, os.O_RDONLY) for name in names]
         if working_set is not None:
             (self.folder / "set").write_bytes(working_set)
@@ -104,6 +106,7 @@ class Victim:
                 working_set=fds[-1] if working_set is not None else None,
                 around=around,
                 drain_ms=drain_ms,
+                present=present,
                 **more,
             )
         for fd in fds:

@@ -50,6 +50,15 @@ def test_calls(tmp_path: Path) -> None:
     assert all(v["calls_per_second"] > 0 for v in result["throughput"].values())
 
 
+def test_tier(tmp_path: Path) -> None:
+    pytest.importorskip("obstore")
+    options = ("--rounds", "1", "--workload", "arrays", "--mb-s", "100", "--fill-mb", "4")
+    result = run("tier.py", tmp_path / "tier.json", *options)
+    assert set(result["arms"]) == {"cold", "whole", "through"} and result["whole_over_through"] > 0
+    assert result["arms"]["through"]["first_mb"]["median"] > 0
+    assert all(column["8"]["median"] > 0 for column in result["parallel_mb_s"].values())
+
+
 def test_soak(tmp_path: Path) -> None:
     result = run("soak.py", tmp_path / "soak.json", "--cycles", "6")
     assert (result["differences"], result["leaks"]) == ([], [])

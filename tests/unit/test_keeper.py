@@ -54,6 +54,8 @@ class Machine:
         self.transport = Transport(self.catalogue, self.store, self.signing, self.trust, home / "store" / "moving", key)
 
     def keeper(self, tier: Tier | None = None, **more: object) -> Keeper:
+        """One that fetches snapshots whole; test_arrival.py is about the other."""
+        more.setdefault("read_through", False)
         keeper = Keeper(self.catalogue, self.store, self.transport, tier=tier, worker_class="class", **more)  # type: ignore[arg-type]
         self.catalogue.on_removed = keeper.collect_later
         return keeper

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import threading
@@ -19,12 +20,16 @@ from typing import Any, TypeVar
 from woodfrog.backends.base import Progress
 from woodfrog.backends.memory import read_working_set
 from woodfrog.errors import IncompatibleSnapshot, IntegrityError, NotFoundError, StoreError, WoodfrogError
-from woodfrog.snapshot.catalogue import PINNED, PUSHED, Catalogue
+from woodfrog.linux.pageserver import PageServer
+from woodfrog.snapshot.arrival import Arrival
+from woodfrog.snapshot.catalogue import PINNED, PUSHED, Catalogue, Opened
 from woodfrog.snapshot.manifest import Manifest
 from woodfrog.snapshot.packing import NotPackable, prepare
 from woodfrog.snapshot.transport import Transport
 from woodfrog.snapshot.trust import fingerprint, public_text
-from woodfrog.store.pages import PageStore
+from woodfrog.store.files import remove_tree
+from woodfrog.store.layers import LayerStats
+from woodfrog.store.pages import PageStore, Problem
 from woodfrog.store.tiers import Tier
 from woodfrog.telemetry import counters
 
@@ -40,6 +45,10 @@ _LOOK_UP_S = 3.0
 _NOT_THERE_S = 30.0
 _PUSH_AGAIN_S = 60.0
 _CLOSE_S = 10.0
+_LEFT_S = 1.0
+_NEED_S = 15.0
+"""So long a process waits for a page of the tier."""
+_STALLED_S = 30.0
 
 
 def _quietly(what: str, done: int, total: int) -> None:
@@ -56,6 +65,7 @@ class Keeper:
         pack_min: bytes of memory below which a snapshot stays loose.
         budget: bytes that snapshots may take on this machine; what is in the tier as well goes first. 0 = no limit.
         worker_class: this kind of host.
+        read_through: thaw a snapshot of the tier as soon as its working set is here.
     """
 
     def __init__(
@@ -69,6 +79,7 @@ class Keeper:
         pack_min: int = 0,
         budget: int = 0,
         worker_class: str = "",
+        read_through: bool = True,
     ) -> None:
         self._catalogue = catalogue
         self._store = store
@@ -81,8 +92,17 @@ class Keeper:
         self.in_use: Callable[[], set[str]] = set
         """The snapshots that instances rest on."""
         self.on_taken_up: Callable[[Manifest], None] = lambda _: None
-        """Called when a snapshot has come from elsewhere by a person's wish."""
+        """Called when a snapshot has come from elsewhere by a person's wish, or after it was thawed already."""
+        self._read_through = read_through
         self._fetches: dict[str, asyncio.Task[Manifest]] = {}
+        self._arrivals: dict[str, Arrival] = {}
+        """What can be thawed while the rest of it is on its way."""
+        self._stalled = 0.0
+        """Until when nothing is thawed that is not whole: the tier did not give what a process waited for."""
+        self._whole_first: set[str] = set()
+        """What once began to arrive and did not get here: it is not thawed again before all of it is here."""
+        self._broken: dict[str, IntegrityError] = {}
+        """What is not what it says, as was found after it was thawed."""
         self._not_there: dict[str, float] = {}
         self._tier_away = 0.0
         """Until when nobody asks the tier for what it may have: it did not answer in time."""
@@ -260,7 +280,7 @@ class Keeper:
         return self._tier is not None and self._catalogue.form(snapshot_id) is None
 
     async def fetch(self, snapshot_id: str, *, function_key: str = "", within: float | None = None) -> Manifest:
-        """Bring a snapshot from the tier; at once when it is here.
+        """Bring a snapshot from the tier, so that it can be thawed; at once when it is here. The rest may follow.
 
         Args:
             function_key: what it must be a snapshot of; "" = of anything.
@@ -269,9 +289,11 @@ class Keeper:
         Raises:
             NotFoundError, StoreError, IntegrityError, IncompatibleSnapshot: as `Transport.pull`.
         """
-        if self._catalogue.form(snapshot_id) is None:
+        if self._catalogue.form(snapshot_id) is None and snapshot_id not in self._arrivals:
             task = self._fetches.get(snapshot_id)
             if task is None:
+                if (broken := self._broken.get(snapshot_id)) is not None:
+                    raise broken
                 task = self._fetches[snapshot_id] = self._spawn(
                     self._pull(snapshot_id, self._configured(), function_key)
                 )
@@ -284,7 +306,14 @@ class Keeper:
                     code="tier-slow",
                     retryable=True,
                 ) from None
-        manifest = self._catalogue.get(snapshot_id)
+        arrival = self._arrivals.get(snapshot_id)
+        if arrival is not None and time.monotonic() < self._stalled:
+            raise StoreError(
+                f"snapshot {snapshot_id} is not all here, and the tier does not give the rest",
+                code="tier-slow",
+                retryable=True,
+            )
+        manifest = self._catalogue.get(snapshot_id) if arrival is None else arrival.manifest
         if function_key and (manifest.function_key, manifest.worker_class) != (function_key, self._worker_class):
             raise IntegrityError(f"snapshot {snapshot_id} is of another function or host", code="other-function")
         return manifest
@@ -297,14 +326,87 @@ class Keeper:
     async def _pull(self, snapshot_id: str, tier: Tier, function_key: str) -> Manifest:
         if self._closing:
             raise StoreError("the daemon is stopping", code="stopping")
+        if self._read_through and snapshot_id not in self._whole_first:
+            try:
+                arrival = await asyncio.to_thread(self._transport.arrive, snapshot_id, tier, function_key=function_key)
+            except StoreError as e:
+                if e.code != "map-full":
+                    raise
+            else:
+                self._arrivals[snapshot_id] = arrival
+                self._spawn(self._rest(snapshot_id, arrival, tier))
+                return arrival.manifest
         manifest = await asyncio.to_thread(self._transport.pull, snapshot_id, tier, function_key=function_key)
+        await self._pulled(snapshot_id, tier)
+        return manifest
+
+    async def _pulled(self, snapshot_id: str, tier: Tier) -> None:
+        self._whole_first.discard(snapshot_id)
         self._catalogue.used(snapshot_id)  # what nobody has used yet is not what goes first
         try:
             await self._mark(snapshot_id, PUSHED, tier.name)
         except WoodfrogError as e:
             log.warning("snapshot %s: %s", snapshot_id, e.message)  # it is pushed once more, at worst
         counters["pull.done"] += 1
-        return manifest
+
+    async def _rest(self, snapshot_id: str, arrival: Arrival, tier: Tier) -> None:
+        """Bring what is missing of a snapshot that may be thawed already; then it is one of this machine's."""
+        try:
+            await asyncio.to_thread(arrival.rest)
+            await self._quiet(snapshot_id)
+            with self._changing(snapshot_id):
+                await asyncio.to_thread(arrival.finish)
+                del self._arrivals[snapshot_id]
+            await self._pulled(snapshot_id, tier)
+            self.on_taken_up(arrival.manifest)
+        except Exception as e:
+            error = e if isinstance(e, WoodfrogError) else None
+            counters["pull.failed"] += 1
+            log.warning("snapshot %s does not get here: %s", snapshot_id, error.message if error else e)
+            self._arrivals.pop(snapshot_id, None)
+            self._whole_first.add(snapshot_id)
+            if isinstance(error, IntegrityError):
+                self._broken[snapshot_id] = error
+            await self._quiet(snapshot_id)
+            left = await asyncio.to_thread(arrival.give_up)
+            while snapshot_id in self.in_use() and not self._closing:
+                await asyncio.sleep(_LEFT_S)
+            with contextlib.suppress(OSError):  # the next start removes it
+                await asyncio.to_thread(remove_tree, left)
+
+    async def open(self, snapshot_id: str) -> Opened:
+        """A snapshot to be thawed, every byte that is here verified, or about to be. Within `using`.
+
+        Raises:
+            IntegrityError: altered; nothing of it may be restored.
+        """
+        arrival = self._arrivals.get(snapshot_id)
+        if arrival is not None:
+            return arrival.opened()
+        return await asyncio.to_thread(self._catalogue.open_verified, snapshot_id)
+
+    def need(self, server: PageServer, place: int, pages: int, asked: bool) -> None:
+        """Have pages come that a page server does not find here, and tell it."""
+        loop = asyncio.get_running_loop()
+        late: asyncio.TimerHandle | None = None
+
+        def tell(here: bool) -> None:
+            nonlocal late
+            if late is not None:
+                late.cancel()
+            if asked and not here:
+                self._stalled = time.monotonic() + _STALLED_S
+            server.have(place, pages, 0 if here else errno.ENODATA)
+
+        def answer(here: bool) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(tell, here)
+
+        if asked:
+            counters["pages.fetched"] += pages
+            # Its call is better run again elsewhere than held up for as long as a network may take.
+            late = loop.call_later(_NEED_S, tell, False)
+        self._transport.incoming.need(place, pages, asked, answer)
 
     async def _make_room(self) -> None:
         """Stay within the budget: what is in the tier as well and was not used for longest goes."""
@@ -341,11 +443,15 @@ class Keeper:
         self._queued.discard(snapshot_id)
         # What was stored a moment ago counts as well, else more would go than must: nothing that is needed is lost.
         await asyncio.to_thread(self._store.gc, self._live, min_age_s=0.0)
+        if self._catalogue.layers is not None:
+            await asyncio.to_thread(self._catalogue.layers.collect)
         return True
 
     def _local_bytes(self) -> int:
         loose = sum(m.pages_bytes for m in self._catalogue.manifests() if m.form == "loose")
         layers = sum(m.fs_bytes for m in self._catalogue.manifests())
+        if self._catalogue.layers is not None:
+            layers = max(0, layers - self._catalogue.layers.stats().shared_bytes)
         stats = self._store.stats()
         return loose + layers + stats.stored_bytes + stats.cache_bytes
 
@@ -378,6 +484,8 @@ class Keeper:
         Raises:
             StoreError: the store could not be read or written.
         """
+        if self._catalogue.layers is not None:
+            await asyncio.to_thread(self._catalogue.layers.collect)
         return await asyncio.to_thread(self._store.gc, self._live)
 
     def _live(self) -> set[str]:
@@ -394,6 +502,8 @@ class Keeper:
         damaged = {} if snapshot_id else self._catalogue.damaged
         rows += [{"id": i, "bytes": 0, "problems": [why]} for i, why in sorted(damaged.items())]
         problems = [] if snapshot_id else await asyncio.to_thread(self._store.verify)
+        if not snapshot_id and self._catalogue.layers is not None:
+            problems += [Problem("", what) for what in await asyncio.to_thread(self._catalogue.layers.verify)]
         progress("snapshots", len(ids), len(ids))
         return {"snapshots": rows, "store": [{"pack": p.pack, "what": p.what} for p in problems]}
 
@@ -416,7 +526,10 @@ class Keeper:
         progress("packs", 0, 1)
         async with self._one:
             gone = await asyncio.to_thread(self._store.gc, self._live, dry_run=dry_run)
-        return {"packs": len(gone.packs), "freed_bytes": gone.freed_bytes}
+            freed = 0
+            if self._catalogue.layers is not None:
+                freed = await asyncio.to_thread(self._catalogue.layers.collect, dry_run=dry_run)
+        return {"packs": len(gone.packs), "freed_bytes": gone.freed_bytes + freed}
 
     async def pin(self, snapshot_id: str) -> dict[str, Any]:
         await self._mark(snapshot_id, PINNED)
@@ -452,7 +565,12 @@ class Keeper:
         tier = self._configured()
         before = {m.id for m in self._catalogue.manifests()}
         progress("packs", 0, 1)
-        return {**self._taken_up(await self.fetch(snapshot_id), before), "tier": tier.name}
+        self._broken.pop(snapshot_id, None)
+        manifest = await self.fetch(snapshot_id)
+        while snapshot_id in self._arrivals:
+            await asyncio.sleep(_QUIET_S)
+        self._catalogue.get(snapshot_id)  # it did not get here, perhaps
+        return {**self._taken_up(manifest, before), "tier": tier.name}
 
     def _taken_up(self, manifest: Manifest, before: set[str]) -> dict[str, Any]:
         if manifest.id not in before:
@@ -467,6 +585,7 @@ class Keeper:
     async def trust_add(self, text: str, comment: str) -> dict[str, Any]:
         key = self._transport.trust.add(text, comment)
         self._refused.clear()
+        self._broken.clear()
         self._not_there.clear()
         return {"fingerprint": key.fingerprint, "comment": key.comment}
 
@@ -483,12 +602,18 @@ class Keeper:
 
     async def store_stats(self) -> dict[str, Any]:
         stats = await asyncio.to_thread(self._store.stats)
+        layers = LayerStats(0, 0, 0)
+        if self._catalogue.layers is not None:
+            layers = await asyncio.to_thread(self._catalogue.layers.stats)
         return {
             "packs": stats.packs,
             "pages": stats.pages,
             "raw_bytes": stats.raw_bytes,
             "stored_bytes": stats.stored_bytes,
             "cache_bytes": stats.cache_bytes,
+            "large_files": layers.files,
+            "large_files_bytes": layers.bytes,
+            "large_files_shared_bytes": layers.shared_bytes,
             "budget_bytes": self._budget,
             "tier": self._tier.name if self._tier else "",
             "snapshots": [
@@ -513,6 +638,9 @@ class Keeper:
         """End. What is on its way to or from the tier is given up; whatever was begun is whole or not there."""
         self._closing = True
         self._transport.stop.set()
+        self._transport.incoming.close()
+        for arrival in self._arrivals.values():
+            arrival.stop()
         if self._collecting is not None:
             self._collecting.cancel()
         if self._tasks:

@@ -144,6 +144,7 @@ class LocalBackend:
         self._instances: dict[str, Instance] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._memory = Memory(uid=config.page_server_uid, min_bytes=config.lazy_min_bytes, drain_ms=config.drain_ms)
+        self._memory.on_need = keeper.need
         self._zygotes = Zygotes(
             config.zygotes,
             catalogue=catalogue,
@@ -523,7 +524,7 @@ class LocalBackend:
                     with instance.phases("fetch"):
                         await self.keeper.fetch(snapshot_id, within=_fetch_s(instance))
                 with instance.phases("verify"):
-                    opened = await asyncio.to_thread(self._catalogue.open_verified, snapshot_id)
+                    opened = await self.keeper.open(snapshot_id)
                 await self._thaw(instance, opened)
         except (IntegrityError, IncompatibleSnapshot) as e:
             raise _RestoreGaveUp(snapshot_id, e, at_fault=True) from e

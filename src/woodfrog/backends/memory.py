@@ -40,6 +40,8 @@ class Memory:
         self._min_bytes = min_bytes
         self._drain_ms = drain_ms
         self._server: PageServer | None = None
+        self.on_need: Callable[[PageServer, int, int, bool], None] | None = None
+        """Called when pages are wanted that are still on their way; see `PageServer.on_need`."""
         self.works = False
         """Whether a process of this host was given its memory so."""
 
@@ -54,7 +56,9 @@ class Memory:
         if manifest.form == "loose" and manifest.pages_bytes < self._min_bytes:
             return None
         if self._server is None or not self._server.alive:
-            self._server = await PageServer.start(uid=self._uid, on_death=self._died)
+            self._server = server = await PageServer.start(uid=self._uid, on_death=self._died)
+            if (on_need := self.on_need) is not None:
+                server.on_need = lambda place, pages, asked: on_need(server, place, pages, asked)
         working_set = opened.path / WORKING_SET
         known = await asyncio.to_thread(_usable, working_set)
         return Lazy(
@@ -63,6 +67,7 @@ class Memory:
             # While the working set is being learned, only what is asked for may get into it.
             around=_AROUND if known else _AROUND_LEARNING,
             files=opened.files,
+            present=opened.present,
             everything=everything,
             parked=parked,
         )

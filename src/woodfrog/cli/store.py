@@ -31,7 +31,8 @@ def stats(as_json: Json = False) -> None:
     loose = sum(s["raw_bytes"] for s in snapshots if s.get("form") == "loose")
     raw = sum(s["raw_bytes"] for s in snapshots)
     files = sum(s.get("fs_bytes") or 0 for s in snapshots)
-    taken = loose + files + int(answer.get("stored_bytes") or 0)
+    shared = int(answer.get("large_files_shared_bytes") or 0)
+    taken = loose + max(0, files - shared) + int(answer.get("stored_bytes") or 0)
     output.fields(
         {
             "snapshots": len(snapshots),
@@ -40,7 +41,7 @@ def stats(as_json: Json = False) -> None:
             "page store": f"{output.size(answer.get('stored_bytes'))} for {output.size(answer.get('raw_bytes'))} of "
             f"pages, in {answer.get('packs')} packs",
             "rebuilt packs": f"{output.size(answer.get('cache_bytes'))}, can go",
-            "files": output.size(files),
+            "files": output.size(files) + (f", {output.size(shared)} of them shared" if shared else ""),
             "on disk": output.size(taken + int(answer.get("cache_bytes") or 0))
             + (f" of {output.size(answer['budget_bytes'])}" if answer.get("budget_bytes") else ""),
             "tier": answer.get("tier") or "none",

@@ -50,6 +50,7 @@ from woodfrog.snapshot.transport import Transport
 from woodfrog.snapshot.trust import TrustStore
 from woodfrog.store.cold import Key
 from woodfrog.store.content import ContentStore
+from woodfrog.store.layers import LayerFiles
 from woodfrog.store.pages import PageStore
 from woodfrog.store.tiers import open_tier
 
@@ -188,6 +189,7 @@ def _keeper(settings: Settings, catalogue: Catalogue, store: PageStore, key: Sig
         pack_min=settings.lazy_min_mib << 20,
         budget=budget,
         worker_class=cls,
+        read_through=settings.read_through,
     )
     catalogue.on_removed = keeper.collect_later
     return keeper
@@ -208,7 +210,8 @@ async def serve(settings: Settings) -> None:
         _check_private(settings.hot)
     key = SigningKey.load_or_create(settings.home / "keys" / "ed25519")
     store = await asyncio.to_thread(PageStore, settings.hot / "store", key=key.derive("page store seals"))
-    catalogue = Catalogue(settings.hot / "snapshots", key, store)
+    layers = LayerFiles(settings.hot / "store" / "layers")
+    catalogue = Catalogue(settings.hot / "snapshots", key, store, layers)
     facts = await asyncio.to_thread(host_facts, criu)
     cls = worker_class(facts)
     keeper = _keeper(settings, catalogue, store, key, cls.digest)

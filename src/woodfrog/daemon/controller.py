@@ -673,10 +673,11 @@ class Controller:
         self.logs.note(
             request.app, f"snapshot {snapshot_id} captured", instance=request.instance_id, function=request.spec.tag
         )
-        for warning in self.catalogue.get(snapshot_id).warnings:
-            text = f"snapshot {snapshot_id}: {warning}"
-            self.logs.note(request.app, text, instance=request.instance_id, function=request.spec.tag)
-        self._supersede(request, snapshot_id)
+        if self.catalogue.form(snapshot_id) is not None:  # else most of it is still on its way
+            for warning in self.catalogue.get(snapshot_id).warnings:
+                text = f"snapshot {snapshot_id}: {warning}"
+                self.logs.note(request.app, text, instance=request.instance_id, function=request.spec.tag)
+            self._supersede(request, snapshot_id)
         if request.instance_id in self.instances:
             self.emit(ev.SnapshotCaptured(now=self.now(), instance_id=request.instance_id, snapshot_id=snapshot_id))
             return

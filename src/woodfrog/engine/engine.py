@@ -47,7 +47,7 @@ from woodfrog.engine.plan import (
 from woodfrog.errors import CaptureError, GpuError, RestoreError, SandboxError
 from woodfrog.faults import fault, kills_criu
 from woodfrog.linux import procfs
-from woodfrog.linux.pageserver import NEVER, PageServer, ServedPages
+from woodfrog.linux.pageserver import NEVER, PageServer, Present, ServedPages
 from woodfrog.linux.sandbox import Completed, ProcessSpec, Sandbox, SandboxProcess
 from woodfrog.telemetry import Phases
 
@@ -313,6 +313,7 @@ class Lazy:
         drain_ms: when to fill in the rest, counted from the start of the processes.
         index: the page index; None = `pages.idx` of the images.
         files: what the page index names, in its order; None = the pages files beside it.
+        present: some of the files are still on their way.
         everything: all memory is there before the processes run, and nothing waits for more: they may be dumped again.
         parked: nothing is pushed or filled in before `served.push()`: an instance that waits has almost no memory.
         served: set by `restore`: the memory of this restore, to be dropped when its processes are gone.
@@ -324,6 +325,7 @@ class Lazy:
     drain_ms: int = NEVER
     index: Path | None = None
     files: tuple[Path, ...] | None = None
+    present: Present | None = None
     everything: bool = False
     parked: bool = False
     served: ServedPages | None = None
@@ -362,6 +364,7 @@ def _serve_pages(sandbox: Sandbox, images: Path, files: tuple[Path, ...], lazy: 
             drain_ms=lazy.drain_ms,
             parked=lazy.parked,
             everything=lazy.everything,
+            present=lazy.present,
         )
     finally:
         listener.close()

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import array
 import asyncio
+import errno
 import os
 import socket
 import struct
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from woodfrog.errors import HostError, SandboxError
 __all__ = [
     "NEVER",
     "PageServer",
+    "Present",
     "ServedPages",
     "common_set",
     "merge_sets",
@@ -43,16 +46,33 @@ NEVER = 0xFFFFFFFF
 
 _COMMAND = struct.Struct("=IIIIII")
 _MESSAGE = struct.Struct("=IIQQQ")
-_RESTORE, _DROP, _WORKING_SET, _DRAIN, _PUSH = 1, 2, 3, 4, 5
-_WITH_SET, _PARKED, _EVERYTHING = 1, 2, 4
+_RESTORE, _DROP, _WORKING_SET, _DRAIN, _PUSH, _HAVE = 1, 2, 3, 4, 5, 6
+_WITH_SET, _PARKED, _EVERYTHING, _WITH_MAP = 1, 2, 4, 8
+_NEED = 8
+_PLACES = "Q"
+_WHOLE = 0xFFFFFFFFFFFFFFFF
 _ANSWER_S = 10.0
 _PUSH_S = 600.0
 """All memory from a slow disk, perhaps."""
+_AGAIN_S = 0.005
 _EVENTS = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6
 _PAGE = 4096
 _SET = struct.Struct("=QII")
 _RANGE = struct.Struct("=iIQ")
 _SET_MAGIC = int.from_bytes(b"FROGSET1", "little")
+
+
+@dataclass(frozen=True)
+class Present:
+    """Which pages of files that are still on their way are here.
+
+    Args:
+        fd: a memfd that never becomes shorter, a byte for each page, not 0 when it is here. One for all restores.
+        places: for each file of an index, where its first page is in there; None = the file is whole.
+    """
+
+    fd: int
+    places: tuple[int | None, ...]
 
 
 def page_server_path() -> Path:
@@ -254,6 +274,9 @@ class PageServer:
         self._sock = sock
         self._on_death = on_death
         self._served: dict[int, ServedPages] = {}
+        self.on_need: Callable[[int, int, bool], None] = lambda place, pages, _: self.have(place, pages, errno.ENODATA)
+        """Called when pages are wanted that are not here: place and number in the map of `Present`, and whether a
+        process waits for them. To be answered with `have`."""
         self._count = 0
         self._closing = False
         self.alive = True
@@ -315,6 +338,7 @@ class PageServer:
         drain_ms: int = NEVER,
         parked: bool = False,
         everything: bool = False,
+        present: Present | None = None,
     ) -> ServedPages:
         """Be ready for one CRIU that connects to `listener`. Descriptors are copied; close yours.
 
@@ -325,6 +349,7 @@ class PageServer:
             around: bytes served around a fault; a power of two, at least a page.
             parked: only what is asked for goes in, before `ServedPages.push`.
             everything: all memory is pushed, as the working set is, and then let go of: see `ServedPages.whole`.
+            present: some of the files are still on their way.
 
         Raises:
             SandboxError: the page server died.
@@ -332,14 +357,35 @@ class PageServer:
         self._count += 1
         served = ServedPages(self, self._count)
         self._served[self._count] = served
-        fds = [listener.fileno(), index, *([] if working_set is None else [working_set]), *pages]
+        fds = [listener.fileno(), index, *([] if working_set is None else [working_set])]
         flags = _WITH_SET * (working_set is not None) | _PARKED * parked | _EVERYTHING * everything
+        places = -1
         try:
-            self._send(_RESTORE, self._count, fds, around=around, drain_ms=drain_ms, flags=flags)
-        except SandboxError:
+            if present is not None:
+                flags |= _WITH_MAP
+                places = os.memfd_create("woodfrog-places", os.MFD_CLOEXEC)
+                table = array.array(_PLACES, [_WHOLE if place is None else place for place in present.places])
+                os.write(places, table.tobytes())
+                fds += [present.fd, places]
+            self._send(_RESTORE, self._count, [*fds, *pages], around=around, drain_ms=drain_ms, flags=flags)
+        except (SandboxError, OSError) as e:
             self._forget(self._count)
+            if isinstance(e, OSError):
+                raise SandboxError(f"cannot tell the page server what is here: {e.strerror}", code="page-server") from e
             raise
+        finally:
+            if places >= 0:
+                os.close(places)
         return served
+
+    def have(self, place: int, pages: int, error: int = 0) -> None:
+        """Say that pages are here now, as the map says; with an errno, that they cannot be had."""
+        try:
+            self._send(_HAVE, 0, around=place, drain_ms=pages, flags=error)
+        except SandboxError as e:
+            if self.alive and isinstance(e.__cause__, BlockingIOError):
+                self._loop.call_later(_AGAIN_S, self.have, place, pages, error)
+            # else it is dead: nobody waits
 
     def _readable(self) -> None:
         for _ in range(256):
@@ -356,6 +402,9 @@ class PageServer:
             self._take(op, number, a, b, c, fds[0] if fds else -1)
 
     def _take(self, op: int, number: int, a: int, b: int, c: int, fd: int) -> None:
+        if op == _NEED:
+            self.on_need(a, b, c == 1)
+            return
         served = self._served.get(number)
         if served is None:
             if fd >= 0:

@@ -19,10 +19,13 @@ from typing import TYPE_CHECKING
 from woodfrog.criu.pagemap import INDEX, read_index
 from woodfrog.errors import IntegrityError, NotFoundError, StoreError
 from woodfrog.faults import fault
+from woodfrog.linux.pageserver import Present
 from woodfrog.snapshot.manifest import FileEntry, Manifest, SigningKey, decode, encode
+from woodfrog.store.chunks import LARGE
 from woodfrog.store.files import fsync_dir, fsync_tree, remove_tree, sha256_file, store_error, write_atomic
 
 if TYPE_CHECKING:
+    from woodfrog.store.layers import LayerFiles
     from woodfrog.store.pages import PageStore
 
 __all__ = ["PINNED", "PUSHED", "WORKING_SET", "Catalogue", "Opened", "Staging", "inventory"]
@@ -72,11 +75,13 @@ class Opened:
 
     Args:
         files: what the page index names, in its order; None = pages files beside it.
+        present: some of the files are still on their way.
     """
 
     manifest: Manifest
     path: Path
     files: tuple[Path, ...] | None = None
+    present: Present | None = None
 
     @property
     def images(self) -> Path:
@@ -186,14 +191,18 @@ class Catalogue:
     inode, size, mtime and ctime stand (no write, truncation or replacement leaves all four).
     """
 
-    def __init__(self, root: Path, key: SigningKey, store: PageStore | None = None) -> None:
+    def __init__(
+        self, root: Path, key: SigningKey, store: PageStore | None = None, layers: LayerFiles | None = None
+    ) -> None:
         self.root = root
+        self.layers = layers
         self._store = store
         self._failures = root.parent / "failed-captures"
         self._invalid = root.parent / "invalidated"
         self._key = key
         self._manifests: dict[str, Manifest] = {}
         self._verified: dict[str, tuple[tuple[int, int, int, int], ...]] = {}
+        self._staged: dict[str, tuple[tuple[int, int, int, int], ...]] = {}
         self._retired: dict[str, str] = {}
         self._mutex = threading.Lock()
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -355,6 +364,7 @@ class Catalogue:
             StoreError: the directory cannot be made.
         """
         staging = Staging(snapshot_id, self.root / f".staging-{snapshot_id}")
+        self._staged.pop(snapshot_id, None)
         try:
             staging.path.mkdir(mode=0o700)
         except OSError as e:
@@ -387,6 +397,7 @@ class Catalogue:
             entries = _hash_all(staging.path, names, sparse=False)
             full = _with_files(manifest, tuple(entries[n] for n in names), others)
             fsync_tree(staging.path)
+            stamp = self._share(staging.path, full, stamp)
             fault("commit.data")
             data = encode(full)
             write_atomic(staging.path / "manifest.json", data)
@@ -426,10 +437,61 @@ class Catalogue:
         with contextlib.suppress(OSError):
             remove_tree(staging.path)
 
-    @staticmethod
-    def _stamp(root: Path, names: Iterable[str]) -> tuple[tuple[int, int, int, int], ...]:
-        infos = [os.stat(root / name, follow_symlinks=False) for name in names]
-        return tuple((i.st_ino, i.st_size, i.st_mtime_ns, i.st_ctime_ns) for i in infos)
+    def _stamp(self, root: Path, names: Iterable[str]) -> tuple[tuple[int, int, int, int], ...]:
+        """What no write to a file leaves as it was. That other snapshots come to share a file, or no longer do, is no
+        change of it."""
+        layers = self.layers
+
+        def one(info: os.stat_result) -> tuple[int, int, int, int]:
+            shared = layers is not None and info.st_nlink > 1 and layers.knows(info)
+            return info.st_ino, info.st_size, info.st_mtime_ns, 0 if shared else info.st_ctime_ns
+
+        return tuple(one(os.stat(root / name, follow_symlinks=False)) for name in names)
+
+    def _large(self, manifest: Manifest) -> list[tuple[int, FileEntry]]:
+        """The files of a snapshot that others may share, with their places in the manifest."""
+        if self.layers is None:
+            return []
+        return [(n, f) for n, f in enumerate(manifest.files) if f.size >= LARGE and f.path.partition("/")[0] in _LAYERS]
+
+    def _share(
+        self, path: Path, manifest: Manifest, stamp: tuple[tuple[int, int, int, int], ...]
+    ) -> tuple[tuple[int, int, int, int], ...]:
+        """Let a snapshot's large files be one with their equals in others; its stamp after that."""
+        if self.layers is None or not (large := self._large(manifest)):
+            return stamp
+        self.layers.share([(path / f.path, f.sha256, stamp[n]) for n, f in large])
+        for folder in {(path / f.path).parent for _, f in large}:
+            fsync_dir(folder)
+        now = self._stamp(path, [f.path for _, f in large])
+        known = dict(zip((n for n, _ in large), now, strict=True))
+        return tuple(known.get(n, old) for n, old in enumerate(stamp))
+
+    def _note_shared(
+        self, path: Path, manifest: Manifest, stamp: tuple[tuple[int, int, int, int], ...]
+    ) -> tuple[tuple[int, int, int, int], ...]:
+        """After all of a snapshot was found right: what others share of it need not be read again for them."""
+        if self.layers is None or not (large := self._large(manifest)):
+            return stamp
+        for _, entry in large:
+            self.layers.verified(path / entry.path)
+        now = self._stamp(path, [f.path for f in manifest.files])
+        if any(new[:3] != old[:3] or new[3] not in (0, old[3]) for new, old in zip(now, stamp, strict=True)):
+            raise IntegrityError(f"snapshot {manifest.id}: it is being altered", code="altered")
+        return now
+
+    def _remove_tree(self, path: Path) -> None:
+        if self.layers is None:
+            remove_tree(path)
+            return
+        shared = []
+        for part in _LAYERS:
+            for folder, _, names in os.walk(path / part):
+                with contextlib.suppress(OSError):
+                    infos = [os.lstat(os.path.join(folder, name)) for name in names]
+                    shared += [i for i in infos if i.st_size >= LARGE and i.st_nlink > 1]
+        with self.layers.steady(shared):
+            remove_tree(path)
 
     def forget_verified(self, snapshot_id: str) -> None:
         """Read every byte again at the next use."""
@@ -448,6 +510,7 @@ class Catalogue:
             stamp = self._stamp(root, names)
             if self._verified.get(snapshot_id) != stamp:
                 self._verify_files(manifest, root, stamp, names)
+                stamp = self._note_shared(root, manifest, stamp)
         except OSError as e:
             raise IntegrityError(f"snapshot {snapshot_id}: {e.strerror}: {e.filename}", code="unreadable") from e
         files = self._files(manifest) if manifest.form == "packed" else None
@@ -491,10 +554,9 @@ class Catalogue:
             StoreError: something could not be written. The staging directory is the caller's to abandon.
         """
         try:
-            names = self._verify_names(manifest, staging.path)
-            stamp = self._stamp(staging.path, names)
-            self._verify_files(manifest, staging.path, stamp, names)
+            self.check(staging, manifest)
             fsync_tree(staging.path)
+            stamp = self._share(staging.path, manifest, self._staged[staging.id])
             data = encode(manifest)
             write_atomic(staging.path / "manifest.json", data)
             write_atomic(staging.path / "manifest.sig", self._key.sign(data))
@@ -506,7 +568,32 @@ class Catalogue:
         (self._invalid / manifest.id).unlink(missing_ok=True)
         self._manifests[manifest.id] = manifest
         self._verified[manifest.id] = stamp
+        self._staged.pop(manifest.id, None)
         return manifest
+
+    def check(self, staging: Staging, manifest: Manifest) -> None:
+        """Whether a snapshot that came from elsewhere is what its manifest says, but for its packs; quick when it was
+        checked before and nothing was touched since.
+
+        Raises:
+            IntegrityError: it is not.
+        """
+        try:
+            names = self._verify_names(manifest, staging.path)
+            stamp = self._stamp(staging.path, names)
+            if self._staged.get(staging.id) != stamp:
+                self._verify_files(manifest, staging.path, stamp, names)
+        except OSError as e:
+            raise store_error("cannot check the snapshot", staging.path, e) from e
+        self._staged[staging.id] = stamp
+
+    def set_aside(self, staging: Staging) -> Path:
+        """Let another take a staging directory's place while sandboxes rest on it; where it is now, to be removed."""
+        self._staged.pop(staging.id, None)
+        hidden = self.root / f".removed-{staging.id}-{time.time_ns()}"
+        with contextlib.suppress(OSError):
+            os.rename(staging.path, hidden)
+        return hidden
 
     def _files(self, manifest: Manifest) -> tuple[Path, ...]:
         """The files that a packed snapshot's page index names, in its order, each verified."""
@@ -576,6 +663,10 @@ class Catalogue:
         with contextlib.suppress(StoreError):  # two are as good
             write_atomic(path / "manifest.sig", signature)
 
+    def _remove_quietly(self, path: Path) -> None:
+        with contextlib.suppress(OSError):
+            self._remove_tree(path)
+
     def retire(self, snapshot_id: str, reason: str) -> None:
         """Never use this snapshot again; it is kept for inspection until removed."""
         if snapshot_id not in self._manifests:
@@ -606,19 +697,14 @@ class Catalogue:
         try:
             os.rename(self.root / snapshot_id, hidden)
             if wait:
-                remove_tree(hidden)
+                self._remove_tree(hidden)
             else:
-                threading.Thread(target=_remove_quietly, args=(hidden,), daemon=True).start()
+                threading.Thread(target=self._remove_quietly, args=(hidden,), daemon=True).start()
             self.on_removed()
         except FileNotFoundError:
             return
         except OSError as e:
             raise store_error("cannot remove the snapshot", hidden, e) from e
-
-
-def _remove_quietly(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        remove_tree(path)
 
 
 def _with_files(manifest: Manifest, files: tuple[FileEntry, ...], links: dict[str, str]) -> Manifest:

@@ -3,6 +3,8 @@
 In a tier:
 
     packs[-<key>]/<2>/<id>.names, .pages | .delta     a pack of the page store, cold form each; encrypted with that key
+    packs[-<key>]/<2>/<id>.frames             where the frames of its .pages lie; a hint, as it is not trusted
+    chunks[-<key>]/<2>/<name>                 a part of a large file of some layer, see store/chunks.py
     snapshots/<id>/images, fs, shm            CRIU's images and the file layers, cold form of trees
     snapshots/<id>/packs.json                 where its packs are and in which form; a hint, not trusted
     snapshots/<id>/manifest.json, .sig        last: what is not named by it is not there
@@ -24,16 +26,29 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from woodfrog.errors import IncompatibleSnapshot, IntegrityError, NotFoundError, StoreError
 from woodfrog.faults import fault
-from woodfrog.snapshot.catalogue import WORKING_SET, Catalogue
+from woodfrog.snapshot.arrival import Arrival
+from woodfrog.snapshot.catalogue import WORKING_SET, Catalogue, Staging
+from woodfrog.snapshot.incoming import Incoming, Origin
 from woodfrog.snapshot.manifest import Manifest, SigningKey, decode, encode, external_file
 from woodfrog.snapshot.trust import TrustStore, verify_any
 from woodfrog.store.bundle import pack_tree, unpack_tree
-from woodfrog.store.cold import HEADER, Key, content_size, decode_bytes, decode_file, encode_bytes, encode_file, is_cold
+from woodfrog.store.chunks import Chunks, Large
+from woodfrog.store.cold import (
+    HEADER,
+    Key,
+    content_size,
+    decode_bytes,
+    decode_file,
+    encode_bytes,
+    encode_file,
+    frame_table,
+    is_cold,
+)
 from woodfrog.store.files import remove_tree, sha256_file, store_error
 from woodfrog.store.packs import NAME, PAGE, pack_id, read_delta
 from woodfrog.store.pages import PageStore
@@ -48,7 +63,8 @@ _ID = re.compile(r"[sz]-[0-9a-f]{12}\Z")
 _PACK = re.compile(r"[0-9a-f]{64}\Z")
 _PLACE = re.compile(r"packs(-[0-9a-f]{16})?\Z")
 _EXPORT = re.compile(
-    r"(packs(-[0-9a-f]{16})?/[0-9a-f]{2}/[0-9a-f]{64}\.(names|pages|delta)|(snapshots|by-key)/[A-Za-z0-9_./-]+)\Z"
+    r"(packs(-[0-9a-f]{16})?/[0-9a-f]{2}/[0-9a-f]{64}\.(names|pages|delta|frames)"
+    r"|chunks(-[0-9a-f]{16})?/[0-9a-f]{2}/[0-9a-f]{64}|(snapshots|by-key)/[A-Za-z0-9_./-]+)\Z"
 )
 _TREES = ("images", "fs", "shm")
 _PARALLEL = 4
@@ -58,6 +74,7 @@ _WORKING_SET_MAX = 64 << 20
 _SIGNATURE_MAX = 4096
 _NAMES_MAX = 4 << 20
 """Of one pack: twice what the largest one has."""
+_PAGES_MAX = _NAMES_MAX // NAME
 _BESIDE_PAGE = 64
 """Of a delta: what a page takes beside itself when it does not compress."""
 _ENTRY = 64 << 10
@@ -134,6 +151,7 @@ class Transport:
         self._place = f"packs-{key.id[:16]}" if key else "packs"
         self.stop = threading.Event()
         """Set when the daemon goes: what is under way is given up at the next object."""
+        self.incoming = Incoming(store, key, self._get, self._go_on, _NAMES_MAX)
 
     def _go_on(self) -> None:
         if self.stop.is_set():
@@ -156,20 +174,23 @@ class Transport:
             with self._room() as room, ThreadPoolExecutor(_PARALLEL) as pool:
                 done = 0
 
-                def send(pack: str) -> tuple[str, str]:
+                def send(pack: str) -> tuple[str, str, int]:
                     nonlocal done
                     self._go_on()
-                    kind = self._send_pack(pack, tier, room)
+                    kind, pages = self._send_pack(pack, tier, room)
                     done += 1
                     tell("packs", done, len(packs))
-                    return pack, kind
+                    return pack, kind, pages
 
                 kinds = list(pool.map(send, packs))
                 fault("push.packs")
                 prefix = f"snapshots/{snapshot_id}"
                 for part, folder in zip(_TREES, (manifest.images, "fs", "shm"), strict=True):
                     self._go_on()
-                    pack_tree(opened.path / folder, room / part, key=self._key)
+                    # Images are different in each snapshot, and small once memory is packed.
+                    large = None if part == "images" else Chunks(tier, self._key).send
+                    pack_tree(opened.path / folder, room / part, key=self._key, send=large)
+                    fault("push.tree")
                     tier.put(f"{prefix}/{part}", room / part)
                 tier.put(f"{prefix}/packs.json", json.dumps({"place": self._place, "packs": kinds}).encode())
                 fault("push.files")
@@ -185,17 +206,22 @@ class Transport:
         finally:
             self._store.release(owner)
 
-    def _send_pack(self, pack: str, tier: Tier, room: Path) -> str:
+    def _send_pack(self, pack: str, tier: Tier, room: Path) -> tuple[str, int]:
         names, content, kind = self._store.files(pack)
+        pages = names.stat().st_size // NAME
         prefix = f"{self._place}/{pack[:2]}/{pack}"
-        for suffix, source in ((kind, content), ("names", names)):  # names last: the pack is whole then
-            if tier.has(f"{prefix}.{suffix}"):
-                continue
-            target = room / f"{pack}.{suffix}"
-            encode_file(source, target, key=self._key)
-            tier.put(f"{prefix}.{suffix}", target)
-            target.unlink()
-        return kind
+        if tier.has(f"{prefix}.names"):
+            return kind, pages
+        # One encoding for content and table. Names last: the pack is whole then.
+        target = room / f"{pack}.cold"
+        encode_file(content, target, key=self._key)
+        tier.put(f"{prefix}.{kind}", target)
+        if kind == "pages":
+            tier.put(f"{prefix}.frames", frame_table(target))
+        encode_file(names, target, key=self._key)
+        tier.put(f"{prefix}.names", target)
+        target.unlink()
+        return kind, pages
 
     def find(self, tier: Tier, function_key: str, worker_class: str) -> list[str]:
         """What a tier says are snapshots for this function on this kind of host. Nobody has signed that.
@@ -229,10 +255,68 @@ class Transport:
             IncompatibleSnapshot: files it rests on are missing or others here.
             StoreError: the tier or the disk fails.
         """
-        if not _ID.match(snapshot_id):
-            raise NotFoundError(f"{snapshot_id!r} is not a snapshot's id", snapshot=snapshot_id)
         if self._catalogue.form(snapshot_id) is not None:
             return self._catalogue.get(snapshot_id)
+        manifest, here = self._manifest(snapshot_id, tier, function_key)
+        prefix = f"snapshots/{snapshot_id}"
+        owner = _owner("pull", snapshot_id)
+        try:
+            with self._room() as room:
+                self._fetch_packs(tier, prefix, manifest, room, owner, progress or (lambda *_: None))
+                fault("pull.packs")
+                staging = self._fetch_files(tier, manifest, room)
+                try:
+                    fault("pull.files")
+                    return self._catalogue.admit(staging, here)
+                except BaseException:
+                    self._catalogue.abandon(staging)
+                    raise
+        except OSError as e:
+            raise store_error("cannot pull the snapshot", self._scratch, e) from e
+        finally:
+            self._store.release(owner)
+
+    def arrive(self, snapshot_id: str, tier: Tier, *, function_key: str = "") -> Arrival:
+        """Begin to bring a snapshot from a tier: it can be thawed when this returns, while the rest is on its way.
+
+        Args:
+            function_key: what it must be a snapshot of; "" = of anything.
+
+        Raises:
+            NotFoundError, IntegrityError, IncompatibleSnapshot, StoreError: as `pull`.
+        """
+        manifest, here = self._manifest(snapshot_id, tier, function_key)
+        hint = self._read_hint(tier, f"snapshots/{snapshot_id}", manifest)
+        owner = _owner("arrive", snapshot_id)
+        try:
+            with self._room() as room:
+                staging = self._fetch_files(tier, manifest, room)
+            arrival = Arrival(self._catalogue, self._store, self.incoming, staging, here, owner)
+        except OSError as e:
+            self._store.release(owner)
+            raise store_error("cannot pull the snapshot", self._scratch, e) from e
+        except BaseException:
+            self._store.release(owner)
+            raise
+        try:
+            arrival.begin(
+                {
+                    pack: Origin(tier, f"{hint.place}/{pack[:2]}/{pack}", kind, hint.pages[pack])
+                    for pack, kind in hint.kinds.items()
+                }
+            )
+        except OSError as e:
+            arrival.give_up()
+            raise store_error("cannot pull the snapshot", self._scratch, e) from e
+        except BaseException:
+            arrival.give_up()
+            raise
+        return arrival
+
+    def _manifest(self, snapshot_id: str, tier: Tier, function_key: str) -> tuple[Manifest, Manifest]:
+        """A snapshot's manifest as it was signed, and as it is here."""
+        if not _ID.match(snapshot_id):
+            raise NotFoundError(f"{snapshot_id!r} is not a snapshot's id", snapshot=snapshot_id)
         prefix = f"snapshots/{snapshot_id}"
         try:
             data = self._small(tier, f"{prefix}/manifest.json", _MANIFEST_MAX)
@@ -248,33 +332,56 @@ class Transport:
             raise IntegrityError(f"snapshot {snapshot_id}: its manifest is of {manifest.id}", code="bad-manifest")
         if function_key and manifest.function_key != function_key:
             raise IntegrityError(f"snapshot {snapshot_id} in {tier.name} is of another function", code="other-function")
-        here = _as_here(manifest)
-        owner = _owner("pull", snapshot_id)
+        return manifest, _as_here(manifest)
+
+    def _fetch_files(self, tier: Tier, manifest: Manifest, room: Path) -> Staging:
+        """All of a snapshot but its packs, not checked yet. The staging directory is the caller's."""
+        prefix = f"snapshots/{manifest.id}"
+        folders = dict(zip(_TREES, (manifest.images, "fs", "shm"), strict=True))
+
+        def get(part: str) -> None:
+            self._get(tier, f"{prefix}/{part}", room / part, _tree_max(manifest, folders[part]))
+
+        def get_set() -> bytes:
+            if not tier.has(f"{prefix}/{WORKING_SET}"):
+                return b""
+            return self._small(tier, f"{prefix}/{WORKING_SET}", _WORKING_SET_MAX)
+
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            working_set = pool.submit(get_set)
+            list(pool.map(get, folders))
+        staging = self._catalogue.begin(manifest.id)
         try:
-            with self._room() as room:
-                self._fetch_packs(tier, prefix, manifest, room, owner, progress or (lambda *_: None))
-                fault("pull.packs")
-                folders = dict(zip(_TREES, (manifest.images, "fs", "shm"), strict=True))
-                for part, folder in folders.items():
-                    self._get(tier, f"{prefix}/{part}", room / part, _tree_max(manifest, folder))
-                staging = self._catalogue.begin(snapshot_id)
-                try:
-                    remove_tree(staging.images)
-                    for part, folder in folders.items():
-                        unpack_tree(room / part, staging.path / folder, key=self._key, devices=True)
-                    if tier.has(f"{prefix}/{WORKING_SET}"):
-                        (staging.path / WORKING_SET).write_bytes(
-                            self._small(tier, f"{prefix}/{WORKING_SET}", _WORKING_SET_MAX)
-                        )
-                    fault("pull.files")
-                    return self._catalogue.admit(staging, here)
-                except BaseException:
-                    self._catalogue.abandon(staging)
-                    raise
-        except OSError as e:
-            raise store_error("cannot pull the snapshot", self._scratch, e) from e
-        finally:
-            self._store.release(owner)
+            remove_tree(staging.images)
+            for part, folder in folders.items():
+                bring = self._bring_large(tier, manifest, folder) if part != "images" else None
+                unpack_tree(room / part, staging.path / folder, key=self._key, devices=True, bring=bring)
+                fault("pull.tree")
+            if found := working_set.result():
+                (staging.path / WORKING_SET).write_bytes(found)
+        except BaseException:
+            self._catalogue.abandon(staging)
+            raise
+        return staging
+
+    def _bring_large(self, tier: Tier, manifest: Manifest, folder: str) -> Callable[[str, Large, int], None]:
+        """Brings large files of a layer, each no larger than the manifest says."""
+        known = {f.path: f for f in manifest.files}
+        chunks = Chunks(tier, self._key)
+        layers = self._catalogue.layers
+
+        def bring(name: str, large: Large, fd: int) -> None:
+            self._go_on()
+            entry = known.get(f"{folder}/{name}")
+            if entry is not None and layers is not None and layers.copy(entry.sha256, entry.size, fd):
+                return
+            if entry is None or entry.size != large.size:
+                raise IntegrityError(
+                    f"snapshot {manifest.id} in {tier.name}: {folder}/{name} is not as it was signed", code="altered"
+                )
+            chunks.bring(large, fd)
+
+        return bring
 
     def _sealed(self, data: bytes) -> bytes:
         """Digests of small files, names and addresses tell something, too."""
@@ -299,6 +406,16 @@ class Transport:
         if content_size(head) > most:
             raise _too_large(tier, key)
 
+    def _read_hint(self, tier: Tier, prefix: str, manifest: Manifest) -> _Hint:
+        hint = _hint(_small(tier, f"{prefix}/packs.json", _HINT_MAX), f"{prefix}/packs.json")
+        if hint.place not in ("packs", self._place):
+            raise IntegrityError(
+                f"snapshot {manifest.id} in {tier.name} is encrypted with key {hint.place.removeprefix('packs-')}, "
+                "which is not the one that is set",
+                code="wrong-key",
+            )
+        return hint
+
     def _fetch_packs(
         self,
         tier: Tier,
@@ -308,13 +425,8 @@ class Transport:
         owner: str,
         tell: Progress,
     ) -> None:
-        place, kinds = _hint(_small(tier, f"{prefix}/packs.json", _HINT_MAX), f"{prefix}/packs.json")
-        if place not in ("packs", self._place):
-            raise IntegrityError(
-                f"snapshot {manifest.id} in {tier.name} is encrypted with key {place.removeprefix('packs-')}, which is "
-                "not the one that is set",
-                code="wrong-key",
-            )
+        hint = self._read_hint(tier, prefix, manifest)
+        place, kinds = hint.place, hint.kinds
         done = 0
 
         def bring(pack: str) -> tuple[bytes, Path] | None:
@@ -453,17 +565,26 @@ def _tree_max(manifest: Manifest, folder: str) -> int:
     return sum(f.size for f in files) + sum(map(len, others)) + _ENTRY * (len(files) + len(others) + 2)
 
 
-def _hint(data: bytes, what: str) -> tuple[str, dict[str, str]]:
-    """Where the packs are, and the form of each."""
+@dataclass(frozen=True)
+class _Hint:
+    """Where the packs are, the form of each, and its pages (0 = not told)."""
+
+    place: str
+    kinds: dict[str, str]
+    pages: dict[str, int]
+
+
+def _hint(data: bytes, what: str) -> _Hint:
     try:
-        hint = json.loads(data)
-        place, kinds = str(hint["place"]), {str(p): str(k) for p, k in hint["packs"]}
+        raw = json.loads(data)
+        rows = [(str(p), str(k), int(rest[0]) if rest else 0) for p, k, *rest in raw["packs"]]
+        place = str(raw["place"])
     except (ValueError, TypeError, KeyError, RecursionError) as e:
         raise IntegrityError(f"{what} is damaged: {e}", code="altered") from None
-    odd = [p for p, k in kinds.items() if not _PACK.match(p) or k not in ("pages", "delta")]
+    odd = [p for p, k, n in rows if not _PACK.match(p) or k not in ("pages", "delta") or not 0 <= n <= _PAGES_MAX]
     if odd or not _PLACE.match(place):
         raise IntegrityError(f"{what} names {(odd or [place])[0][:80]!r}", code="altered")
-    return place, kinds
+    return _Hint(place, {p: k for p, k, _ in rows}, {p: n for p, _, n in rows})
 
 
 class _Room:

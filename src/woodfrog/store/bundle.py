@@ -16,11 +16,12 @@ import stat
 import tarfile
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, cast
 
 from woodfrog.errors import IntegrityError, StoreError
+from woodfrog.store.chunks import LARGE, Large
 from woodfrog.store.cold import LEVEL, Key, decode_stream, encode_stream, replacing
 from woodfrog.store.files import remove_tree, store_error
 
@@ -28,6 +29,7 @@ __all__ = ["pack_tree", "unpack_tree"]
 
 _XATTR = "SCHILY.xattr."
 _SOCKET = "WOODFROG.socket"
+_CHUNKS = "WOODFROG.chunks"
 _HOST_XATTRS = ("security.selinux", "security.ima", "security.evm")
 """What the host's own policy puts on every file; another host puts its own."""
 _XATTRS = ("user.", "trusted.overlay.", "security.capability", "system.posix_acl_")
@@ -37,11 +39,16 @@ _MOST_STORED = 8**11 - 1
 _PIECE = 1 << 20
 
 
-def pack_tree(root: Path, target: Path, *, key: Key | None, level: int = LEVEL) -> int:
+def pack_tree(
+    root: Path, target: Path, *, key: Key | None, level: int = LEVEL, send: Callable[[Path], Large] | None = None
+) -> int:
     """Write all of the directory `root`, itself included, to the cold file `target`; returns the file's size in bytes.
 
     The same tree gives the same content, whatever the order on disk. Of the extended attributes, those that the host's
     own policy gives (SELinux labels, IMA) are left out.
+
+    Args:
+        send: takes the contents of large files elsewhere; the archive then only says what they consist of.
 
     Raises:
         StoreError: something cannot be read or written, or changed meanwhile.
@@ -53,7 +60,7 @@ def pack_tree(root: Path, target: Path, *, key: Key | None, level: int = LEVEL) 
             ) as archive:
                 seen: dict[tuple[int, int], str] = {}
                 for path, name in _walk(root):
-                    _add(archive, path, name, seen)
+                    _add(archive, path, name, seen, send)
         except OSError as e:
             raise store_error("cannot pack", Path(e.filename or root), e) from e
         plain.seek(0)
@@ -61,7 +68,14 @@ def pack_tree(root: Path, target: Path, *, key: Key | None, level: int = LEVEL) 
             return encode_stream(plain, out, str(root), key=key, level=level)
 
 
-def unpack_tree(source: Path, root: Path, *, key: Key | None, devices: bool = False) -> None:
+def unpack_tree(
+    source: Path,
+    root: Path,
+    *,
+    key: Key | None,
+    devices: bool = False,
+    bring: Callable[[str, Large, int], None] | None = None,
+) -> None:
     """Unpack a bundle to the directory `root`, which must not exist or be empty; it appears whole or not at all.
 
     Nothing is ever written outside of it, whatever the bundle says. Other owners than the caller, devices and
@@ -69,6 +83,8 @@ def unpack_tree(source: Path, root: Path, *, key: Key | None, devices: bool = Fa
 
     Args:
         devices: let device nodes through; otherwise only whiteouts (character device 0/0) are made.
+        bring: writes the content of a file that is not in the archive: its path in the tree, what it consists of, a
+            descriptor.
 
     Raises:
         IntegrityError: altered, encrypted with another key, or a name, link or device that no honest bundle has.
@@ -81,7 +97,7 @@ def unpack_tree(source: Path, root: Path, *, key: Key | None, devices: bool = Fa
             plain.seek(0)
             os.mkdir(staging, 0o700)
             try:
-                _unpack(plain, staging, str(source), devices)
+                _unpack(plain, staging, str(source), devices, bring)
                 os.rename(staging, root)
             except BaseException:
                 remove_tree(staging)
@@ -111,7 +127,13 @@ def _walk(root: Path) -> Iterator[tuple[Path, str]]:
             waiting += [(path / entry, f"{name}/{entry}") for entry in below]
 
 
-def _add(archive: tarfile.TarFile, path: Path, name: str, seen: dict[tuple[int, int], str]) -> None:
+def _add(
+    archive: tarfile.TarFile,
+    path: Path,
+    name: str,
+    seen: dict[tuple[int, int], str],
+    send: Callable[[Path], Large] | None,
+) -> None:
     info = os.lstat(path)
     member = tarfile.TarInfo(name)
     member.mode, member.uid, member.gid = stat.S_IMODE(info.st_mode), info.st_uid, info.st_gid
@@ -138,6 +160,8 @@ def _add(archive: tarfile.TarFile, path: Path, name: str, seen: dict[tuple[int, 
             headers[_XATTR + attribute] = value.decode("utf-8", "surrogateescape")
 
     match stat.S_IFMT(info.st_mode):
+        case stat.S_IFREG if send is not None and info.st_size >= LARGE:
+            headers[_CHUNKS] = send(path).text()
         case stat.S_IFREG:
             _add_file(archive, member, path, info)
             return
@@ -235,7 +259,9 @@ class _Parts:
 # -- unpacking -----------------------------------------------------------------------------------------------------
 
 
-def _unpack(plain: IO[bytes], staging: Path, what: str, devices: bool) -> None:
+def _unpack(
+    plain: IO[bytes], staging: Path, what: str, devices: bool, bring: Callable[[str, Large, int], None] | None
+) -> None:
     """Write everything below `staging`, an empty directory of ours that nobody else writes to."""
     top = os.open(staging, _FOLDER)
     folders: list[tuple[str, tarfile.TarInfo]] = []
@@ -251,7 +277,7 @@ def _unpack(plain: IO[bytes], staging: Path, what: str, devices: bool) -> None:
                 if name == "." and member.isdir() and not folders:
                     folders.append((name, member))
                     continue
-                _make(archive, member, top, what, devices)
+                _make(archive, member, top, what, devices, bring)
                 if member.isdir():
                     folders.append((name, member))
         if not folders or folders[0][0] != ".":
@@ -295,7 +321,14 @@ def _open_folder(top: int, parts: list[str], what: str) -> int:
     return fd
 
 
-def _make(archive: tarfile.TarFile, member: tarfile.TarInfo, top: int, what: str, devices: bool) -> None:
+def _make(
+    archive: tarfile.TarFile,
+    member: tarfile.TarInfo,
+    top: int,
+    what: str,
+    devices: bool,
+    bring: Callable[[str, Large, int], None] | None,
+) -> None:
     *above, last = _parts(member.name, what)
     folder = _open_folder(top, above, what)
     try:
@@ -330,7 +363,10 @@ def _make(archive: tarfile.TarFile, member: tarfile.TarInfo, top: int, what: str
         elif member.isreg():
             fd = os.open(last, _FILE, 0o600, dir_fd=folder)
             try:
-                _fill(archive, member, fd, what)
+                if _CHUNKS in member.pax_headers:
+                    _fill_elsewhere(member, fd, what, bring)
+                else:
+                    _fill(archive, member, fd, what)
                 _dress(member, fd, what)
             finally:
                 os.close(fd)
@@ -346,6 +382,18 @@ def _make(archive: tarfile.TarFile, member: tarfile.TarInfo, top: int, what: str
         raise
     finally:
         os.close(folder)
+
+
+def _fill_elsewhere(
+    member: tarfile.TarInfo, fd: int, what: str, bring: Callable[[str, Large, int], None] | None
+) -> None:
+    if bring is None or member.size:
+        raise _refused(what, member.name, "has its content elsewhere")
+    try:
+        large = Large.parse(member.pax_headers[_CHUNKS])
+    except ValueError:
+        raise _refused(what, member.name, "has its content nowhere") from None
+    bring("/".join(_parts(member.name, what)), large, fd)
 
 
 def _fill(archive: tarfile.TarFile, member: tarfile.TarInfo, fd: int, what: str) -> None:

@@ -46,12 +46,14 @@ from woodfrog.store.files import store_error, write_atomic
 
 __all__ = [
     "HEADER",
+    "FrameReader",
     "Key",
     "content_size",
     "decode_bytes",
     "decode_file",
     "encode_bytes",
     "encode_file",
+    "frame_table",
     "is_cold",
     "key_id",
 ]
@@ -155,6 +157,11 @@ class Key:
         """Cipher and nonce prefix of one file."""
         material = HKDF(SHA256(), 39, salt, b"woodfrog cold form 1").derive(self._secret)
         return AESGCM(material[:32]), material[32:]
+
+    def name(self, data: bytes) -> str:
+        """A name for some content, 64 hex digits, that only the holder of the key can find."""
+        secret = HKDF(SHA256(), 32, None, b"woodfrog names").derive(self._secret)
+        return blake3.blake3(data, key=secret).hexdigest()
 
     def __repr__(self) -> str:
         return f"Key({self.id[:16]})"
@@ -279,8 +286,7 @@ def _encoded(
 def _decoded(read: Callable[[int], bytes], what: str, key: Key | None) -> Iterator[bytes]:
     """The content's pieces, in order, each one verified. The last piece comes only when nothing follows it."""
     sealer = _opener(read(_HEADER.size), what, key)
-    # zstd's bound on what data that does not compress grows by.
-    longest = sealer.frame + (sealer.frame >> 8) + 512
+    longest = _longest(sealer.frame)
 
     def work(number: int) -> Callable[[], bytes]:
         raw = read(_LENGTH.size)
@@ -297,6 +303,90 @@ def _decoded(read: Callable[[int], bytes], what: str, key: Key | None) -> Iterat
         return lambda: sealer.open(number, body)
 
     yield from _in_order(work, sealer.count)
+
+
+def frame_table(path: Path) -> bytes:
+    """What `FrameReader` needs to read single frames of a cold form: its header, and each frame's length.
+
+    Raises:
+        IntegrityError: not a cold form.
+        StoreError: it cannot be read.
+    """
+    with _reading(path) as f:
+        read = _reader(f, str(path))
+        header = read(_HEADER.size)
+        count = _opener_size(header, str(path))
+        lengths = []
+        for _ in range(count):
+            raw = read(_LENGTH.size)
+            if len(raw) != _LENGTH.size:
+                raise _truncated(str(path))
+            lengths.append(raw)
+            f.seek(_LENGTH.unpack(raw)[0], os.SEEK_CUR)
+    return header + b"".join(lengths)
+
+
+class FrameReader:
+    """Reads single frames of a cold form from wherever it lies. A table that lies gives an error, never other bytes.
+
+    Args:
+        table: what `frame_table` made.
+        what: names the cold form in errors.
+
+    Raises:
+        IntegrityError: not a table, or of a form that was encrypted with a key that is not this one.
+    """
+
+    def __init__(self, table: bytes, what: str, key: Key | None) -> None:
+        self._sealer = _opener(table[: _HEADER.size], what, key)
+        self._what = what
+        self.size: int = self._sealer.total
+        """Bytes of the content."""
+        self.frame: int = self._sealer.frame
+        """Bytes of the content in each frame, but for the last."""
+        self.count: int = self._sealer.count
+        lengths = table[_HEADER.size :]
+        if len(lengths) != self.count * _LENGTH.size:
+            raise IntegrityError(f"{what}: its table of frames is damaged", code="altered")
+        at = _HEADER.size
+        self._offsets = [at]
+        longest = _longest(self.frame)
+        for (length,) in _LENGTH.iter_unpack(lengths):
+            if not _TAG <= length <= longest:
+                raise IntegrityError(f"{what}: its table of frames is damaged", code="altered")
+            at += _LENGTH.size + length
+            self._offsets.append(at)
+
+    def place(self, first: int, count: int = 1) -> tuple[int, int]:
+        """Where some frames lie: from, to."""
+        return self._offsets[first], self._offsets[first + count]
+
+    def open(self, first: int, count: int, data: bytes) -> Iterator[bytes]:
+        """The contents of some frames, from the bytes that lie at their place.
+
+        Raises:
+            IntegrityError: altered, truncated, or not these frames.
+        """
+        begin, end = self.place(first, count)
+        if len(data) != end - begin:
+            raise _truncated(self._what)
+        for number in range(first, first + count):
+            at, stop = self._offsets[number] - begin + _LENGTH.size, self._offsets[number + 1] - begin
+            if _LENGTH.unpack_from(data, at - _LENGTH.size)[0] != stop - at:
+                raise self._sealer.altered(number)
+            yield self._sealer.open(number, data[at:stop])
+
+
+def _longest(frame: int) -> int:
+    """zstd's bound on what data that does not compress grows by."""
+    return frame + (frame >> 8) + 512
+
+
+def _opener_size(header: bytes, what: str) -> int:
+    if len(header) != _HEADER.size or not header.startswith(_MAGIC):
+        raise IntegrityError(f"{what}: not a cold form that this version reads", code="altered")
+    _, _, frame, total, _, _ = _HEADER.unpack(header)
+    return max(1, -(-int(total) // int(frame)))
 
 
 def _truncated(what: str) -> IntegrityError:

@@ -156,25 +156,30 @@ class Delta:
         Raises:
             IntegrityError: a frame does not fit its bases.
         """
-        slot, view = 0, memoryview(self.data)
-        for pages, begin, end in self.frames:
-            bases = bytearray(pages * PAGE)
-            try:
-                i = 0
-                while i < pages:  # consecutive base pages in one read
-                    pack, first = self.base(slot + i)
-                    n = 1
-                    while i + n < pages and self.base(slot + i + n) == (pack, first + n):
-                        n += 1
-                    pread_full(files[pack], memoryview(bases)[i * PAGE : (i + n) * PAGE], first * PAGE)
-                    i += n
-                made = _decompress_frame(view[begin:end], bytes(bases))
-            except (ZstdError, EOFError, IndexError, KeyError) as e:
-                raise IntegrityError(f"a delta does not fit its bases: {e}") from e
-            if len(made) != pages * PAGE:
-                raise IntegrityError("a delta's frame has the wrong length")
+        slot = 0
+        for number, (pages, _, _) in enumerate(self.frames):
+            yield self.decode_frame(number, slot, files)
             slot += pages
-            yield made
+
+    def decode_frame(self, number: int, slot: int, files: dict[str, int]) -> bytes:
+        """The pages of one frame, of which `slot` is the first; as `decode`."""
+        pages, begin, end = self.frames[number]
+        bases = bytearray(pages * PAGE)
+        try:
+            i = 0
+            while i < pages:  # consecutive base pages in one read
+                pack, first = self.base(slot + i)
+                n = 1
+                while i + n < pages and self.base(slot + i + n) == (pack, first + n):
+                    n += 1
+                pread_full(files[pack], memoryview(bases)[i * PAGE : (i + n) * PAGE], first * PAGE)
+                i += n
+            made = _decompress_frame(memoryview(self.data)[begin:end], bytes(bases))
+        except (ZstdError, EOFError, IndexError, KeyError) as e:
+            raise IntegrityError(f"a delta does not fit its bases: {e}") from e
+        if len(made) != pages * PAGE:
+            raise IntegrityError("a delta's frame has the wrong length")
+        return made
 
 
 def read_delta(path: Path) -> Delta:

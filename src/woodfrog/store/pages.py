@@ -348,6 +348,13 @@ class PageStore:
     def _set_verified(self, pack: str, stamp: Stamp) -> None:
         self._verified[pack] = stamp, stamp_of(self.folder.path(pack, "names"))
 
+    def unlink_alias(self, pack: str, path: Path) -> None:
+        """Remove another name of what may be a pack's raw form by now: its stamp changes, its content does not."""
+        verified = self._is_verified(pack)
+        path.unlink(missing_ok=True)
+        if verified and (stamp := stamp_of(self.folder.path(pack, "pages"))):
+            self._set_verified(pack, stamp)
+
     def _is_verified(self, pack: str) -> bool:
         known = self._verified.get(pack)
         if known is None:

@@ -1,0 +1,230 @@
+"""Large files of snapshots' file layers, kept once on this machine: equal files are one file with several names.
+
+    <root>/<2>/<sha256>-<what else it is>     a name of its own for each large file that some snapshot has
+
+A layer is the lower directory of an overlay: its files must lie there whole, with owner, mode, time and attributes. So
+two files are one only when all of that is equal. Nobody writes to them: a sandbox that does gets a copy (overlayfs). A
+name here that no snapshot shares any more goes with the next collection.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import stat
+import threading
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from woodfrog.errors import StoreError
+from woodfrog.faults import fault
+from woodfrog.store.chunks import LARGE
+from woodfrog.store.files import fsync_dir, sha256_file, store_error
+from woodfrog.store.folder import Stamp, stamp_of
+
+__all__ = ["LayerFiles", "LayerStats"]
+
+_FICLONE = 0x40049409
+_MOST_LINKS = 30000
+"""Names of one file: ext4 allows 65,000."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStats:
+    """`files`, `bytes`: what there is, once each; `shared_bytes`: what equal files would take beside that."""
+
+    files: int
+    bytes: int
+    shared_bytes: int
+
+
+def _else(path: Path, info: os.stat_result) -> str:
+    """Digest of what a file is beside its content."""
+    digest = hashlib.sha256(f"{info.st_mode:o} {info.st_uid}:{info.st_gid} {info.st_mtime_ns}\n".encode())
+    with suppress(OSError):
+        for name in sorted(os.listxattr(path, follow_symlinks=False)):
+            digest.update(os.fsencode(name) + b"=" + os.getxattr(path, name, follow_symlinks=False) + b"\n")
+    return digest.hexdigest()[:32]
+
+
+class LayerFiles:
+    """Any number of threads may use one; of several processes each sees what the others left.
+
+    Args:
+        root: its folder, on the file system of the snapshots; made when it is not there.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._mutex = threading.RLock()
+        self._verified: dict[int, Stamp] = {}
+        """By inode: files whose content was found to be what it is named for, and what they looked like then."""
+        try:
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as e:
+            raise store_error("cannot keep files of layers", root, e) from e
+
+    def _path(self, name: str) -> Path:
+        return self.root / name[:2] / name
+
+    def share(self, files: Iterable[tuple[Path, str, Stamp]]) -> int:
+        """Keep the files of one layer once: each becomes one with its equal, if there is one. How many did.
+
+        Args:
+            files: durable ones, with their digest, and what they looked like before they were read for it.
+
+        Raises:
+            OSError: the disk fails. Each name is what it was or what it is to be.
+        """
+        taken: set[Path] = set()
+        try:
+            return sum(self._share(path, sha256, stamp, taken) for path, sha256, stamp in files)
+        except OSError as e:
+            if e.errno not in (errno.EPERM, errno.EMLINK, errno.EXDEV, errno.EOPNOTSUPP):
+                raise
+            return 0  # there can be no second names here: each stays what it is
+
+    def _share(self, path: Path, sha256: str, stamp: Stamp, taken: set[Path]) -> bool:
+        info = os.lstat(path)
+        if not stat.S_ISREG(info.st_mode) or info.st_size < LARGE or info.st_nlink > 1 or stamp_of(path) != stamp:
+            return False  # of several names in one layer, no two belong to different files
+        kept = self._path(f"{sha256}-{_else(path, info)}")
+        if kept in taken:  # nor do two files of it become one
+            return False
+        taken.add(kept)
+        with self._mutex:
+            if not kept.parent.exists():
+                kept.parent.mkdir(mode=0o700, exist_ok=True)
+                fsync_dir(self.root)
+            if self._usable(kept, sha256):
+                temporary = path.with_name(f".{uuid.uuid4().hex}")
+                with self.steady([os.lstat(kept)]):
+                    try:
+                        os.link(kept, temporary)
+                        fault("layers.linked")
+                        os.rename(temporary, path)
+                    finally:
+                        temporary.unlink(missing_ok=True)
+                return True
+            kept.unlink(missing_ok=True)  # damaged, or of too many names
+            os.link(path, kept)
+            fsync_dir(kept.parent)
+            fault("layers.kept")
+            self._note(path)
+            return False
+
+    def _usable(self, kept: Path, sha256: str) -> bool:
+        try:
+            info = os.lstat(kept)
+            if info.st_nlink >= _MOST_LINKS:
+                return False
+            if not self.knows(info):
+                before = stamp_of(kept)
+                if sha256_file(kept) != sha256 or stamp_of(kept) != before:
+                    return False
+                self._note(kept)
+            # Its name says so, but anybody may have changed it since.
+            return kept.name == f"{sha256}-{_else(kept, os.lstat(kept))}"
+        except FileNotFoundError:
+            return False
+
+    def _note(self, path: Path) -> None:
+        if (stamp := stamp_of(path)) is not None:
+            self._verified[stamp[0]] = stamp
+
+    def knows(self, info: os.stat_result) -> bool:
+        """Whether a file is one that is kept here, verified in this process, and untouched since."""
+        return self._verified.get(info.st_ino) == (info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+
+    def verified(self, path: Path) -> None:
+        """Somebody has read a file of a layer and found it right."""
+        with suppress(OSError):
+            if os.lstat(path).st_nlink > 1:
+                self._note(path)
+
+    @contextmanager
+    def steady(self, infos: Iterable[os.stat_result]) -> Iterator[None]:
+        """While names of files are made or removed, which changes their times: what was known of them stays known."""
+        with self._mutex:
+            known = {info.st_ino for info in infos if self.knows(info)}
+            try:
+                yield
+            finally:
+                if known:
+                    for path in self._all():
+                        with suppress(OSError):
+                            if os.lstat(path).st_ino in known:
+                                self._note(path)
+
+    def _all(self) -> Iterator[Path]:
+        for folder in sorted(self.root.iterdir()):
+            yield from sorted(folder.iterdir())
+
+    def copy(self, sha256: str, size: int, fd: int) -> bool:
+        """Write a content to an empty file, if some file here has it: it need not come from elsewhere."""
+        folder = self.root / sha256[:2]
+        for path in sorted(folder.glob(f"{sha256}-*")) if folder.exists() else ():
+            with suppress(OSError), open(path, "rb", buffering=0) as source:
+                if os.fstat(source.fileno()).st_size != size:
+                    continue
+                try:
+                    fcntl.ioctl(fd, _FICLONE, source.fileno())
+                except OSError:
+                    at = 0
+                    while at < size and (done := os.copy_file_range(source.fileno(), fd, size - at, at, at)):
+                        at += done
+                if sha256_file(Path(f"/proc/self/fd/{fd}")) == sha256:
+                    return True
+            os.ftruncate(fd, 0)
+        return False
+
+    def collect(self, *, dry_run: bool = False) -> int:
+        """Remove the names that no snapshot shares; bytes freed. With `dry_run`: only count them.
+
+        Raises:
+            StoreError: one cannot be removed.
+        """
+        freed = 0
+        try:
+            with self._mutex:
+                for path in self._all():
+                    info = os.lstat(path)
+                    if info.st_nlink == 1:
+                        freed += info.st_blocks * 512
+                        if dry_run:
+                            continue
+                        path.unlink()
+                        self._verified.pop(info.st_ino, None)
+        except OSError as e:
+            raise store_error("cannot remove files of layers", self.root, e) from e
+        return freed
+
+    def stats(self) -> LayerStats:
+        files = size = shared = 0
+        for path in self._all():
+            with suppress(OSError):
+                info = os.lstat(path)
+                files, size = files + 1, size + info.st_blocks * 512
+                shared += max(0, info.st_nlink - 2) * info.st_blocks * 512
+        return LayerStats(files, size, shared)
+
+    def verify(self) -> list[str]:
+        """What is wrong with the files that are kept here, read anew; snapshots that share one say so, too."""
+        problems = []
+        for path in self._all():
+            sha256, _, rest = path.name.partition("-")
+            try:
+                if sha256_file(path) != sha256:
+                    problems.append(f"the file {sha256[:12]}… is not what it is named for")
+                elif _else(path, os.lstat(path)) != rest:
+                    problems.append(f"the file {sha256[:12]}… has another owner, mode, time or attribute")
+            except FileNotFoundError:
+                continue
+            except (OSError, StoreError) as e:
+                problems.append(f"the file {sha256[:12]}…: {e}")
+        return problems
