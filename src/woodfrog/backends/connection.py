@@ -15,7 +15,7 @@ from woodfrog.errors import InstanceCrashed, StoreError
 from woodfrog.linux.sandbox import Sandbox, SandboxProcess
 from woodfrog.protocol import HEAD, SPOOL_BYTES, WORKER_SOCKET, ProtocolError, pack, parse_head, parse_header
 
-__all__ = ["Payload", "Reply", "WorkerConnection", "connect"]
+__all__ = ["Payload", "Reply", "WorkerConnection", "connect", "connect_now"]
 
 _CHUNK = 1 << 20
 _CONNECT_S = 60.0
@@ -67,6 +67,11 @@ class WorkerConnection:
         self._spool = spool
 
     @classmethod
+    async def of(cls, connected: socket.socket, spool: Path) -> WorkerConnection:
+        reader, writer = await asyncio.open_unix_connection(sock=connected, limit=_CHUNK)
+        return cls(reader, writer, spool)
+
+    @classmethod
     async def open(
         cls, connect: Callable[[], Awaitable[socket.socket]], *, timeout: float, spool: Path, gone: asyncio.Future[Any]
     ) -> WorkerConnection:
@@ -79,8 +84,7 @@ class WorkerConnection:
         delay = 0.0005
         while True:
             try:
-                reader, writer = await asyncio.open_unix_connection(sock=await connect(), limit=_CHUNK)
-                return cls(reader, writer, spool)
+                return await cls.of(await connect(), spool)
             except OSError as e:
                 if gone.done():
                     raise InstanceCrashed("the worker ended before it listened", code="worker-start") from e
@@ -170,9 +174,17 @@ class WorkerConnection:
             ProtocolError: another answer.
         """
         await self.send(header, *bodies)
+        return await self.answer(header["type"], expect=expect)
+
+    async def answer(self, to: str, *, expect: str) -> Reply:
+        """Take the one answer to what was sent: `expect` or `failed`.
+
+        Raises:
+            ProtocolError: another answer.
+        """
         reply = await self.receive()
         if reply.type not in (expect, "failed"):
-            raise ProtocolError(f"worker answered {reply.type!r} to {header['type']!r}, not {expect!r}")
+            raise ProtocolError(f"worker answered {reply.type!r} to {to!r}, not {expect!r}")
         return reply
 
     async def wait_closed_by_worker(self, timeout: float) -> None:
@@ -197,6 +209,15 @@ class WorkerConnection:
             await self._writer.wait_closed()
         except (ConnectionError, OSError):
             return  # the other end was gone already
+
+
+async def connect_now(sandbox: Sandbox, spool: Path) -> WorkerConnection:
+    """A connection to the worker's socket as it is; the worker may accept it later.
+
+    Raises:
+        SandboxError, OSError: nobody listens.
+    """
+    return await WorkerConnection.of(await sandbox.connect(WORKER_SOCKET), spool)
 
 
 async def connect(sandbox: Sandbox, process: SandboxProcess, spool: Path) -> WorkerConnection:

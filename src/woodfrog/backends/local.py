@@ -17,7 +17,7 @@ from typing import Any
 
 from woodfrog import protocol
 from woodfrog.backends.base import Answer, CallRequest, Observer, StartRequest
-from woodfrog.backends.connection import Payload, WorkerConnection, connect
+from woodfrog.backends.connection import Payload, WorkerConnection, connect, connect_now
 from woodfrog.backends.factory import SandboxFactory
 from woodfrog.backends.gpus import Gpus
 from woodfrog.backends.keeper import Keeper
@@ -79,6 +79,8 @@ class Instance:
     sandbox: Sandbox | None = None
     process: SandboxProcess | None = None
     connection: WorkerConnection | None = None
+    greeting: asyncio.Task[WorkerConnection | None] | None = None
+    """While CRIU is still about to end: a connection over which the worker has its context already."""
     snapshot_id: str | None = None
     hostname: str = ""
     staging: Staging | None = None
@@ -328,6 +330,12 @@ class LocalBackend:
 
     async def _connect(self, instance: Instance, sandbox: Sandbox) -> None:
         assert instance.process is not None
+        if instance.greeting is not None:
+            await asyncio.wait({instance.greeting})
+            instance.connection = instance.greeting.result()
+            if instance.connection is not None:
+                return
+            instance.greeting = None
         instance.connection = await connect(sandbox, instance.process, self._config.spool)
 
     @staticmethod
@@ -353,23 +361,42 @@ class LocalBackend:
                 if isinstance(ms, (int, float)) and 0 <= ms < 1e9:
                     instance.phases.add(str(name)[:40], float(ms), parent=parent)
 
-    async def _wake(self, instance: Instance) -> None:
-        """Give the worker its context; it answers when it is ready to serve."""
-        self._stage(instance, "starting")
-        assert instance.connection is not None
-        request = instance.request
-        context = protocol.StartContext(
+    async def _greet(self, instance: Instance, snapshot_id: str) -> WorkerConnection | None:
+        """Give a thawed worker its context ahead of CRIU's end; None = it has to be given afterwards."""
+        if instance.sandbox is None:
+            return None
+        try:
+            connection = await connect_now(instance.sandbox, self._config.spool)
+        except (SandboxError, OSError):
+            return None
+        try:
+            await connection.send(self._context(instance, snapshot_id))
+            return connection
+        except InstanceCrashed:
+            await connection.close()
+            return None
+
+    def _context(self, instance: Instance, snapshot_id: str | None) -> dict[str, Any]:
+        return protocol.StartContext(
             instance_id=instance.id,
             hostname=instance.hostname,
-            restored=instance.snapshot_id is not None,
-            snapshot_id=instance.snapshot_id,
+            restored=snapshot_id is not None,
+            snapshot_id=snapshot_id,
             entropy=os.urandom(64).hex(),
             wall_clock=time.time(),
             env=self._env(instance),
-            gpu=list(request.gpus),
-        )
+            gpu=list(instance.request.gpus),
+        ).header()
+
+    async def _wake(self, instance: Instance) -> None:
+        """Give the worker its context, if it has not got it; it answers when it is ready to serve."""
+        self._stage(instance, "starting")
+        assert instance.connection is not None
         with instance.phases("wake"):
-            reply = await instance.connection.request(context.header(), expect="ready")
+            if instance.greeting is None:
+                await instance.connection.send(self._context(instance, instance.snapshot_id))
+            instance.greeting = None
+            reply = await instance.connection.answer("start", expect="ready")
             self._check_failed(reply.header)
         self._take_phases(instance, reply.header, "wake")
         instance.stage = "ready"
@@ -568,9 +595,16 @@ class LocalBackend:
 
     async def _thaw(self, instance: Instance, opened: Opened) -> None:
         self._stage(instance, "restoring")
-        lazy = await self._memory.lazy(opened, parked=instance.request.parked)
+        request, found = instance.request, opened.manifest.id
+        lazy = await self._memory.lazy(opened, parked=request.parked)
+        if lazy is not None and not request.parked and not request.gpus:
+
+            def held() -> None:
+                instance.greeting = asyncio.get_running_loop().create_task(self._greet(instance, found))
+
+            lazy.on_held = held
         await self._materialise(instance, opened, lazy)
-        instance.snapshot_id = opened.manifest.id
+        instance.snapshot_id = found
 
     async def _materialise(self, instance: Instance, opened: Opened, lazy: Lazy | None) -> None:
         sandbox = await self._sandbox(instance, (opened.path / "fs",), opened.path / "shm")
@@ -793,21 +827,28 @@ class LocalBackend:
 
     async def _drop_sandbox(self, instance: Instance) -> None:
         """Destroy the sandbox an instance is in; the instance itself may go on in another."""
-        sandbox, instance.sandbox = instance.sandbox, None
-        if instance.connection is not None:
-            await instance.connection.close()
-            instance.connection = None
+        sandbox = await self._hang_up(instance)
         if sandbox is not None:
             instance.process = None
             with instance.phases("teardown"):
                 self._close_logs(instance)
                 self._spawn(self._factory.release(sandbox))
 
-    async def _discard(self, instance: Instance) -> None:
+    @staticmethod
+    async def _hang_up(instance: Instance) -> Sandbox | None:
+        """Close the connection to the worker; the sandbox it was in, now the caller's."""
         sandbox, instance.sandbox = instance.sandbox, None
-        if instance.connection is not None:
-            await instance.connection.close()
-            instance.connection = None
+        greeting, instance.greeting = instance.greeting, None
+        connection, instance.connection = instance.connection, None
+        if greeting is not None:
+            await asyncio.wait({greeting})
+            connection = greeting.result()
+        if connection is not None:
+            await connection.close()
+        return sandbox
+
+    async def _discard(self, instance: Instance) -> None:
+        sandbox = await self._hang_up(instance)
         if sandbox is not None:
             await self._factory.release(sandbox)
             self._close_logs(instance)

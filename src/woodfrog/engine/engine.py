@@ -315,6 +315,7 @@ class Lazy:
         files: what the page index names, in its order; None = the pages files beside it.
         present: some of the files are still on their way.
         everything: all memory is there before the processes run, and nothing waits for more: they may be dumped again.
+        on_held: called when memory is laid out and the processes are about to run: their sockets are there.
         parked: nothing is pushed or filled in before `served.push()`: an instance that waits has almost no memory.
         served: set by `restore`: the memory of this restore, to be dropped when its processes are gone.
     """
@@ -328,6 +329,7 @@ class Lazy:
     present: Present | None = None
     everything: bool = False
     parked: bool = False
+    on_held: Callable[[], None] | None = None
     served: ServedPages | None = None
 
 
@@ -366,6 +368,9 @@ def _serve_pages(sandbox: Sandbox, images: Path, files: tuple[Path, ...], lazy: 
             everything=lazy.everything,
             present=lazy.present,
         )
+        if lazy.on_held is not None:
+            tell = lazy.on_held
+            lazy.served.held.add_done_callback(lambda held: held.cancelled() or tell())
     finally:
         listener.close()
         for fd in fds:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from woodfrog.criu.pagemap import INDEX, read_index
+from woodfrog.criu.pagemap import INDEX, index_files
 from woodfrog.errors import IntegrityError, NotFoundError, StoreError
 from woodfrog.faults import fault
 from woodfrog.linux.pageserver import Present
@@ -601,7 +601,7 @@ class Catalogue:
             raise IntegrityError(f"snapshot {manifest.id}: its memory is in a page store", code="no-page-store")
         path = self.root / manifest.id / manifest.images
         try:
-            names = read_index((path / INDEX).read_bytes()).files
+            names = index_files(path / INDEX)
             beside = {name for name in names if _PAGES_FILE.search(f"img/{name}")}
             packs = self._store.open_raw([name for name in names if name not in beside])
         except (OSError, ValueError) as e:

@@ -68,6 +68,8 @@ def prepare() -> None:
     if trim is not None:
         trim.argtypes = (ctypes.c_size_t,)
         _native["trim"] = [trim]
+    # Its first use takes a millisecond, which no copy has to spend.
+    _openssl(os.urandom)
 
 
 def _mapped_libraries() -> list[str]:
