@@ -252,7 +252,6 @@ class Runtime:
         """
         self.phases = {}
         with self._stage("preload", "settle"):
-            codec.preload()
             self._tidy()
         return self.phases
 
