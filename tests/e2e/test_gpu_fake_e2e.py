@@ -272,6 +272,7 @@ def test_a_capture_that_fails_runs_on(daemon: Daemon, hardware: Hardware) -> Non
 
 
 @pytest.mark.timeout(200)
+@pytest.mark.slow
 def test_a_driver_that_hangs_is_a_cold_start(daemon: Daemon, hardware: Hardware) -> None:
     daemon.cli("deploy", str(holder(daemon)), "--snapshot")
     daemon.wait_snapshot("holder")

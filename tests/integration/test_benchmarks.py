@@ -50,6 +50,7 @@ def test_calls(tmp_path: Path) -> None:
     assert all(v["calls_per_second"] > 0 for v in result["throughput"].values())
 
 
+@pytest.mark.slow
 def test_tier(tmp_path: Path) -> None:
     pytest.importorskip("obstore")
     options = ("--rounds", "1", "--workload", "arrays", "--mb-s", "100", "--fill-mb", "4")

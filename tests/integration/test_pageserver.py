@@ -490,10 +490,9 @@ def check():
 
 @pytest.mark.criu
 @pytest.mark.parametrize("drain_ms", [NEVER, 0])
-async def test_what_a_fork_empties_is_empty(rig: Rig, monkeypatch: pytest.MonkeyPatch, drain_ms: int) -> None:
+async def test_what_a_fork_empties_is_empty(rig: Rig, drain_ms: int) -> None:
     """MADV_WIPEONFORK, by which generators of random numbers notice a fork: also where the pages are still to come."""
-    monkeypatch.setitem(globals(), "PROGRAM", WIPED)
-    frozen = await freeze(rig, {})
+    frozen = await freeze(rig, {}, WIPED)
     nothing, parents = [{b"\0" * 8}] * 3, [{b"parent's"}] * 3
     async with page_server() as server:
         lazy = Lazy(server, drain_ms=drain_ms)
@@ -532,11 +531,9 @@ def check():
 
 
 @pytest.mark.criu
-async def test_several_processes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(globals(), "PROGRAM", SEVERAL)
-    monkeypatch.setitem(globals(), "FIRST_ANSWER", str([True, b"y", b"y", b"y"]))
-    frozen = await freeze(rig, {})
+async def test_several_processes(rig: Rig) -> None:
     right = [True, b"y", b"y", b"y"]
+    frozen = await freeze(rig, {}, SEVERAL, str(right))
     async with page_server() as server:
         for generation in range(2):
             lazy = Lazy(server, everything=True)

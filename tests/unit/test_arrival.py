@@ -406,8 +406,8 @@ def test_what_does_not_get_here_is_not_thawed_so_again(here: Machine, there: Mac
         keeper.in_use = lambda: running
         await keeper.fetch(A)
         faulty.gone = True
-        await until(lambda: not keeper._arrivals)
-        left = [p for p in there.catalogue.root.iterdir() if p.name.startswith(".removed-")]
+        await until(lambda: not keeper._arrivals and list(there.catalogue.root.glob(".removed-*")))
+        left = list(there.catalogue.root.glob(".removed-*"))
         assert len(left) == 1 and (left[0] / "fs" / "file").read_bytes() == b"in the layer"
         with pytest.raises(StoreError):
             await keeper.fetch(A)

@@ -70,7 +70,8 @@ APP = {
 
 
 def test_app_list(daemon: Daemon) -> None:
-    daemon.routes["GET /apps"] = {"apps": [APP]}
+    app = APP | {"deployed": time.time() - 7300}
+    daemon.routes["GET /apps"] = {"apps": [app]}
     shown = run("app", "list")
     assert shown.exit_code == 0
     assert shown.stdout.splitlines()[1].split() == [
@@ -84,7 +85,7 @@ def test_app_list(daemon: Daemon) -> None:
         "square,",
         "Embedder",
     ]
-    assert json.loads(run("app", "list", "--json").stdout) == [APP]
+    assert json.loads(run("app", "list", "--json").stdout) == [app]
     daemon.routes["GET /apps"] = {"apps": []}
     assert (run("app", "list").stdout, run("app", "list").stderr) == ("", "no apps\n")
     assert run("app", "list", "--json").stdout == "[]\n"
