@@ -6,6 +6,8 @@ PREFIX ?= /usr/local/lib/woodfrog
 STATE ?= /var/lib/woodfrog
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
+# Most tests wait for processes: two at a time take half as long on two cores.
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,7 +33,7 @@ demo: demo-setup
 	@$(BIN)/python examples/demo.py
 
 test: setup
-	@$(BIN)/python -m pytest -rs --no-fold-skipped $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -rs --no-fold-skipped $(PYTEST_FLAGS)
 
 lint: $(VENV)/.setup native
 	@$(BIN)/ruff check .
