@@ -372,7 +372,7 @@ class LocalBackend:
         try:
             await connection.send(self._context(instance, snapshot_id))
             return connection
-        except InstanceCrashed:
+        except WoodfrogError:
             await connection.close()
             return None
 
