@@ -32,8 +32,15 @@ demo-setup: setup $(VENV)/.demo
 demo: demo-setup
 	@$(BIN)/python examples/demo.py
 
+PYTEST := $(BIN)/python -m pytest -rfEs --no-fold-skipped
+
+# Tests of a whole system have clocks in them, and other tests beside them: what fails gets one more try, alone. The
+# first run's summary names it; a second failure is a failure.
 test: setup
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -rs --no-fold-skipped $(PYTEST_FLAGS)
+	@$(PYTEST) -n $(JOBS) --dist loadfile $(PYTEST_FLAGS) || { \
+		s=$$?; [ $$s = 1 ] || exit $$s; \
+		echo "make test: what failed above is run again, one test at a time"; \
+		$(PYTEST) --last-failed --last-failed-no-failures=none --maxfail=5 $(PYTEST_FLAGS); }
 
 lint: $(VENV)/.setup native
 	@$(BIN)/ruff check .
