@@ -181,6 +181,11 @@ class Daemon:
         """The newest usable snapshot of an app, as soon as there is one."""
         return until(lambda: next((s for s in reversed(self.snapshots(app)) if s not in other_than), None), seconds)
 
+    def last_phases(self) -> list[str]:
+        """Names of the phases of the newest call: they outlive its container."""
+        (call,) = self.get("/calls", limit="1")["calls"]
+        return [p["name"] for p in self.get(f"/calls/{call['id']}/trace")["phases"]]
+
     # What is left behind
 
     def inits(self) -> list[int]:

@@ -103,8 +103,7 @@ def test_a_machine_that_never_saw_it_thaws_it_from_the_tier(place: Path) -> None
         second.stop()
         second.start()
         assert second.call("held", "Holder.look", at=5) == right
-        (row,) = second.json("container", "list")
-        phases = [p["name"] for p in second.json("container", "inspect", row["id"])["phases"]]
+        phases = second.last_phases()
         assert "fetch" in phases and "boot" not in phases
         until(lambda: second.snapshots("held") == [snapshot], 60)  # it was thawed before all of it was here
 

@@ -573,8 +573,9 @@ served = 0
 while True:
     connection, _ = listener.accept()
     served += 1
-    before = ticks
-    time.sleep(0.02)
+    before, until = ticks, time.monotonic() + 10
+    while ticks == before and time.monotonic() < until:
+        time.sleep(0.02)
     kept.write(f"{served}\\n"); kept.flush()
     segment.seek(0)
     text = f"{os.getpid()} {os.uname().nodename} {served} {ticks > before} {hash(blob)} {segment.read().decode()}"

@@ -246,6 +246,9 @@ def wait_for(client: Client, app_name: str, tag: str, key: str, timeout: float, 
             ]
             # Between the request and the first container, and from one attempt to the next, there is a short gap.
             if not booting and time.monotonic() - begin > GRACE_S:
+                found = _ready(client, key)  # it may have been stored between the two looks
+                if found is not None:
+                    return found
                 raise CaptureError(f"{target_of(app_name, tag)} was not captured: see `woodfrog app logs {app_name}`")
             progress.say(f"{target_of(app_name, tag)}: {output.stage_words(booting[0] if booting else 'queued')}")
             time.sleep(0.2)
