@@ -125,6 +125,10 @@ SETTLE_S = 150
 GROWTH = {"descriptors": 4, "threads": 4, "children": 0, "disk_bytes": 64 << 20, "rss_kb": 65536}
 """What may be more at the end than at the start: a thread pool fills up, the allocator and SQLite keep memory,
 snapshots of the same program differ a little in size. The rest must be as at the start."""
+LATER_KB = 24576
+"""Of the daemon's memory, what may be more at the end than half-way, when the caches are full: a leak goes on."""
+MANY = 200
+"""Cycles from which on there is a half-way."""
 
 
 def settled(daemon: Daemon, like: dict[str, int] | None = None) -> dict[str, int]:
@@ -202,14 +206,19 @@ def main() -> int:
             soak.cycle(turn)
         first = settled(daemon)
         begin = time.monotonic()
+        halfway: dict[str, int] = {}
         for turn in range(warm_up, warm_up + options.cycles):
             soak.cycle(turn)
+            if options.cycles >= MANY and turn - warm_up == options.cycles // 2:
+                halfway = settled(daemon)
             if (turn - warm_up) % 50 == 49:
                 done, took = turn + 1 - warm_up, time.monotonic() - begin
                 console.print(f"   {done} cycles, {len(soak.found)} differences, {took:.0f} s")
         last = settled(daemon, like=first)
         seconds = time.monotonic() - begin
         leaks = grown(first, last)
+        if halfway and last["rss_kb"] > halfway["rss_kb"] + LATER_KB:
+            leaks.append(f"rss_kb since half-way: {halfway['rss_kb']} -> {last['rss_kb']}")
         home, tag = daemon.home, daemon.settings.tag
     leaks += [f"after the daemon's end: {p}" for p in groups_of(tag)]
     leaks += [f"after the daemon's end: {p}" for p in (Path(f"/sys/class/net/{BRIDGE}"), home) if p.exists()]
@@ -223,6 +232,7 @@ def main() -> int:
         "differences": soak.found,
         "leaks": leaks,
         "held_at_start": first,
+        "held_halfway": halfway,
         "held_at_end": last,
         "thaw_ms": {
             name: {k: v for k, v in summary(values).items() if k != "values"} for name, values in soak.thaw_ms.items()
@@ -230,8 +240,8 @@ def main() -> int:
     }
     table(
         f"{options.cycles} cycles ({soak.freezes} freezes, {soak.thaws} thaws) in {seconds:.0f} s",
-        ("held", "at the start", "at the end"),
-        [[k, str(v), str(last[k])] for k, v in first.items()],
+        ("held", "at the start", "half-way", "at the end"),
+        [[k, str(v), str(halfway.get(k, "")), str(last[k])] for k, v in first.items()],
     )
     for line in (*soak.found[:20], *leaks):
         console.print(f"[red]{line}", soft_wrap=True)

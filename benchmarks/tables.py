@@ -147,11 +147,14 @@ def calls(result: dict[str, Any]) -> str:
 
 
 def soak(result: dict[str, Any]) -> str:
-    held = [[k, str(v), str(result["held_at_end"][k])] for k, v in result["held_at_start"].items()]
+    halfway = result.get("held_halfway", {})
+    held = [
+        [k, str(v), str(halfway.get(k, "")), str(result["held_at_end"][k])] for k, v in result["held_at_start"].items()
+    ]
     return (
         f"{facts(result)}{result['cycles']} cycles, {result['freezes']} freezes and {result['thaws']} thaws in all, "
         f"{result['seconds']:.0f} s: {len(result['differences'])} differences, {len(result['leaks'])} leaks.\n\n"
-        f"{rows(['held', 'at the start', 'at the end'], held)}"
+        f"{rows(['held', 'at the start', 'half-way', 'at the end'], held)}"
     )
 
 

@@ -18,8 +18,8 @@ from woodfrog.store.packs import BATCH, NAME, PAGE, pack_id, page_name, pread_fu
 
 __all__ = ["PackFolder", "Stamp", "content_digest", "opened", "stamp_of", "wrong_page"]
 
-NAMES_CACHE = 8 << 20
-"""Bytes of names kept: those of 1 GiB of pages."""
+NAMES_CACHE = 4 << 20
+"""Bytes of names kept: those of 512 MiB of pages."""
 
 Stamp = tuple[int, int, int, int]
 """Inode, size, and the times of the last change of content and of anything: a file that keeps it keeps its content."""

@@ -197,7 +197,7 @@ class Index:
             connection.text_factory = partial(str, encoding="utf-8", errors="replace")
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=NORMAL")
-            connection.execute("PRAGMA cache_size=-8192")
+            connection.execute("PRAGMA cache_size=-4096")
             (version,) = connection.execute("PRAGMA user_version").fetchone()
             if version != 1:
                 self._transaction(connection, self._make, False)
