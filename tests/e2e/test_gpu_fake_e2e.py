@@ -307,6 +307,47 @@ def test_a_chip_that_is_not_here(daemon: Daemon) -> None:
     assert e.value.code == "no-gpu" and CHIP in e.value.message and "gpu=H100" in e.value.message
 
 
+def test_another_machine_thaws_it_from_the_tier(hardware: Hardware) -> None:
+    """With an empty state directory, and other GPUs of the same chip; where the driver is another, it boots."""
+    tier = Path(tempfile.mkdtemp(prefix="wf-tier-", dir="/var/tmp"))
+    env = {"WOODFROG_CUDA_DIR": str(hardware.folder), "WOODFROG_TIER": str(tier)}
+    try:
+        with Daemon(**env) as first:
+            first.cli("deploy", str(holder(first)))
+            captured = check(first)
+            (row,) = until(lambda: [s for s in first.json("store", "stats")["snapshots"] if s["app"] and s["pushed"]])
+            key = first.json("snapshot", "trust", "list")["own"]["text"]
+        other = exchanged(hardware)
+        assert not set(other.uuids) & set(hardware.uuids)
+        with Daemon(**env) as second:
+            second.cli("snapshot", "trust", "add", "--yes", key)
+            second.cli("deploy", str(holder(second)))
+            assert second.snapshots("holder") == []
+            thawed = check(second)
+            assert thawed["digest"] == captured["digest"], "the same bytes: thawed, not loaded anew"
+            assert thawed["visible"] == other.uuids[0] != captured["visible"]
+            assert thawed["uuid"] == other.uuids[0].removeprefix("GPU-").replace("-", "")
+            (container,) = second.json("container", "list")
+            phases = {p["name"] for p in second.json("container", "inspect", container["id"])["phases"]}
+            assert {"look-up", "fetch", "gpu.restore", "gpu.unlock"} <= phases and "boot" not in phases
+            until(lambda: second.snapshots("holder") == [row["id"]])
+            stop_all(second)
+            assert check(second)["digest"] == captured["digest"], "and from here the next time"
+        other.configure("driver 590")
+        with Daemon(**env) as third:
+            third.cli("snapshot", "trust", "add", "--yes", key)
+            third.cli("deploy", str(holder(third)))
+            assert check(third)["digest"] != captured["digest"]
+    finally:
+        shutil.rmtree(tier)
+
+
+def exchanged(hardware: Hardware) -> Hardware:
+    """The same chips in another machine: other uuids, the library at the same place."""
+    shutil.rmtree(hardware.folder)
+    return Hardware(hardware.folder, gpus=hardware.gpus, first=64)
+
+
 def test_without_the_gpu_by_request(daemon: Daemon) -> None:
     """`WOODFROG_GPU=none`: no device, and no snapshot that has one is taken."""
     program = daemon.program(HOLDER.format(gpu="any", more="").replace("self.gpu = Cuda()", "return"))
