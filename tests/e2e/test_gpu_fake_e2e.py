@@ -244,6 +244,24 @@ def test_more_calls_than_gpus_wait(daemon: Daemon, hardware: Hardware) -> None:
     assert {f["visible"] for f in found} <= {both, hardware.uuids[2]}
 
 
+def test_copies_in_reserve_are_idle_and_hold_their_gpus(daemon: Daemon, hardware: Hardware) -> None:
+    """`buffer_containers` of a GPU function parks nothing, and says so."""
+    daemon.cli("deploy", str(holder(daemon, buffer_containers=1)), "--snapshot")
+    daemon.wait_snapshot("holder")
+    first = check(daemon)
+    assert "Holder: buffer_containers keeps idle copies that hold their GPUs; none is parked" in daemon.app_text(
+        "holder"
+    )
+
+    def two() -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = daemon.get("/containers")["containers"]
+        return rows if [r["stage"] for r in rows] == ["ready", "ready"] else []
+
+    assert {tuple(r["gpus"]) for r in until(two)} == {(uuid,) for uuid in hardware.uuids[:2]}
+    both = at_once(daemon, 2, 1.0)
+    assert {f["visible"] for f in both} == set(hardware.uuids[:2]) and {f["digest"] for f in both} == {first["digest"]}
+
+
 def test_a_full_gpu_is_a_cold_start(daemon: Daemon, hardware: Hardware) -> None:
     daemon.cli("deploy", str(holder(daemon)), "--snapshot")
     daemon.wait_snapshot("holder")
