@@ -29,7 +29,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent / "programs"))
 
-from common import RESULTS, Daemon, by_call, console, has, machine, number, phase_medians, program, save, summary, table
+from common import (
+    RESULTS,
+    Daemon,
+    by_call,
+    console,
+    has,
+    machine,
+    number,
+    phase_medians,
+    program,
+    save,
+    summary,
+    table,
+    wait_until,
+)
 
 HERE = Path(__file__).parent
 TITLES = {"cold": "cold start", "cpu": "host snapshot", "gpu": "GPU snapshot"}
@@ -40,6 +54,8 @@ MOVES = ("gpu.lock", "gpu.checkpoint", "gpu.check", "gpu.restore", "gpu.unlock")
 ROOM = 1.15
 """Of a model's size: what its snapshot takes on disk, host memory of torch included."""
 MARGIN = 4 << 30
+STORE_S_PER_GIB = 10.0
+"""The slowest disk that a snapshot's way to it is waited for."""
 TOLERANCE = 0.05
 """How far answers of bfloat16 may lie apart where other kernels may have made them; a thawed GPU has the same."""
 
@@ -107,7 +123,10 @@ class Workload:
 
     def _capture(self, arm: str, first_call_ms: float) -> dict[str, Any]:
         """What a first call with a capture in it took, and how large the snapshot is."""
-        row = self._daemon.wait_for_snapshot(self.plan.app(arm))
+        app = self.plan.app(arm)
+        seconds = 120 + self.plan.gib * STORE_S_PER_GIB
+        wait_until(lambda: self._daemon.snapshots(app), f"no snapshot of {app} was made", seconds)
+        row = self._daemon.wait_for_snapshot(app)
         detail = self._daemon.client.request("GET", f"/snapshots/{row['id']}").json()
         folder = self._daemon.home / "snapshots" / row["id"]
         gpu = json.loads(next(folder.glob("img*/engine.json")).read_text()).get("gpu") or {}
@@ -182,10 +201,15 @@ def show(name: str, result: dict[str, Any]) -> None:
     rows = []
     for arm, values in result["ms"].items():
         capture = captures.get(arm, {})
-        size = [number(capture.get(k, 0) / 2**30 if k in capture else None, 2) for k in ("memory_bytes", "gpu_bytes")]
+        sizes = [result["device_bytes"].get(arm), capture.get("memory_bytes"), capture.get("gpu_bytes")]
+        size = [number(None if n is None else n / 2**30, 2) for n in sizes]
         factor = 1.0 if arm == "gpu" else result["over_gpu"].get(arm)
         rows.append([TITLES[arm], *(number(values[k]) for k in ("min", "median", "p95")), number(factor, 2), *size])
-    table(f"{name}: ms to the first answer", ("", "min", "median", "p95", "× GPU", "image GiB", "of a GPU"), rows)
+    table(
+        f"{name}: ms to the first answer",
+        ("", "min", "median", "p95", "× GPU", "GiB on it", "image GiB", "of a GPU"),
+        rows,
+    )
     size = captures.get("gpu", {}).get("gpu_bytes", 0) / 2**30
     moves = ", ".join(
         f"{move.removeprefix('gpu.')} {ms:.1f}"

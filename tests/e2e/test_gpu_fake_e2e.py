@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import fcntl
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from fake_cuda.program import GPU
 from fake_cuda.torch_stub import SENTENCE_TRANSFORMERS, TORCH
 from woodfrog.control.replay import main as replay_main
 from woodfrog.errors import WoodfrogError
+from woodfrog.snapshot.catalogue import WORKING_SET
 
 pytestmark = [pytest.mark.root, pytest.mark.criu]
 
@@ -335,6 +337,9 @@ def test_another_machine_thaws_it_from_the_tier(hardware: Hardware) -> None:
             captured = check(first)
             (row,) = until(lambda: [s for s in first.json("store", "stats")["snapshots"] if s["app"] and s["pushed"]])
             key = first.json("snapshot", "trust", "list")["own"]["text"]
+            working_set = (first.home / "snapshots" / row["id"] / WORKING_SET).read_bytes()[16:]
+            pages = sum(count for _, count, _ in struct.iter_unpack("iIQ", working_set))
+            assert pages * 4096 > 24 * MIB, "device memory is in it, and so here before the thaw"
         other = exchanged(hardware)
         assert not set(other.uuids) & set(hardware.uuids)
         with Daemon(**env) as second:

@@ -24,17 +24,22 @@ __all__ = ["PROGRAMS", "Program", "gpu_hidden_then_there", "occupied", "out_of_m
 
 PROGRAMS = Path(__file__).parents[2] / "benchmarks" / "gpu" / "programs"
 CALL_S = 600.0
-SPARED = 16 << 20
-"""Of a full GPU's memory: less than any program here takes."""
 OCCUPANT = (
     GPU
     + """
 import sys
-gpu = Cuda()
-gpu.ok("cuCtxPushCurrent_v2", gpu.context)
-free, total, at = _ct.c_size_t(), _ct.c_size_t(), _ct.c_uint64()
-gpu.ok("cuMemGetInfo_v2", _ct.byref(free), _ct.byref(total))
-gpu.ok("cuMemAlloc_v2", _ct.byref(at), _ct.c_size_t(free.value - int(sys.argv[1])))
+def fill(gpu):
+    gpu.ok("cuCtxPushCurrent_v2", gpu.context)
+    free, total, at = _ct.c_size_t(), _ct.c_size_t(), _ct.c_uint64()
+    gpu.ok("cuMemGetInfo_v2", _ct.byref(free), _ct.byref(total))
+    for spared in (16 << 20, 64 << 20, 256 << 20):  # less than the programs take; a driver keeps some for itself
+        if not gpu.lib.cuMemAlloc_v2(_ct.byref(at), _ct.c_size_t(free.value - spared)):
+            return
+    raise RuntimeError("no allocation of nearly all memory succeeds")
+first, count = Cuda(), _ct.c_int()
+first.ok("cuDeviceGetCount", _ct.byref(count))
+for gpu in (first, *(Cuda(i) for i in range(1, count.value))):
+    fill(gpu)
 print("full", flush=True)
 sys.stdin.read()
 """
@@ -120,15 +125,13 @@ def out_of_memory(daemon: Daemon, program: Program, fill: Callable[[], AbstractC
 
 @contextlib.contextmanager
 def occupied(library: Path | None = None) -> Iterator[None]:
-    """Another process has nearly all memory of the first GPU.
+    """Another process has nearly all memory of every GPU.
 
     Args:
         library: directory of libcuda.so.1 where the loader does not find it.
     """
     env = {**os.environ, **({"LD_LIBRARY_PATH": str(library)} if library is not None else {})}
-    with subprocess.Popen(
-        [sys.executable, "-c", OCCUPANT, str(SPARED)], stdin=-1, stdout=-1, text=True, env=env
-    ) as process:
+    with subprocess.Popen([sys.executable, "-c", OCCUPANT], stdin=-1, stdout=-1, text=True, env=env) as process:
         assert process.stdout is not None and process.stdin is not None
         try:
             assert process.stdout.readline() == "full\n"
