@@ -31,7 +31,7 @@ def hardware() -> Iterator[Hardware]:
 
 @pytest.fixture
 def daemon(hardware: Hardware) -> Iterator[Daemon]:
-    with Daemon(WOODFROG_CUDA_DIR=str(hardware.folder)) as made:
+    with Daemon(WOODFROG_CUDA_DIR=str(hardware.folder), **scenarios.SETTINGS) as made:
         yield made
 
 

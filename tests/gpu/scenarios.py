@@ -23,6 +23,8 @@ from fake_cuda.program import GPU
 __all__ = ["PROGRAMS", "Program", "gpu_hidden_then_there", "occupied", "out_of_memory", "same_after_thaws"]
 
 PROGRAMS = Path(__file__).parents[2] / "benchmarks" / "gpu" / "programs"
+SETTINGS = {"WOODFROG_GPU_FREE_PERCENT": "0"}
+"""A GPU that others use is taken all the same: how a thaw without room for it ends is the question here."""
 CALL_S = 600.0
 OCCUPANT = (
     GPU

@@ -25,7 +25,7 @@ def cuda_build() -> None:
 
 @pytest.fixture
 def daemon() -> Iterator[Daemon]:
-    with Daemon() as made:
+    with Daemon(**scenarios.SETTINGS) as made:
         yield made
 
 
