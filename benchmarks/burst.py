@@ -20,9 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common import Daemon, console, machine, number, program, save, summary, table, wait_until
+from common import Daemon, console, machine, number, phase_medians, program, save, summary, table, wait_until
 from soak import children_of
-from start import phase_medians
 
 APP = "burst"
 WHO = ("daemon", "sandboxes", "page server", "client")

@@ -15,9 +15,9 @@ import sys
 import time
 from typing import Any
 
-from common import Daemon, console, has, machine, number, program, save, summary, table
+from common import Daemon, console, has, machine, number, phase, phase_medians, program, save, summary, table
 from peers import CriuImages
-from start import WORKLOADS, phase, phase_medians
+from start import WORKLOADS
 
 CHOICES = ("small", "arrays", "big", "model")
 PAUSE = ("freeze", "capture")

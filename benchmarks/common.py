@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,14 +47,17 @@ console = Console()
 class Daemon:
     """A woodfrogd of the benchmark's own, with a state directory of its own, gone afterwards.
 
+    Args:
+        under: where the state directory is made; every user must be able to reach it.
+
     Example:
         with Daemon(pool_size=2) as daemon:
             daemon.client.health()
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, under: str = "/var/tmp", **settings: Any) -> None:
         # Short: a Unix socket's path may have 107 bytes. World-readable: the worker's uid must reach the code in it.
-        self.home = Path(tempfile.mkdtemp(prefix="wfb-", dir="/var/tmp"))
+        self.home = Path(tempfile.mkdtemp(prefix="wfb-", dir=under))
         os.chmod(self.home, 0o755)
         self.settings: Settings = dataclasses.replace(load(home=self.home), **settings)
         self.env = {
@@ -127,6 +130,7 @@ class Daemon:
         *,
         snapshots: bool = True,
         plain: bool | None = None,
+        env: Mapping[str, str] | None = None,
         **scaling: Any,
     ) -> AppSpec:
         """Deploy some of a program's functions and classes as an app.
@@ -134,6 +138,7 @@ class Daemon:
         Args:
             snapshots: whether they keep theirs.
             plain: their starts without a snapshot begin at nothing, not in a zygote; by default if snapshots are off.
+            env: for their containers, over what the program says.
         """
         registered = {**module.app.registered_functions, **module.app.registered_classes}
         bundle = deploy.build(name, [registered[t] for t in tags], (module.__name__, str(module.__file__)))
@@ -143,6 +148,7 @@ class Daemon:
                 snapshot=dataclasses.replace(f.snapshot, enabled=f.snapshot.enabled and snapshots),
                 scaling=dataclasses.replace(f.scaling, **scaling),
                 plain_start=not snapshots if plain is None else plain,
+                env={**f.env, **(env or {})},
             )
             for f in bundle.spec.functions
         )
@@ -209,6 +215,37 @@ def wait_until(condition: Callable[[], Any], otherwise: str, seconds: float = CH
         if time.monotonic() > deadline:
             raise SystemExit(otherwise)
         time.sleep(0.02)
+
+
+def by_call(daemon: Daemon, app: str, cls: str, request: int, expected: str) -> tuple[float, Any, dict[str, Any]]:
+    """Scale to zero, let the next sandbox be prepared, then one call: milliseconds at the client."""
+    daemon.stop_containers()
+    time.sleep(0.3)
+    begin = time.perf_counter()
+    answer = daemon.call(app, f"{cls}.run", request)
+    ms = (time.perf_counter() - begin) * 1e3
+    trace = daemon.last_trace(app)
+    if trace["start"] != expected:
+        raise SystemExit(f"{app}: a {trace['start']} start where a {expected} one was meant")
+    return ms, answer, trace
+
+
+def phase(trace: dict[str, Any], name: str) -> float:
+    return float(sum(p["ms"] for p in trace["phases"] if p["name"] == name))
+
+
+def phase_medians(traces: list[dict[str, Any]]) -> dict[str, float]:
+    """Median of each phase, nested ones as parent/name; those of one name in one trace are added up."""
+    found: dict[str, list[float]] = {}
+    for trace in traces:
+        sums: dict[str, float] = {}
+        for p in trace["phases"]:
+            parent = p["parent"]
+            name = p["name"] if parent in (None, "queue") else f"{parent}/{p['name']}"
+            sums[name] = sums.get(name, 0.0) + p["ms"]
+        for name, ms in sums.items():
+            found.setdefault(name, []).append(ms)
+    return {name: round(statistics.median(values), 3) for name, values in found.items()}
 
 
 def program(name: str) -> ModuleType:

@@ -17,8 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from common import Daemon, console, has, machine, number, save, summary, table, wait_until
-from start import phase_medians
+from common import Daemon, console, has, machine, number, phase_medians, save, summary, table, wait_until
 
 from woodfrog.settings import load
 

@@ -15,10 +15,22 @@ import contextlib
 import shutil
 import statistics
 import sys
-import time
 from typing import Any
 
-from common import Daemon, console, has, machine, number, program, save, summary, table
+from common import (
+    Daemon,
+    by_call,
+    console,
+    has,
+    machine,
+    number,
+    phase,
+    phase_medians,
+    program,
+    save,
+    summary,
+    table,
+)
 from peers import CriuImages, CriuLazy, CriuRestore, ForkServer, Peer, Runsc, runsc_version
 
 WORKLOADS = {
@@ -48,37 +60,6 @@ THAWS = ("criu", "lazy", "runsc")
 NEVER_MIB = 1 << 30
 """As `lazy_min_mib`: CRIU copies all memory before the process runs."""
 WARM_CALLS = 5
-
-
-def by_call(daemon: Daemon, app: str, cls: str, request: int, expected: str) -> tuple[float, Any, dict[str, Any]]:
-    """Scale to zero, let the next sandbox be prepared, then one call: milliseconds at the client."""
-    daemon.stop_containers()
-    time.sleep(0.3)
-    begin = time.perf_counter()
-    answer = daemon.call(app, f"{cls}.run", request)
-    ms = (time.perf_counter() - begin) * 1e3
-    trace = daemon.last_trace(app)
-    if trace["start"] != expected:
-        raise SystemExit(f"{app}: a {trace['start']} start where a {expected} one was meant")
-    return ms, answer, trace
-
-
-def phase(trace: dict[str, Any], name: str) -> float:
-    return float(sum(p["ms"] for p in trace["phases"] if p["name"] == name))
-
-
-def phase_medians(traces: list[dict[str, Any]]) -> dict[str, float]:
-    """Median of each phase, nested ones as parent/name; those of one name in one trace are added up."""
-    found: dict[str, list[float]] = {}
-    for trace in traces:
-        sums: dict[str, float] = {}
-        for p in trace["phases"]:
-            parent = p["parent"]
-            name = p["name"] if parent in (None, "queue") else f"{parent}/{p['name']}"
-            sums[name] = sums.get(name, 0.0) + p["ms"]
-        for name, ms in sums.items():
-            found.setdefault(name, []).append(ms)
-    return {name: round(statistics.median(values), 3) for name, values in found.items()}
 
 
 class Workload:

@@ -183,6 +183,34 @@ def tier(result: dict[str, Any]) -> str:
     )
 
 
+def gpu_start(result: dict[str, Any]) -> str:
+    work, gpu = result["workloads"], result["gpu"]
+    titles = {"cold": "cold start", "cpu": "host snapshot", "gpu": "GPU snapshot"}
+    lines = [
+        [title, *(three(w["ms"][arm]) if arm in w["ms"] else "" for w in work.values())]
+        for arm, title in titles.items()
+    ]
+    lines += [
+        [
+            f"{titles[arm]} over GPU snapshot",
+            *(f"{w['over_gpu'][arm]:.1f}" if arm in w["over_gpu"] else "" for w in work.values()),
+        ]
+        for arm in ("cold", "cpu")
+    ]
+    for move in ("lock", "checkpoint", "restore", "unlock"):
+        found = [w["gpu_ms"].get(f"gpu.{move}") for w in work.values()]
+        lines.append([f"driver: {move}", *("" if ms is None else f"{ms:.0f}" for ms in found)])
+    for title, key in (("image, GiB", "memory_bytes"), ("of it from the GPU", "gpu_bytes")):
+        lines.append(
+            [
+                title,
+                *(f"{w['captures']['gpu'][key] / 2**30:.1f}" if "gpu" in w["captures"] else "" for w in work.values()),
+            ]
+        )
+    about = ", ".join(v for v in (gpu.get("name"), f"driver {gpu.get('driver_version')}") if v)
+    return f"{facts(result)}{about}. ms, min / median / p95:\n\n{rows(['', *work], lines)}"
+
+
 def main() -> int:
     readme = HERE / "README.md"
     text = readme.read_text()
@@ -196,6 +224,7 @@ def main() -> int:
         "bitflips": bitflips,
         "kills": kills,
         "tier": tier,
+        "gpu/start": gpu_start,
     }
     for name, render in parts.items():
         path = HERE / "results" / f"{name}.json"

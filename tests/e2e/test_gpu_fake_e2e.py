@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import fcntl
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from fake_cuda.program import GPU
 from fake_cuda.torch_stub import SENTENCE_TRANSFORMERS, TORCH
 from woodfrog.control.replay import main as replay_main
 from woodfrog.errors import WoodfrogError
+from woodfrog.snapshot.catalogue import WORKING_SET
 
 pytestmark = [pytest.mark.root, pytest.mark.criu]
 
@@ -244,6 +246,24 @@ def test_more_calls_than_gpus_wait(daemon: Daemon, hardware: Hardware) -> None:
     assert {f["visible"] for f in found} <= {both, hardware.uuids[2]}
 
 
+def test_copies_in_reserve_are_idle_and_hold_their_gpus(daemon: Daemon, hardware: Hardware) -> None:
+    """`buffer_containers` of a GPU function parks nothing, and says so."""
+    daemon.cli("deploy", str(holder(daemon, buffer_containers=1)), "--snapshot")
+    daemon.wait_snapshot("holder")
+    first = check(daemon)
+    assert "Holder: buffer_containers keeps idle copies that hold their GPUs; none is parked" in daemon.app_text(
+        "holder"
+    )
+
+    def two() -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = daemon.get("/containers")["containers"]
+        return rows if [r["stage"] for r in rows] == ["ready", "ready"] else []
+
+    assert {tuple(r["gpus"]) for r in until(two)} == {(uuid,) for uuid in hardware.uuids[:2]}
+    both = at_once(daemon, 2, 1.0)
+    assert {f["visible"] for f in both} == set(hardware.uuids[:2]) and {f["digest"] for f in both} == {first["digest"]}
+
+
 def test_a_full_gpu_is_a_cold_start(daemon: Daemon, hardware: Hardware) -> None:
     daemon.cli("deploy", str(holder(daemon)), "--snapshot")
     daemon.wait_snapshot("holder")
@@ -305,6 +325,50 @@ def test_a_chip_that_is_not_here(daemon: Daemon) -> None:
     with pytest.raises(WoodfrogError) as e:
         daemon.call("holder", "Holder.check")
     assert e.value.code == "no-gpu" and CHIP in e.value.message and "gpu=H100" in e.value.message
+
+
+def test_another_machine_thaws_it_from_the_tier(hardware: Hardware) -> None:
+    """With an empty state directory, and other GPUs of the same chip; where the driver is another, it boots."""
+    tier = Path(tempfile.mkdtemp(prefix="wf-tier-", dir="/var/tmp"))
+    env = {"WOODFROG_CUDA_DIR": str(hardware.folder), "WOODFROG_TIER": str(tier)}
+    try:
+        with Daemon(**env) as first:
+            first.cli("deploy", str(holder(first)))
+            captured = check(first)
+            (row,) = until(lambda: [s for s in first.json("store", "stats")["snapshots"] if s["app"] and s["pushed"]])
+            key = first.json("snapshot", "trust", "list")["own"]["text"]
+            working_set = (first.home / "snapshots" / row["id"] / WORKING_SET).read_bytes()[16:]
+            pages = sum(count for _, count, _ in struct.iter_unpack("iIQ", working_set))
+            assert pages * 4096 > 24 * MIB, "device memory is in it, and so here before the thaw"
+        other = exchanged(hardware)
+        assert not set(other.uuids) & set(hardware.uuids)
+        with Daemon(**env) as second:
+            second.cli("snapshot", "trust", "add", "--yes", key)
+            second.cli("deploy", str(holder(second)))
+            assert second.snapshots("holder") == []
+            thawed = check(second)
+            assert thawed["digest"] == captured["digest"], "the same bytes: thawed, not loaded anew"
+            assert thawed["visible"] == other.uuids[0] != captured["visible"]
+            assert thawed["uuid"] == other.uuids[0].removeprefix("GPU-").replace("-", "")
+            (container,) = second.json("container", "list")
+            phases = {p["name"] for p in second.json("container", "inspect", container["id"])["phases"]}
+            assert {"look-up", "fetch", "gpu.restore", "gpu.unlock"} <= phases and "boot" not in phases
+            until(lambda: second.snapshots("holder") == [row["id"]])
+            stop_all(second)
+            assert check(second)["digest"] == captured["digest"], "and from here the next time"
+        other.configure("driver 590")
+        with Daemon(**env) as third:
+            third.cli("snapshot", "trust", "add", "--yes", key)
+            third.cli("deploy", str(holder(third)))
+            assert check(third)["digest"] != captured["digest"]
+    finally:
+        shutil.rmtree(tier)
+
+
+def exchanged(hardware: Hardware) -> Hardware:
+    """The same chips in another machine: other uuids, the library at the same place."""
+    shutil.rmtree(hardware.folder)
+    return Hardware(hardware.folder, gpus=hardware.gpus, first=64)
 
 
 def test_without_the_gpu_by_request(daemon: Daemon) -> None:

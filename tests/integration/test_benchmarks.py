@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,6 +31,20 @@ def run(script: str, target: Path, *options: str) -> dict[str, Any]:
     return result
 
 
+def import_module_alone(file: Path) -> ModuleType:
+    """A benchmark as a module, under a name of its own: two of them are called start."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{file.parent.name}_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look for it
+    path = list(sys.path)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[:] = path
+    return module
+
+
 def test_start(tmp_path: Path) -> None:
     result = run("start.py", tmp_path / "start.json", "--rounds", "1", "small")
     small = result["workloads"]["small"]
@@ -42,6 +58,51 @@ def test_parked(tmp_path: Path) -> None:
     small = run("parked.py", tmp_path / "parked.json", "--rounds", "1", "small")["workloads"]["small"]
     assert set(small["ms"]) == {"parked", "thaw", "warm"}
     assert small["parked_pss_mb"]["median"] > 0 and "unpark" in small["phases_ms"]["parked"]
+
+
+def test_gpu_start_on_the_fake_driver(tmp_path: Path) -> None:
+    result = run("gpu/start.py", tmp_path / "gpu.json", "--fake", "--rounds", "1", "--sizes", "0.03125")
+    (found,) = result["workloads"].values()
+    assert result["gpu"] == {"name": "fake"} and found["device_bytes"] == {
+        "cold": 32 << 20,
+        "cpu": 32 << 20,
+        "gpu": 32 << 20,
+    }
+    assert all(found["ms"][arm]["n"] == 1 for arm in ("cold", "cpu", "gpu")) and set(found["over_gpu"]) == {
+        "cold",
+        "cpu",
+    }
+    assert set(found["gpu_ms"]) == {"gpu.lock", "gpu.checkpoint", "gpu.check", "gpu.restore", "gpu.unlock"}
+    assert found["captures"]["gpu"]["gpu_bytes"] >= 32 << 20 > found["captures"]["cpu"]["gpu_bytes"] == 0
+    assert "boot" in found["phases_ms"]["cold"] and "wake/enter_restore" in found["phases_ms"]["cpu"]
+
+
+def test_numbers_of_the_fake_driver_are_not_a_gpus() -> None:
+    target = BENCHMARKS / "results" / "gpu" / "start.json"
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "gpu" / "start.py"), "--fake", "--json", str(target)],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and "fake" in done.stderr
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU here")
+def test_gpu_start_without_a_gpu_says_so() -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "gpu" / "start.py")], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "gpu/start.py: nothing measured: needs an NVIDIA GPU\n")
+
+
+def test_what_of_a_gpu_benchmark_there_is_room_for() -> None:
+    start = import_module_alone(BENCHMARKS / "gpu" / "start.py")
+    arms, gib = ("cold", "cpu", "gpu"), 1 << 30
+    assert start.fitting(30, arms, 80 * gib) == arms
+    assert start.fitting(30, arms, 60 * gib) == ("cold", "gpu")
+    assert start.fitting(30, arms, 20 * gib) == () == start.fitting(1, arms, 0)
+    assert start.fitting(30, ("cold", "cpu"), 60 * gib) == ("cold", "cpu")
+    assert [start.rounds_for(g, 5) for g in (1, 8, 30)] == [5, 3, 2]
+    assert start.near([1.0, 2.0], [1.01, 2.0]) and not start.near([1.0, 2.0], [1.0, 2.5]) and not start.near([1.0], [])
 
 
 def test_calls(tmp_path: Path) -> None:

@@ -60,7 +60,9 @@ class Machine:
         self.catalogue.on_removed = keeper.collect_later
         return keeper
 
-    def make(self, snapshot_id: str, *, seed: int = 0, function: str = "key", created: float = 1.0) -> None:
+    def make(
+        self, snapshot_id: str, *, seed: int = 0, function: str = "key", host: str = "class", created: float = 1.0
+    ) -> None:
         staging = self.catalogue.begin(snapshot_id)
         memory = random.Random(seed or snapshot_id).randbytes(PAGES * PAGE)
         (staging.images / "pages-1.img").write_bytes(memory)
@@ -69,7 +71,7 @@ class Machine:
         (staging.fs / "file").write_bytes(b"in the layer")
         self.catalogue.commit(
             staging,
-            Manifest(FORMAT, snapshot_id, function, "class", {}, "demo", "f", "", created, 1, 1, PAGES * PAGE, 0, ()),
+            Manifest(FORMAT, snapshot_id, function, host, {}, "demo", "f", "", created, 1, 1, PAGES * PAGE, 0, ()),
         )
 
     def whole(self, snapshot_id: str) -> bool:
@@ -299,6 +301,33 @@ def test_another_functions_snapshot_is_not_taken_for_this_ones(
     there = Machine(tmp_path / "there")
     there.trust.add(public_text(here.signing))
     asyncio.run(main(there))
+
+
+def test_each_worker_class_has_its_own(here: Machine, tier: DirectoryTier, tmp_path: Path) -> None:
+    """A snapshot with GPU memory is found under chip and driver, and taken for nothing else."""
+    here.make(A)
+    here.make(B, host="chip")
+    for snapshot in (A, B):
+        here.transport.push(snapshot, tier)
+    tier.put(f"by-key/key/other/{B}", b"")
+    there = Machine(tmp_path / "there")
+    there.trust.add(public_text(here.signing))
+
+    async def main() -> None:
+        keeper = there.keeper(tier)
+        assert await keeper.look_up("key", "none") is None
+        assert (await keeper.look_up("key"), await keeper.look_up("key", "chip")) == (A, B)
+        assert await keeper.look_up("key", "other") == B
+        with pytest.raises(IntegrityError) as caught:
+            await keeper.fetch(B, function_key="key", worker_class="other")
+        assert caught.value.code == "other-function"
+        keeper.no_use("key", B, caught.value, "other")
+        assert await keeper.look_up("key", "other") is None
+        assert await keeper.look_up("key", "chip") == B, "what lay in the wrong place is good in its own"
+        assert (await keeper.fetch(B, function_key="key", worker_class="chip")).worker_class == "chip"
+        await keeper.close()
+
+    asyncio.run(main())
 
 
 def test_what_a_person_invalidated_does_not_come_back_by_itself(here: Machine, tier: DirectoryTier) -> None:

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from woodfrog.backends.base import Progress
 from woodfrog.backends.memory import read_working_set
@@ -39,6 +39,9 @@ __all__ = ["Keeper"]
 log = logging.getLogger("woodfrog")
 
 T = TypeVar("T")
+
+_Wanted: TypeAlias = tuple[str, str]
+"""Function key and worker class of a snapshot that a start could thaw."""
 
 _QUIET_S = 0.05
 _GC_AFTER_S = 60.0
@@ -113,11 +116,11 @@ class Keeper:
         """What once began to arrive and did not get here: it is not thawed again before all of it is here."""
         self._broken: dict[str, IntegrityError] = {}
         """What is not what it says, as was found after it was thawed."""
-        self._not_there: dict[str, float] = {}
+        self._not_there: dict[_Wanted, float] = {}
         self._tier_away = 0.0
         """Until when nobody asks the tier for what it may have: it did not answer in time."""
-        self._refused: set[tuple[str, str]] = set()
-        """(function key, id) of what the tier has and this machine cannot use."""
+        self._refused: set[tuple[_Wanted, str]] = set()
+        """What the tier has and this machine cannot use, by what it was offered as."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._used: Counter[str] = Counter()
         self._one = asyncio.Lock()
@@ -260,42 +263,54 @@ class Keeper:
             )
         return self._tier
 
-    async def look_up(self, function_key: str) -> str | None:
-        """A snapshot for this function that another machine left in the tier; None also when it cannot be asked."""
+    def _wanted(self, function_key: str, worker_class: str) -> _Wanted:
+        return function_key, worker_class or self._worker_class
+
+    async def look_up(self, function_key: str, worker_class: str = "") -> str | None:
+        """A snapshot for this function that another machine left in the tier; None also when it cannot be asked.
+
+        Args:
+            worker_class: of one that holds GPU memory: this host's with its GPU; "" = this host's.
+        """
         now = time.monotonic()
-        if self._tier is None or now < max(self._tier_away, self._not_there.get(function_key, 0.0)):
+        wanted = self._wanted(function_key, worker_class)
+        if self._tier is None or now < max(self._tier_away, self._not_there.get(wanted, 0.0)):
             return None
         self._not_there = {key: until for key, until in self._not_there.items() if now < until}
         try:
             find, tier = self._transport.find, self._tier
-            ids = await asyncio.wait_for(_aside(lambda: find(tier, function_key, self._worker_class)), _LOOK_UP_S)
+            ids = await asyncio.wait_for(_aside(lambda: find(tier, *wanted)), _LOOK_UP_S)
         except Exception as e:  # whatever it is: one can start without
             why = e.message if isinstance(e, WoodfrogError) else f"{type(e).__name__} {e}".strip()
             log.warning("%s cannot be asked: %s", self._tier.name, why)
             self._tier_away = time.monotonic() + _NOT_THERE_S
             return None
-        usable = [i for i in ids if (function_key, i) not in self._refused and self._catalogue.retired(i) is None]
+        usable = [i for i in ids if (wanted, i) not in self._refused and self._catalogue.retired(i) is None]
         if not usable:
-            self._not_there[function_key] = time.monotonic() + _NOT_THERE_S
+            self._not_there[wanted] = time.monotonic() + _NOT_THERE_S
             return None
         return max(usable, key=lambda i: (self._catalogue.form(i) is not None, i))
 
-    def no_use(self, function_key: str, snapshot_id: str, error: Exception) -> None:
+    def no_use(self, function_key: str, snapshot_id: str, error: Exception, worker_class: str = "") -> None:
         """What `look_up` found did not thaw: it is not looked up again, or not for a while."""
+        wanted = self._wanted(function_key, worker_class)
         if isinstance(error, (IntegrityError, IncompatibleSnapshot, NotFoundError)):
-            self._refused.add((function_key, snapshot_id))
+            self._refused.add((wanted, snapshot_id))
         else:
-            self._not_there[function_key] = time.monotonic() + _NOT_THERE_S
+            self._not_there[wanted] = time.monotonic() + _NOT_THERE_S
 
     def evicted(self, snapshot_id: str) -> bool:
         """Whether a snapshot is not here any more, but may be in the tier."""
         return self._tier is not None and self._catalogue.form(snapshot_id) is None
 
-    async def fetch(self, snapshot_id: str, *, function_key: str = "", within: float | None = None) -> Manifest:
+    async def fetch(
+        self, snapshot_id: str, *, function_key: str = "", worker_class: str = "", within: float | None = None
+    ) -> Manifest:
         """Bring a snapshot from the tier, so that it can be thawed; at once when it is here. The rest may follow.
 
         Args:
             function_key: what it must be a snapshot of; "" = of anything.
+            worker_class: where that must restore, as of `look_up`.
             within: seconds to wait; it comes all the same, for the next one who asks.
 
         Raises:
@@ -326,7 +341,8 @@ class Keeper:
                 retryable=True,
             )
         manifest = self._catalogue.get(snapshot_id) if arrival is None else arrival.manifest
-        if function_key and (manifest.function_key, manifest.worker_class) != (function_key, self._worker_class):
+        wanted = self._wanted(function_key, worker_class)
+        if function_key and (manifest.function_key, manifest.worker_class) != wanted:
             raise IntegrityError(f"snapshot {snapshot_id} is of another function or host", code="other-function")
         return manifest
 

@@ -287,6 +287,12 @@ class LocalBackend:
         """Whether its snapshots hold the memory of its GPUs."""
         return bool(request.gpus) and request.spec.snapshot.gpu
 
+    def _class(self, request: StartRequest) -> WorkerClass:
+        """Where its snapshots restore."""
+        if self._saves_gpu(request):
+            return self._gpus.worker_class(self._worker_class, request.gpus)
+        return self._worker_class
+
     async def _boot(self, instance: Instance) -> None:
         request, phases = instance.request, instance.phases
         spec = request.spec
@@ -465,11 +471,10 @@ class LocalBackend:
             await instance.connection.close()
             instance.connection = None
         self._take_phases(instance, reply.header, "freeze")
-        saves_gpu = self._saves_gpu(request)
         identity = SnapshotIdentity(
             id=f"s-{uuid.uuid4().hex[:12]}",
             function_key=request.function_key,
-            worker_class=self._gpus.worker_class(self._worker_class, request.gpus) if saves_gpu else self._worker_class,
+            worker_class=self._class(request),
             app=request.family,
             tag=request.spec.tag,
             params_digest=request.params_digest,
@@ -489,7 +494,7 @@ class LocalBackend:
                     criu=self._criu,
                     phases=phases,
                     below=self._catalogue.path(instance.zygote) / "fs" if instance.zygote else None,
-                    gpu=self._gpus.side(request.gpus) if saves_gpu else None,
+                    gpu=self._gpus.side(request.gpus) if self._saves_gpu(request) else None,
                 )
         except Exception as e:
             counters["capture.failed"] += 1
@@ -564,26 +569,26 @@ class LocalBackend:
 
     async def _thaw_fetched(self, instance: Instance) -> bool:
         """Thaw what another machine captured and left in the tier; False = boot, there is none that does."""
-        if self._saves_gpu(instance.request):
-            return False  # the look-up knows this host's class without its GPUs
+        key, worker_class = instance.request.function_key, self._class(instance.request).digest
         with instance.phases("look-up"):
-            found = await self.keeper.look_up(instance.request.function_key)
+            found = await self.keeper.look_up(key, worker_class)
         if found is None:
             return False
         self._stage(instance, "restoring")
         instance.snapshot_id = found  # from here on nobody removes it
-        key = instance.request.function_key
         try:
             async with self.keeper.using(found):
                 with instance.phases("fetch"):
-                    await self.keeper.fetch(found, function_key=key, within=_fetch_s(instance))
+                    await self.keeper.fetch(
+                        found, function_key=key, worker_class=worker_class, within=_fetch_s(instance)
+                    )
                 await self._thaw_stored(instance, found)
         except Exception as e:  # whatever it is: one can start without
             error = e.error if isinstance(e, _RestoreGaveUp) else e
             if not isinstance(error, WoodfrogError):
                 error = _unexpected("thaw", error)
             log.warning("%s: snapshot %s of the tier is not used: %s", instance.id, found, error.message)
-            self.keeper.no_use(key, found, error)
+            self.keeper.no_use(key, found, error, worker_class)
             if isinstance(e, _RestoreGaveUp) and e.at_fault:
                 self._catalogue.retire(found, e.message)
             await self._drop_sandbox(instance)

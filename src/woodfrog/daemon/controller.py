@@ -289,6 +289,10 @@ class Controller:
         self.logs.note(
             spec.name, f"deployed version {row.version}: {', '.join(f.tag for f in spec.functions) or 'no functions'}"
         )
+        for function in spec.functions:
+            if function.scaling.buffer_containers and self._uses_gpu(row, function):
+                text = f"{function.tag}: buffer_containers keeps idle copies that hold their GPUs; none is parked"
+                self.logs.note(spec.name, text, function=function.tag)
         if capture:
             for function in spec.functions:
                 if function.snapshot.enabled and not function.parameters:
