@@ -49,10 +49,13 @@ class Gpus:
 
     def classes(self, base: WorkerClass) -> tuple[WorkerClass, ...]:
         """One for each chip: GPU memory restores where chip and driver are the same."""
-        return tuple(self.worker_class(base, (d.uuid,)) for d in {d.name: d for d in self.devices}.values())
+        return tuple(self.class_of(base, chip) for chip in dict.fromkeys(d.name for d in self.devices))
 
     def worker_class(self, base: WorkerClass, uuids: Sequence[str]) -> WorkerClass:
-        chip = next((d.name for d in self.devices if d.uuid in uuids), "")
+        return self.class_of(base, next((d.name for d in self.devices if d.uuid in uuids), ""))
+
+    def class_of(self, base: WorkerClass, chip: str) -> WorkerClass:
+        """That of snapshots with the memory of such a GPU."""
         node = self.cuda.node if self.cuda is not None else None
         return with_gpu(base, chip, node.driver if node is not None else "")
 

@@ -242,6 +242,7 @@ async def serve(settings: Settings) -> None:
                 keep=settings.keep_zygotes,
                 min_ms=settings.zygote_min_ms,
             ),
+            gpu_free_percent=settings.gpu_free_percent,
         ),
         observer=controller,
         factory=factory,
