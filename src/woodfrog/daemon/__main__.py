@@ -215,7 +215,7 @@ async def serve(settings: Settings) -> None:
     facts = await asyncio.to_thread(host_facts, criu)
     cls = worker_class(facts)
     keeper = _keeper(settings, catalogue, store, key, cls.digest)
-    gpus = await find_gpus(settings.gpu, settings.cuda_dir)
+    gpus = await find_gpus(settings.gpu, settings.cuda_dir, criu.path)
     controller = Controller(
         settings,
         journal=journal,
