@@ -252,6 +252,15 @@ def test_no_room_for_it_is_another_gpu_and_then_cold() -> None:
         assert starts(d.call("f")) == [(("c",), "s-1", False)], "the snapshot is as good as before"
 
 
+def test_no_room_on_one_chip_is_a_start_on_another_that_is_asked_for_too() -> None:
+    d = Driver(saving("f", "any"))
+    d.send(ev.SnapshotAvailable, app="a", tag="f", snapshot_id="s-1", chip=H100)
+    assert starts(d.call("f")) == [(("c",), "s-1", False)]
+    for number, then in ((1, (("d",), "s-1", False)), (2, (("a",), None, True))):
+        failed = d.send(ev.RestoreFailed, instance_id=f"i-t-{number}", snapshot_id="s-1", reason="full", gpu=True)
+        assert starts(failed) == [then]
+
+
 # GPUs that are set aside
 
 

@@ -121,6 +121,18 @@ async def test_one_that_hangs_is_set_aside_alone(rig: Rig) -> None:
     await rig.health.close()
 
 
+async def test_a_look_ends_whatever_hangs(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(uuid: str) -> Vitals:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    monkeypatch.setattr(rig.cuda, "vitals", never)
+    async with asyncio.timeout(5):
+        error = await rig.health.before_use(["a", "b"], within=0.05)
+    assert error is not None and rig.sick == {"a", "b"} and "no answer within" in rig.told[0]["a"]
+    await rig.health.close()
+
+
 async def test_an_xid_counts_for_a_while_or_until_somebody_looks(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     rig.health._on_xid("a", 31)
     assert rig.sick == set()

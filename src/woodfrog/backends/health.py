@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from woodfrog.backends.gpus import Gpus
+from woodfrog.cuda.client import Cuda
 from woodfrog.cuda.failures import gpu_error
 from woodfrog.cuda.health import FATAL_XIDS, Vitals, judge
 from woodfrog.errors import GpuError
@@ -23,6 +24,8 @@ XID_S = 600.0
 AGAIN_S = 15.0
 """When one that was set aside is looked at again; after each look that finds it no better, in double the time."""
 AGAIN_MOST_S = 300.0
+LOOK_S = 20.0
+"""How long one look may take, with the start of a helper where the one before hangs."""
 FREEING_S = 1.0
 """How long the driver may take to free what a process had that has just ended."""
 
@@ -59,14 +62,18 @@ class Health:
         if gpus.cuda is not None:
             gpus.cuda.on_xid = self._on_xid
 
-    async def before_use(self, uuids: Collection[str]) -> GpuError | None:
-        """Look at GPUs that an instance is to have; why it cannot have them."""
+    async def before_use(self, uuids: Collection[str], *, within: float = LOOK_S) -> GpuError | None:
+        """Look at GPUs that an instance is to have; why it cannot have them.
+
+        Args:
+            within: seconds after which one that has not answered is set aside.
+        """
         deadline = time.monotonic() + FREEING_S
         wanted = set(uuids)
         if wanted & self.sick.keys():
             wanted |= self.sick.keys()  # nothing else was left: another of them may be well again
         while True:
-            await self._look(wanted, own=uuids)
+            await self._look(wanted, own=uuids, within=within)
             if not any(self._is_full(u) for u in uuids) or time.monotonic() > deadline:
                 break
             await asyncio.sleep(0.1)
@@ -115,27 +122,33 @@ class Health:
             self._judge(uuid, self._seen.get(uuid, Vitals()), held=True)
             self._publish()
 
-    async def _look(self, uuids: Collection[str], own: Collection[str] = ()) -> None:
+    async def _look(self, uuids: Collection[str], own: Collection[str] = (), within: float = LOOK_S) -> None:
         """`own`: of an instance that uses nothing of them yet."""
-        await asyncio.gather(*(self._look_at(u, own) for u in uuids))
+        await asyncio.gather(*(self._look_at(u, own, within) for u in uuids))
 
-    async def _look_at(self, uuid: str, own: Collection[str]) -> None:
+    async def _look_at(self, uuid: str, own: Collection[str], within: float) -> None:
         if self._gpus.cuda is None:
             return
         try:
-            try:
-                vitals = await self._gpus.cuda.vitals(uuid)
-            except GpuError as e:
-                if e.code != "gpu-helper-lost":
-                    raise
-                vitals = await self._gpus.cuda.vitals(uuid)  # it went for a reason of its own
-        except GpuError as e:
+            async with asyncio.timeout(within):
+                vitals = await self._ask(self._gpus.cuda, uuid)
+        except (GpuError, TimeoutError) as e:
             # The driver cannot even say how it is: nothing started on it would come up.
             self._seen.pop(uuid, None)
-            self._put(uuid, e.message)
+            late = gpu_error("gpu-helper-hung", f"no answer within {within:.0f} s")
+            self._put(uuid, e.message if isinstance(e, GpuError) else late.message)
             return
         self._seen[uuid] = vitals
         self._judge(uuid, vitals, held=uuid not in own and uuid in self._held())
+
+    @staticmethod
+    async def _ask(cuda: Cuda, uuid: str) -> Vitals:
+        try:
+            return await cuda.vitals(uuid)
+        except GpuError as e:
+            if e.code != "gpu-helper-lost":
+                raise
+            return await cuda.vitals(uuid)  # it went for a reason of its own
 
     def _judge(self, uuid: str, vitals: Vitals, *, held: bool) -> None:
         self._put(uuid, judge(vitals, self._recent(uuid), free_percent=0 if held else self._free_percent))

@@ -20,7 +20,7 @@ from woodfrog.backends.base import Answer, CallRequest, Observer, StartRequest
 from woodfrog.backends.connection import Payload, WorkerConnection, connect, connect_now
 from woodfrog.backends.factory import SandboxFactory
 from woodfrog.backends.gpus import Gpus
-from woodfrog.backends.health import Health
+from woodfrog.backends.health import LOOK_S, Health
 from woodfrog.backends.keeper import Keeper
 from woodfrog.backends.memory import Memory
 from woodfrog.backends.parked import unpark
@@ -184,7 +184,8 @@ class LocalBackend:
         request = instance.request
         if request.gpus:
             with instance.phases("gpu.health"):
-                refused = await self._health.before_use(request.gpus)
+                within = min(LOOK_S, request.spec.startup_timeout / 4)
+                refused = await self._health.before_use(request.gpus, within=within)
             if refused is not None:
                 raise _Refused(refused)
         if request.mode == "restore":

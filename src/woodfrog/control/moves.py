@@ -187,16 +187,13 @@ def place(st: State, group: Group) -> Place | None:
     """None = it waits for a GPU."""
     if not needs_gpu(st, group):
         return Place((), "", can_restore(st, group))
-    if group.no_room and not group.force_cold:
-        # Thawed on others, if there are: else it starts cold, wherever that may be.
-        gpus = gpus_for(st, group, avoid=group.no_room)
-        if gpus and can_restore(st, group, chip := chip_of(st, group, gpus)):
-            return Place(gpus, chip, True)
-    gpus = gpus_for(st, group)
+    others = gpus_for(st, group, avoid=group.no_room)
+    gpus = others or gpus_for(st, group)
     if gpus is None:
         return None
     chip = chip_of(st, group, gpus)
-    return Place(gpus, chip, not group.no_room and can_restore(st, group, chip))
+    # Where only those without room are left, it starts cold on one of them.
+    return Place(gpus, chip, others is not None and can_restore(st, group, chip))
 
 
 def chip_of(st: State, group: Group, gpus: tuple[str, ...]) -> str:
