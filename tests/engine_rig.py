@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fake_cuda.hardware import Hardware
 from woodfrog.criu.binary import Criu, find_criu
-from woodfrog.engine.engine import DumpResult, GpuSide, Lazy, dump, restore
+from woodfrog.engine.engine import AmdSide, DumpResult, GpuSide, Lazy, dump, restore
 from woodfrog.linux import procfs
 from woodfrog.linux.rootplan import DeviceNode, RootRequest, root_plan
 from woodfrog.linux.sandbox import ProcessSpec, Sandbox, SandboxProcess, init_binary_path
@@ -208,7 +208,7 @@ class Rig:
         sandbox: Sandbox,
         images: Path | None = None,
         phases: Phases | None = None,
-        gpu: GpuSide | None = None,
+        gpu: GpuSide | AmdSide | None = None,
     ) -> Frozen:
         images = images or self.images()
         result = await dump(
@@ -224,7 +224,7 @@ class Rig:
         self,
         frozen: Frozen,
         phases: Phases | None = None,
-        gpu: GpuSide | None = None,
+        gpu: GpuSide | AmdSide | None = None,
         gpus: tuple[int, ...] = (),
         lazy: Lazy | None = None,
     ) -> tuple[Sandbox, SandboxProcess]:

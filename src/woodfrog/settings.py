@@ -39,6 +39,8 @@ class Settings:
     """Path of the criu binary; empty = look in the usual places."""
     gpu: str = ""
     """`none` runs functions that ask for a GPU without one."""
+    gpu_free_percent: int = 75
+    """A GPU is given to a container only while so much of its memory is free; 0 = whatever is."""
     cuda_dir: str = ""
     """Directory with libcuda.so.1 where the loader does not find it by itself. Where it has a directory `dev`, the
     device nodes are those in it."""

@@ -241,7 +241,13 @@ class FakeBackend:
         for future in instance.calls:
             future.cancel()
 
-    def find_snapshot(self, function_key: str, *, gpu: bool = False) -> str | None:
+    def gpus(self) -> list[dict[str, Any]]:
+        return []
+
+    async def check_gpus(self) -> None:
+        return
+
+    def find_snapshot(self, function_key: str, *, chip: str = "") -> str | None:
         manifest = self.catalogue.find(function_key, WORKER_CLASS)
         return manifest.id if manifest else None
 

@@ -46,7 +46,7 @@ FUNCTION = FunctionSpec(
     methods=(MethodSpec("square"),),
     snapshot=SnapshotPolicy(enabled=True),
 )
-ENDS = {"start_failed", "restore_failed", "capture_failed dead", "exited", "stopped"}
+ENDS = {"start_failed", "refused", "restore_failed", "capture_failed dead", "exited", "stopped"}
 
 
 def square(x: int) -> int:
@@ -86,8 +86,16 @@ class Recorder:
     def on_capture_failed(self, instance_id: str, error: WoodfrogError, *, alive: bool) -> None:
         self._take(instance_id, f"capture_failed {'alive' if alive else 'dead'}")
 
-    def on_restore_failed(self, instance_id: str, snapshot_id: str, error: WoodfrogError, *, at_fault: bool) -> None:
+    def on_restore_failed(
+        self, instance_id: str, snapshot_id: str, error: WoodfrogError, *, at_fault: bool, gpu: bool = False
+    ) -> None:
         self._take(instance_id, "restore_failed")
+
+    def on_refused(self, instance_id: str, error: WoodfrogError) -> None:
+        self._take(instance_id, "refused")
+
+    def on_gpus(self, sick: dict[str, str]) -> None:
+        return
 
     def on_start_failed(self, instance_id: str, error: WoodfrogError, *, user_fault: bool) -> None:
         self._take(instance_id, "start_failed")

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ import pytest
 from fake_cuda.hardware import MIB, Hardware
 from fake_cuda.program import GPU
 from woodfrog.cuda.client import Cuda
+from woodfrog.cuda.health import Vitals
 from woodfrog.cuda.states import MOVES, Move, State
 from woodfrog.errors import GpuError
 
@@ -92,7 +94,7 @@ def worker(hardware: Hardware) -> Iterator[Worker]:
 
 @pytest.fixture
 async def cuda(hardware: Hardware) -> AsyncIterator[Cuda]:
-    made = Cuda(library=hardware.folder, ask_s=1.0, lock_s=0.5, move_s=1.0, start_s=20)
+    made = Cuda(library=hardware.folder, ask_s=1.0, vitals_s=1.0, lock_s=0.5, move_s=1.0, start_s=20)
     await made.start()
     yield made
     await made.close()
@@ -121,6 +123,44 @@ async def test_the_whole_life(cuda: Cuda, hardware: Hardware, worker: Worker) ->
         on_gpu = any(str(hardware.dev) in d for d in devices)
         assert on_gpu is (await cuda.state(worker.pid) is not State.CHECKPOINTED) is bool(hardware.memory_of(0))
     assert worker.intact()
+
+
+async def test_how_a_gpu_is(cuda: Cuda, hardware: Hardware, worker: Worker) -> None:
+    first, second = hardware.uuids
+    well = await cuda.vitals(second)
+    assert well == Vitals(uncorrected=0, memory=16 * MIB, used=0)
+    assert (await cuda.vitals(first)).used == hardware.memory_of(0) >= MIB
+    for told, found in (
+        ({"ecc": 3}, replace(well, uncorrected=3)),
+        ({"pending": 1}, replace(well, remap_pending=True)),
+        ({"failed": 1}, replace(well, remap_failed=True)),
+        ({"retired": 1}, replace(well, retired_pending=True)),
+    ):
+        hardware.health(1, **told)
+        assert await cuda.vitals(second) == found
+    hardware.health(1, lost=1)
+    assert (await cuda.vitals(second)).lost
+    hardware.health(1, reset=1)
+    assert (await cuda.vitals(second)).reset and not (await cuda.vitals(first)).reset
+
+
+async def test_a_gpu_that_nvml_hangs_on(cuda: Cuda, hardware: Hardware, worker: Worker) -> None:
+    hardware.health(1, hang=1)
+    with pytest.raises(GpuError) as e:
+        await cuda.vitals(hardware.uuids[1])
+    assert e.value.code == "gpu-helper-hung" and hardware.uuids[1] in e.value.message
+    assert (await cuda.vitals(hardware.uuids[0])).memory == 16 * MIB
+    assert await cuda.state(worker.pid) is State.RUNNING
+
+
+async def test_errors_that_the_driver_reports(cuda: Cuda, hardware: Hardware, worker: Worker) -> None:
+    heard: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
+    cuda.on_xid = lambda uuid, xid: heard.put_nowait((uuid, xid))
+    hardware.xid(1, 79)
+    hardware.xid(0, 31)
+    assert await asyncio.wait_for(heard.get(), 10) == (hardware.uuids[1], 79)
+    assert await asyncio.wait_for(heard.get(), 10) == (hardware.uuids[0], 31)
+    assert await cuda.state(worker.pid) is State.RUNNING, "and it answers as ever"
 
 
 async def test_illegal_moves_are_named(cuda: Cuda, worker: Worker) -> None:

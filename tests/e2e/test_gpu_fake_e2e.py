@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import copy
 import fcntl
+import os
 import shutil
 import struct
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -264,19 +267,119 @@ def test_copies_in_reserve_are_idle_and_hold_their_gpus(daemon: Daemon, hardware
     assert {f["visible"] for f in both} == set(hardware.uuids[:2]) and {f["digest"] for f in both} == {first["digest"]}
 
 
-def test_a_full_gpu_is_a_cold_start(daemon: Daemon, hardware: Hardware) -> None:
+def test_no_room_at_a_thaw_is_another_gpu_and_then_a_cold_start(daemon: Daemon, hardware: Hardware) -> None:
     daemon.cli("deploy", str(holder(daemon)), "--snapshot")
-    daemon.wait_snapshot("holder")
+    snapshot = daemon.wait_snapshot("holder")
     before = check(daemon)
     stop_all(daemon)
     hardware.configure("fault target.restore fail=2 1 1")
-    after = check(daemon)
-    assert after["digest"] != before["digest"], "loaded anew"
-    assert "gpu-out-of-memory" in daemon.app_text("holder") or "not enough free memory" in daemon.app_text("holder")
-    assert len(daemon.snapshots("holder")) == 1, "the snapshot is not at fault"
+    other = check(daemon)
+    assert other["digest"] == before["digest"] and other["visible"] == hardware.uuids[1]
+    assert "not enough free memory" in daemon.app_text("holder")
+    stop_all(daemon)
+    hardware.configure("fault target.restore fail=2 1 2")
+    assert check(daemon)["digest"] != before["digest"], "loaded anew: none had room"
     stop_all(daemon)
     hardware.configure()
     assert check(daemon)["digest"] == before["digest"]
+    assert daemon.snapshots("holder") == [snapshot], "the snapshot is not at fault"
+
+
+def gpus(daemon: Daemon, *command: str) -> dict[str, dict[str, Any]]:
+    return {g["gpu"]: g for g in daemon.json("gpu", *(command or ("list",)))}
+
+
+def test_a_sick_gpu_is_set_aside_and_another_is_taken(daemon: Daemon, hardware: Hardware) -> None:
+    first, second, _ = hardware.uuids
+    daemon.cli("deploy", str(holder(daemon)), "--snapshot")
+    daemon.wait_snapshot("holder")
+    assert check(daemon)["visible"] == first
+    listed = gpus(daemon)
+    assert [g["state"] for g in listed.values()] == ["used", "free", "free"]
+    assert listed[first]["container"] and not listed[second]["container"]
+    hardware.xid(0, 31)
+    hardware.xid(0, 79)
+    until(lambda: gpus(daemon)[first]["state"] == "set-aside")
+    assert "fallen off the bus" in gpus(daemon)[first]["why"] and gpus(daemon)[first]["xids"] == [31, 79]
+    daemon.wait_idle()
+    assert check(daemon)["visible"] == second, "what rested on it is gone, and the next is thawed elsewhere"
+    assert daemon.log.read_text().count(f"GPU {first} is set aside") == 1
+    stop_all(daemon)
+    assert gpus(daemon, "check")[first]["state"] == "free"
+    assert check(daemon)["visible"] == first
+    stop_all(daemon)
+    hardware.health(0, ecc=1)
+    assert check(daemon)["visible"] == second, "found before it was used"
+    stop_all(daemon)
+    shown = daemon.cli("gpu", "list").stdout
+    assert "set aside" in shown and "1 uncorrectable memory errors" in shown
+
+
+def test_where_all_gpus_are_sick_the_call_says_so(daemon: Daemon, hardware: Hardware) -> None:
+    daemon.cli("deploy", str(holder(daemon)))
+    hardware.health(0, ecc=1)
+    hardware.health(1, hang=1)
+    with pytest.raises(WoodfrogError) as e:
+        daemon.call("holder", "Holder.check")
+    assert e.value.code == "gpu-set-aside"
+    assert f"{CHIP} {hardware.uuids[0]}: 1 uncorrectable" in e.value.message
+    assert "did not return in time" in e.value.message and "woodfrog gpu list" in e.value.message
+    hardware.health(1)
+    assert check(daemon)["visible"] == hardware.uuids[1], "the next call finds it well again"
+
+
+def test_a_gpu_that_others_use_is_not_given_out(daemon: Daemon, hardware: Hardware) -> None:
+    daemon.cli("deploy", str(holder(daemon)))
+    other = subprocess.Popen(
+        [sys.executable, "-c", GPU + f"gpu = Cuda()\nheld = gpu.put(bytes({30 * MIB}))\nprint(flush=True)\ninput()"],
+        env={**os.environ, "LD_LIBRARY_PATH": str(hardware.folder), "CUDA_VISIBLE_DEVICES": "0"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert other.stdout is not None and other.stdout.readline()
+        assert check(daemon)["visible"] == hardware.uuids[1]
+        assert "others use 31 of its 96 MiB" in gpus(daemon)[hardware.uuids[0]]["why"]
+    finally:
+        other.communicate(b"\n")
+    stop_all(daemon)
+    until(lambda: gpus(daemon)[hardware.uuids[0]]["state"] == "free", 40, 1.0)  # it is looked at again by itself
+    assert check(daemon)["visible"] == hardware.uuids[0]
+
+
+def test_each_chip_takes_its_own_snapshot(daemon: Daemon, hardware: Hardware) -> None:
+    """A machine with two kinds of chips: neither is ever thawed from the other's."""
+    daemon.cli("deploy", str(holder(daemon, ["A10", "FAKE100:2"])), "--snapshot")
+    small = daemon.wait_snapshot("holder")
+    at_once(daemon, 2, 0.5)  # one of them on the other chip: cold, and captured
+    large = daemon.wait_snapshot("holder", other_than=[small])
+    stop_all(daemon)
+    digests: dict[str, set[str]] = {}
+    for _ in range(3):
+        for found in at_once(daemon, 2, 0.5):
+            digests.setdefault(found["visible"], set()).add(found["digest"])
+        stop_all(daemon)
+    assert set(digests) == {hardware.uuids[2], ",".join(hardware.uuids[:2])}
+    assert all(len(of_chip) == 1 for of_chip in digests.values()), "thawed each time"
+    assert daemon.snapshots("holder") == [small, large] and "did not thaw" not in daemon.app_text("holder")
+
+
+def test_any_gpu_is_first_one_with_a_snapshot(daemon: Daemon, hardware: Hardware) -> None:
+    hardware.health(0, ecc=1)
+    hardware.health(1, ecc=1)
+    daemon.cli("deploy", str(holder(daemon, "any")), "--snapshot")
+    daemon.wait_snapshot("holder")
+    digest = check(daemon)["digest"]
+    stop_all(daemon)
+    hardware.health(0)
+    hardware.health(1)
+    gpus(daemon, "check")
+    found = check(daemon)
+    assert found["visible"] == hardware.uuids[2] and found["digest"] == digest
+    stop_all(daemon)
+    daemon.stop()
+    daemon.start()
+    assert check(daemon)["digest"] == digest, "found by its chip"
 
 
 def test_a_capture_that_fails_runs_on(daemon: Daemon, hardware: Hardware) -> None:

@@ -89,6 +89,17 @@ class Hardware:
         draft.chmod(0o644)
         draft.rename(self.control / "config")
 
+    def health(self, index: int, **values: int) -> None:
+        """How a GPU is from now on: `ecc=2`, `pending=1`, `failed=1`, `retired=1`, `lost=1`, `reset=1`, `hang=1`."""
+        draft = self.dev / f"nvidia{index}" / ".health"
+        draft.write_text("".join(f"{key} {value}\n" for key, value in values.items()))
+        draft.rename(draft.with_name("health"))
+
+    def xid(self, index: int, number: int) -> None:
+        """The driver reports an error."""
+        with open(self.control / "xids", "a") as file:
+            file.write(f"{index} {number}\n")
+
     def memory_of(self, index: int) -> int:
         """Bytes that are in use on a GPU, by processes that live or did."""
         return sum(p.stat().st_size for p in (self.dev / f"nvidia{index}").glob("mem-*"))

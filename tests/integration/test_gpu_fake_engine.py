@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import stat
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,11 @@ from fake_cuda.hardware import MIB, Hardware
 from fake_cuda.program import GPU
 from woodfrog import faults
 from woodfrog.cuda.client import Cuda
-from woodfrog.engine.engine import GpuSide, Lazy
+from woodfrog.engine.engine import AmdSide, GpuSide, Lazy
 from woodfrog.engine.plan import FACTS, parse_facts
 from woodfrog.errors import CaptureError, RestoreError
 from woodfrog.linux.pageserver import PageServer
+from woodfrog.linux.rootplan import DeviceNode
 from woodfrog.linux.sandbox import Sandbox
 from woodfrog.telemetry import Phases
 
@@ -393,3 +395,30 @@ async def test_it_grows_only_as_it_should(rig: Rig, cuda: Cuda) -> None:
         await answers(rig, sandbox, f"({turn}, True, '0')")
         await asyncio.sleep(0)
     assert len(os.listdir("/proc/self/fd")) <= before + 8
+
+
+async def test_a_rocm_process_without_criu_s_plugin(rig: Rig, tmp_path: Path) -> None:
+    """What stands for /dev/kfd is another device, which CRIU captures by itself: only the way there is AMD's."""
+    node = tmp_path / "kfd"
+    os.mknod(node, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    node.chmod(0o666)
+    rig.nodes = lambda gpus: (DeviceNode(node, "kfd"), DeviceNode(node, "dri/renderD128"))
+    setup = (
+        "held = [open('/dev/kfd', 'r+b', 0), open('/dev/dri/renderD128', 'r+b', 0)]\ndef check(): return len(held)\n"
+    )
+    there, missing = AmdSide(Path("/usr/share")), AmdSide(None)
+    sandbox, _ = await rig.start(setup)
+    await answers(rig, sandbox, "2")
+    for given, code in ((missing, "gpu-amd-plugin"), (None, "gpu-device")):
+        with pytest.raises(CaptureError) as e:
+            await rig.freeze(sandbox, gpu=given)
+        assert e.value.code == code and e.value.alive and e.value.fields["remedy"], e.value.message
+        await answers(rig, sandbox, "2")
+    frozen = await rig.freeze(sandbox, gpu=there)
+    assert parse_facts((frozen.images / FACTS).read_text()).amd
+    for given, code in ((missing, "gpu-amd-plugin"), (None, "gpu-needed")):
+        with pytest.raises(RestoreError) as r:
+            await rig.thaw(frozen, gpu=given)
+        assert r.value.code == code and not r.value.snapshot_at_fault, r.value.message
+    thawed, _ = await rig.thaw(frozen, gpu=there)
+    await answers(rig, thawed, "2")

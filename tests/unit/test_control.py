@@ -670,6 +670,7 @@ def _example(hint: Any) -> Any:
     for name, value in (
         ("FunctionSpec", (function(),)),
         ("tuple[str", ("x",)),
+        ("dict[str, dict[str, str]]", {"f": {"c": "k"}}),
         ("dict[str, str]", {"f": "k"}),
         ("dict", {"a": [1, None]}),
     ):

@@ -19,6 +19,7 @@ from woodfrog.control.events import (
     CaptureFailed,
     Event,
     FinishCall,
+    GpusSetAside,
     InstanceExited,
     InstanceParked,
     InstanceReady,
@@ -37,6 +38,7 @@ from woodfrog.control.events import (
     SnapshotRequested,
     StartFailed,
     StartInstance,
+    StartRefused,
     StopInstance,
     Tick,
     WakeAt,
@@ -71,7 +73,7 @@ specs = st.tuples(
             kind=st.just("function" if tag == "f" else "class"),
             source=st.just(SourceSpec("module", "m", tag)),
             methods=st.just((MethodSpec("f"),) if tag == "f" else (MethodSpec("run"), MethodSpec("gen", True))),
-            snapshot=st.builds(SnapshotPolicy, enabled=st.booleans()),
+            snapshot=st.builds(SnapshotPolicy, enabled=st.booleans(), gpu=st.booleans()),
             resources=st.builds(Resources, gpu=st.sampled_from([(), (), ("any",), ("A:2", "B"), ("B",), ("Z",)])),
             scaling=policies,
             retries=retries,
@@ -100,7 +102,8 @@ class Box:
 
     id: str
     service: str
-    group: tuple[str, str]
+    group: tuple[str, str, str]
+    """Key, parameters, and the chip where its snapshots hold GPU memory."""
     mode: str
     snapshot: str | None
     capturing: bool
@@ -126,6 +129,8 @@ class Backend:
     journal: list[str] = field(default_factory=list)
     snapshots: int = 0
     retired: set[str] = field(default_factory=set)
+    chips: dict[str, str] = field(default_factory=dict)
+    """By snapshot: whose GPU memory it holds."""
     shutdown: bool = False
 
     def send(self, event: Event) -> tuple[Action, ...]:
@@ -150,10 +155,14 @@ class Backend:
                 assert not (action.capture and action.mode == "restore")
                 service = self.state.services[action.service_id]
                 self.seen.add(action.instance_id)
+                chips = {g.chip for g in self.state.config.gpus if g.id in action.gpus}
+                assert len(chips) <= 1
+                chip = next(iter(chips), "") if service.spec.snapshot.gpu else ""
+                assert self.chips.get(action.snapshot_id or "", chip) == chip, "of another chip"
                 self.boxes[action.instance_id] = Box(
                     action.instance_id,
                     action.service_id,
-                    (service.key, action.params_digest),
+                    (service.key, action.params_digest, chip),
                     action.mode,
                     action.snapshot_id,
                     action.capture,
@@ -161,6 +170,8 @@ class Backend:
                 )
                 wish = service.spec.resources.gpu
                 assert bool(action.gpus) == (bool(wish) and possible(wish, self.state.config.gpus))
+                well = [g for g in self.state.config.gpus if g.id not in self.state.sick]
+                assert not set(action.gpus) & self.state.sick.keys() or not possible(wish, well)
             case ParkInstance():
                 assert not self.shutdown
                 assert action.instance_id not in self.seen
@@ -168,7 +179,7 @@ class Backend:
                 service = self.state.services[action.service_id]
                 assert service.active
                 self.seen.add(action.instance_id)
-                key = (service.key, action.params_digest)
+                key = (service.key, action.params_digest, "")
                 self.boxes[action.instance_id] = Box(
                     action.instance_id, action.service_id, key, "restore", action.snapshot_id, False, park=True
                 )
@@ -286,6 +297,15 @@ class Backend:
 
     def start_step(self, box: Box, fate: int) -> None:
         now = self.now
+        if self.state.sick.keys() & set(box.gpus):
+            # It is looked at before it is used: it is well again, or the start is refused.
+            if fate % 2:
+                self.gone(box)
+                self.send(StartRefused(now=now, instance_id=box.id, error=ERROR))
+            else:
+                sick = {gpu: why for gpu, why in self.state.sick.items() if gpu not in box.gpus}
+                self.send(GpusSetAside(now=now, sick=sick))
+            return
         match fate % 8:
             case 4:
                 self.gone(box)
@@ -296,7 +316,12 @@ class Backend:
             case 6 if box.snapshot:
                 self.gone(box)
                 event = RestoreFailed(
-                    now=now, instance_id=box.id, snapshot_id=box.snapshot, reason="x", at_fault=bool(fate & 8)
+                    now=now,
+                    instance_id=box.id,
+                    snapshot_id=box.snapshot,
+                    reason="x",
+                    at_fault=bool(fate & 8),
+                    gpu=bool(box.gpus) and not fate & 8,
                 )
                 self.send(event)
             case 6 if box.capturing:
@@ -312,6 +337,7 @@ class Backend:
                 box.capturing = False
                 self.snapshots += 1
                 box.snapshot = f"s{self.snapshots}"
+                self.chips[box.snapshot] = box.group[2]
                 self.send(SnapshotCaptured(now=now, instance_id=box.id, snapshot_id=box.snapshot))
             case _ if box.park:
                 box.parked = True
@@ -417,9 +443,15 @@ class Life(RuleBasedStateMachine):
     def request_snapshot(self, app: str, tag: str, digest: str) -> None:
         self.backend.send(SnapshotRequested(now=self.backend.now, app=app, tag=tag, params_digest=digest))
 
-    @rule(app=st.sampled_from(APPS), tag=st.sampled_from(TAGS), digest=st.sampled_from(["", "p"]))
-    def snapshot_found(self, app: str, tag: str, digest: str) -> None:
+    @rule(
+        app=st.sampled_from(APPS),
+        tag=st.sampled_from(TAGS),
+        digest=st.sampled_from(["", "p"]),
+        chip=st.sampled_from(["", "A", "B"]),
+    )
+    def snapshot_found(self, app: str, tag: str, digest: str, chip: str) -> None:
         self.backend.snapshots += 1
+        self.backend.chips[f"s{self.backend.snapshots}"] = chip
         self.backend.send(
             SnapshotAvailable(
                 now=self.backend.now,
@@ -427,8 +459,14 @@ class Life(RuleBasedStateMachine):
                 tag=tag,
                 params_digest=digest,
                 snapshot_id=f"s{self.backend.snapshots}",
+                chip=chip,
             )
         )
+
+    @precondition(lambda self: self.config.gpus)
+    @rule(sick=st.sets(st.sampled_from("123")))
+    def set_aside(self, sick: set[str]) -> None:
+        self.backend.send(GpusSetAside(now=self.backend.now, sick=dict.fromkeys(sorted(sick), "x")))
 
     @precondition(lambda self: self.backend.snapshots)
     @rule(data=st.data())
@@ -455,6 +493,7 @@ class Life(RuleBasedStateMachine):
                         InstanceReady(now=self.backend.now, instance_id=inst),
                         InstanceParked(now=self.backend.now, instance_id=inst),
                         InstanceStopped(now=self.backend.now, instance_id=inst),
+                        StartRefused(now=self.backend.now, instance_id=inst, error=ERROR),
                         SnapshotCaptured(now=self.backend.now, instance_id=inst, snapshot_id="s0"),
                         CallFinished(now=self.backend.now, instance_id=inst, call_id="c1", outcome="success"),
                     ]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from woodfrog.control import events as ev
 from woodfrog.control.events import Action, Event
-from woodfrog.control.gpus import Gpu, choose, fits, parse, possible
+from woodfrog.control.gpus import Gpu, chips, choose, fits, parse, possible
 from woodfrog.control.machine import handle
 from woodfrog.control.state import Config, State
 from woodfrog.spec import FunctionSpec, MethodSpec, Resources, ScalingPolicy, SnapshotPolicy, SourceSpec
@@ -41,6 +41,13 @@ def test_requests() -> None:
     assert choose(["any"], FOUR, {"a"}) == ("b",)
     assert choose(["any:2"], FOUR, {"a"}) == ("c", "d"), "all of one chip"
     assert choose(["any:3"], FOUR) is None and not possible(["any:3", "T4"], FOUR)
+
+
+def test_a_chip_with_a_snapshot_comes_first_among_equals() -> None:
+    assert choose(["any"], FOUR, ready={H100}) == ("c",)
+    assert choose(["A10", "H100"], FOUR, ready={H100}) == ("a",), "the order of the list goes before"
+    assert choose(["any"], FOUR, {"c", "d"}, {H100}) == ("a",)
+    assert chips(["H100", "any"], FOUR) == (H100, A10) and chips(["T4"], FOUR) == ()
 
 
 @given(st.lists(st.sampled_from(["any", "A10", "H100:2", "A10:2", "T4"]), min_size=1), st.sets(st.sampled_from("abcd")))
@@ -161,3 +168,157 @@ def test_gpu_functions_are_not_parked() -> None:
     for _ in range(60):
         d.now += 1
         assert not [a for a in d.send(ev.Tick) if isinstance(a, ev.ParkInstance)]
+
+
+# Snapshots of several chips
+
+
+def saving(tag: str, *gpu: str, **scaling: Any) -> FunctionSpec:
+    """Its snapshots hold GPU memory."""
+    return replace(function(tag, *gpu, **scaling), snapshot=SnapshotPolicy(enabled=True, gpu=True))
+
+
+def starts(actions: list[Action]) -> list[tuple[tuple[str, ...], str | None, bool]]:
+    return [(a.gpus, a.snapshot_id, a.capture) for a in actions if isinstance(a, ev.StartInstance)]
+
+
+def finish(d: Driver, instance: int, call: int) -> list[Action]:
+    d.send(ev.InstanceReady, instance_id=f"i-t-{instance}")
+    return d.send(ev.CallFinished, call_id=f"c{call}", instance_id=f"i-t-{instance}", outcome="success", error=None)
+
+
+def test_each_chip_has_a_snapshot_of_its_own() -> None:
+    d = Driver(saving("f", "any"))
+    assert starts(d.call("f")) == [(("a",), None, True)]
+    d.send(ev.SnapshotCaptured, instance_id="i-t-1", snapshot_id="s-a10")
+    assert starts(d.call("f")) == [(("b",), "s-a10", False)]
+    assert starts(d.call("f")) == [(("c",), None, True)], "of another chip: cold, and captured"
+    d.send(ev.SnapshotCaptured, instance_id="i-t-3", snapshot_id="s-h100")
+    assert starts(d.call("f")) == [(("d",), "s-h100", False)]
+
+
+def test_two_chips_are_captured_at_a_time() -> None:
+    d = Driver(saving("f", "any"))
+    assert [starts(d.call("f")) for _ in range(4)] == [
+        [(("a",), None, True)], [(("b",), None, False)], [(("c",), None, True)], [(("d",), None, False)],
+    ]  # fmt: skip
+    d.send(ev.CaptureFailed, instance_id="i-t-1", reason="x", alive=True)
+    d.send(ev.SnapshotCaptured, instance_id="i-t-3", snapshot_id="s-h100")
+    assert d.state.knows(d.state.services["a/f@1"], "", A10).attempts == 1
+    assert d.state.knows(d.state.services["a/f@1"], "", H100).snapshot_id == "s-h100"
+
+
+def test_a_gpu_with_a_snapshot_is_preferred() -> None:
+    d = Driver(saving("f", "any"), saving("g", "A10", "H100"))
+    for tag in "fg":
+        d.send(ev.SnapshotAvailable, app="a", tag=tag, snapshot_id=f"s-{tag}", chip=H100)
+    assert starts(d.call("f")) == [(("c",), "s-f", False)]
+    assert starts(d.call("g")) == [(("a",), None, True)], "its list names another chip first"
+
+
+def test_a_snapshot_known_at_the_deploy() -> None:
+    d = Driver()
+    spec = saving("f", "any", min_containers=1)
+    found = {"f": {H100: "s-1"}}
+    assert starts(d.send(ev.AppDeployed, app="b", version=1, specs=(spec,), keys={"f": "k"}, gpu_snapshots=found)) == [
+        (("c",), "s-1", False)
+    ]
+
+
+def test_a_snapshot_by_request_is_made_for_one_chip() -> None:
+    d = Driver(saving("f", "any"))
+    assert starts(d.send(ev.SnapshotRequested, app="a", tag="f")) == [(("a",), None, True)]
+    d.send(ev.SnapshotCaptured, instance_id="i-t-1", snapshot_id="s-1")
+    d.send(ev.InstanceReady, instance_id="i-t-1")
+    assert starts(d.send(ev.SnapshotRequested, app="a", tag="f")) == []
+
+
+def test_no_room_for_it_is_another_gpu_and_then_cold() -> None:
+    d = Driver(saving("f", "H100"))
+    d.send(ev.SnapshotAvailable, app="a", tag="f", snapshot_id="s-1", chip=H100)
+
+    def fails(number: int) -> list[Action]:
+        return d.send(ev.RestoreFailed, instance_id=f"i-t-{number}", snapshot_id="s-1", reason="full", gpu=True)
+
+    assert starts(d.call("f")) == [(("c",), "s-1", False)]
+    for round in range(4):  # often enough for a snapshot that was at fault to be retired
+        first = 1 + 3 * round
+        assert starts(fails(first)) == [(("d",), "s-1", False)]
+        cold = fails(first + 1)
+        assert starts(cold) == [(("c",), None, False)] and not [a for a in cold if isinstance(a, ev.RetireSnapshot)]
+        finish(d, first + 2, round + 1)
+        d.send(ev.InstanceStopRequested, instance_id=f"i-t-{first + 2}")
+        d.send(ev.InstanceStopped, instance_id=f"i-t-{first + 2}")
+        assert starts(d.call("f")) == [(("c",), "s-1", False)], "the snapshot is as good as before"
+
+
+def test_no_room_on_one_chip_is_a_start_on_another_that_is_asked_for_too() -> None:
+    d = Driver(saving("f", "any"))
+    d.send(ev.SnapshotAvailable, app="a", tag="f", snapshot_id="s-1", chip=H100)
+    assert starts(d.call("f")) == [(("c",), "s-1", False)]
+    for number, then in ((1, (("d",), "s-1", False)), (2, (("a",), None, True))):
+        failed = d.send(ev.RestoreFailed, instance_id=f"i-t-{number}", snapshot_id="s-1", reason="full", gpu=True)
+        assert starts(failed) == [then]
+
+
+# GPUs that are set aside
+
+
+def test_one_that_is_set_aside_is_not_given_out() -> None:
+    d = Driver(function("f", "H100"))
+    d.send(ev.GpusSetAside, sick={"c": "Xid 79"})
+    assert started(d.call("f")) == [("i-t-1", ("d",))]
+    assert d.call("f") == [], "it waits: the other is in use, and well"
+    assert started(d.send(ev.GpusSetAside, sick={})) == [("i-t-2", ("c",))]
+
+
+def test_where_all_are_set_aside_one_is_tried_and_the_calls_are_told() -> None:
+    d = Driver(function("f", "H100"))
+    d.send(ev.GpusSetAside, sick={"c": "Xid 79", "d": "full"})
+    assert started(d.call("f")) == [("i-t-1", ("c",))]
+    error = {"code": "gpu-set-aside", "message": "x"}
+    failed = d.send(ev.StartRefused, instance_id="i-t-1", error=error)
+    assert [(a.call_id, a.outcome, a.error) for a in failed if isinstance(a, ev.FinishCall)] == [
+        ("c1", "failure", error)
+    ]
+    assert not started(failed) and not d.state.instances
+    d.now += 60
+    assert started(d.call("f")) == [("i-t-2", ("c",))], "the next call tries again"
+
+
+def test_one_found_sick_before_its_use_is_replaced_by_another() -> None:
+    d = Driver(saving("f", "H100"))
+    d.send(ev.SnapshotAvailable, app="a", tag="f", snapshot_id="s-1", chip=H100)
+    assert starts(d.call("f")) == [(("c",), "s-1", False)]
+    d.send(ev.GpusSetAside, sick={"c": "Xid 79"})
+    refused = d.send(ev.StartRefused, instance_id="i-t-1", error={"code": "gpu-set-aside", "message": "x"})
+    assert starts(refused) == [(("d",), "s-1", False)] and not [a for a in refused if isinstance(a, ev.FinishCall)]
+
+
+def test_a_refusal_nobody_can_account_for_is_not_tried_for_ever() -> None:
+    d = Driver(function("f", "any"))
+    d.call("f")
+    ends: list[Action] = []
+    for number in range(1, 4):
+        told = d.send(ev.StartRefused, instance_id=f"i-t-{number}", error={"code": "gpu-set-aside", "message": "x"})
+        ends += [a for a in told if isinstance(a, ev.FinishCall)]
+        for _ in range(200):
+            if ends or started(told):
+                break
+            d.now += 0.1
+            told = d.send(ev.Tick)
+    assert [a.call_id for a in ends] == ["c1"]
+
+
+def test_what_rests_on_one_that_is_set_aside_goes_and_what_runs_ends_first() -> None:
+    d = Driver(function("f", "H100"))
+    d.call("f")
+    d.call("f")
+    finish(d, 1, 1)  # and takes the second call
+    d.send(ev.InstanceReady, instance_id="i-t-2")
+    told = d.send(ev.GpusSetAside, sick={"c": "Xid 79", "d": "Xid 79"})
+    assert [(type(a).__name__, a.instance_id) for a in told if isinstance(a, ev.StopInstance)] == [
+        ("StopInstance", "i-t-2")
+    ]
+    done = d.send(ev.CallFinished, call_id="c2", instance_id="i-t-1", outcome="success", error=None)
+    assert [type(a).__name__ for a in done] == ["FinishCall", "StopInstance"]

@@ -79,9 +79,17 @@ class Observer(Protocol):
 
     def on_capture_failed(self, instance_id: str, error: WoodfrogError, *, alive: bool) -> None: ...
     def on_restore_failed(
-        self, instance_id: str, snapshot_id: str, error: WoodfrogError, *, at_fault: bool
-    ) -> None: ...
+        self, instance_id: str, snapshot_id: str, error: WoodfrogError, *, at_fault: bool, gpu: bool = False
+    ) -> None:
+        """`gpu`: the GPUs that it was given do not fit the snapshot; others may."""
+
     def on_start_failed(self, instance_id: str, error: WoodfrogError, *, user_fault: bool) -> None: ...
+    def on_refused(self, instance_id: str, error: WoodfrogError) -> None:
+        """Nothing was started: its GPUs are among those of `on_gpus`."""
+
+    def on_gpus(self, sick: dict[str, str]) -> None:
+        """The GPUs that are set aside from now on, all of them, and why."""
+
     def on_exited(self, instance_id: str, error: WoodfrogError) -> None: ...
     def on_lost(self, instance_id: str, reason: str) -> None:
         """Through no fault of its own the instance cannot go on: stop it and run its call elsewhere."""
@@ -166,8 +174,15 @@ class Backend(Protocol):
     def stop(self, instance_id: str, *, graceful: bool, reason: str) -> None:
         """Begin a stop; `on_stopped` follows. Graceful runs the exit hooks."""
 
-    def find_snapshot(self, function_key: str, *, gpu: bool = False) -> str | None:
-        """The snapshot that a start on this machine could thaw; `gpu`: one that holds GPU memory."""
+    def find_snapshot(self, function_key: str, *, chip: str = "") -> str | None:
+        """The snapshot that a start on this machine could thaw; `chip`: one that holds the memory of such a GPU."""
+
+    def gpus(self) -> list[dict[str, Any]]:
+        """Each GPU of this machine: `gpu` (uuid), `chip`, `memory_bytes`, `used_bytes` (None = not looked at yet),
+        `state` ("free", "used", "set-aside"), `why`, `xids`, `container`."""
+
+    async def check_gpus(self) -> None:
+        """Look at all of them now, and forget what was seen of them before."""
 
     def snapshots_in_use(self) -> set[str]:
         """Snapshots whose files some instance rests on."""

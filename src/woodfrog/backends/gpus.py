@@ -8,17 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from woodfrog.criu.plugins import find_amd_plugin
 from woodfrog.cuda.client import Cuda
 from woodfrog.cuda.devices import Device
-from woodfrog.engine.engine import GpuSide
+from woodfrog.engine.engine import AmdSide, GpuSide
 from woodfrog.errors import GpuError
+from woodfrog.linux.kfd import KfdGpu, find_kfd
 from woodfrog.linux.rootplan import DeviceNode
 from woodfrog.snapshot.compat import WorkerClass, with_gpu
 
-__all__ = ["Gpus", "find_gpus"]
+__all__ = ["Gpus", "amd_gpus", "find_gpus"]
 
 log = logging.getLogger("woodfrog")
 
+DEV = Path("/dev")
 _SHARED = ("nvidiactl", "nvidia-uvm", "nvidia-uvm-tools")
 """Device nodes that every CUDA program needs, whichever GPU it has."""
 
@@ -31,49 +34,95 @@ class Gpus:
     devices: tuple[Device, ...] = ()
     nodes: Path = Path("/dev")
     why: str = ""
+    amd: AmdSide | None = None
+    """They are AMD's. A device's `minor` is then the number of its render node."""
+    amd_driver: str = ""
 
     def device_nodes(self, uuids: Sequence[str]) -> tuple[DeviceNode, ...]:
         """Those of these GPUs, and what all share: a sandbox sees no other."""
         if not uuids:
             return ()
         numbers = {d.uuid: d.minor if d.minor is not None else i for i, d in enumerate(self.devices)}
-        names = (*_SHARED, *(f"nvidia{numbers[uuid]}" for uuid in uuids))
-        paths = [self.nodes / name for name in names]
-        return tuple(DeviceNode(p, p.name, p.is_dir()) for p in paths if p.exists())
+        if self.amd is not None:
+            names = ("kfd", *(f"dri/renderD{numbers[uuid]}" for uuid in uuids))
+        else:
+            names = (*_SHARED, *(f"nvidia{numbers[uuid]}" for uuid in uuids))
+        paths = [(self.nodes / name, name) for name in names]
+        return tuple(DeviceNode(p, name, p.is_dir()) for p, name in paths if p.exists())
 
-    def side(self, uuids: Sequence[str]) -> GpuSide | None:
+    def side(self, uuids: Sequence[str]) -> GpuSide | AmdSide | None:
+        if self.amd is not None:
+            return self.amd if uuids else None
         return GpuSide(self.cuda, tuple(uuids)) if self.cuda is not None and uuids else None
 
     def env(self, uuids: Sequence[str]) -> dict[str, str]:
-        return {"CUDA_VISIBLE_DEVICES": ",".join(uuids)} if uuids else {}
+        if not uuids:
+            return {}
+        if self.amd is None:
+            return {"CUDA_VISIBLE_DEVICES": ",".join(uuids)}
+        # ROCr sees those whose nodes are there, and HIP counts what ROCr sees. Chips without a number of their own have
+        # no name that ROCr takes.
+        named = {"ROCR_VISIBLE_DEVICES": ",".join(uuids)} if all(u.startswith("GPU-") for u in uuids) else {}
+        return {**named, "HIP_VISIBLE_DEVICES": ",".join(map(str, range(len(uuids))))}
 
     def classes(self, base: WorkerClass) -> tuple[WorkerClass, ...]:
         """One for each chip: GPU memory restores where chip and driver are the same."""
-        return tuple(self.worker_class(base, (d.uuid,)) for d in {d.name: d for d in self.devices}.values())
+        return tuple(self.class_of(base, chip) for chip in dict.fromkeys(d.name for d in self.devices))
 
     def worker_class(self, base: WorkerClass, uuids: Sequence[str]) -> WorkerClass:
-        chip = next((d.name for d in self.devices if d.uuid in uuids), "")
+        return self.class_of(base, next((d.name for d in self.devices if d.uuid in uuids), ""))
+
+    def class_of(self, base: WorkerClass, chip: str) -> WorkerClass:
+        """That of snapshots with the memory of such a GPU."""
         node = self.cuda.node if self.cuda is not None else None
-        return with_gpu(base, chip, node.driver if node is not None else "")
+        return with_gpu(base, chip, node.driver if node is not None else self.amd_driver)
 
     async def close(self) -> None:
         if self.cuda is not None:
             await self.cuda.close()
 
 
-async def find_gpus(wanted: str, directory: str) -> Gpus:
-    """Look for NVIDIA GPUs, where there are device nodes at all.
+def amd_gpus(found: Sequence[KfdGpu], plugins: Path | None, nodes: Path = Path("/dev"), driver: str = "") -> Gpus:
+    """AMD's GPUs. `plugins`: where CRIU has AMD's plugin; None = nowhere. `driver`: its version, where it is not the
+    kernel's own."""
+    devices = tuple(Device(g.id or f"renderD{g.render}", g.chip, g.memory, g.render) for g in found)
+    return Gpus(None, devices, nodes, amd=AmdSide(plugins), amd_driver=driver)
+
+
+def _find_amd(criu: Path | None) -> Gpus | None:
+    nodes = DEV
+    found = find_kfd() if (nodes / "kfd").exists() else ()
+    if not found:
+        return None
+    driver = Path("/sys/module/amdgpu/version")
+    plugins = find_amd_plugin(criu) if criu is not None else None
+    gpus = amd_gpus(found, plugins, nodes, driver.read_text().strip() if driver.exists() else "")
+    for device in gpus.devices:
+        log.info("GPU %s: %s", device.uuid, device.name)
+        for node in gpus.device_nodes((device.uuid,)):
+            if node.source.stat().st_mode & 0o006 != 0o006:
+                log.warning(
+                    "%s is not open to all users: functions cannot use it; chmod 0666, by a udev rule", node.source
+                )
+    if gpus.amd is not None and gpus.amd.plugins is None:
+        log.warning("CRIU has no plugin for AMD's GPUs (amdgpu_plugin.so): there are no snapshots of their memory")
+    return gpus
+
+
+async def find_gpus(wanted: str, directory: str, criu: Path | None = None) -> Gpus:
+    """Look for GPUs: NVIDIA's where there are device nodes of it, else AMD's.
 
     Args:
         wanted: the setting `gpu`.
         directory: the setting `cuda_dir`.
+        criu: the binary, beside which AMD's plugin may lie.
     """
     if wanted == "none":
         return Gpus(why="WOODFROG_GPU=none")
     library = Path(directory) if directory else None
-    nodes = library / "dev" if library is not None and (library / "dev").is_dir() else Path("/dev")
+    nodes = library / "dev" if library is not None and (library / "dev").is_dir() else DEV
     if not any(re.fullmatch(r"nvidia\d+", p.name) for p in nodes.glob("nvidia*")):
-        return Gpus(why=f"no NVIDIA device in {nodes}")
+        return _find_amd(criu) or Gpus(why=f"no NVIDIA device in {nodes}")
     cuda = Cuda(library=library)
     try:
         node = await cuda.start()

@@ -20,6 +20,7 @@ from woodfrog.backends.base import Answer, CallRequest, Observer, StartRequest
 from woodfrog.backends.connection import Payload, WorkerConnection, connect, connect_now
 from woodfrog.backends.factory import SandboxFactory
 from woodfrog.backends.gpus import Gpus
+from woodfrog.backends.health import LOOK_S, Health
 from woodfrog.backends.keeper import Keeper
 from woodfrog.backends.memory import Memory
 from woodfrog.backends.parked import unpark
@@ -114,6 +115,8 @@ class LocalConfig:
     drain_calls: int
     """After so many calls an instance has all of its memory filled in."""
     zygotes: ZygoteConfig
+    gpu_free_percent: int = 0
+    """So much of a GPU's memory must be free for it to be given to an instance."""
 
 
 class LocalBackend:
@@ -134,6 +137,9 @@ class LocalBackend:
     ) -> None:
         self._config = config
         self._gpus = gpus or Gpus()
+        self._health = Health(
+            self._gpus, held=self._gpus_held, tell=observer.on_gpus, free_percent=config.gpu_free_percent
+        )
         self._observer = observer
         self._factory = factory
         factory.ahead = lambda sandbox: prestart(sandbox, criu)
@@ -176,6 +182,12 @@ class LocalBackend:
 
     async def _start(self, instance: Instance) -> None:
         request = instance.request
+        if request.gpus:
+            with instance.phases("gpu.health"):
+                within = min(LOOK_S, request.spec.startup_timeout / 4)
+                refused = await self._health.before_use(request.gpus, within=within)
+            if refused is not None:
+                raise _Refused(refused)
         if request.mode == "restore":
             assert request.snapshot_id is not None
             await self._thaw_stored(instance, request.snapshot_id)
@@ -230,7 +242,11 @@ class LocalBackend:
         except _RestoreGaveUp as e:
             counters["restore.failed"] += 1
             await self._discard(instance)
-            self._observer.on_restore_failed(instance.id, e.snapshot_id, e.error, at_fault=e.at_fault)
+            gpu = e.error.code in _OTHER_GPUS
+            self._observer.on_restore_failed(instance.id, e.snapshot_id, e.error, at_fault=e.at_fault, gpu=gpu)
+        except _Refused as e:
+            await self._discard(instance)
+            self._observer.on_refused(instance.id, e.error)
         except WoodfrogError as e:
             if isinstance(e, InstanceCrashed):
                 await self._await_end(instance)
@@ -864,10 +880,25 @@ class LocalBackend:
 
     # Looking
 
-    def find_snapshot(self, function_key: str, *, gpu: bool = False) -> str | None:
-        classes = self._gpus.classes(self._worker_class) if gpu else (self._worker_class,)
-        found = (self._catalogue.find(function_key, c.digest) for c in classes)
-        return next((m.id for m in found if m is not None), None)
+    def find_snapshot(self, function_key: str, *, chip: str = "") -> str | None:
+        wanted = self._gpus.class_of(self._worker_class, chip) if chip else self._worker_class
+        found = self._catalogue.find(function_key, wanted.digest)
+        return found.id if found is not None else None
+
+    def _gpus_held(self) -> set[str]:
+        return {gpu for i in self._instances.values() for gpu in i.request.gpus}
+
+    def gpus(self) -> list[dict[str, Any]]:
+        holders = {gpu: i.id for i in self._instances.values() for gpu in i.request.gpus}
+        rows = []
+        for row in self._health.view():
+            holder = holders.get(row["gpu"], "")
+            state = "set-aside" if row["why"] else "used" if holder else "free"
+            rows.append({**row, "state": state, "container": holder})
+        return rows
+
+    async def check_gpus(self) -> None:
+        await self._health.check()
 
     def snapshots_in_use(self) -> set[str]:
         used = {i.snapshot_id for i in self._instances.values()} | {
@@ -906,6 +937,7 @@ class LocalBackend:
 
     async def close(self) -> None:
         await self._zygotes.close()
+        await self._health.close()
         for instance in list(self._instances.values()):
             self.stop(instance.id, graceful=False, reason="shutdown")
         while self._tasks:
@@ -946,6 +978,18 @@ _USER_STAGES = frozenset({"importing", "starting"})
 
 
 class _CaptureGaveUp(WoodfrogError):
+    def __init__(self, error: WoodfrogError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+_OTHER_GPUS = frozenset({"gpu-out-of-memory", "gpu-chip"})
+"""Why a snapshot did not thaw that may thaw on other GPUs."""
+
+
+class _Refused(WoodfrogError):
+    """The GPUs of an instance are not to be used."""
+
     def __init__(self, error: WoodfrogError) -> None:
         super().__init__(error.message)
         self.error = error

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from woodfrog.cli import apps, call, containers, daemon, doctor, output, run, secrets, snapshots, store
+from woodfrog.cli import apps, call, containers, daemon, doctor, gpus, output, run, secrets, snapshots, store
 from woodfrog.errors import WoodfrogError
 
 __all__ = ["app"]
@@ -56,6 +56,7 @@ app.command("deploy")(run.deploy)
 app.command("call")(call.call)
 app.add_typer(apps.app, name="app")
 app.add_typer(containers.app, name="container")
+app.add_typer(gpus.app, name="gpu")
 app.add_typer(snapshots.app, name="snapshot")
 app.add_typer(store.app, name="store")
 app.add_typer(secrets.app, name="secret")

@@ -4,8 +4,9 @@ All are frozen and carry only plain data; `to_dict` and `from_dict` take any of 
 the class), so that a journal of them can be replayed. Times are seconds on one clock that never goes back.
 
 What the daemon owes the machine:
-- Every `StartInstance` is answered by `InstanceReady`, `StartFailed`, `RestoreFailed`, `CaptureFailed(alive=False)`
-  or `InstanceExited`, whichever comes first; all but the first mean that the instance is gone, sandbox and all.
+- Every `StartInstance` is answered by `InstanceReady`, `StartFailed`, `StartRefused`, `RestoreFailed`,
+  `CaptureFailed(alive=False)` or `InstanceExited`, whichever comes first; all but the first mean that the instance is
+  gone, sandbox and all.
 - Every `ParkInstance` is answered by `InstanceParked`, `RestoreFailed`, `StartFailed` or `InstanceExited`, and every
   `WakeInstance` as a `StartInstance` is.
 - Every `StopInstance` and `KillInstance` is answered by `InstanceStopped` (or `InstanceExited`) once it is gone.
@@ -33,6 +34,7 @@ __all__ = [
     "CaptureFailed",
     "Event",
     "FinishCall",
+    "GpusSetAside",
     "InstanceExited",
     "InstanceParked",
     "InstanceReady",
@@ -52,6 +54,7 @@ __all__ = [
     "SnapshotRequested",
     "StartFailed",
     "StartInstance",
+    "StartRefused",
     "StopInstance",
     "Tick",
     "WakeAt",
@@ -144,6 +147,8 @@ class AppDeployed(Event):
     """Tag to function key (`spec.function_key` without parameters): services of one key share their snapshots."""
     snapshots: dict[str, str] = field(default_factory=dict)
     """Tag to a snapshot that fits: known before `min_containers` start."""
+    gpu_snapshots: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The same of snapshots that hold GPU memory: tag to chip to snapshot."""
     ephemeral: bool = False
 
 
@@ -265,12 +270,14 @@ class CaptureFailed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class RestoreFailed(Event):
-    """The instance is gone. `at_fault`: the snapshot itself is bad."""
+    """The instance is gone. `at_fault`: the snapshot itself is bad. `gpu`: it was not; the GPUs that the instance had
+    do not fit it (no room, another chip), and others may."""
 
     instance_id: str
     snapshot_id: str
     reason: str
     at_fault: bool = False
+    gpu: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +290,8 @@ class SnapshotAvailable(Event):
     params_digest: str = ""
     version: int | None = None
     """None = the active one."""
+    chip: str = ""
+    """Of the GPU whose memory it holds; empty = it holds none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,6 +308,25 @@ class SnapshotRequested(Event):
     app: str
     tag: str
     params_digest: str = ""
+
+
+# Events: GPUs
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpusSetAside(Event):
+    """The GPUs that are not to be used now, all of them, by id, and why. What runs on one goes on."""
+
+    sick: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartRefused(Event):
+    """Nothing was started: the GPUs that it was given cannot be used. The instance is gone; `GpusSetAside` has said
+    which. `error` becomes that of the calls where no others would do."""
+
+    instance_id: str
+    error: dict[str, Any]
 
 
 # Events: time

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Gpu", "choose", "fits", "parse", "possible"]
+__all__ = ["Gpu", "chips", "choose", "fits", "parse", "possible"]
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,22 @@ def fits(wanted: str, chip: str) -> bool:
     return wanted == "any" or set(re.split(r"[-_]", wanted.upper())) <= words
 
 
-def choose(requests: Sequence[str], gpus: Sequence[Gpu], taken: Collection[str] = ()) -> tuple[str, ...] | None:
-    """GPUs for the first of the requests that free ones fulfil, all of one chip; None = there are not enough now."""
+def chips(requests: Sequence[str], gpus: Sequence[Gpu]) -> tuple[str, ...]:
+    """The chips of this machine that fit one of the requests, the first request's first."""
+    return tuple(dict.fromkeys(g.chip for r in requests for g in gpus if fits(parse(r)[0], g.chip)))
+
+
+def choose(
+    requests: Sequence[str], gpus: Sequence[Gpu], taken: Collection[str] = (), ready: Collection[str] = ()
+) -> tuple[str, ...] | None:
+    """GPUs for the first of the requests that free ones fulfil, all of one chip; None = there are not enough now.
+
+    Args:
+        ready: chips with a snapshot: where several fit one request, these come first.
+    """
     for request in requests:
-        wanted, count = parse(request)
-        for chip in dict.fromkeys(g.chip for g in gpus if fits(wanted, g.chip)):
+        count = parse(request)[1]
+        for chip in sorted(chips((request,), gpus), key=lambda chip: chip not in ready):
             free = [g.id for g in gpus if g.chip == chip and g.id not in taken]
             if len(free) >= count:
                 return tuple(free[:count])

@@ -21,6 +21,7 @@ from woodfrog.control.events import (
     CaptureFailed,
     Event,
     FinishCall,
+    GpusSetAside,
     InstanceExited,
     InstanceParked,
     InstanceReady,
@@ -34,6 +35,7 @@ from woodfrog.control.events import (
     SnapshotInvalidated,
     SnapshotRequested,
     StartFailed,
+    StartRefused,
     Tick,
     WakeAt,
 )
@@ -137,6 +139,10 @@ def _app_deployed(st: State, ev: AppDeployed) -> None:
     for tag, snapshot_id in ev.snapshots.items():
         if tag in app.active:
             moves.learn(st, app.active[tag], "", snapshot_id)
+    for tag, by_chip in ev.gpu_snapshots.items():
+        for chip, snapshot_id in by_chip.items():
+            if tag in app.active:
+                moves.learn(st, app.active[tag], "", snapshot_id, chip)
     for service in app.active.values():
         if service.spec.scaling.min_containers:
             moves.schedule(st, service.group(""))
@@ -280,12 +286,13 @@ def _instance_ready(st: State, ev: InstanceReady) -> None:
     if inst.state not in ("starting", "capturing") or inst.park:
         raise _invalid(ev, "but it has come up already", inst.id, inst.history)
     group = inst.group
-    knowledge = st.knows(group.service, group.digest)
+    knowledge = moves.of_instance(st, inst)
     # With a capture still on its way to disk, `SnapshotCaptured` or `CaptureFailed` follows while it serves already.
     if inst.snapshot_id is not None and knowledge.snapshot_id == inst.snapshot_id:
         knowledge.failures = 0
         if inst.mode == "restore":
             knowledge.attempts = 0
+            group.no_room = frozenset()
     group.start_failures = 0
     group.hold_calls = group.hold_spares = -NEVER
     inst.stage = ""
@@ -381,12 +388,12 @@ def _snapshot_captured(st: State, ev: SnapshotCaptured) -> None:
     inst = st.instances.get(ev.instance_id)
     if inst is None:
         return _stale(st)
-    knowledge = st.knows(inst.group.service, inst.group.digest)
+    knowledge = moves.of_instance(st, inst)
     if knowledge.capturer != inst.id:
         raise _invalid(ev, "but it was not to capture", inst.id, inst.history)
     knowledge.capturer = None
     inst.capture = False
-    moves.learn(st, inst.group.service, inst.group.digest, ev.snapshot_id)
+    moves.learn(st, inst.group.service, inst.group.digest, ev.snapshot_id, inst.chip)
     if inst.state in ("idle", "running"):
         inst.snapshot_id = ev.snapshot_id
         moves.note_use(st, inst)
@@ -424,7 +431,9 @@ def _restore_failed(st: State, ev: RestoreFailed) -> None:
     if inst.state in ("parked", "idle", "running") or inst.snapshot_id != ev.snapshot_id:
         raise _invalid(ev, f"of {ev.snapshot_id} but that is not what it does", inst.id, inst.history)
     moves.gone(st, inst)
-    if inst.state != "stopping" or ev.at_fault:
+    if ev.gpu:
+        inst.group.no_room |= set(inst.gpus)
+    elif inst.state != "stopping" or ev.at_fault:
         moves.restore_broke(st, inst, ev.reason, ev.at_fault)
     moves.after_loss(st, inst)
 
@@ -433,7 +442,7 @@ def _snapshot_available(st: State, ev: SnapshotAvailable) -> None:
     service = st.find_service(ev.app, ev.tag, ev.version)
     if service is None:
         return _stale(st)
-    moves.learn(st, service, ev.params_digest, ev.snapshot_id)
+    moves.learn(st, service, ev.params_digest, ev.snapshot_id, ev.chip)
     moves.schedule_key(st, service.key, ev.params_digest)
 
 
@@ -452,15 +461,43 @@ def _snapshot_requested(st: State, ev: SnapshotRequested) -> None:
     service = st.find_service(ev.app, ev.tag)
     if service is None or not service.spec.snapshot.enabled:
         return _stale(st)
-    knowledge = st.knows(service, ev.params_digest)
-    if knowledge.snapshot_id is not None:
+    known = [st.knows(service, ev.params_digest, chip) for chip in moves.chips_for(st, service)]
+    if any(k.snapshot_id is not None for k in known):
         return
-    if knowledge.gave_up:
-        knowledge.gave_up = False
-        knowledge.attempts = 0
+    for knowledge in known:
+        if knowledge.gave_up:
+            knowledge.gave_up = False
+            knowledge.attempts = 0
     group = service.group(ev.params_digest)
     group.capture_wanted = True
     moves.schedule(st, group)
+
+
+# What each event does: GPUs
+
+
+def _gpus_set_aside(st: State, ev: GpusSetAside) -> None:
+    well = st.sick.keys() - ev.sick.keys()
+    st.sick = dict(ev.sick)
+    for inst in list(st.idle.values()):
+        if moves.on_sick(st, inst):
+            moves.stop(st, inst, "its GPU was set aside")
+            moves.schedule(st, inst.group)
+    st.freed = st.freed or bool(well)
+
+
+def _start_refused(st: State, ev: StartRefused) -> None:
+    inst = st.instances.get(ev.instance_id)
+    if inst is None:
+        return _stale(st)
+    if inst.state in ("parked", "idle", "running"):
+        raise _invalid(ev, "but it has come up", inst.id, inst.history)
+    wanted = inst.state != "stopping"
+    refused = moves.on_sick(st, inst)
+    moves.gone(st, inst)
+    if wanted and not (refused and moves.has_usable(st, inst.group)):
+        moves.start_broke(st, inst, ev.error, user_fault=refused)
+    moves.after_loss(st, inst)
 
 
 # Time
@@ -565,6 +602,7 @@ _HANDLERS: dict[type[Event], Callable[[State, Any], None]] = {
     CallFinished: _call_finished,
     CallSubmitted: _call_submitted,
     CaptureFailed: _capture_failed,
+    GpusSetAside: _gpus_set_aside,
     InstanceExited: _instance_exited,
     InstanceParked: _instance_parked,
     InstanceReady: _instance_ready,
@@ -578,5 +616,6 @@ _HANDLERS: dict[type[Event], Callable[[State, Any], None]] = {
     SnapshotInvalidated: _snapshot_invalidated,
     SnapshotRequested: _snapshot_requested,
     StartFailed: _start_failed,
+    StartRefused: _start_refused,
     Tick: _tick,
 }

@@ -6,6 +6,7 @@ Nothing on the way of a warm call looks at more than its own group.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from heapq import heappush
 from typing import Any
 
@@ -20,7 +21,7 @@ from woodfrog.control.events import (
     StopInstance,
     WakeInstance,
 )
-from woodfrog.control.gpus import choose, possible
+from woodfrog.control.gpus import Gpu, chips, choose, possible
 from woodfrog.control.state import HISTORY, NEVER, App, Call, Group, Instance, InstanceState, Knowledge, Service, State
 
 Error = dict[str, Any]
@@ -156,11 +157,11 @@ def change(st: State, inst: Instance, state: InstanceState | None) -> None:
         st.stopping += 1
 
 
-def can_restore(st: State, group: Group) -> bool:
+def can_restore(st: State, group: Group, chip: str = "") -> bool:
     service = group.service
     if not service.spec.snapshot.enabled or group.force_cold:
         return False
-    return st.knows(service, group.digest).snapshot_id is not None
+    return st.knows(service, group.digest, chip).snapshot_id is not None
 
 
 def can_start(st: State, group: Group) -> bool:
@@ -169,9 +170,53 @@ def can_start(st: State, group: Group) -> bool:
     limit = service.spec.scaling.max_containers
     if len(st.instances) >= st.config.max_instances or (limit is not None and service.instances >= limit):
         return False
-    if lacks_gpu(st, group):
-        return False
-    return st.cold_starting < st.config.max_starting or can_restore(st, group)
+    found = place(st, group)
+    return found is not None and (st.cold_starting < st.config.max_starting or found.restore)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one more instance of a group goes. `chip`: as in `Instance`; `restore`: a snapshot for it is ready."""
+
+    gpus: tuple[str, ...]
+    chip: str
+    restore: bool
+
+
+def place(st: State, group: Group) -> Place | None:
+    """None = it waits for a GPU."""
+    if not needs_gpu(st, group):
+        return Place((), "", can_restore(st, group))
+    others = gpus_for(st, group, avoid=group.no_room)
+    gpus = others or gpus_for(st, group)
+    if gpus is None:
+        return None
+    chip = chip_of(st, group, gpus)
+    # Where only those without room are left, it starts cold on one of them.
+    return Place(gpus, chip, others is not None and can_restore(st, group, chip))
+
+
+def chip_of(st: State, group: Group, gpus: tuple[str, ...]) -> str:
+    """What the snapshots of an instance with these GPUs depend on: nothing, unless they hold GPU memory."""
+    if not group.service.spec.snapshot.gpu:
+        return ""
+    return next((g.chip for g in st.config.gpus if g.id in gpus), "")
+
+
+def chips_for(st: State, service: Service) -> tuple[str, ...]:
+    """The chips for which the service may have snapshots; `("",)`: they hold no GPU memory, and fit any."""
+    spec = service.spec
+    found = chips(spec.resources.gpu, st.config.gpus) if spec.snapshot.gpu else ()
+    return found or ("",)
+
+
+def knows_all(st: State, group: Group) -> list[Knowledge]:
+    return [st.knows(group.service, group.digest, chip) for chip in chips_for(st, group.service)]
+
+
+def of_instance(st: State, inst: Instance) -> Knowledge:
+    """What is known of the snapshots that fit where this instance is."""
+    return st.knows(inst.group.service, inst.group.digest, inst.chip)
 
 
 def needs_gpu(st: State, group: Group) -> bool:
@@ -185,10 +230,26 @@ def lacks_gpu(st: State, group: Group) -> bool:
     return needs_gpu(st, group) and gpus_for(st, group) is None
 
 
-def gpus_for(st: State, group: Group, *, without: tuple[Instance, ...] = ()) -> tuple[str, ...] | None:
+def gpus_for(
+    st: State, group: Group, *, without: tuple[Instance, ...] = (), avoid: frozenset[str] = frozenset()
+) -> tuple[str, ...] | None:
     """GPUs for one more instance, were those of `without` free; None = there are not enough."""
-    taken = {gpu for i in st.instances.values() if i not in without for gpu in i.gpus}
-    return choose(group.service.spec.resources.gpu, st.config.gpus, taken)
+    requests = group.service.spec.resources.gpu
+    taken = avoid | {gpu for i in st.instances.values() if i not in without for gpu in i.gpus}
+    known = st.knowledge[group.service.key]
+    ready = {chip for (digest, chip), k in known.items() if digest == group.digest and k.snapshot_id}
+    # Where none but those set aside would do, one of them is tried: it may be well again, else the calls are told why.
+    return choose(requests, usable(st) if has_usable(st, group) else st.config.gpus, taken, ready)
+
+
+def usable(st: State) -> tuple[Gpu, ...]:
+    """The GPUs that are not set aside."""
+    return tuple(g for g in st.config.gpus if g.id not in st.sick) if st.sick else st.config.gpus
+
+
+def has_usable(st: State, group: Group) -> bool:
+    """Whether GPUs that are not set aside could fulfil its requests, were they free."""
+    return possible(group.service.spec.resources.gpu, usable(st))
 
 
 def start(st: State, group: Group) -> bool:
@@ -196,15 +257,17 @@ def start(st: State, group: Group) -> bool:
     if not can_start(st, group):
         return False
     service = group.service
-    knowledge = st.knows(service, group.digest)
+    found = place(st, group)
+    assert found is not None
+    knowledge = st.knows(service, group.digest, found.chip)
     enabled = service.spec.snapshot.enabled
-    restore = can_restore(st, group)
     if group.force_cold:
         group.force_cold -= 1
-    capture = enabled and service.active and not restore and capture_due(knowledge)
-    gpus = (gpus_for(st, group) or ()) if needs_gpu(st, group) else ()
-    inst = begin(st, group, knowledge.snapshot_id if restore else None, capture=capture)
-    inst.gpus = gpus
+    if not found.restore:
+        group.no_room = frozenset()
+    capture = enabled and service.active and not found.restore and capture_due(knowledge)
+    inst = begin(st, group, knowledge.snapshot_id if found.restore else None, capture=capture)
+    inst.gpus, inst.chip = found.gpus, found.chip
     if capture:
         knowledge.capturer = inst.id
     if group.starved_since != NEVER:
@@ -217,7 +280,7 @@ def start(st: State, group: Group) -> bool:
             mode=inst.mode,
             snapshot_id=inst.snapshot_id,
             capture=capture,
-            gpus=gpus,
+            gpus=found.gpus,
         )
     )
     return True
@@ -254,6 +317,9 @@ def serve(st: State, inst: Instance) -> None:
     service = group.service
     if st.shutting_down:
         return stop(st, inst, "daemon stops")
+    if on_sick(st, inst):
+        stop(st, inst, "its GPU was set aside")
+        return schedule(st, group)
     if inst.served and service.spec.scaling.single_use:
         stop(st, inst, "single use")
         return schedule(st, group)
@@ -269,6 +335,11 @@ def serve(st: State, inst: Instance) -> None:
     set_deadline(st, inst, st.now + service.spec.scaling.scaledown_window)
     if st.starved:
         st.freed = True
+
+
+def on_sick(st: State, inst: Instance) -> bool:
+    """Whether one of its GPUs was set aside since it has it."""
+    return any(gpu in st.sick for gpu in inst.gpus)
 
 
 def stop(st: State, inst: Instance, reason: str) -> None:
@@ -374,7 +445,7 @@ def gone(st: State, inst: Instance) -> None:
 def after_loss(st: State, inst: Instance) -> None:
     group = inst.group
     service = group.service
-    knowledge = st.knows(service, group.digest)
+    knowledge = of_instance(st, inst)
     if knowledge.capturer == inst.id:
         knowledge.capturer = None
         schedule_key(st, service.key, group.digest)
@@ -442,8 +513,8 @@ def capture_due(knowledge: Knowledge) -> bool:
     return knowledge.snapshot_id is None and knowledge.capturer is None and not knowledge.gave_up
 
 
-def learn(st: State, service: Service, digest: str, snapshot_id: str) -> None:
-    knowledge = st.knows(service, digest)
+def learn(st: State, service: Service, digest: str, snapshot_id: str, chip: str = "") -> None:
+    knowledge = st.knows(service, digest, chip)
     if knowledge.snapshot_id != snapshot_id:
         knowledge.snapshot_id = snapshot_id
         knowledge.failures = 0
@@ -452,7 +523,7 @@ def learn(st: State, service: Service, digest: str, snapshot_id: str) -> None:
 
 def note_use(st: State, inst: Instance) -> None:
     """An instance has answered a call."""
-    knowledge = st.knows(inst.group.service, inst.group.digest)
+    knowledge = of_instance(st, inst)
     if inst.served and inst.snapshot_id is not None and inst.snapshot_id == knowledge.snapshot_id:
         first, knowledge.used = not knowledge.used, True
         if first:
@@ -468,7 +539,7 @@ def attempt_failed(st: State, knowledge: Knowledge, reason: str) -> None:
 
 def capture_broke(st: State, inst: Instance, reason: str) -> None:
     service, digest = inst.group.service, inst.group.digest
-    knowledge = st.knows(service, digest)
+    knowledge = of_instance(st, inst)
     if knowledge.capturer == inst.id:
         knowledge.capturer = None
         inst.capture = False
@@ -479,7 +550,7 @@ def capture_broke(st: State, inst: Instance, reason: str) -> None:
 def restore_broke(st: State, inst: Instance, reason: str, at_fault: bool) -> None:
     """Count it against the snapshot, and let the start in its place be a cold one."""
     group = inst.group
-    knowledge = st.knows(group.service, group.digest)
+    knowledge = of_instance(st, inst)
     if inst.park:
         park_later(st, group, st.config.park_retry)
     elif inst.state != "stopping":
@@ -535,10 +606,10 @@ def wanted(st: State, group: Group) -> tuple[int, int]:
     if st.now < group.hold_spares:
         return urgent, 0
     if group.capture_wanted:
-        knowledge = st.knows(group.service, group.digest)
-        if knowledge.snapshot_id is not None or knowledge.gave_up:
+        known = knows_all(st, group)
+        if any(k.snapshot_id is not None or k.gave_up for k in known):
             group.capture_wanted = False
-        elif knowledge.capturer is None:
+        elif all(k.capturer is None for k in known):
             urgent = max(urgent, 1)
     return urgent, max(target(st, group) - group.live - coming - urgent, 0)
 

@@ -62,7 +62,8 @@ class Config:
 
 @dataclass(slots=True, eq=False)
 class Knowledge:
-    """What is known about the snapshot of one function key and one set of constructor parameters."""
+    """What is known about the snapshot of one function key and one set of constructor parameters, and where it holds
+    GPU memory, of one chip."""
 
     snapshot_id: str | None = None
     used: bool = False
@@ -147,6 +148,8 @@ class Instance:
     """It is to be parked, or is."""
     gpus: tuple[str, ...] = ()
     """Its own until it is gone."""
+    chip: str = ""
+    """Of its GPUs, where its snapshots hold their memory."""
     state: InstanceState = "starting"
     stage: str = ""
     call: Call | None = None
@@ -170,6 +173,7 @@ class Instance:
             "params_digest": self.group.digest,
             "state": self.state,
             "mode": self.mode,
+            "gpus": list(self.gpus),
             "stage": self.stage,
             "capture": self.capture,
             "snapshot": self.snapshot_id,
@@ -203,6 +207,8 @@ class Group:
     last_load: float = -NEVER
     force_cold: int = 0
     """So many of the next starts are in place of failed restores."""
+    no_room: frozenset[str] = frozenset()
+    """GPUs on which its snapshot could not be restored lately, through no fault of its own."""
     capture_wanted: bool = False
     """Someone asked for a snapshot."""
     start_failures: int = 0
@@ -290,8 +296,10 @@ class State:
         self.finished: OrderedDict[str, str] = OrderedDict()
         """Outcomes of the latest finished calls."""
         self.instances: dict[str, Instance] = {}
-        self.knowledge: dict[str, dict[str, Knowledge]] = {}
-        """By function key and digest of the parameters."""
+        self.knowledge: dict[str, dict[tuple[str, str], Knowledge]] = {}
+        """By function key, and then by digest of the parameters and chip."""
+        self.sick: dict[str, str] = {}
+        """GPUs that are set aside, and why."""
         self.stale: dict[str, int] = {}
         """Events ignored because what they speak of is gone, by event."""
         self.shutdown_at = NEVER
@@ -325,17 +333,18 @@ class State:
         found = self.apps.get(app)
         return found.active.get(tag) if found else None
 
-    def knows(self, service: Service, digest: str) -> Knowledge:
+    def knows(self, service: Service, digest: str, chip: str = "") -> Knowledge:
+        """`chip`: where snapshots hold GPU memory; they are of use on that one alone."""
         known = self.knowledge[service.key]
-        knowledge = known.get(digest)
+        knowledge = known.get((digest, chip))
         if knowledge is None:
-            knowledge = known[digest] = Knowledge()
+            knowledge = known[digest, chip] = Knowledge()
         return knowledge
 
     def snapshot_known(self, app: str, tag: str, params_digest: str = "", version: int | None = None) -> bool:
         """Whether the machine has heard of snapshots of this group: otherwise look for one before submitting a call."""
         service = self.find_service(app, tag, version)
-        return service is not None and params_digest in self.knowledge[service.key]
+        return service is not None and any(digest == params_digest for digest, _ in self.knowledge[service.key])
 
     def snapshot_view(self) -> dict[str, Any]:
         """Plain dicts of everything, for the API: apps, services, queues, instances, calls, counters."""
@@ -354,7 +363,8 @@ class State:
                     "calls": g.calls,
                     "start_failures": g.start_failures,
                     "starved": g.key in self.starved,
-                    "snapshot": k.view() if (k := self.knowledge[s.key].get(g.digest)) else Knowledge().view(),
+                    "snapshot": self.knowledge[s.key].get((g.digest, ""), Knowledge()).view(),
+                    "chips": {c: k.view() for (d, c), k in self.knowledge[s.key].items() if c and d == g.digest},
                 }
                 for g in s.groups.values()
             ]
@@ -385,6 +395,7 @@ class State:
             "services": services,
             "instances": [i.view() for i in self.instances.values()],
             "calls": [c.view() for c in self.calls.values()],
+            "gpus_set_aside": dict(self.sick),
             "stale": dict(self.stale),
             "shutting_down": self.shutting_down,
         }

@@ -49,6 +49,7 @@ class Dump:
         tcp: what to do with connected TCP sockets.
         irmap_paths: directories searched for the paths of inotify watches; empty when there are none.
         freeze_seconds: how long stopping all tasks may take.
+        plugins: directory of the plugins that it is to load; empty = CRIU's own choice.
     """
 
     pid: int
@@ -57,6 +58,7 @@ class Dump:
     tcp: Tcp = "none"
     irmap_paths: tuple[str, ...] = ()
     freeze_seconds: int = 30
+    plugins: str = ""
     verbosity: int = 4
 
 
@@ -68,6 +70,7 @@ class Restore:
         new_clock: give the tree a time namespace in which the monotonic clock goes on from the dump.
         lazy_pages: leave memory to the page server that listens on `lazy-pages.socket` in `work`.
         stopped: leave the tree stopped: it has not run when CRIU exits, and runs on SIGCONT.
+        plugins: as in `Dump`.
     """
 
     images: str
@@ -77,6 +80,7 @@ class Restore:
     new_clock: bool = False
     lazy_pages: bool = False
     stopped: bool = False
+    plugins: str = ""
     verbosity: int = 1
 
 
@@ -93,6 +97,7 @@ def dump_command(criu: str, dump: Dump) -> tuple[str, ...]:
         "--ghost-limit", "1048576G",
         "--timeout", str(dump.freeze_seconds),
         *TCP[dump.tcp],
+        *(("--libdir", dump.plugins) if dump.plugins else ()),
         *(irmap if dump.irmap_paths else ()),
     )  # fmt: skip
 
@@ -110,6 +115,7 @@ def restore_command(criu: str, restore: Restore) -> tuple[str, ...]:
         *(("--lazy-pages",) if restore.lazy_pages else ()),
         *(("--leave-stopped",) if restore.stopped else ()),
         *TCP[restore.tcp],
+        *(("--libdir", restore.plugins) if restore.plugins else ()),
     )  # fmt: skip
 
 

@@ -8,12 +8,13 @@ import json
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from woodfrog.cuda.devices import Node, node_from_dict
 from woodfrog.cuda.failures import gpu_error
+from woodfrog.cuda.health import Vitals
 from woodfrog.cuda.states import Move, State
 from woodfrog.errors import error_from_dict
 
@@ -26,6 +27,7 @@ LOCK_S = 10.0
 """How long the GPU's work may take to end before a checkpoint."""
 LOCK_GRACE_S = 5.0
 """How much longer the driver may take to say that it did not."""
+VITALS_S = 5.0
 MOVE_S = 30.0
 BYTES_PER_S = 5e8
 """The slowest way between device and host memory that is waited for."""
@@ -34,17 +36,21 @@ BYTES_PER_S = 5e8
 class _Helper:
     """One helper process and the calls it works on."""
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, on_xid: Callable[[str, int], None]) -> None:
         self.process = process
         self.waiting: dict[int, asyncio.Future[Any]] = {}
         self.retired = False
         self.reader: asyncio.Task[None] | None = None
+        self.on_xid = on_xid
 
     async def read(self) -> None:
         assert self.process.stdout is not None
         with contextlib.suppress(ValueError, OSError):
             while line := await self.process.stdout.readline():
                 answer = json.loads(line)
+                if "xid" in answer:
+                    self.on_xid(str(answer["uuid"]), int(answer["xid"]))
+                    continue
                 future = self.waiting.get(answer["id"])
                 if future is None or future.done():
                     continue
@@ -67,7 +73,7 @@ class Cuda:
 
     Args:
         library: directory with libcuda.so.1 where the loader does not find it by itself.
-        lock_s, move_s, ask_s: bounds of the calls, in seconds; by size on top for those that move memory.
+        lock_s, move_s, ask_s, vitals_s: bounds of the calls, in seconds; by size on top for those that move memory.
         context_bytes: what a process has of a GPU beside what it allocated, which need not be saved.
 
     Example:
@@ -82,6 +88,7 @@ class Cuda:
         library: Path | None = None,
         start_s: float = START_S,
         ask_s: float = ASK_S,
+        vitals_s: float = VITALS_S,
         lock_s: float = LOCK_S,
         move_s: float = MOVE_S,
         context_bytes: int = 1 << 30,
@@ -89,6 +96,7 @@ class Cuda:
         self._library = library
         self._start_s = start_s
         self._ask_s = ask_s
+        self._vitals_s = vitals_s
         self._lock_s = lock_s
         self._move_s = move_s
         self.context_bytes = context_bytes
@@ -99,6 +107,8 @@ class Cuda:
         self._last = 0
         self.node: Node | None = None
         """What the helper found; None before `start`."""
+        self.on_xid: Callable[[str, int], None] = lambda uuid, xid: None
+        """Told of each Xid error that the driver reports, by the GPU's uuid and number."""
 
     async def start(self) -> Node:
         """Have a helper, and know the GPUs of this machine.
@@ -122,7 +132,7 @@ class Cuda:
                 sys.executable, "-P", "-m", "woodfrog.cuda.helper", stdin=PIPE, stdout=PIPE, stderr=None, env=env,
                 start_new_session=True,
             )  # fmt: skip
-            helper = _Helper(process)
+            helper = _Helper(process, lambda uuid, xid: self.on_xid(uuid, xid))
             self._all.add(helper)
             assert process.stdout is not None
             try:
@@ -158,8 +168,9 @@ class Cuda:
                 if helper.reader is not None:
                     await asyncio.wait({helper.reader})
 
-    async def _call(self, op: str, pid: int, limit: float, **arguments: Any) -> Any:
+    async def _call(self, op: str, pid: int, limit: float, *, who: str = "", **arguments: Any) -> Any:
         helper = await self._running()
+        who = who or f"process {pid}"
         self._last += 1
         number = self._last
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -173,12 +184,10 @@ class Cuda:
                 return await future
         except TimeoutError:
             hung = True
-            raise gpu_error(
-                "gpu-helper-hung", f"process {pid}: {op} took over {limit:.0f} s", pid=pid, call=op
-            ) from None
+            raise gpu_error("gpu-helper-hung", f"{who}: {op} took over {limit:.0f} s", pid=pid, call=op) from None
         except (ConnectionError, RuntimeError) as e:
             helper.retired = True
-            raise gpu_error("gpu-helper-lost", f"process {pid}: {op}: {e}", pid=pid, call=op) from None
+            raise gpu_error("gpu-helper-lost", f"{who}: {op}: {e}", pid=pid, call=op) from None
         finally:
             del helper.waiting[number]
             if hung or not future.done():
@@ -197,6 +206,14 @@ class Cuda:
         """
         value = await self._call("state", pid, self._ask_s)
         return None if value is None else State(value)
+
+    async def vitals(self, uuid: str) -> Vitals:
+        """How a GPU is.
+
+        Raises:
+            GpuError: `gpu-helper-hung` when NVML does not say in time; the helper cannot be had.
+        """
+        return Vitals(**await self._call("vitals", 0, self._vitals_s, who=uuid, uuid=uuid))
 
     async def held(self, pid: int) -> int | None:
         """Bytes of GPU memory a process has; None = not known."""

@@ -6,12 +6,13 @@ Blocking, and a call may hang for ever: only the helper process uses this.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
 
 from woodfrog.cuda.devices import CHECKPOINT_VERSION, MAP_VERSION, Device, Node
 from woodfrog.cuda.failures import RESULTS, gpu_error
+from woodfrog.cuda.health import Vitals
 from woodfrog.cuda.nvml import Nvml
 from woodfrog.cuda.states import Move, State, after
 
@@ -46,6 +47,7 @@ class Driver:
             raise gpu_error("gpu-no-driver", f"libcuda.so.1 cannot be loaded ({e})") from None
         self._nvml = Nvml()
         self.node = Node(self.version, self._nvml.driver() or f"CUDA {self.version}", tuple(self._devices()))
+        self._nvml.register([d.uuid for d in self.node.devices])
 
     def _devices(self) -> list[Device]:
         found = []
@@ -138,6 +140,14 @@ class Driver:
     def thread(self, pid: int) -> int:
         """The thread of a process that the driver restores it with."""
         return int(self._ask("cuCheckpointProcessGetRestoreThreadId", pid, who=f"process {pid}", pid=pid))
+
+    def vitals(self, uuid: str) -> Vitals:
+        """How a GPU is."""
+        return self._nvml.vitals(uuid)
+
+    def watch(self, tell: Callable[[str, int], None]) -> None:
+        """Tell of each Xid error since the start, by uuid and number; does not return where NVML can tell of them."""
+        self._nvml.watch(tell)
 
     def held(self, pid: int) -> int | None:
         """Bytes of GPU memory a process has; None = not known."""

@@ -28,7 +28,7 @@ CODES: dict[str, tuple[str, str]] = {
     ),
     "gpu-out-of-memory": (
         "the GPU has not enough free memory for what the snapshot holds",
-        "free memory on it (nvidia-smi), or give the function a GPU of its own; it starts cold meanwhile",
+        "free memory on it (nvidia-smi); it is thawed on another GPU of this chip meanwhile, else it starts cold",
     ),
     "gpu-unsupported": (
         "a process uses what the driver cannot checkpoint (managed memory, CUDA IPC, MPS, MIG, graphics)",
@@ -52,7 +52,11 @@ CODES: dict[str, tuple[str, str]] = {
     ),
     "gpu-chip": (
         "the snapshot was made on other GPUs than these",
-        "nothing: it starts cold here, and a snapshot for these GPUs is made",
+        "nothing: it starts cold on these, and a snapshot for them is made",
+    ),
+    "gpu-set-aside": (
+        "a GPU is not given out: it is not well, or others use its memory",
+        "`woodfrog gpu list` says what to do for each; `woodfrog gpu check` looks again at once",
     ),
     "gpu-needed": (
         "the snapshot holds GPU memory, and it was given no GPU to restore on",

@@ -1,7 +1,8 @@
 """The one process of a node that calls the driver: `python -m woodfrog.cuda.helper`.
 
 It is warm (cuInit takes seconds), and it can be killed: a call that hangs takes no daemon with it. One JSON object a
-line, in and out; each request has a thread of its own. It ends with its standard input.
+line, in and out; each request has a thread of its own. What the driver reports by itself (Xid errors) is told without
+having been asked. It ends with its standard input.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def _do(driver: Driver, request: dict[str, Any]) -> Any:
             return driver.held(pid)
         case "thread":
             return driver.thread(pid)
+        case "vitals":
+            return asdict(driver.vitals(str(request["uuid"])))
         case "lock" | "checkpoint" | "restore" | "unlock" as move:
             pairs = [(str(a), str(b)) for a, b in request.get("pairs", ())]
             return driver.move(pid, move, timeout_ms=int(request.get("timeout_ms", 0)), pairs=pairs)
@@ -56,6 +59,10 @@ def _answer(driver: Driver, request: dict[str, Any]) -> None:
         _say({"id": request["id"], "error": error.to_dict()})
 
 
+def _tell_xid(uuid: str, xid: int) -> None:
+    _say({"xid": xid, "uuid": uuid})
+
+
 def main() -> int:
     # Also while cuInit hangs: nobody would read the end of the input then.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -65,6 +72,8 @@ def main() -> int:
         _say({"error": e.to_dict()})
         return 1
     _say({"node": asdict(driver.node)})
+    watching = threading.Thread(target=driver.watch, args=(_tell_xid,), daemon=True)
+    watching.start()
     for line in sys.stdin:
         threading.Thread(target=_answer, args=(driver, json.loads(line)), daemon=True).start()
     os._exit(0)  # a thread may hang in the driver

@@ -215,7 +215,7 @@ async def serve(settings: Settings) -> None:
     facts = await asyncio.to_thread(host_facts, criu)
     cls = worker_class(facts)
     keeper = _keeper(settings, catalogue, store, key, cls.digest)
-    gpus = await find_gpus(settings.gpu, settings.cuda_dir)
+    gpus = await find_gpus(settings.gpu, settings.cuda_dir, criu.path)
     controller = Controller(
         settings,
         journal=journal,
@@ -242,6 +242,7 @@ async def serve(settings: Settings) -> None:
                 keep=settings.keep_zygotes,
                 min_ms=settings.zygote_min_ms,
             ),
+            gpu_free_percent=settings.gpu_free_percent,
         ),
         observer=controller,
         factory=factory,

@@ -278,6 +278,18 @@ def build(
         """The control machine's own view."""
         return controller.state.snapshot_view()
 
+    # GPUs
+
+    @api.get("/v1/gpus")
+    async def gpus() -> dict[str, Any]:
+        return {"gpus": controller.backend.gpus()}
+
+    @api.post("/v1/gpus/check")
+    async def check_gpus() -> dict[str, Any]:
+        """Look at all of them now; Xid errors seen before are forgotten."""
+        await controller.backend.check_gpus()
+        return await gpus()
+
     # Code, blobs, secrets
 
     @api.head("/v1/code/{digest}")

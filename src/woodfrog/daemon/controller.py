@@ -14,7 +14,7 @@ from typing import Any, Literal
 from woodfrog.backends.base import Answer, Backend, CallRequest, StartRequest
 from woodfrog.backends.connection import Payload
 from woodfrog.control import events as ev
-from woodfrog.control.gpus import Gpu
+from woodfrog.control.gpus import Gpu, chips
 from woodfrog.control.machine import InvalidTransition, handle
 from woodfrog.control.replay import journal_header, journal_line
 from woodfrog.control.state import Config, State
@@ -306,13 +306,11 @@ class Controller:
         self.active[row.app] = row.version
         self.touched[row.app] = self.now()
         keys = {f.tag: function_key(f, spec.runtime) for f in spec.functions}
-        snapshots = {}
+        found: dict[str, dict[str, str]] = {}
         for function in spec.functions:
             if function.snapshot.enabled:
                 self._known_groups.add((row.app, row.version, function.tag, ""))
-                saves_gpu = function.snapshot.gpu and self._uses_gpu(row, function)
-                if found := self.backend.find_snapshot(keys[function.tag], gpu=saves_gpu):
-                    snapshots[function.tag] = found
+                found[function.tag] = self._find_snapshots(row, function, keys[function.tag])
         self.emit(
             ev.AppDeployed(
                 now=self.now(),
@@ -320,10 +318,18 @@ class Controller:
                 version=row.version,
                 specs=tuple(_lean(f, gpu=self._uses_gpu(row, f)) for f in spec.functions),
                 keys=keys,
-                snapshots=snapshots,
+                snapshots={tag: by_chip[""] for tag, by_chip in found.items() if "" in by_chip},
+                gpu_snapshots={tag: by_chip for tag, by_chip in found.items() if by_chip and "" not in by_chip},
                 ephemeral=row.ephemeral,
             )
         )
+
+    def _find_snapshots(self, row: DeployRow, function: FunctionSpec, key: str) -> dict[str, str]:
+        """The snapshots of a function that fit here, by the chip that they need; "" = any, or none."""
+        lean = _lean(function, gpu=self._uses_gpu(row, function))
+        wanted = chips(lean.resources.gpu, self.state.config.gpus) if lean.snapshot.gpu else ()
+        found = {chip: self.backend.find_snapshot(key, chip=chip) for chip in wanted or ("",)}
+        return {chip: snapshot_id for chip, snapshot_id in found.items() if snapshot_id is not None}
 
     def _tell_snapshot(self, app: str, version: int, function: FunctionSpec, params_digest: str) -> None:
         group = (app, version, function.tag, params_digest)
@@ -331,11 +337,8 @@ class Controller:
             return
         self._known_groups.add(group)
         row, spec = self.apps[app, version]
-        found = self.backend.find_snapshot(
-            function_key(function, spec.runtime, params_digest),
-            gpu=function.snapshot.gpu and self._uses_gpu(row, function),
-        )
-        if found is not None:
+        key = function_key(function, spec.runtime, params_digest)
+        for chip, found in self._find_snapshots(row, function, key).items():
             self.emit(
                 ev.SnapshotAvailable(
                     now=self.now(),
@@ -344,6 +347,7 @@ class Controller:
                     snapshot_id=found,
                     params_digest=params_digest,
                     version=version,
+                    chip=chip,
                 )
             )
 
@@ -702,8 +706,11 @@ class Controller:
         self.emit(ev.CaptureFailed(now=self.now(), instance_id=instance_id, reason=error.message, alive=alive))
         self._say_given_up(info)
 
-    def on_restore_failed(self, instance_id: str, snapshot_id: str, error: WoodfrogError, *, at_fault: bool) -> None:
-        self._say(instance_id, f"snapshot {snapshot_id} did not thaw: {error.message} (cold start instead)")
+    def on_restore_failed(
+        self, instance_id: str, snapshot_id: str, error: WoodfrogError, *, at_fault: bool, gpu: bool = False
+    ) -> None:
+        instead = "on another GPU, or cold, instead" if gpu else "cold start instead"
+        self._say(instance_id, f"snapshot {snapshot_id} did not thaw: {error.message} ({instead})")
         info = self.instances.get(instance_id)
         self._forget(instance_id)
         self.emit(
@@ -713,6 +720,7 @@ class Controller:
                 snapshot_id=snapshot_id,
                 reason=error.message,
                 at_fault=at_fault,
+                gpu=gpu,
             )
         )
         self._say_given_up(info)
@@ -721,7 +729,11 @@ class Controller:
         """Else a function would be cold from now on, and nobody would know why."""
         request = info.request if info is not None else None
         service = self.state.find_service(request.app, request.spec.tag) if request is not None else None
-        if request is None or service is None or not self.state.knows(service, request.params_digest).gave_up:
+        if request is None or service is None:
+            return
+        saved = request.gpus if request.spec.snapshot.gpu else ()
+        chip = next((g.chip for g in self.state.config.gpus if g.id in saved), "")
+        if not self.state.knows(service, request.params_digest, chip).gave_up:
             return
         name = f"{request.app}.{request.spec.tag}"
         text = f"starts cold from now on: {self.settings.capture_attempts} snapshots failed"
@@ -745,6 +757,14 @@ class Controller:
             )
         self._forget(instance_id)
         self.emit(ev.StartFailed(now=self.now(), instance_id=instance_id, error=error.to_dict(), user_fault=user_fault))
+
+    def on_refused(self, instance_id: str, error: WoodfrogError) -> None:
+        self._say(instance_id, f"not started: {error.message}")
+        self._forget(instance_id)
+        self.emit(ev.StartRefused(now=self.now(), instance_id=instance_id, error=error.to_dict()))
+
+    def on_gpus(self, sick: dict[str, str]) -> None:
+        self.emit(ev.GpusSetAside(now=self.now(), sick=sick))
 
     def on_exited(self, instance_id: str, error: WoodfrogError) -> None:
         self._say(instance_id, error.message)

@@ -27,12 +27,14 @@ from woodfrog.criu.options import check_command, dump_command, environment, rest
 from woodfrog.criu.pagemap import INDEX, MAX_FILES, build_index, index_files, keep_arguments, write_index
 from woodfrog.criu.stats import parse_stats
 from woodfrog.cuda.failures import gpu_error
+from woodfrog.engine.amd import AmdSide
 from woodfrog.engine.gpu import GpuCapture, GpuSide, plan_back, put_back
 from woodfrog.engine.inspect import Task, Tree, inspect_tree, task_alive
 from woodfrog.engine.plan import (
     CACHE,
     FACTS,
     IMAGES,
+    REFUSALS,
     WORK,
     Facts,
     Refusal,
@@ -51,7 +53,7 @@ from woodfrog.linux.pageserver import NEVER, PageServer, Present, ServedPages
 from woodfrog.linux.sandbox import Completed, ProcessSpec, Sandbox, SandboxProcess
 from woodfrog.telemetry import Phases
 
-__all__ = ["DumpResult", "GpuSide", "Lazy", "dump", "prestart", "restore"]
+__all__ = ["AmdSide", "DumpResult", "GpuSide", "Lazy", "dump", "prestart", "restore"]
 
 T = TypeVar("T")
 
@@ -463,7 +465,7 @@ async def dump(
     images: Path,
     criu: Criu,
     phases: Phases,
-    gpu: GpuSide | None = None,
+    gpu: GpuSide | AmdSide | None = None,
     timeout: float = DUMP_TIMEOUT_S,
 ) -> DumpResult:
     """Dump the tree of `root_pid` into `images` and kill it.
@@ -486,7 +488,8 @@ async def dump(
     phase = "inspect"
     tree: Tree | None = None
     killed_ok = False
-    on_gpu = GpuCapture(gpu) if gpu is not None else None
+    on_gpu = GpuCapture(gpu) if isinstance(gpu, GpuSide) else None
+    amd = gpu if isinstance(gpu, AmdSide) else None
     root = await _watch(sandbox, root_pid)
     try:
         with phases("inspect"):
@@ -503,8 +506,8 @@ async def dump(
                 tree = await asyncio.to_thread(inspect_tree, root.host_pid, sandbox.init_pid)
                 phase = "plan"
         with phases("plan"):
-            _refuse(refuse(tree))
-            plan = dump_plan(tree)
+            _refuse(refuse(tree, amd_plugin=amd.plugins is not None if amd is not None else None))
+            plan = dump_plan(tree, plugins=_plugins(amd))
             facts = facts_of(
                 tree,
                 monotonic_ns=_clock_ns(root.host_pid),
@@ -579,6 +582,10 @@ async def dump(
         warnings=warnings(tree),
         gpu_bytes=sum(size for _, size in facts.gpu.processes) if facts.gpu is not None else 0,
     )
+
+
+def _plugins(amd: AmdSide | None) -> str:
+    return str(amd.plugins) if amd is not None and amd.plugins is not None else ""
 
 
 def _refuse(refusal: Refusal | None) -> None:
@@ -657,7 +664,7 @@ async def restore(
     phases: Phases,
     lazy: Lazy | None = None,
     stopped: bool = False,
-    gpu: GpuSide | None = None,
+    gpu: GpuSide | AmdSide | None = None,
     timeout: float | None = None,
 ) -> SandboxProcess:
     """Restore the tree of `images` in a sandbox that nothing else runs in. The images are only read.
@@ -686,13 +693,23 @@ async def restore(
         phase = "plan"
         with phases("plan"):
             pairs: tuple[tuple[str, str], ...] = ()
+            amd = gpu if isinstance(gpu, AmdSide) else None
             if facts.gpu is not None:
-                if gpu is None or stopped:
+                if not isinstance(gpu, GpuSide) or stopped:
                     raise gpu_error("gpu-needed", "snapshot")
                 pairs = await plan_back(gpu, facts.gpu)
+            elif facts.amd:
+                if amd is None or stopped:
+                    raise gpu_error("gpu-needed", "snapshot")
+                if amd.plugins is None:
+                    cause, remedy = REFUSALS["gpu-amd-plugin"]
+                    raise _Failure(f"cannot restore: {cause}", "gpu-amd-plugin", remedy)
             page_files = await asyncio.to_thread(_page_files, images, lazy) if lazy is not None else None
             clock = _clock_ns(sandbox.init_pid)
-            plan = restore_plan(facts, monotonic_ns=clock, lazy_pages=page_files is not None, stopped=stopped)
+            lazy_pages = page_files is not None
+            plan = restore_plan(
+                facts, monotonic_ns=clock, lazy_pages=lazy_pages, stopped=stopped, plugins=_plugins(amd)
+            )
         phase = "prepare"
         with phases("prepare"):
             if plan.lazy_pages and not await _fill_lazy_cache(sandbox, criu):
@@ -743,7 +760,7 @@ async def restore(
                 )
             fault("restore.after")
             await sandbox.unbind(IMAGES)
-        if facts.gpu is not None and gpu is not None:
+        if facts.gpu is not None and isinstance(gpu, GpuSide):
             phase = "gpu"
             await _while_served(put_back(gpu, facts.gpu, pairs, sandbox.init_pid, phases), served)
         return root

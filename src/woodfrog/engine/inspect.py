@@ -11,6 +11,7 @@ from pathlib import Path
 from woodfrog.linux import procfs
 
 __all__ = [
+    "AMD_NODES",
     "Connection",
     "Descriptor",
     "ExternalFile",
@@ -27,7 +28,9 @@ PRIVATE_KINDS = frozenset(
     {"overlay", "tmpfs", "ramfs", "proc", "sysfs", "devpts", "mqueue", "cgroup", "cgroup2", "devtmpfs"}
 )
 """File systems of the sandbox itself: what lies on them is in the snapshot, or made anew."""
-GPU_NODES = ("/dev/nvidia", "/dev/dri/")
+GPU_NODES = ("/dev/nvidia", "/dev/dri/", "/dev/kfd")
+AMD_NODES = ("/dev/kfd", "/dev/dri/renderD")
+"""What a ROCm process has open."""
 GPU_PEERS = ("/dev/shm/nccl-",)
 NAMESPACES = ("ipc", "mnt", "net", "pid", "user", "uts")
 
@@ -81,6 +84,10 @@ class Task:
         """What of the GPU it has open or mapped."""
         names = (*(d.target for d in self.descriptors), *self.special_maps)
         return tuple(sorted({n for n in names if n.startswith(GPU_NODES)}))
+
+    @property
+    def amd(self) -> bool:
+        return any(n.startswith(AMD_NODES) for n in self.gpu_devices)
 
 
 @dataclass(frozen=True, slots=True)

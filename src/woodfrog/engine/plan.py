@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from woodfrog.criu.options import Dump, Restore, Tcp
-from woodfrog.engine.inspect import Descriptor, Task, Tree
+from woodfrog.engine.inspect import AMD_NODES, Descriptor, Task, Tree
 
 __all__ = [
     "FACTS",
@@ -93,6 +93,11 @@ REFUSALS: dict[str, tuple[str, str]] = {
         "a process uses the GPU for graphics or video, which the driver cannot checkpoint",
         "open it after the snapshot (enter(snap=False))",
     ),
+    "gpu-amd-plugin": (
+        "a process holds an AMD GPU, and CRIU's plugin for it (amdgpu_plugin.so) is not there",
+        "install it (it is built with CRIU where libdrm is; WOODFROG_CRIU names a criu that has it), or touch the GPU "
+        "after the snapshot only (enter(snap=False))",
+    ),
     "device": (
         "a process holds a device, which CRIU cannot capture",
         "open it after the snapshot (enter(snap=False)), or close it in a register_before_snapshot hook",
@@ -133,6 +138,8 @@ def _refusal(code: str, task: Task, what: str = "") -> Refusal:
 def _refused_descriptor(d: Descriptor) -> str:
     if d.target == "anon_inode:[io_uring]":
         return "io-uring"
+    if d.target.startswith(AMD_NODES):
+        return "amd"
     if d.target.startswith("/dev/nvidia") or (d.device is not None and d.device[0] == 195):
         return "gpu-device"
     if d.device is not None and d.device[0] not in HARMLESS_MAJORS:
@@ -147,19 +154,25 @@ def _refused_map(name: str) -> str:
         return "sysv-shm"
     if "io_uring" in name:
         return "io-uring"
+    if name.startswith(AMD_NODES):
+        return "amd"
     if name.startswith("/dev/nvidia"):
         return "gpu-device"
     # CRIU knows asynchronous I/O rings by another name; the rest of the anonymous kinds cannot be mapped again.
     return "device" if name.startswith("/dev/") else "descriptor-kind"
 
 
-def refuse(tree: Tree, gpu: Mapping[int, bool] | None = None, *, gpu_peers: bool = False) -> Refusal | None:
+def refuse(
+    tree: Tree, gpu: Mapping[int, bool] | None = None, *, gpu_peers: bool = False, amd_plugin: bool | None = None
+) -> Refusal | None:
     """The first thing in the tree that CRIU cannot capture, or would capture wrongly.
 
     Args:
         gpu: where device memory is to be captured too: by host pid, whether the driver knows the process.
         gpu_peers: this driver can checkpoint memory that GPU processes share.
+        amd_plugin: where memory of AMD's GPUs is to be captured too: whether CRIU has the plugin for it.
     """
+    amd = {None: "gpu-device", False: "gpu-amd-plugin", True: ""}[amd_plugin]
     for task in tree.tasks:
         if task.tracer:
             return _refusal("traced", task, f"traced by {task.tracer}")
@@ -168,10 +181,12 @@ def refuse(tree: Tree, gpu: Mapping[int, bool] | None = None, *, gpu_peers: bool
         if gpu is not None and (refusal := _refused_gpu(task, gpu.get(task.pid, False), gpu_peers)):
             return refusal
         for d in task.descriptors:
-            if (code := _refused_descriptor(d)) and not (gpu is not None and code == "gpu-device"):
+            code = _refused_descriptor(d)
+            if (code := amd if code == "amd" else code) and not (gpu is not None and code == "gpu-device"):
                 return _refusal(code, task, f"descriptor {d.number}, {d.target}")
         for name in task.special_maps:
-            if (code := _refused_map(name)) != "gpu-device" or gpu is None:
+            code = _refused_map(name)
+            if (code := amd if code == "amd" else code) and not (gpu is not None and code == "gpu-device"):
                 return _refusal(code, task, f"mapped {name}")
     if tree.bound:
         cause, remedy = REFUSALS["own-address"]
@@ -251,11 +266,15 @@ class Facts:
     sizes: Mapping[str, int] = field(default_factory=dict)
     format: int = 1
     gpu: GpuFacts | None = None
+    amd: bool = False
+    """The images hold the memory of AMD's GPUs: CRIU needs its plugin to restore them."""
 
     def to_json(self) -> str:
         data = asdict(self)
         if self.gpu is None:
             del data["gpu"]
+        if not self.amd:
+            del data["amd"]
         return json.dumps(data, indent=1) + "\n"
 
 
@@ -295,6 +314,7 @@ def facts_of(tree: Tree, *, monotonic_ns: int, criu: str, gpu: GpuFacts | None =
         monotonic_ns=monotonic_ns,
         criu=criu,
         gpu=gpu,
+        amd=any(t.amd for t in tree.tasks),
     )
 
 
@@ -309,8 +329,8 @@ def damaged(facts: Facts, found: Mapping[str, int]) -> str:
     return ""
 
 
-def dump_plan(tree: Tree) -> Dump:
-    """How to dump a tree that is not refused."""
+def dump_plan(tree: Tree, *, plugins: str = "") -> Dump:
+    """How to dump a tree that is not refused. `plugins`: where AMD's is."""
     watches = any("inotify" in d.target for t in tree.tasks for d in t.descriptors)
     return Dump(
         pid=tree.tasks[0].inner_pid,
@@ -318,12 +338,15 @@ def dump_plan(tree: Tree) -> Dump:
         log="dump.log",
         tcp=_tcp(tree),
         irmap_paths=IRMAP_PATHS if watches else (),
+        plugins=plugins if any(t.amd for t in tree.tasks) else "",
     )
 
 
-def restore_plan(facts: Facts, *, monotonic_ns: int, lazy_pages: bool = False, stopped: bool = False) -> Restore:
+def restore_plan(
+    facts: Facts, *, monotonic_ns: int, lazy_pages: bool = False, stopped: bool = False, plugins: str = ""
+) -> Restore:
     """How to restore. `monotonic_ns` is the sandbox's clock now; `lazy_pages`: a page server waits; `stopped`: it does
-    not run yet.
+    not run yet; `plugins`: where AMD's is.
 
     A monotonic clock that ran backwards would stop timers for as long as the machine had been up. One that jumps ahead
     is what a suspended machine does to its programs too, and is left alone: a time namespace costs a millisecond.
@@ -336,6 +359,7 @@ def restore_plan(facts: Facts, *, monotonic_ns: int, lazy_pages: bool = False, s
         new_clock=monotonic_ns < facts.monotonic_ns,
         lazy_pages=lazy_pages,
         stopped=stopped,
+        plugins=plugins if facts.amd else "",
     )
 
 

@@ -100,7 +100,7 @@ class VolumeMount:
 
 @dataclass(frozen=True, slots=True)
 class DeviceNode:
-    """A device of the host, at `/dev/<name>` inside."""
+    """A device of the host, at `/dev/<name>` inside; the name may be a path."""
 
     source: Path
     name: str
@@ -367,6 +367,8 @@ def root_plan(request: RootRequest, host: HostRoot) -> RootPlan:
     ops += [Op("move", (str(s / n), f"/{n}")) for n in ("proc", "sys", "dev")]
     for device in request.devices:
         target = PurePosixPath("/dev") / device.name
+        if target.parent != PurePosixPath("/dev"):
+            ops.append(_mkdir(target.parent))
         ops.append(_mkdir(target) if device.directory else Op("touch", (str(target),)))
         ops.append(_bind(_absolute(device.source, "device"), target, "nosuid,noexec"))
     ops.append(Op("move", (str(s / "run"), "/run/woodfrog")))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from woodfrog.criu.binary import Criu
-from woodfrog.engine.engine import GpuSide, dump
+from woodfrog.engine.engine import AmdSide, GpuSide, dump
 from woodfrog.errors import CaptureError, StoreError
 from woodfrog.faults import fault
 from woodfrog.linux.sandbox import Sandbox
@@ -115,7 +115,7 @@ async def capture(
     criu: Criu,
     phases: Phases,
     below: Path | None = None,
-    gpu: GpuSide | None = None,
+    gpu: GpuSide | AmdSide | None = None,
 ) -> Manifest:
     """Freeze the tree of `root_pid` (a pid inside the sandbox) into `staging`.
 

@@ -126,7 +126,7 @@ NAMES = {
     "runtime": "woodfrog's worker runtime",
     "page_size": "page size",
     "gpu": "GPU",
-    "driver": "NVIDIA driver",
+    "driver": "GPU driver",
 }
 
 

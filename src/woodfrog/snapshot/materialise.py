@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from woodfrog.criu.binary import Criu
-from woodfrog.engine.engine import GpuSide, Lazy, restore
+from woodfrog.engine.engine import AmdSide, GpuSide, Lazy, restore
 from woodfrog.errors import IncompatibleSnapshot
 from woodfrog.linux.sandbox import Sandbox, SandboxProcess
 from woodfrog.snapshot.manifest import Manifest, external_file
@@ -42,7 +42,7 @@ async def materialise(
     phases: Phases,
     lazy: Lazy | None = None,
     stopped: bool = False,
-    gpu: GpuSide | None = None,
+    gpu: GpuSide | AmdSide | None = None,
 ) -> SandboxProcess:
     """Thaw the snapshot in a sandbox whose root is assembled already; `stopped`: it does not run before SIGCONT; `gpu`:
     the GPUs of that sandbox.
