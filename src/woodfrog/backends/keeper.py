@@ -368,7 +368,7 @@ class Keeper:
             if isinstance(error, IntegrityError):
                 self._broken[snapshot_id] = error
             await self._quiet(snapshot_id)
-            left = await asyncio.to_thread(arrival.give_up)
+            left = await asyncio.to_thread(arrival.give_up, keep=self._closing)
             while snapshot_id in self.in_use() and not self._closing:
                 await asyncio.sleep(_LEFT_S)
             with contextlib.suppress(OSError):  # the next start removes it
