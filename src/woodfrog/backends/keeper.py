@@ -531,6 +531,20 @@ class Keeper:
                 freed = await asyncio.to_thread(self._catalogue.layers.collect, dry_run=dry_run)
         return {"packs": len(gone.packs), "freed_bytes": gone.freed_bytes + freed}
 
+    async def gc_tier(self, *, dry_run: bool, progress: Progress) -> dict[str, Any]:
+        tier = self._configured()
+        progress("snapshots", 0, 1)
+        async with self._one:  # this machine's own uploads wait for it here, and not in vain
+            gone = await asyncio.to_thread(self._transport.sweep, tier, dry_run=dry_run, progress=progress)
+        return {
+            "tier": tier.name,
+            "packs": gone.packs,
+            "chunks": gone.chunks,
+            "snapshots": gone.snapshots,
+            "objects": gone.objects,
+            "freed_bytes": gone.freed_bytes,
+        }
+
     async def pin(self, snapshot_id: str) -> dict[str, Any]:
         await self._mark(snapshot_id, PINNED)
         return {"id": snapshot_id, "pinned": True}
