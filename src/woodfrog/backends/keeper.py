@@ -27,7 +27,6 @@ from woodfrog.snapshot.manifest import Manifest
 from woodfrog.snapshot.packing import NotPackable, prepare
 from woodfrog.snapshot.transport import Transport
 from woodfrog.snapshot.trust import fingerprint, public_text
-from woodfrog.store.files import remove_tree
 from woodfrog.store.layers import LayerStats
 from woodfrog.store.pages import PageStore, Problem
 from woodfrog.store.tiers import Tier
@@ -372,7 +371,7 @@ class Keeper:
             while snapshot_id in self.in_use() and not self._closing:
                 await asyncio.sleep(_LEFT_S)
             with contextlib.suppress(OSError):  # the next start removes it
-                await asyncio.to_thread(remove_tree, left)
+                await asyncio.to_thread(self._catalogue.remove_tree, left)
 
     async def open(self, snapshot_id: str) -> Opened:
         """A snapshot to be thawed, every byte that is here verified, or about to be. Within `using`.

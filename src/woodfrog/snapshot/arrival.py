@@ -73,6 +73,7 @@ class Arrival:
         """
         manifest = self.manifest
         self._catalogue.check(self._staging, manifest)
+        self._catalogue.share(self._staging, manifest)
         self._store.lease([*manifest.packs, *origins], self._owner)
         self._in.know(origins)
         images = self._staging.path / manifest.images
