@@ -23,7 +23,10 @@ class Wire:
     url: str
     plan: Callable[[int], str | int] = lambda n: "pass"
     connections: int = 0
+    received: int = 0
+    """Bytes of answers."""
     _open: list[socket.socket] = field(default_factory=list)
+    _mutex: threading.Lock = field(default_factory=threading.Lock)
 
     def serve(self, listener: socket.socket, upstream: tuple[str, int]) -> None:
         while True:
@@ -52,17 +55,21 @@ class Wire:
             if isinstance(behaviour, str) and behaviour.startswith("slow "):
                 rate = int(behaviour.removeprefix("slow "))
                 threading.Thread(target=_trickle, args=(client, server, rate), daemon=True).start()
-                _trickle(server, client, rate)
+                _trickle(server, client, rate, self._count)
                 _end(client)
                 _end(server)
                 return
             threading.Thread(target=_copy, args=(client, server, None), daemon=True).start()
             stall = isinstance(behaviour, str) and behaviour.startswith("stall ")
             limit = None if behaviour == "pass" else int(str(behaviour).removeprefix("stall "))
-            _copy(server, client, limit)
+            _copy(server, client, limit, self._count)
             if not stall:
                 _end(client)
                 _end(server)
+
+    def _count(self, size: int) -> None:
+        with self._mutex:
+            self.received += size
 
     def close(self) -> None:
         for end in self._open:
@@ -76,22 +83,30 @@ def _end(connection: socket.socket) -> None:
     connection.close()
 
 
-def _copy(source: socket.socket, target: socket.socket, limit: int | None) -> None:
+def _nobody(size: int) -> None:
+    """Nobody counts."""
+
+
+def _copy(
+    source: socket.socket, target: socket.socket, limit: int | None, count: Callable[[int], None] = _nobody
+) -> None:
     with suppress(OSError):
         while limit is None or limit > 0:
             data = source.recv(1 << 16 if limit is None else min(limit, 1 << 16))
             if not data:
                 break
+            count(len(data))
             target.sendall(data)
             limit = None if limit is None else limit - len(data)
         if limit is None:
             target.shutdown(socket.SHUT_WR)
 
 
-def _trickle(source: socket.socket, target: socket.socket, rate: int) -> None:
+def _trickle(source: socket.socket, target: socket.socket, rate: int, count: Callable[[int], None] = _nobody) -> None:
     source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
     with suppress(OSError):
         while data := source.recv(max(1, rate // 10)):
+            count(len(data))
             target.sendall(data)
             time.sleep(len(data) / rate)
         target.shutdown(socket.SHUT_WR)

@@ -47,6 +47,8 @@ POINTS: dict[str, str] = {
     "push.packs": "the packs are in the tier, nothing names them",
     "push.tree": "a file layer is packed and its large files are in the tier, nothing names them",
     "push.files": "all is in the tier but the manifest",
+    "sweep.marked": "it is known what no snapshot in the tier needs, nothing is removed there",
+    "sweep.removed": "one object is removed from the tier",
     "pull.packs": "the packs are in the store, there is no snapshot",
     "pull.tree": "a file layer is unpacked, others are not",
     "pull.files": "the files are unpacked, nothing is checked",

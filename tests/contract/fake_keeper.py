@@ -54,6 +54,11 @@ class FakeKeeper:
         await self._work(progress)
         return {"packs": 2, "freed_bytes": 8192}
 
+    async def gc_tier(self, *, dry_run: bool, progress: Progress) -> dict[str, Any]:
+        await self._work(progress)
+        found = {"packs": 2, "chunks": 1, "snapshots": 0, "objects": 7, "freed_bytes": 8192}
+        return {"tier": "fake", **found, "objects": 0 if dry_run else 7}
+
     async def pin(self, snapshot_id: str) -> dict[str, Any]:
         self.catalogue.mark(snapshot_id, PINNED)
         return {"id": snapshot_id, "pinned": True}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from woodfrog.errors import StoreError
-from woodfrog.store.tiers import Tier
+from woodfrog.store.tiers import Entry, Tier
 
 Kind = Literal["unreachable", "denied", "missing", "hang", "lost-answer", "broken-off", "truncate", "alter", "raise"]
 
@@ -99,6 +100,12 @@ class FaultyTier:
         keys = self.inner.list(prefix)
         self._leave(kind, prefix)
         return keys[: len(keys) // 2] if kind == "truncate" else keys
+
+    def entries(self, prefix: str = "") -> Sequence[Entry]:
+        kind = self._enter("list", prefix)
+        found = self.inner.entries(prefix)
+        self._leave(kind, prefix)
+        return found[: len(found) // 2] if kind == "truncate" else found
 
     def delete(self, key: str) -> None:
         kind = self._enter("delete", key)

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -142,6 +143,22 @@ def test_list_goes_by_folder(tier: Tier) -> None:
     assert tier.list() == tier.list("/") == sorted(keys)
     assert tier.list("packs/ab") == tier.list("packs/ab/") == ["packs/ab/1", "packs/ab/2", "packs/ab/deep/er/4"]
     assert tier.list("top") == tier.list("packs/a") == tier.list("no/such") == []
+
+
+def test_a_listing_tells_sizes_and_times(tier: Tier) -> None:
+    """What was put later, or put again, is not older; and the clock is some clock of today."""
+    before = time.time()
+    tier.put("a/one", b"xyz")
+    tier.put("b/two", b"")
+    first = {entry.key: entry for entry in tier.entries()}
+    assert {key: entry.size for key, entry in first.items()} == {"a/one": 3, "b/two": 0}
+    time.sleep(1.1)  # S3 tells whole seconds
+    tier.put("a/one", b"again")
+    (again,) = tier.entries("a")
+    assert (again.key, again.size) == ("a/one", 5)
+    assert first["a/one"].modified < again.modified and first["b/two"].modified < again.modified
+    assert all(abs(entry.modified - before) < 60 for entry in (*first.values(), again))
+    assert [entry.key for entry in tier.entries("b")] == ["b/two"] and list(tier.entries("no/such")) == []
 
 
 def test_list_has_no_page_limit(tier: Tier) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,7 +150,8 @@ def test_to_another_machine_and_back(daemon: Daemon, snapshot: str, tmp_path: Pa
 
 def test_by_way_of_a_tier(tmp_path: Path) -> None:
     tier = str(tmp_path / "tier")
-    with Daemon(WOODFROG_TIER=tier) as first, Daemon(WOODFROG_TIER=tier) as second:
+    env = {"WOODFROG_TIER": tier, "WOODFROG_ZYGOTES": "0"}
+    with Daemon(**env) as first, Daemon(**env) as second:
         first.cli("deploy", str(first.program(PROGRAM, "keep.py")))
         snapshot = first.cli("snapshot", "create", "keep.Holder").stdout.strip()
         first.call("keep", "Holder.poke")
@@ -164,6 +166,14 @@ def test_by_way_of_a_tier(tmp_path: Path) -> None:
         second.cli("snapshot", "trust", "add", key, "--yes")
         assert second.json("snapshot", "pull", snapshot)["new"] is True
         assert second.json("snapshot", "verify")["snapshots"][0]["problems"] == []
+        for folder in ("packs", "snapshots", "by-key"):
+            for path in (Path(tier) / folder).rglob("*"):
+                os.utime(path, (0, 0))
+        assert second.json("snapshot", "gc", "--tier")["objects"] == 0, "all of it is needed"
+        (Path(tier) / "snapshots" / snapshot / "manifest.json").unlink()
+        found = second.json("snapshot", "gc", "--tier")
+        assert found["packs"] and (found["tier"], found["freed_bytes"] > 20 * MIB) == (f"file://{tier}", True)
+        assert not [path for path in Path(tier).rglob("*") if path.is_file()]
 
 
 def test_pins_gc_and_stats(daemon: Daemon, snapshot: str) -> None:

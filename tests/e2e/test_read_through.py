@@ -116,12 +116,22 @@ def test_answers_come_long_before_all_of_it(other: Daemon, made: tuple[str, str,
     assert "fetch" in phases and "boot" not in phases
 
 
-def test_killed_while_it_comes(other: Daemon, line: Wire, made: tuple[str, str, dict[int, int]]) -> None:
-    """Of what was half here nothing is taken for a whole; it is fetched anew."""
+def test_killed_while_it_comes(
+    other: Daemon, line: Wire, server: S3Server, made: tuple[str, str, dict[int, int]]
+) -> None:
+    """Of what was half here nothing is taken for a whole, and what had come does not come again."""
     snapshot, _, right = made
+    partial = other.home / "store" / "partial"
+
+    def arrived() -> int:
+        return sum(path.stat().st_blocks * 512 for path in partial.iterdir())
+
     assert other.call("held", "Holder.look", at=5)[0] == right[5]
+    until(lambda: arrived() > 30 << 20, 60)
     assert whole(other) == []
     other.kill()
+    here, line.received = arrived(), 0
+    there = server.client().list_objects_v2(Bucket="woodfrog", Prefix="p/")["Contents"]
     other.start()
     report = other.json("snapshot", "verify")
     assert report == {"snapshots": [], "store": []}
@@ -130,7 +140,10 @@ def test_killed_while_it_comes(other: Daemon, line: Wire, made: tuple[str, str, 
     line.plan = lambda _: "pass"
     assert other.call("held", "Holder.look", at=50)[:3] == [right[50], "x", True]
     until(lambda: whole(other) == [snapshot], 60, 0.1)
-    assert other.json("snapshot", "verify")["store"] == []
+    assert line.received < sum(found["Size"] for found in there) - 0.8 * here
+    assert other.json("snapshot", "verify")["store"] == [] and not list(partial.iterdir())
+    for at in range(0, 96, 5):
+        assert other.call("held", "Holder.look", at=at)[:3] == [right[at], "x", True]
 
 
 def test_the_page_server_dies_while_it_comes(other: Daemon, made: tuple[str, str, dict[int, int]]) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,6 +76,17 @@ async def test_an_exported_file_is_fetched_once_and_taken_up_again(daemon: Daemo
     daemon.backend.keeper.fails = StoreError("the disk is full")
     assert (await daemon.http.post("/snapshots/import", params={"wait": 5}, content=b"x")).status_code == 507
     assert list(spool.iterdir()) == []
+
+
+async def test_collecting_here_and_in_the_tier(daemon: Daemon) -> None:
+    async def gc(**params: int) -> dict[str, Any]:
+        found: dict[str, Any] = (await daemon.http.post("/snapshots/gc", params={"wait": 5, **params})).json()
+        return found
+
+    assert await gc() == await gc(dry_run=1) == {"packs": 2, "freed_bytes": 8192}
+    in_tier = {"tier": "fake", "packs": 2, "chunks": 1, "snapshots": 0, "objects": 7, "freed_bytes": 8192}
+    assert await gc(tier=1) == in_tier
+    assert await gc(tier=1, dry_run=1) == {**in_tier, "objects": 0}
 
 
 async def test_ids_may_be_short_where_there_is_one_and_unknown_ones_are_not_asked_for(daemon: Daemon) -> None:

@@ -453,6 +453,8 @@ def test_the_end_does_not_wait_for_the_rest(there: Machine, tier: DirectoryTier)
         assert there.catalogue.form(A) is None
 
     asyncio.run(main())
+    assert list(there.store.folder.partial.glob("*.part")), "the next start goes on with it"
+    assert not list(there.store.folder.tmp.iterdir())
 
 
 def test_a_server_is_told_what_it_asks_of_nothing(there: Machine) -> None:

@@ -110,6 +110,33 @@ def settled(keeper: Keeper) -> bool:
     return not any(t for t in keeper._tasks if t is not keeper._collecting)
 
 
+def test_collecting_in_the_tier(here: Machine, tier: DirectoryTier) -> None:
+    """On a person's word; where an upload of this machine is under way, after it."""
+
+    async def main() -> None:
+        alone = here.keeper()
+        with pytest.raises(StoreError, match="no tier is configured"):
+            await alone.gc_tier(dry_run=False, progress=quietly)
+        keeper = here.keeper(tier)
+        for snapshot in (A, B):
+            here.make(snapshot)
+            keeper.pack_later(snapshot)
+        await until(lambda: settled(keeper))
+        tier.delete(f"snapshots/{B}/manifest.json")
+        none = {"tier": tier.name, "packs": 0, "chunks": 0, "snapshots": 0, "objects": 0, "freed_bytes": 0}
+        assert await keeper.gc_tier(dry_run=False, progress=quietly) == none
+        for key in tier.list():
+            os.utime(tier.root / key, (0, 0))
+        would = await keeper.gc_tier(dry_run=True, progress=quietly)
+        assert await keeper.gc_tier(dry_run=False, progress=quietly) == would
+        assert (would["packs"], would["snapshots"]) == (1, 1) and would["freed_bytes"] > 50 * PAGE
+        assert {key.split("/")[1] for key in tier.list("snapshots")} == {A}
+        assert await keeper.gc_tier(dry_run=False, progress=quietly) == none
+        await keeper.close()
+
+    asyncio.run(main())
+
+
 # Making room
 
 

@@ -79,6 +79,40 @@ def inode(path: Path) -> int:
     return os.lstat(path).st_ino
 
 
+def test_one_that_comes_from_a_tier_shares_before_it_is_mounted(
+    here: Sharing, tmp_path: Path, tier: DirectoryTier
+) -> None:
+    """Names below an overlay do not change after that; and a file that came is here for the next attempt."""
+    here.capture(A, ("fs/model", MODEL), ("fs/own", MODEL[::-1]))
+    here.transport.push(A, tier)
+    there = Sharing(tmp_path / "there")
+    there.trust.add(public_text(here.signing))
+    there.capture(B, ("fs/other", MODEL))
+    faulty = FaultyTier(tier)
+    arrival = there.transport.arrive(A, faulty)
+    layer = arrival.opened().path / "fs"
+    before = {name: inode(layer / name) for name in ("model", "own")}
+    assert before["model"] == inode(there.at(B, "fs/other"))
+    assert there.layers.verify() == []
+    arrival.rest()
+    arrival.finish()
+    assert {name: inode(there.at(A, f"fs/{name}")) for name in before} == before
+    there.catalogue.open_verified(A)
+
+    there.catalogue.remove(A)
+    there.layers.collect()
+    there.transport.arrive(A, faulty)
+    there.reopen()  # killed: the staging directory is swept, what came of large files is not
+    asked = len(faulty.log)
+    arrival = there.transport.arrive(A, faulty)
+    assert not [key for _, key in faulty.log[asked:] if key.startswith("chunks")]
+    arrival.rest()
+    arrival.finish()
+    assert there.at(A, "fs/own").read_bytes() == MODEL[::-1]
+    there.catalogue.open_verified(A)
+    assert there.layers.verify() == []
+
+
 # On this machine
 
 

@@ -124,6 +124,14 @@ class SnapshotKeeper(Protocol):
             `packs`: how many; `freed_bytes`. With `dry_run`: what would be.
         """
 
+    async def gc_tier(self, *, dry_run: bool, progress: Progress) -> dict[str, Any]:
+        """Remove from the tier what no snapshot there needs and nobody can be about to name.
+
+        Returns:
+            `tier`; `packs`, `chunks`, `snapshots` (without a manifest): how many; `objects` of all of them, and
+            `freed_bytes`. With `dry_run`: what would be.
+        """
+
     async def pin(self, snapshot_id: str) -> dict[str, Any]:
         """Keep it until a person removes it: `{"id", "pinned": true}`. Again is no error, likewise `unpin`."""
 

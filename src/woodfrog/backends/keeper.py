@@ -28,7 +28,6 @@ from woodfrog.snapshot.manifest import Manifest
 from woodfrog.snapshot.packing import NotPackable, prepare
 from woodfrog.snapshot.transport import Transport
 from woodfrog.snapshot.trust import fingerprint, public_text
-from woodfrog.store.files import remove_tree
 from woodfrog.store.layers import LayerStats
 from woodfrog.store.pages import PageStore, Problem
 from woodfrog.store.tiers import Tier
@@ -396,11 +395,11 @@ class Keeper:
             if isinstance(error, IntegrityError):
                 self._broken[snapshot_id] = error
             await self._quiet(snapshot_id)
-            left = await asyncio.to_thread(arrival.give_up)
+            left = await asyncio.to_thread(arrival.give_up, keep=self._closing)
             while snapshot_id in self.in_use() and not self._closing:
                 await asyncio.sleep(_LEFT_S)
             with contextlib.suppress(OSError):  # the next start removes it
-                await asyncio.to_thread(remove_tree, left)
+                await asyncio.to_thread(self._catalogue.remove_tree, left)
 
     async def open(self, snapshot_id: str) -> Opened:
         """A snapshot to be thawed, every byte that is here verified, or about to be. Within `using`.
@@ -558,6 +557,20 @@ class Keeper:
             if self._catalogue.layers is not None:
                 freed = await asyncio.to_thread(self._catalogue.layers.collect, dry_run=dry_run)
         return {"packs": len(gone.packs), "freed_bytes": gone.freed_bytes + freed}
+
+    async def gc_tier(self, *, dry_run: bool, progress: Progress) -> dict[str, Any]:
+        tier = self._configured()
+        progress("snapshots", 0, 1)
+        async with self._one:  # this machine's own uploads wait for it here, and not in vain
+            gone = await asyncio.to_thread(self._transport.sweep, tier, dry_run=dry_run, progress=progress)
+        return {
+            "tier": tier.name,
+            "packs": gone.packs,
+            "chunks": gone.chunks,
+            "snapshots": gone.snapshots,
+            "objects": gone.objects,
+            "freed_bytes": gone.freed_bytes,
+        }
 
     async def pin(self, snapshot_id: str) -> dict[str, Any]:
         await self._mark(snapshot_id, PINNED)

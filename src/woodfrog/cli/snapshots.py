@@ -305,15 +305,28 @@ def verify(
 
 @app.command()
 def gc(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False, as_json: Json = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    tier: Annotated[
+        bool, typer.Option("--tier", help="In the tier instead: what no snapshot there needs, a day old or more.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Remove memory that no snapshot and no container needs any more. The daemon does so by itself, a while later."""
-    answer = work(connect(), "/snapshots/gc", quiet=as_json, **({"dry_run": "1"} if dry_run else {}))
+    """Remove memory that no snapshot and no container needs any more. The daemon does so by itself, a while later.
+
+    In the tier it is done only when you ask: on one machine, that trusts all keys whose snapshots are there.
+    """
+    asked = {name: "1" for name, wanted in (("dry_run", dry_run), ("tier", tier)) if wanted}
+    answer = work(connect(), "/snapshots/gc", quiet=as_json, **asked)
     if as_json:
         output.show_json(answer)
+        return
+    packs, freed = answer.get("packs") or 0, output.size(answer.get("freed_bytes") or 0)
+    verb = "would free" if dry_run else "freed"
+    if tier:
+        parts = [f"{answer.get(kind) or 0} {kind}" for kind in ("packs", "chunks", "snapshots")]
+        what = f"{verb} {freed} in {answer.get('tier')}: {answer.get('objects')} objects of {', '.join(parts)}"
+        output.note(what if answer.get("objects") else f"nothing to remove in {answer.get('tier')}")
     else:
-        packs, freed = answer.get("packs") or 0, output.size(answer.get("freed_bytes") or 0)
-        verb = "would free" if dry_run else "freed"
         output.note(f"{verb} {freed} in {packs} pack{'' if packs == 1 else 's'}" if packs else "nothing to remove")
 
 

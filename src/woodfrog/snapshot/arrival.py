@@ -1,7 +1,7 @@
 """One snapshot on its way from a tier: thawed as soon as its working set is here, while the rest comes.
 
 Until all of it is here and durable it lies in a staging directory that the next start of the daemon sweeps, and its
-packs are no packs: for whoever looks later it was never here.
+packs are no packs: for whoever looks later it was never here. What has come of packs waits for who fetches it next.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Arrival:
         """
         manifest = self.manifest
         self._catalogue.check(self._staging, manifest)
+        self._catalogue.share(self._staging, manifest)
         self._store.lease([*manifest.packs, *origins], self._owner)
         self._in.know(origins)
         images = self._staging.path / manifest.images
@@ -196,15 +197,19 @@ class Arrival:
         """Bring no more."""
         self._over.set()
 
-    def give_up(self) -> Path:
-        """Leave what has come to those that run on it; the directory to be removed when they are gone."""
+    def give_up(self, *, keep: bool = False) -> Path:
+        """Leave what has come to those that run on it; the directory to be removed when they are gone.
+
+        Args:
+            keep: what has come of its packs, for the next daemon to go on with.
+        """
         self.stop()
-        self._end()
+        self._end(keep=keep)
         return self._catalogue.set_aside(self._staging)
 
-    def _end(self) -> None:
+    def _end(self, *, keep: bool = False) -> None:
         sources, self._sources = list(self._sources.values()), {}
-        self._in.release(sources)
+        self._in.release(sources, keep=keep)
         try:
             self._store.release(self._owner)
         except WoodfrogError as e:

@@ -480,7 +480,12 @@ class Catalogue:
             raise IntegrityError(f"snapshot {manifest.id}: it is being altered", code="altered")
         return now
 
-    def _remove_tree(self, path: Path) -> None:
+    def remove_tree(self, path: Path) -> None:
+        """Remove a directory of a snapshot; what is known of files that it shares with others stays known.
+
+        Raises:
+            OSError: something is left.
+        """
         if self.layers is None:
             remove_tree(path)
             return
@@ -587,6 +592,18 @@ class Catalogue:
             raise store_error("cannot check the snapshot", staging.path, e) from e
         self._staged[staging.id] = stamp
 
+    def share(self, staging: Staging, manifest: Manifest) -> None:
+        """Let the large files of a snapshot that was just checked be one with their equals now, before a sandbox mounts
+        its layers: later their names would change below a mounted overlay.
+
+        Raises:
+            StoreError: the disk fails.
+        """
+        try:
+            self._staged[staging.id] = self._share(staging.path, manifest, self._staged[staging.id])
+        except OSError as e:
+            raise store_error("cannot share files of the snapshot", staging.path, e) from e
+
     def set_aside(self, staging: Staging) -> Path:
         """Let another take a staging directory's place while sandboxes rest on it; where it is now, to be removed."""
         self._staged.pop(staging.id, None)
@@ -665,7 +682,7 @@ class Catalogue:
 
     def _remove_quietly(self, path: Path) -> None:
         with contextlib.suppress(OSError):
-            self._remove_tree(path)
+            self.remove_tree(path)
 
     def retire(self, snapshot_id: str, reason: str) -> None:
         """Never use this snapshot again; it is kept for inspection until removed."""
@@ -697,7 +714,7 @@ class Catalogue:
         try:
             os.rename(self.root / snapshot_id, hidden)
             if wait:
-                self._remove_tree(hidden)
+                self.remove_tree(hidden)
             else:
                 threading.Thread(target=self._remove_quietly, args=(hidden,), daemon=True).start()
             self.on_removed()

@@ -90,9 +90,14 @@ class Source:
         if names:
             self.partial.learn(names)
 
-    def close(self) -> None:
-        self.partial.close()
-        if self._delta_file is not None:
+    def close(self, *, keep: bool = False) -> None:
+        """
+        Args:
+            keep: what has come, for whoever goes on with it.
+        """
+        mine = self.partial.kept("delta")
+        self.partial.close(keep=keep)
+        if self._delta_file is not None and self._delta_file != mine:
             self._delta_file.unlink(missing_ok=True)
 
     # What it is made of
@@ -105,7 +110,9 @@ class Source:
             if self._prepared:
                 return
             if not self.partial.names:
-                self.partial.learn(self._in.names(self.pack, self.origin))
+                known = self.partial.known_names()
+                right = pack_id(known) == self.pack and len(known) == self.partial.pages * NAME
+                self.partial.learn(known if right else self._in.names(self.pack, self.origin))
             if self.origin.kind == "delta":
                 self._take_delta()
             else:
@@ -131,17 +138,14 @@ class Source:
         self._firsts = list(range(0, pages, step))
 
     def _take_delta(self) -> None:
-        store, tier = self._in.store, self.origin.tier
-        cold, plain = store.folder.temporary("delta.cold"), store.folder.temporary("delta.whole")
-        try:
-            self._in.fetch(tier, self._key("delta"), cold, self.partial.pages * (PAGE + 64) + self._in.names_max)
-            decode_file(cold, plain, key=self._in.key)
-        finally:
-            cold.unlink(missing_ok=True)
+        kept = self.partial.kept("delta")
         if self._delta_file is not None:  # of an attempt before
             self._delta_file.unlink(missing_ok=True)
-        self._delta_file = plain
-        delta = read_delta(plain)
+        self._delta_file = kept or self._in.store.folder.temporary("delta.whole")
+        delta = self._known_delta(kept) if kept else None
+        if delta is None:
+            self._fetch_delta(self._delta_file)
+            delta = read_delta(self._delta_file)
         if delta.pages != self.partial.pages:
             raise IntegrityError(f"the pack {self.pack[:12]}…: names and delta differ", code="altered", pack=self.pack)
         for base in delta.bases:
@@ -152,6 +156,23 @@ class Source:
             self._firsts.append(at)
             at += pages
         self._delta = delta
+
+    def _known_delta(self, kept: Path) -> Delta | None:
+        """The compressed form that somebody before has kept, if it is whole; what it makes is compared with names."""
+        with suppress(OSError, IntegrityError):
+            delta = read_delta(kept)
+            if delta.pages == self.partial.pages:
+                return delta
+        return None
+
+    def _fetch_delta(self, target: Path) -> None:
+        cold = self._in.store.folder.temporary("delta.cold")
+        try:
+            most = self.partial.pages * (PAGE + 64) + self._in.names_max
+            self._in.fetch(self.origin.tier, self._key("delta"), cold, most)
+            decode_file(cold, target, key=self._in.key)
+        finally:
+            cold.unlink(missing_ok=True)
 
     # Bringing pages
 
@@ -183,13 +204,22 @@ class Source:
                     continue
                 self._coming.update(mine)
             try:
-                for begin, groups in runs([(g, 1) for g in mine]):
+                for begin, groups in runs([(g, 1) for g in mine if not self._recovered(g)]):
                     self._bring(begin, groups)
             finally:
                 with self._change:
                     self._coming.difference_update(mine)
                     self._change.notify_all()
                 self._in.came(self)
+
+    def _recovered(self, group: int) -> bool:
+        """Whether pages that have to be fetched together are here from before."""
+        first = self._firsts[group]
+        end = self._firsts[group + 1] if group + 1 < len(self._firsts) else self.partial.pages
+        if not self.partial.recover(first, end - first):
+            return False
+        self._done(group)
+        return True
 
     def _done(self, group: int) -> None:
         with self._change:
@@ -332,17 +362,21 @@ class Incoming:
             raise IntegrityError(f"the pack {delta.pack[:12]}… rests on one that is not there", code="altered")
         return self.source(pack, origin)
 
-    def release(self, sources: Iterable[Source]) -> None:
-        """Nobody may begin to read them any more; processes that do go on as long as nothing of them is missing."""
+    def release(self, sources: Iterable[Source], *, keep: bool = False) -> None:
+        """Nobody may begin to read them any more; processes that do go on as long as nothing of them is missing.
+
+        Args:
+            keep: what has come of them, for whoever goes on with it.
+        """
         with self._mutex:
             for source in sources:
                 source.users -= 1
                 if source.users:
                     continue
-                self.release(source.bases())
+                self.release(source.bases(), keep=keep)
                 self._sources.pop(source.pack, None)
                 self._places = [(place, s) for place, s in self._places if s is not source]
-                source.close()
+                source.close(keep=keep)
         self._answer_later()
 
     # What the page server asks for

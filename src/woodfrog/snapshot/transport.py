@@ -9,6 +9,7 @@ In a tier:
     snapshots/<id>/packs.json                 where its packs are and in which form; a hint, not trusted
     snapshots/<id>/manifest.json, .sig        last: what is not named by it is not there
     by-key/<function key>/<worker class>/<id> last of all: found by those who look for it
+    leases/<kind>/<random>                    who sends and who collects now, see store/leases.py
 
 Nothing that arrives is trusted: the manifest's signature must be of this machine's key or of one it was told to trust,
 each file must have the manifest's digest, each page its name. Then this machine signs it with its own key. Before that
@@ -35,9 +36,10 @@ from woodfrog.snapshot.arrival import Arrival
 from woodfrog.snapshot.catalogue import WORKING_SET, Catalogue, Staging
 from woodfrog.snapshot.incoming import Incoming, Origin
 from woodfrog.snapshot.manifest import Manifest, SigningKey, decode, encode, external_file
+from woodfrog.snapshot.sweep import Swept, sweep
 from woodfrog.snapshot.trust import TrustStore, verify_any
-from woodfrog.store.bundle import pack_tree, unpack_tree
-from woodfrog.store.chunks import Chunks, Large
+from woodfrog.store.bundle import large_files, pack_tree, unpack_tree
+from woodfrog.store.chunks import LARGE, Chunks, Large
 from woodfrog.store.cold import (
     HEADER,
     Key,
@@ -50,6 +52,7 @@ from woodfrog.store.cold import (
     is_cold,
 )
 from woodfrog.store.files import remove_tree, sha256_file, store_error
+from woodfrog.store.leases import sending
 from woodfrog.store.packs import NAME, PAGE, pack_id, read_delta
 from woodfrog.store.pages import PageStore
 from woodfrog.store.tiers import DirectoryTier, Tier
@@ -171,7 +174,7 @@ class Transport:
         owner = _owner("push", snapshot_id)
         self._store.lease(packs, owner)
         try:
-            with self._room() as room, ThreadPoolExecutor(_PARALLEL) as pool:
+            with sending(tier, self._go_on) as lease, self._room() as room, ThreadPoolExecutor(_PARALLEL) as pool:
                 done = 0
 
                 def send(pack: str) -> tuple[str, str, int]:
@@ -198,6 +201,7 @@ class Transport:
                 if working_set.exists():
                     tier.put(f"{prefix}/{WORKING_SET}", self._sealed(working_set.read_bytes()))
                 data = encode(manifest)
+                lease.check()
                 tier.put(f"{prefix}/manifest.sig", self.signing.sign(data))
                 tier.put(f"{prefix}/manifest.json", self._sealed(data))
                 tier.put(f"by-key/{manifest.function_key}/{manifest.worker_class}/{snapshot_id}", b"")
@@ -313,8 +317,45 @@ class Transport:
             raise
         return arrival
 
+    def sweep(self, tier: Tier, *, dry_run: bool = False, progress: Progress | None = None) -> Swept:
+        """Remove from a tier what no snapshot there needs; see `snapshot.sweep`.
+
+        Raises:
+            StoreError: the tier fails or is busy, or something there cannot be read.
+        """
+        tell = progress or (lambda *_: None)
+        with self._room() as room:
+            return sweep(
+                tier, lambda i: self._named_by(i, tier, room), dry_run=dry_run, progress=tell, go_on=self._go_on
+            )
+
+    def _named_by(self, snapshot_id: str, tier: Tier, room: Path) -> set[str]:
+        """All packs and chunks that a snapshot in a tier needs."""
+        manifest = self._signed(snapshot_id, tier)
+        prefix = f"snapshots/{snapshot_id}"
+        hint = self._read_hint(tier, prefix, manifest)
+        if absent := sorted(set(manifest.packs) - hint.kinds.keys()):
+            raise IntegrityError(f"{prefix}/packs.json does not name pack {absent[0]}", code="altered")
+        found = {f"{hint.place}/{pack[:2]}/{pack}" for pack in hint.kinds}
+        chunks = Chunks(tier, self._key if hint.place != "packs" else None)
+        for folder in ("fs", "shm"):
+            if any(f.size >= LARGE and f.path.startswith(f"{folder}/") for f in manifest.files):
+                bundle = room / f"{snapshot_id}-{folder}"
+                self._get(tier, f"{prefix}/{folder}", bundle, _tree_max(manifest, folder))
+                for large in large_files(bundle, key=self._key):
+                    found |= chunks.needed(large)
+                bundle.unlink()
+        return found
+
     def _manifest(self, snapshot_id: str, tier: Tier, function_key: str) -> tuple[Manifest, Manifest]:
         """A snapshot's manifest as it was signed, and as it is here."""
+        manifest = self._signed(snapshot_id, tier)
+        if function_key and manifest.function_key != function_key:
+            raise IntegrityError(f"snapshot {snapshot_id} in {tier.name} is of another function", code="other-function")
+        return manifest, _as_here(manifest)
+
+    def _signed(self, snapshot_id: str, tier: Tier) -> Manifest:
+        """A snapshot's manifest, of a signature that is trusted."""
         if not _ID.match(snapshot_id):
             raise NotFoundError(f"{snapshot_id!r} is not a snapshot's id", snapshot=snapshot_id)
         prefix = f"snapshots/{snapshot_id}"
@@ -330,9 +371,7 @@ class Transport:
         manifest = decode(data)
         if manifest.id != snapshot_id:
             raise IntegrityError(f"snapshot {snapshot_id}: its manifest is of {manifest.id}", code="bad-manifest")
-        if function_key and manifest.function_key != function_key:
-            raise IntegrityError(f"snapshot {snapshot_id} in {tier.name} is of another function", code="other-function")
-        return manifest, _as_here(manifest)
+        return manifest
 
     def _fetch_files(self, tier: Tier, manifest: Manifest, room: Path) -> Staging:
         """All of a snapshot but its packs, not checked yet. The staging directory is the caller's."""

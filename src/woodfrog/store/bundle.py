@@ -25,7 +25,7 @@ from woodfrog.store.chunks import LARGE, Large
 from woodfrog.store.cold import LEVEL, Key, decode_stream, encode_stream, replacing
 from woodfrog.store.files import remove_tree, store_error
 
-__all__ = ["pack_tree", "unpack_tree"]
+__all__ = ["large_files", "pack_tree", "unpack_tree"]
 
 _XATTR = "SCHILY.xattr."
 _SOCKET = "WOODFROG.socket"
@@ -111,6 +111,26 @@ def unpack_tree(
                 path=str(root),
             ) from e
         raise store_error("cannot unpack", root, e) from e
+
+
+def large_files(source: Path, *, key: Key | None) -> list[Large]:
+    """The files whose contents are not in a bundle.
+
+    Raises:
+        IntegrityError: altered, or encrypted with another key.
+        StoreError: it cannot be read.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=source.parent) as plain:
+            decode_stream(source, plain, key=key)
+            plain.seek(0)
+            with tarfile.open(fileobj=plain, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
+                texts = [text for member in archive if (text := member.pax_headers.get(_CHUNKS)) is not None]
+            return [Large.parse(text) for text in texts]
+    except (tarfile.TarError, ValueError, OverflowError, EOFError) as e:
+        raise IntegrityError(f"{source}: not a bundle: {e}", code="bad-bundle") from None
+    except OSError as e:
+        raise store_error("cannot read", source, e) from e
 
 
 # -- packing -------------------------------------------------------------------------------------------------------

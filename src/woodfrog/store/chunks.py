@@ -27,7 +27,8 @@ __all__ = ["CHUNK", "LARGE", "Chunks", "Large"]
 
 CHUNK = 4 << 20
 LARGE = 1 << 20
-"""Bytes from which on a file goes in chunks."""
+"""Bytes from which on a file goes in chunks. No version may have less: collections in a tier look for the chunks of
+smaller files nowhere."""
 _PARALLEL = 8
 _BESIDE = CHUNK >> 3
 """More than the cold form of a chunk takes beside its content."""
@@ -72,6 +73,10 @@ class Chunks:
     def __init__(self, tier: Tier, key: Key | None) -> None:
         self._tier, self._key = tier, key
         self._place = f"chunks-{key.id[:16]}" if key else "chunks"
+
+    def needed(self, large: Large) -> set[str]:
+        """Where in the tier the content of a file is."""
+        return {self._path(name) for name in large.chunks if name}
 
     def _name(self, data: bytes) -> str:
         return self._key.name(data) if self._key else blake3(data).hexdigest()

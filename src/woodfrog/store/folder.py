@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +22,10 @@ __all__ = ["PackFolder", "Stamp", "content_digest", "opened", "stamp_of", "wrong
 
 NAMES_CACHE = 4 << 20
 """Bytes of names kept: those of 512 MiB of pages."""
+
+KEPT_S = 24 * 3600.0
+"""So long what has come of a pack waits for the rest of it to be fetched."""
+_PARTS = ("names", "delta", "part")
 
 Stamp = tuple[int, int, int, int]
 """Inode, size, and the times of the last change of content and of anything: a file that keeps it keeps its content."""
@@ -75,7 +81,7 @@ def content_digest(fd: int) -> bytes:
 
 
 class PackFolder:
-    """`<root>/packs` and `<root>/tmp`.
+    """`<root>/packs`, `<root>/partial` and `<root>/tmp`.
 
     Args:
         root: made when it is not there.
@@ -83,10 +89,10 @@ class PackFolder:
     """
 
     def __init__(self, root: Path, prefix: str) -> None:
-        self.packs, self.tmp = root / "packs", root / "tmp"
+        self.packs, self.partial, self.tmp = root / "packs", root / "partial", root / "tmp"
         self._prefix = prefix
         try:
-            for folder in (root, self.packs, self.tmp):
+            for folder in (root, self.packs, self.partial, self.tmp):
                 folder.mkdir(parents=True, exist_ok=True)
                 os.chmod(folder, 0o700)
         except OSError as e:
@@ -103,6 +109,51 @@ class PackFolder:
     def temporary(self, form: str) -> Path:
         """A name that nobody uses. It must be on the same file system as the packs."""
         return self.tmp / f"{self._prefix}-{next(self._counter)}-{id(self):x}.{form}"
+
+    def part(self, pack: str, form: str) -> Path:
+        """What has come of a pack that is on its way ("part"), and what it is made of ("names", "delta")."""
+        return self.partial / f"{pack}.{form}"
+
+    def hold_part(self, pack: str) -> int | None:
+        """A descriptor of a pack's part, made if there is none, whose lock only one can have; None: another has it."""
+        path = self.part(pack, "part")
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held, named = os.fstat(fd), os.stat(path)
+                if held.st_ino == named.st_ino and held.st_nlink == 1:
+                    return fd
+                if held.st_ino == named.st_ino:
+                    path.unlink()  # it is a pack by now, which nobody may write to
+            except BlockingIOError:
+                os.close(fd)
+                return None
+            except FileNotFoundError:
+                pass  # who had it is done with it
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+
+    def drop_part(self, pack: str) -> None:
+        """Remove it; the data last, since whoever looks goes by that. Hold it."""
+        for form in _PARTS:
+            self.part(pack, form).unlink(missing_ok=True)
+
+    def sweep_parts(self, is_here: Callable[[str], bool]) -> None:
+        """Remove parts that nobody is bringing, of packs that are here or that nobody has gone on with for long."""
+        for pack in {entry.name.partition(".")[0] for entry in os.scandir(self.partial)}:
+            path = self.part(pack, "part")
+            existed = path.exists()
+            if (fd := self.hold_part(pack)) is None:
+                continue
+            try:
+                info = os.fstat(fd)
+                if not (existed and info.st_size) or is_here(pack) or info.st_mtime < time.time() - KEPT_S:
+                    self.drop_part(pack)
+            finally:
+                os.close(fd)
 
     def listing(self) -> dict[str, set[str]]:
         """The forms that there are of each pack."""

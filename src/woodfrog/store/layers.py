@@ -52,6 +52,14 @@ def _else(path: Path, info: os.stat_result) -> str:
     return digest.hexdigest()[:32]
 
 
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 class LayerFiles:
     """Any number of threads may use one; of several processes each sees what the others left.
 
@@ -76,7 +84,8 @@ class LayerFiles:
         """Keep the files of one layer once: each becomes one with its equal, if there is one. How many did.
 
         Args:
-            files: durable ones, with their digest, and what they looked like before they were read for it.
+            files: with their digest, and what they looked like before they were read for it. One that is not durable
+                yet is made so before another becomes one with it.
 
         Raises:
             OSError: the disk fails. Each name is what it was or what it is to be.
@@ -106,6 +115,7 @@ class LayerFiles:
                 with self.steady([os.lstat(kept)]):
                     try:
                         os.link(kept, temporary)
+                        _sync(temporary)  # it may be of a snapshot that is still on its way
                         fault("layers.linked")
                         os.rename(temporary, path)
                     finally:
@@ -214,11 +224,13 @@ class LayerFiles:
         return LayerStats(files, size, shared)
 
     def verify(self) -> list[str]:
-        """What is wrong with the files that are kept here, read anew; snapshots that share one say so, too."""
+        """What is wrong with the files that snapshots share, read anew; those snapshots say so, too."""
         problems = []
         for path in self._all():
             sha256, _, rest = path.name.partition("-")
             try:
+                if os.lstat(path).st_nlink == 1:
+                    continue  # of a snapshot that is gone, or never was whole; whoever takes it up reads it first
                 if sha256_file(path) != sha256:
                     problems.append(f"the file {sha256[:12]}… is not what it is named for")
                 elif _else(path, os.lstat(path)) != rest:

@@ -2,6 +2,7 @@
 
     <root>/packs/<id[:2]>/<id>.names|.pages|.delta    see packs.py
     <root>/index.sqlite                               see index.py; found again from the packs when it is lost
+    <root>/partial/<id>.part|.names|.delta            what has come of packs on their way, see partial.py
     <root>/tmp/<pid>-<born>-...                       of writers; those of dead processes go at the next open
 
 A pack becomes visible when its `.names` gets its name; by then its data is durable. It goes in two steps: first its
@@ -125,6 +126,8 @@ class PageStore:
             pid, _, rest = entry.name.partition("-")
             if not (pid.isdigit() and is_alive((int(pid), rest.partition("-")[0]))):
                 Path(entry.path).unlink(missing_ok=True)
+        good = {p for (p,) in connection.execute("SELECT id FROM packs WHERE bad = 0")}
+        self.folder.sweep_parts(lambda pack: pack in good and self.folder.is_whole(pack))
         known = {p for (p,) in connection.execute("SELECT id FROM packs UNION SELECT id FROM doomed")}
         # The rows themselves, not the index over them: either may be damaged alone.
         known.update(p for (p,) in connection.execute("SELECT id FROM packs NOT INDEXED"))

@@ -1,8 +1,11 @@
 """Packs that are still on their way: a file of full length, and a map that says which of its pages are here.
 
-The file lies among the store's temporary files, so that nobody ever takes it for a pack: when its writer dies it goes.
-A page is written there only when it was found to be what it is named for, and is marked only when it is written. Who
-reads the file looks at the map first: what is not marked is a hole, and would read as zeroes.
+The file lies in a folder of its own, so that nobody ever takes it for a pack. A page is written there only when it was
+found to be what it is named for, and is marked only when it is written. Who reads the file looks at the map first: what
+is not marked is a hole, and would read as zeroes.
+
+The map goes with its process, the file stays when that dies: whoever goes on with the pack compares each page with its
+name before it fetches it. So nothing has to be durable for that, in whatever order a power loss has kept it.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from pathlib import Path
 
 from woodfrog.errors import IntegrityError, StoreError
 from woodfrog.store.files import store_error
-from woodfrog.store.packs import NAME, PAGE, pack_id, page_name
+from woodfrog.store.folder import opened
+from woodfrog.store.packs import BATCH, NAME, PAGE, pack_id, page_name
 from woodfrog.store.pages import PageStore
 
 __all__ = ["PartialPack", "PresentMap", "runs"]
@@ -79,13 +83,33 @@ class PartialPack:
         self._store, self._present = store, present
         self.place = present.take(pages)
         self.names = b""
-        self.path = store.folder.temporary("part")
+        folder = store.folder
+        self.path = folder.part(pack, "part")
+        self._mine = False
+        """It can be gone on with; another process brings the same pack otherwise."""
         try:
-            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            held = folder.hold_part(pack)
+            self._mine = held is not None
+            if held is None:
+                self.path = folder.temporary("part")
+                held = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self.fd = held
+            self._left = os.fstat(self.fd).st_size > 0
             os.ftruncate(self.fd, pages * PAGE)
         except OSError as e:
             raise store_error("cannot begin a pack", self.path, e) from e
         self._published = False
+
+    def kept(self, form: str) -> Path | None:
+        """Where its names, or its compressed form, are kept for whoever goes on with it; None: nowhere."""
+        return self._store.folder.part(self.pack, form) if self._mine else None
+
+    def known_names(self) -> bytes:
+        """Its names, when somebody before has kept them; not checked."""
+        path = self.kept("names")
+        with suppress(OSError):
+            return path.read_bytes() if path else b""
+        return b""
 
     def learn(self, names: bytes) -> None:
         """Its names.
@@ -96,6 +120,23 @@ class PartialPack:
         if pack_id(names) != self.pack or len(names) != self.pages * NAME:
             raise IntegrityError(f"the pack {self.pack[:12]}… has other names", code="altered", pack=self.pack)
         self.names = names
+        path = self.kept("names")
+        if path is not None and not path.exists():
+            with suppress(OSError):  # they are fetched again, at worst
+                path.write_bytes(names)
+
+    def recover(self, slot: int, count: int) -> bool:
+        """Mark pages that are in the file already, if all of them are what they are named for."""
+        if not self._left:
+            return False
+        for first in range(slot, slot + count, BATCH):
+            pages = min(BATCH, slot + count - first)
+            data = memoryview(os.pread(self.fd, pages * PAGE, first * PAGE))
+            found = b"".join([page_name(data[i : i + PAGE]) for i in range(0, len(data), PAGE)])
+            if found != self.names[first * NAME : (first + pages) * NAME]:
+                return False
+            self._present.mark(self.place + first, pages)
+        return True
 
     def put(self, slot: int, data: bytes) -> None:
         """Write pages, verified, and mark them.
@@ -148,6 +189,8 @@ class PartialPack:
             if delta is not None:
                 files["delta"] = self._store.folder.temporary("delta")
                 os.link(delta, files["delta"])
+                with opened(files["delta"]) as fd:
+                    os.fsync(fd)
             self._store.publish(files, self.names, "")
         except OSError as e:
             raise store_error("cannot take in", self.path, e) from e
@@ -156,14 +199,22 @@ class PartialPack:
                 path.unlink(missing_ok=True)
         self._published = True
 
-    def close(self) -> None:
-        """Give up its own name; whoever has it open keeps it."""
+    def close(self, *, keep: bool = False) -> None:
+        """Give up its own name; whoever has it open keeps it.
+
+        Args:
+            keep: what has come, for whoever goes on with it.
+        """
         if self.fd < 0:
             return
-        os.close(self.fd)
-        self.fd = -1
         with suppress(OSError):
-            self._store.unlink_alias(self.pack, self.path)
+            if self._mine and not keep:
+                for form in ("names", "delta"):
+                    self._store.folder.part(self.pack, form).unlink(missing_ok=True)
+            if not (self._mine and keep):
+                self._store.unlink_alias(self.pack, self.path)
+        os.close(self.fd)  # which lets others have it
+        self.fd = -1
 
 
 def runs(slots: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -27,9 +27,10 @@ import stat
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,7 +39,7 @@ from urllib.parse import unquote, urlsplit
 from woodfrog.errors import StoreError
 from woodfrog.store.files import fsync_dir, store_error
 
-__all__ = ["DirectoryTier", "MemoryTier", "ObjectTier", "Tier", "open_tier"]
+__all__ = ["DirectoryTier", "Entry", "MemoryTier", "ObjectTier", "Tier", "open_tier"]
 
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+@,-]{0,199}(/[A-Za-z0-9_][A-Za-z0-9_.=+@,-]{0,199})*\Z")
 _MAX_KEY = 700
@@ -47,6 +48,15 @@ _STALE_S = 24 * 3600.0
 _COPY = 8 << 20
 _SMALL = 1 << 20
 _RESUMES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One object of a listing. `modified`: when it was put last, in Unix seconds by the tier's own clock."""
+
+    key: str
+    size: int
+    modified: float
 
 
 class Tier(Protocol):
@@ -72,6 +82,9 @@ class Tier(Protocol):
 
     def list(self, prefix: str = "") -> list[str]:
         """Keys below the folder `prefix` ("packs/ab" finds "packs/ab/x", not "packs/abc"), sorted; "" for all."""
+
+    def entries(self, prefix: str = "") -> Sequence[Entry]:
+        """As `list`, with what a listing tells beside."""
 
     def delete(self, key: str) -> None:
         """Remove an object; one that is gone already is fine."""
@@ -193,10 +206,13 @@ class MemoryTier:
         budget: bytes that all objects together may take; a `put` past it is refused with `tier-full`.
     """
 
-    def __init__(self, budget: int = 1 << 30, *, name: str = "memory://") -> None:
+    def __init__(
+        self, budget: int = 1 << 30, *, name: str = "memory://", clock: Callable[[], float] = time.time
+    ) -> None:
         self._name = name
-        self.budget = budget
+        self.budget, self._clock = budget, clock
         self._objects: dict[str, bytes] = {}
+        self._times: dict[str, float] = {}
         self._used = 0
         self._lock = threading.Lock()
 
@@ -223,6 +239,7 @@ class MemoryTier:
                     key=key,
                 )
             self._objects[key], self._used = data, used
+            self._times[key] = self._clock()
 
     def get(self, key: str, target: Path) -> None:
         data = self._find(key)
@@ -240,9 +257,13 @@ class MemoryTier:
         return len(self._find(key))
 
     def list(self, prefix: str = "") -> list[str]:
+        return [entry.key for entry in self.entries(prefix)]
+
+    def entries(self, prefix: str = "") -> Sequence[Entry]:
         folder = _check_prefix(self.name, prefix)
         with self._lock:
-            return sorted(key for key in self._objects if not folder or key.startswith(f"{folder}/"))
+            keys = sorted(key for key in self._objects if not folder or key.startswith(f"{folder}/"))
+            return [Entry(key, len(self._objects[key]), self._times[key]) for key in keys]
 
     def delete(self, key: str) -> None:
         _check_key(self.name, key)
@@ -325,6 +346,18 @@ class DirectoryTier:
     def size(self, key: str) -> int:
         with self._opened(key) as fd:
             return os.fstat(fd).st_size
+
+    def entries(self, prefix: str = "") -> Sequence[Entry]:
+        found = []
+        for key in self.list(prefix):
+            try:
+                info = os.stat(self.root / key)
+            except (FileNotFoundError, NotADirectoryError):  # removed while we looked
+                continue
+            except OSError as e:
+                raise self._error("cannot list", self.root / key, e, key) from e
+            found.append(Entry(key, info.st_size, info.st_mtime))
+        return found
 
     def list(self, prefix: str = "") -> list[str]:
         folder = _check_prefix(self.name, prefix)
@@ -551,10 +584,17 @@ class ObjectTier:
             raise self._error("cannot look for", key, e) from None
 
     def list(self, prefix: str = "") -> list[str]:
+        return [entry.key for entry in self.entries(prefix)]
+
+    def entries(self, prefix: str = "") -> Sequence[Entry]:
         folder = _check_prefix(self.name, prefix)
         try:
-            batches = self._api.list(self._store, prefix=folder or None)
-            return sorted(str(found["path"]) for batch in batches for found in batch)
+            found = [
+                Entry(str(one["path"]), int(one["size"]), one["last_modified"].timestamp())
+                for batch in self._api.list(self._store, prefix=folder or None)
+                for one in batch
+            ]
+            return sorted(found, key=lambda entry: entry.key)
         except Exception as e:
             raise self._error("cannot list", folder or "it", e) from None
 

@@ -1,0 +1,541 @@
+"""Collecting in a tier: what a snapshot there needs stays, whoever sends or collects meanwhile; the rest goes."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from contract.faulty_tier import Fault, FaultyTier
+from s3_server import S3Server, s3_server
+from unit.test_arrival import A, B, memory
+from unit.test_arrival import make as make_packed
+from unit.test_keeper import Machine
+from woodfrog.errors import StoreError, WoodfrogError
+from woodfrog.snapshot.sweep import MIN_AGE_S, Swept, grouped, sweep
+from woodfrog.snapshot.trust import public_text
+from woodfrog.store import leases
+from woodfrog.store.cold import Key
+from woodfrog.store.leases import Lease, collecting, sending
+from woodfrog.store.tiers import DirectoryTier, Entry, MemoryTier, ObjectTier, Tier
+
+C = "s-00000000000c"
+BIG = 5 << 20
+_prefix = itertools.count()
+
+
+class AgedTier:
+    """`inner`, whose objects are so much older than they are, but for leases. `before` is called at each operation."""
+
+    def __init__(self, inner: Tier, older_s: float = 2 * MIN_AGE_S) -> None:
+        self.inner, self.older_s = inner, older_s
+        self.before: Callable[[str, str], None] = lambda op, key: None
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    def put(self, key: str, source: Path | bytes) -> None:
+        self.before("put", key)
+        self.inner.put(key, source)
+
+    def get(self, key: str, target: Path) -> None:
+        self.before("get", key)
+        self.inner.get(key, target)
+
+    def get_bytes(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
+        self.before("get_bytes", key)
+        return self.inner.get_bytes(key, begin, end)
+
+    def has(self, key: str) -> bool:
+        self.before("has", key)
+        return self.inner.has(key)
+
+    def size(self, key: str) -> int:
+        self.before("size", key)
+        return self.inner.size(key)
+
+    def list(self, prefix: str = "") -> list[str]:
+        return [entry.key for entry in self.entries(prefix)]
+
+    def entries(self, prefix: str = "") -> Sequence[Entry]:
+        self.before("entries", prefix)
+        return [
+            e if e.key.startswith("leases/") else Entry(e.key, e.size, e.modified - self.older_s)
+            for e in self.inner.entries(prefix)
+        ]
+
+    def delete(self, key: str) -> None:
+        self.before("delete", key)
+        self.inner.delete(key)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    pytest.importorskip("obstore", reason="needs obstore (make setup installs it)")
+    with s3_server() as server:
+        server.make_bucket("woodfrog")
+        yield server
+
+
+@pytest.fixture(params=["memory", "directory", "bucket"])
+def tier(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tier:
+    match request.param:
+        case "memory":
+            return MemoryTier()
+        case "directory":
+            return DirectoryTier(tmp_path / "tier")
+    server: S3Server = request.getfixturevalue("server")
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    return ObjectTier(f"s3://woodfrog/sweep/{next(_prefix)}")
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "_WAIT_S", 0.0)
+
+
+def make(machine: Machine, snapshot: str, data: bytes, parent: str = "", big: str = "") -> None:
+    """A packed snapshot; `big`: with a large file in its layer, made of that."""
+    begin = machine.catalogue.begin
+
+    def with_file(snapshot_id: str) -> object:
+        staging = begin(snapshot_id)
+        if big:
+            (staging.fs / "big").write_bytes(random.Random(big).randbytes(BIG))
+        return staging
+
+    machine.catalogue.begin = with_file  # type: ignore[method-assign, assignment]
+    try:
+        make_packed(machine, snapshot, data, parent)
+    finally:
+        machine.catalogue.begin = begin  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    """A, its child B (deltas against A's packs), and C, which has a large file of its own and one as B."""
+    machine = Machine(tmp_path_factory.mktemp("made") / "here")
+    make(machine, A, memory("a"))
+    make(machine, B, memory("a", 600), parent=A, big="shared")
+    make(machine, C, memory("c"), big="own")
+    return machine
+
+
+@pytest.fixture
+def there(made: Machine, tmp_path: Path) -> Machine:
+    machine = Machine(tmp_path / "there")
+    machine.trust.add(public_text(made.signing))
+    return machine
+
+
+def drop(tier: Tier, snapshot: str, *, all_of_it: bool = False) -> None:
+    """As a person removes it from a bucket."""
+    keys = [k for k in tier.list("snapshots") if k.split("/")[1] == snapshot]
+    for key in keys if all_of_it else [f"snapshots/{snapshot}/manifest.json"]:
+        tier.delete(key)
+
+
+def swept(machine: Machine, tier: Tier, **more: bool) -> Swept:
+    return machine.transport.sweep(tier, **more)
+
+
+def arrives(machine: Machine, tier: Tier, snapshot: str) -> None:
+    """A machine that has nothing gets all of it."""
+    machine.transport.pull(snapshot, tier)
+    machine.catalogue.open_verified(snapshot)
+    assert machine.store.verify() == []
+
+
+def test_what_no_snapshot_needs_goes_and_nothing_else(made: Machine, there: Machine, tier: Tier) -> None:
+    aged = AgedTier(tier)
+    for snapshot in (A, B, C):
+        made.transport.push(snapshot, tier)
+    tier.put("somebody/elses", b"x")
+    before = set(tier.list())
+    assert swept(made, aged).objects == 0 and set(tier.list()) == before
+    drop(tier, A)
+    drop(tier, C, all_of_it=True)
+    fresh = set(tier.list())
+    assert swept(made, tier).objects == 0 and set(tier.list()) == fresh, "it is young"
+    would = swept(made, aged, dry_run=True)
+    assert set(tier.list()) == fresh
+    assert swept(made, aged) == would
+    left = set(tier.list())
+    assert would.objects == len(fresh - left)
+    assert (would.packs > 0, would.chunks, would.snapshots) == (True, 2, 2)
+    assert "somebody/elses" in left and not any(A in k or C in k for k in left)
+    assert not any(k.startswith("leases/") for k in left)
+    arrives(there, tier, B)  # whose deltas rest on packs of A
+    assert swept(made, aged).objects == 0
+    drop(tier, B)
+    assert swept(made, aged).objects
+    assert tier.list() == ["somebody/elses"]
+    for snapshot in (A, B, C):  # and all of it can come again
+        made.transport.push(snapshot, tier)
+    for snapshot in (A, C):
+        arrives(there, tier, snapshot)
+
+
+def test_with_a_key(tmp_path: Path) -> None:
+    tier = MemoryTier()
+    one = Machine(tmp_path / "one", Key(bytes(range(32))))
+    make(one, A, memory("a"), big="x")
+    make(one, C, memory("c"), big="y")
+    for snapshot in (A, C):
+        one.transport.push(snapshot, tier)
+    drop(tier, C)
+    assert swept(one, AgedTier(tier)).chunks == 2
+    two = Machine(tmp_path / "two", Key(bytes(range(32))))
+    two.trust.add(public_text(one.signing))
+    arrives(two, tier, A)
+    for other in (Machine(tmp_path / "other", Key(bytes(32))), Machine(tmp_path / "none")):
+        other.trust.add(public_text(one.signing))
+        drop_all = set(tier.list())
+        with pytest.raises(StoreError, match=f"nothing more is removed.*{A} there cannot be read.*"):
+            swept(other, AgedTier(tier))
+        assert set(tier.list()) == drop_all
+
+
+@pytest.mark.parametrize(
+    "what", ["manifest.json", "manifest.sig", "packs.json", "fs", "a pack", "a chunk", "untrusted"]
+)
+def test_what_cannot_be_read_ends_it_before_anything_goes(made: Machine, tmp_path: Path, what: str) -> None:
+    tier = MemoryTier()
+    for snapshot in (B, C):
+        made.transport.push(snapshot, tier)
+    drop(tier, C)
+    collector = made
+    match what:
+        case "untrusted":
+            collector = Machine(tmp_path / "stranger")
+        case "a pack":
+            named = made.transport._named_by(B, tier, tmp_path)
+            for key in [k for k in tier.list("packs") if k.startswith(sorted(n for n in named if "packs" in n)[0])]:
+                tier.delete(key)
+        case "a chunk":
+            named = made.transport._named_by(B, tier, tmp_path)
+            tier.delete(next(n for n in sorted(named) if n.startswith("chunks")))
+        case _:
+            data = bytearray(tier.get_bytes(f"snapshots/{B}/{what}"))
+            data[len(data) // 2] ^= 1
+            tier.put(f"snapshots/{B}/{what}", bytes(data))
+    before = set(tier.list())
+    with pytest.raises(StoreError, match=r"nothing more is removed from memory://: ") as error:
+        swept(collector, AgedTier(tier))
+    assert "\n" not in error.value.message
+    assert set(tier.list()) == before
+
+
+@pytest.mark.parametrize("kind", ["unreachable", "denied", "missing", "lost-answer", "truncate", "alter", "raise"])
+@pytest.mark.parametrize("op", ["list", "get_bytes", "get", "has", "delete", "put"])
+def test_a_tier_that_fails_loses_nothing_that_is_needed(made: Machine, tmp_path: Path, kind: str, op: str) -> None:
+    """Whatever a collection meets: an error, or it is right; and the next one removes what is left."""
+    for at in (1, 2, 3):
+        inner = MemoryTier()
+        for snapshot in (B, C):
+            made.transport.push(snapshot, inner)
+        drop(inner, C)
+        needed = needed_keys(made, inner, tmp_path)
+        tier = AgedTier(FaultyTier(inner, Fault(kind, op, at=at)))  # type: ignore[arg-type]
+        with contextlib.suppress(WoodfrogError, RuntimeError):
+            swept(made, tier)
+        assert needed <= set(inner.list()), (kind, op, at)
+        drop_leases(inner)
+        swept(made, AgedTier(inner))
+        assert set(inner.list()) == needed
+
+
+def test_a_listing_that_lacks_what_is_there_is_not_believed(made: Machine, tmp_path: Path) -> None:
+    """Also when it does so each time it is asked."""
+    inner = MemoryTier()
+    made.transport.push(B, inner)
+    before = set(inner.list())
+    tier = AgedTier(FaultyTier(inner, Fault("truncate", "list", at=2, times=-1)))
+    with pytest.raises(StoreError, match=f"its listing lacks snapshots/{B}/manifest.json, which is there"):
+        swept(made, tier)
+    assert set(inner.list()) == before
+
+
+def test_what_says_that_it_is_whole_goes_first() -> None:
+    pack, snapshot = f"packs/ab/{'ab' * 32}", "s-00000000000d"
+    keys = [f"{pack}.delta", f"{pack}.names", f"snapshots/{snapshot}/fs", f"by-key/f/w/{snapshot}", "notes/x.names"]
+    found = grouped([Entry(key, 1, 5.0) for key in keys])
+    assert [e.key for e in found[pack].entries] == [f"{pack}.names", f"{pack}.delta"]
+    assert [e.key for e in found[f"snapshots/{snapshot}"].entries] == [keys[3], keys[2]]
+    assert set(found) == {pack, f"snapshots/{snapshot}"}
+
+
+def needed_keys(machine: Machine, tier: Tier, room: Path) -> set[str]:
+    """All of B."""
+    named = machine.transport._named_by(B, tier, room)
+    return {k for k in tier.list() if k.partition(".")[0] in named or B in k}
+
+
+def drop_leases(tier: Tier) -> None:
+    for key in tier.list("leases"):
+        tier.delete(key)
+
+
+class Stop(Exception):
+    pass
+
+
+def test_killed_at_each_operation(made: Machine, there: Machine, tmp_path: Path) -> None:
+    """What is left is found by the next one, and an upload takes nothing for whole that is not."""
+    for number in itertools.count(1):
+        inner = MemoryTier()
+        for snapshot in (B, C):
+            made.transport.push(snapshot, inner)
+        drop(inner, C)
+        needed = needed_keys(made, inner, tmp_path)
+        tier, seen = AgedTier(inner), itertools.count(1)
+
+        def die(op: str, key: str, seen: Iterator[int] = seen, number: int = number) -> None:
+            if op == "delete" and next(seen) >= number:
+                raise Stop
+
+        tier.before = die
+        try:
+            swept(made, tier)
+        except Stop:
+            done = False
+        else:
+            done = True
+        drop_leases(inner)
+        assert needed <= set(inner.list())
+        made.transport.push(C, inner)
+        if number % 3 == 1:
+            arrives(there, inner, C)
+            there.catalogue.remove(C)
+            there.store.gc(set(), min_age_s=0)
+        if done:
+            break
+    assert number > 5
+
+
+# -- at the same time ----------------------------------------------------------------------------------------------
+
+
+def interleaved(
+    number: int, tier: AgedTier, first: Callable[[], object], second: Callable[[], object]
+) -> tuple[bool, list[str]]:
+    """Do `second` before the operation `number` of `first`, on the same tier; whether there was such an operation, and
+    how each ended."""
+    seen, ended, inside = itertools.count(1), [], False
+
+    def step(op: str, key: str) -> None:
+        nonlocal inside
+        if not inside and threading.current_thread().name != "lease" and next(seen) == number:
+            inside = True
+            try:
+                second()
+                ended.append("second")
+            except StoreError as e:
+                assert e.code == "tier-busy", e
+            finally:
+                inside = False
+
+    tier.before = step
+    try:
+        first()
+        ended.append("first")
+    except StoreError as e:
+        assert e.code == "tier-busy", e
+    tier.before = lambda op, key: None
+    return next(seen) > number, ended
+
+
+@pytest.mark.parametrize("first", ["push", "sweep"])
+def test_an_upload_and_a_collection_at_once(made: Machine, there: Machine, first: str) -> None:
+    """C's packs and chunks are in the tier, old, and no manifest names them: an upload finds them, a collection too."""
+    both = 0
+    for number in itertools.count(1):
+        inner = MemoryTier()
+        made.transport.push(C, inner)
+        drop(inner, C, all_of_it=True)
+        tier = AgedTier(inner)
+        work = [lambda t=tier: made.transport.push(C, t), lambda t=tier: swept(made, t)]
+        more, ended = interleaved(number, tier, *(work if first == "push" else work[::-1]))
+        assert ended, "one of them gets on"
+        both += len(ended) == 2
+        pushed = "first" in ended if first == "push" else "second" in ended
+        if not pushed:
+            made.transport.push(C, tier)
+        elif number % 4:
+            if not more:
+                break
+            continue  # to pull it takes its time
+        arrives(there, inner, C)
+        there.catalogue.remove(C)
+        there.store.gc(set(), min_age_s=0)
+        if not more:
+            break
+    assert number > 10 and both
+
+
+def test_two_collections_at_once(made: Machine, there: Machine) -> None:
+    for number in itertools.count(1, 3):
+        inner = MemoryTier()
+        for snapshot in (B, C):
+            made.transport.push(snapshot, inner)
+        drop(inner, C)
+        tier = AgedTier(inner)
+        more, ended = interleaved(number, tier, lambda t=tier: swept(made, t), lambda t=tier: swept(made, t))
+        assert "first" in ended and not any(C in key for key in inner.list())
+        if not more:
+            break
+    arrives(there, inner, B)
+
+
+def test_an_upload_of_a_version_that_takes_no_lease(made: Machine, tmp_path: Path) -> None:
+    """Its own objects are young; a manifest that appears in the middle is read before more goes."""
+    inner = MemoryTier()
+    for snapshot in (B, C):
+        made.transport.push(snapshot, inner)
+    manifest = inner.get_bytes(f"snapshots/{C}/manifest.json")
+    drop(inner, C)
+    tier = AgedTier(inner)
+    before = set(inner.list())
+
+    def appear(op: str, key: str) -> None:
+        if op == "entries" and key == "snapshots":
+            inner.put(f"snapshots/{C}/manifest.json", manifest)
+
+    tier.before = appear
+    assert swept(made, tier).objects == 0
+    assert before <= set(inner.list())
+
+
+def test_leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    tier = MemoryTier(clock=lambda: now[0])
+    go_on = lambda: None  # noqa: E731
+    with sending(tier, go_on) as lease, sending(tier, go_on):
+        lease.check()
+        with pytest.raises(StoreError, match="is being sent") as error, collecting(tier, go_on):
+            raise AssertionError
+        assert error.value.code == "tier-busy" and error.value.retryable
+    assert tier.list() == []
+    with collecting(tier, go_on), collecting(tier, go_on):
+        with pytest.raises(StoreError, match="removes") as error, sending(tier, go_on):
+            raise AssertionError
+        assert error.value.code == "tier-busy"
+    assert tier.list() == []
+    tier.put(f"leases/sending/{'0' * 32}", b"")  # of one that died
+    now[0] += leases.TTL_S - 1
+    with pytest.raises(StoreError, match="is being sent"), collecting(tier, go_on):
+        raise AssertionError
+    now[0] += 2
+    with collecting(tier, go_on) as (_, told):
+        assert told == now[0]
+    # one whose tier was away for long does not go on
+    faulty = FaultyTier(tier)
+    with Lease(faulty, "sending") as lease:
+        monkeypatch.setattr(lease, "_renewed", time.monotonic() - leases.TTL_S / 2 - 1)
+        with pytest.raises(StoreError, match="away for too long"):
+            lease.check()
+    # nor one that the tier does not list
+    faulty = FaultyTier(tier, Fault("truncate", "list"))
+    with pytest.raises(StoreError, match="does not list"), sending(faulty, go_on):
+        raise AssertionError
+
+
+def test_a_lease_is_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "_RENEW_S", 0.01)
+    faulty = FaultyTier(MemoryTier(), Fault("unreachable", "put", at=2, times=2))
+    with Lease(faulty, "sending"):
+        deadline = time.monotonic() + 10
+        while sum(op == "put" for op, _ in faulty.log) < 6:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert faulty.inner.list() == []
+
+
+def test_a_dead_one_holds_up_nobody_for_long(tmp_path: Path) -> None:
+    """`kill -9` in a collection: an upload waits until its lease has ended, and no longer."""
+    script = f"""
+from pathlib import Path
+from woodfrog import faults
+from woodfrog.snapshot.sweep import sweep
+from woodfrog.store.tiers import DirectoryTier
+faults.configure("sweep.marked=sigkill-self")
+sweep(DirectoryTier(Path({str(tmp_path / "tier")!r})), lambda i: set())
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=60).returncode == -9
+    tier = DirectoryTier(tmp_path / "tier")
+    (left,) = tier.list("leases")
+    with pytest.raises(StoreError, match="try again later"), sending(tier, lambda: None):
+        raise AssertionError
+    old = time.time() - leases.TTL_S - 1
+    os.utime(tier.root / left, (old, old))
+    with sending(tier, lambda: None):
+        pass
+    os.utime(tier.root / left, (0, 0))
+    sweep(tier, lambda i: set())
+    assert tier.list() == []
+
+
+# -- a model -------------------------------------------------------------------------------------------------------
+
+PACK = [f"packs/{n:02x}/{n:064x}" for n in range(4)]
+IDS = [f"s-{n:012x}" for n in range(3)]
+STEP = st.one_of(
+    st.tuples(st.just("push"), st.sampled_from(IDS), st.sets(st.sampled_from(PACK), min_size=1)),
+    st.tuples(st.just("die"), st.sampled_from(IDS), st.sets(st.sampled_from(PACK), min_size=1)),
+    st.tuples(st.just("drop"), st.sampled_from(IDS), st.just(frozenset())),
+    st.tuples(st.just("wait"), st.floats(0, 2 * MIN_AGE_S), st.just(frozenset())),
+    st.tuples(st.just("sweep"), st.booleans(), st.just(frozenset())),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(STEP, max_size=25))
+def test_whatever_happens_in_whatever_order(steps: list[tuple[str, object, set[str]]]) -> None:
+    """What a manifest names is there; what nothing has named or touched for a day is not, after a collection."""
+    now = [1e9]
+    tier = MemoryTier(clock=lambda: now[0])
+    live: dict[str, set[str]] = {}
+    touched: dict[str, float] = {}
+
+    def put(pack: str) -> None:
+        if not tier.has(f"{pack}.names"):
+            for form in ("pages", "names"):
+                tier.put(f"{pack}.{form}", b"x")
+            touched[pack] = now[0]
+
+    for what, of, packs in steps:
+        match what:
+            case "push" | "die":
+                for pack in sorted(packs):
+                    put(pack)
+                if what == "push":
+                    live[str(of)] = set(packs)
+                    tier.put(f"snapshots/{of}/manifest.json", b"")
+                    tier.put(f"by-key/k/c/{of}", b"")
+            case "drop":
+                live.pop(str(of), None)
+                tier.delete(f"snapshots/{of}/manifest.json")
+            case "wait":
+                now[0] += float(str(of))
+            case "sweep":
+                sweep(tier, lambda i: live[i], dry_run=bool(of))
+                if not of:
+                    named = set().union(*live.values())
+                    kept = {key.partition(".")[0] for key in tier.list("packs")}
+                    assert {p for p in kept - named if now[0] - touched[p] >= MIN_AGE_S} == set()
+        for names in live.values():
+            assert all(tier.has(f"{pack}.{form}") for pack in names for form in ("names", "pages"))
+        assert all(tier.has(f"snapshots/{i}/manifest.json") for i in live)
