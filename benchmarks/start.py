@@ -15,6 +15,7 @@ import contextlib
 import shutil
 import statistics
 import sys
+import time
 from typing import Any
 
 from common import (
@@ -50,6 +51,8 @@ TITLES = {
     "cold": "cold start",
     "criu": "criu restore",
     "lazy": "criu lazy-pages",
+    "criu-alone": "criu restore, no woodfrog about",
+    "lazy-alone": "criu lazy-pages, no woodfrog about",
     "runsc": "gVisor runsc restore",
     "whole": "woodfrog, page server off",
     "woodfrog": "woodfrog",
@@ -57,6 +60,9 @@ TITLES = {
 }
 THAWS = ("criu", "lazy", "runsc")
 """What others can do to thaw a process."""
+ALONE = {"criu": "criu-alone", "lazy": "lazy-alone"}
+ALONE_S = 1.5
+"""The kernel switches breakpoints off a second after they were last wanted."""
 NEVER_MIB = 1 << 30
 """As `lazy_min_mib`: CRIU copies all memory before the process runs."""
 WARM_CALLS = 5
@@ -121,6 +127,17 @@ class Workload:
             if turn >= 0:
                 self.values[arm].append(ms)
 
+    def alone(self, rounds: int) -> None:
+        """CRIU as it is where no daemon of ours keeps the kernel's breakpoints switched on."""
+        for _ in range(rounds):
+            for arm, name in ALONE.items():
+                if arm in self._peers and arm in self.arms:
+                    time.sleep(ALONE_S)
+                    ms, answer = self._peers[arm].measure(0)
+                    if answer != self._expected[0]:
+                        raise SystemExit(f"{self.name}: {name} answered {str(answer)[:100]}")
+                    self.values.setdefault(name, []).append(ms)
+
     def _warm(self, daemon: Daemon, request: int) -> float:
         """The handler's time in an instance that has served the same request already."""
         times = []
@@ -134,11 +151,13 @@ class Workload:
         ours = medians["woodfrog"]
         first = [phase(t, "run") for t in self.traces["woodfrog"]]
         others = [medians[arm] for arm in THAWS if arm in medians]
+        alone = [medians[ALONE.get(arm, arm)] for arm in THAWS if ALONE.get(arm, arm) in medians]
         return {
             "snapshot": {k: self.snapshot[k] for k in ("memory_bytes", "files_bytes", "tasks")} | {"form": self.form},
             "ms": {arm: summary(v) for arm, v in self.values.items()},
             "over_woodfrog": {arm: round(m / ours, 2) for arm, m in medians.items() if arm != "woodfrog"},
             "best_thaw_over_woodfrog": round(min(others) / ours, 2) if others else None,
+            "best_alone_over_woodfrog": round(min(alone) / ours, 2) if alone else None,
             "handler_ms": {
                 "first": summary(first),
                 "warm": summary(self.warm),
@@ -157,6 +176,21 @@ class Workload:
                 daemon.client.request("POST", f"/snapshots/{row['id']}/invalidate")
 
 
+def alone(workloads: list[Workload], daemons: dict[str, Daemon], rounds: int) -> None:
+    """Measure the arms that gain from our daemon while there is none."""
+    if not any(arm in ALONE for workload in workloads for arm in workload.arms):
+        return
+    mine = list({id(d): d for d in daemons.values()}.values())
+    for daemon in mine:
+        daemon.stop()
+    try:
+        for workload in workloads:
+            workload.alone(rounds)
+    finally:
+        for daemon in mine:
+            daemon.start()
+
+
 def show(workload: Workload, result: dict[str, Any]) -> None:
     size = result["snapshot"]["memory_bytes"] / 1e6
     factors = {"woodfrog": 1.0, **result["over_woodfrog"]}
@@ -165,7 +199,7 @@ def show(workload: Workload, result: dict[str, Any]) -> None:
         ("", "min", "median", "p95", "× woodfrog"),
         [
             [TITLES[arm], *(number(result["ms"][arm][k]) for k in ("min", "median", "p95")), number(factors[arm], 2)]
-            for arm in workload.arms
+            for arm in result["ms"]
         ],
     )
     phases = ", ".join(f"{k} {v:.1f}" for k, v in result["phases_ms"]["woodfrog"].items() if v >= 0.1)
@@ -225,9 +259,12 @@ def main() -> int:
                     mine = ("woodfrog",) if name in HUGE else arms
                     ready.append(Workload(name, mine, daemons, (options.runsc or "", options.runsc_platform)))
                 rounds = max(3, options.rounds // 4) if group[0] in HUGE else options.rounds
+                # Before and after, so that a machine that changes its pace meanwhile is seen.
+                alone(ready, daemons, -(-rounds // 2))
                 for turn in range(-2, rounds):
                     for workload in ready:
                         workload.round(turn)
+                alone(ready, daemons, rounds // 2)
                 for workload in ready:
                     result["workloads"][workload.name] = workload.result()
                     show(workload, result["workloads"][workload.name])

@@ -18,6 +18,8 @@ ARMS = {
     "whole": "woodfrog, page server off",
     "woodfrog": "woodfrog",
     "fork": "fork server",
+    "criu-alone": "criu restore, no woodfrog about",
+    "lazy-alone": "criu lazy-pages, no woodfrog about",
 }
 PHASES = ("verify", "assemble", "restore", "wake", "run")
 
@@ -50,6 +52,9 @@ def start(result: dict[str, Any]) -> str:
     ]
     best = (w["best_thaw_over_woodfrog"] for w in work.values())
     lines.append(["the best of criu and gVisor over woodfrog", *("" if b is None else f"{b:.2f}" for b in best)])
+    alone = [w.get("best_alone_over_woodfrog") for w in work.values()]
+    if any(alone):
+        lines.append(["the same, no woodfrog about", *("" if b is None else f"{b:.2f}" for b in alone)])
     lines.append(
         [
             "cold over woodfrog",

@@ -48,7 +48,7 @@ class Settings:
     """Uid and gid that user code runs as."""
     pool_size: int = 2
     """Prepared sandboxes kept waiting."""
-    lazy_min_mib: int = 16
+    lazy_min_mib: int = 4
     """Snapshots of at least so much memory are thawed through the page server; smaller ones are read at once."""
     drain_ms: int = 500
     """How long after its thaw, and not before `drain_calls`, the rest of its memory is filled in; -1 = never."""

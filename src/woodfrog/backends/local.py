@@ -59,6 +59,8 @@ _END_S = 2.0
 _FREEZE_TIMEOUT_S = 120.0
 _ZYGOTE_S = 10.0
 _FETCH_S = 30.0
+_AFTER_ANSWER_S = 0.05
+"""So long an answer has the processor to itself, on its way to the client."""
 
 
 class _UserFailure(WoodfrogError):
@@ -667,6 +669,7 @@ class LocalBackend:
             return
         # At once: an instance that served one call may be gone before its snapshot is stored.
         seen = b"" if pages is None else await self._memory.record(pages, instance.id)
+        await asyncio.sleep(_AFTER_ANSWER_S)
         if instance.commit_task is not None:
             await asyncio.shield(instance.commit_task)
         await self._memory.keep(seen, self._catalogue.path(origin), instance.id)

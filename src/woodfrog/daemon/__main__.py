@@ -40,6 +40,7 @@ from woodfrog.daemon.logs import LogBook
 from woodfrog.daemon.resources import Resources
 from woodfrog.errors import DaemonError, HostError, SpecError, WoodfrogError
 from woodfrog.linux import requirements
+from woodfrog.linux.breakpoints import keep_quick
 from woodfrog.linux.pageserver import page_server_path
 from woodfrog.linux.sandbox import init_binary_path
 from woodfrog.settings import Settings, load
@@ -200,6 +201,9 @@ async def serve(settings: Settings) -> None:
     _prepare_home(settings)
     faults.configure(settings.faults)
     criu, settings = _check_host(settings)
+    quick = keep_quick()
+    if quick is None:
+        log.info("no performance counters here: each restore waits some 15 ms for the kernel to switch breakpoints on")
     run_id = uuid.uuid4().hex[:6]
     journal = Journal(settings.home)
     content = ContentStore(settings.home)
@@ -300,6 +304,8 @@ async def serve(settings: Settings) -> None:
         settings.socket.unlink(missing_ok=True)
         logs.close()
         journal.close()
+        if quick is not None:
+            quick.close()
         # What hangs in a thread (a tier that does not answer) must not keep the daemon; the lock goes with the process.
         threading.Thread(target=_leave_in, args=(_LEAVE_S,), daemon=True).start()
 
