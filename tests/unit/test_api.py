@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from contract.fake_backend import WORKER_CLASS, FakeBackend, FaultyBackend
+from woodfrog.control.events import RunCall
 from woodfrog.daemon import api as api_module
 from woodfrog.daemon.api import TokenAuth, build
 from woodfrog.daemon.controller import Controller
@@ -303,6 +304,20 @@ async def test_cancel(daemon: Daemon) -> None:
     gates["gate"].set()
     assert await daemon.call("wait") == "through"  # on another instance
     assert len(daemon.backend.started) == 2
+
+
+async def test_a_call_cancelled_before_it_began_is_not_run(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    await daemon.deploy(function("add"))
+    call = (await daemon.submit("add", 1, 2, wait=5)).headers["woodfrog-call"]
+    (instance,) = daemon.controller.instances
+    run: list[object] = []
+
+    async def record(*arguments: object) -> None:
+        run.append(arguments)
+
+    monkeypatch.setattr(daemon.backend, "call", record)
+    await daemon.controller._run_call(RunCall(call_id=call, instance_id=instance))
+    assert run == []
 
 
 async def test_generators(daemon: Daemon) -> None:

@@ -493,8 +493,8 @@ class Controller:
     async def _run_call(self, action: ev.RunCall) -> None:
         record = self.calls[action.call_id]
         info = self.instances.get(action.instance_id)
-        if info is None:
-            return  # it died before this began; the machine has been told
+        if info is None or record.outcome is not None:
+            return  # it died, or the call was cancelled, before this began: the machine knows
         info.call_id = action.call_id
         record.instance_id = action.instance_id
         record.drop_items()
