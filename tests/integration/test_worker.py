@@ -305,6 +305,29 @@ def test_a_preload_that_fails_says_nothing_to_the_user(
     assert w.err() == ""
 
 
+@pytest.mark.parametrize(("opens", "left"), [("pass", 1), ("kept = open(os.devnull)", 0)])
+def test_old_garbage_goes_before_a_freeze_where_descriptors_may_be_in_it(
+    worker: Callable[[str], Worker], opens: str, left: int
+) -> None:
+    w = worker(
+        f"""
+        import gc, os
+        {opens}
+        class Ring: pass
+        gc.disable()
+        ring = Ring()
+        ring.ring = ring
+        gc.collect()  # now it is old
+        del ring
+        def rings(): return sum(type(o) is Ring for o in gc.get_objects())
+        """
+    )
+    w.boot("rings", snapshot=True)
+    w.freeze()
+    w.start(restored=False)
+    assert w.call("rings") == left
+
+
 def test_class_hooks_run_in_order_around_a_freeze(worker: Callable[[str], Worker]) -> None:
     w = worker(
         """
@@ -339,7 +362,7 @@ def test_class_hooks_run_in_order_around_a_freeze(worker: Callable[[str], Worker
     params = cloudpickle.dumps(((), {"size": 3}))
     booted = w.boot("Model", kind="class", methods=("log_async", "twice"), params=params, snapshot=True)
     assert set(booted["phases"]) == {"import", "construct", "enter"}
-    assert set(w.freeze()["phases"]) == {"before_snapshot"}
+    assert set(w.freeze()["phases"]) == {"before_snapshot", "preload", "prepare", "collect", "trim", "join_code"}
     ready = w.start(restored=True)
     assert {"reseed", "reseed.random", "after_restore", "enter_restore"} <= set(ready["phases"])
     assert w.call("log_async") == [

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from woodfrog import faults
 from woodfrog.engine.inspect import Connection, Descriptor, HostPaths, Task, Tree, parse_bound, parse_inet
@@ -179,7 +181,26 @@ HOST = (mount("/"), mount("/mnt/disk", device=(254, 1)), mount("/dev/shm", kind=
     ],
 )
 def test_host_path(inner: str, outer: str | None) -> None:
-    assert HostPaths(SANDBOX, HOST).of(inner) == outer
+    places = HostPaths(SANDBOX, HOST)
+    assert places.of(inner) == places.of(inner) == outer
+
+
+PARTS = st.lists(st.sampled_from(["usr", "app", "data", "vol", "var", "tmp", "a"]), max_size=4)
+PATHS = PARTS.map(lambda parts: "/" + "/".join(parts))
+MOUNTS = st.lists(
+    st.builds(mount, PATHS, PATHS, st.sampled_from([(254, 0), (254, 1)]), st.sampled_from(["ext4", "overlay"])),
+    max_size=8,
+).map(tuple)
+
+
+@given(inside=MOUNTS, outside=MOUNTS, paths=st.lists(PATHS, max_size=12))
+def test_host_paths_of_one_directory_are_found_as_each_alone(
+    inside: tuple[MountEntry, ...], outside: tuple[MountEntry, ...], paths: list[str]
+) -> None:
+    """Mounts on single files, on both sides, included."""
+    together = HostPaths(inside, outside)
+    for path in paths:
+        assert together.of(path) == HostPaths(inside, outside)._look_up(path)
 
 
 TCP = """\

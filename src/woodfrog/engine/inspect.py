@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from woodfrog.linux import procfs
+from woodfrog.linux.sandbox import PRESTART_PID
 
 __all__ = [
     "AMD_NODES",
@@ -126,13 +127,26 @@ class HostPaths:
         self._outside: dict[tuple[tuple[int, int], str], procfs.MountEntry] = {}
         for mount in outside:
             self._outside.setdefault((mount.device, mount.root), mount)
+        self._directories: dict[str, tuple[procfs.MountEntry | None, str | None]] = {}
 
     def of(self, path: str) -> str | None:
         """None: on a file system of the sandbox's own."""
+        directory, _, name = path.rpartition("/")
+        if not directory or not name or path in self._inside:
+            return self._look_up(path)
+        if directory not in self._directories:
+            mount = next((found for at in _ancestors(directory) if (found := self._inside.get(at))), None)
+            self._directories[directory] = mount, self._look_up(directory)
+        mount, outer = self._directories[directory]
+        if mount is not None and (mount.device, _within(mount, path)) in self._outside:
+            return self._look_up(path)  # the file has a mount of its own on the host
+        return None if outer is None else _join(outer, name)
+
+    def _look_up(self, path: str) -> str | None:
         mount = next((found for at in _ancestors(path) if (found := self._inside.get(at))), None)
         if mount is None or mount.kind in PRIVATE_KINDS:
             return None
-        within = _join(mount.root, path[len(mount.target.rstrip("/")) :])
+        within = _within(mount, path)
         for at in _ancestors(within):
             other = self._outside.get((mount.device, at))
             if other is not None:
@@ -146,6 +160,11 @@ def _ancestors(path: str) -> Iterator[str]:
         yield path
         path = path.rpartition("/")[0] or "/"
     yield path
+
+
+def _within(mount: procfs.MountEntry, path: str) -> str:
+    """A path of the mount, on its own file system."""
+    return _join(mount.root, path[len(mount.target.rstrip("/")) :])
 
 
 def _join(directory: str, rest: str) -> str:
@@ -314,7 +333,8 @@ def inspect_tree(root_pid: int, init_pid: int) -> Tree:
                 stray = procfs.status(pid)
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if stray.state != "Z" and not _descends(pid, root_pid):
+            # The CRIU that waits for the dump has a pid that nobody else gets.
+            if stray.state != "Z" and stray.ns_pids[-1] != PRESTART_PID and not _descends(pid, root_pid):
                 strays.append(Task(pid, stray.ns_pids[-1], stray.name, stray.state, 0))
     sockets = frozenset(int(d.target[8:-1]) for t in tasks for d in t.descriptors if d.target.startswith("socket:["))
     connections: tuple[Connection, ...] = ()

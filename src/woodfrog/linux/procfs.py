@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 __all__ = [
     "MapEntry",
@@ -69,9 +71,8 @@ class Status:
     rss_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class MapEntry:
-    """One line of /proc/PID/maps."""
+class MapEntry(NamedTuple):
+    """One line of /proc/PID/maps. A tuple: a process has hundreds, and a capture reads all of them."""
 
     start: int
     end: int
@@ -157,6 +158,7 @@ def parse_status(text: str) -> Status:
     )
 
 
+@lru_cache(maxsize=256)
 def _device(text: str, base: int) -> tuple[int, int]:
     major, _, minor = text.partition(":")
     return int(major, base), int(minor, base)
@@ -174,16 +176,16 @@ def parse_maps(text: str) -> tuple[MapEntry, ...]:
         path = fields[5].replace("\\012", "\n") if len(fields) > 5 else ""
         entries.append(
             MapEntry(
-                start=int(start, 16),
-                end=int(end, 16),
-                read=flags[0] == "r",
-                write=flags[1] == "w",
-                execute=flags[2] == "x",
-                shared=flags[3] == "s",
-                offset=int(offset, 16),
-                device=_device(device, 16),
-                inode=int(inode),
-                path=path,
+                int(start, 16),
+                int(end, 16),
+                flags[0] == "r",
+                flags[1] == "w",
+                flags[2] == "x",
+                flags[3] == "s",
+                int(offset, 16),
+                _device(device, 16),
+                int(inode),
+                path,
             )
         )
     return tuple(entries)

@@ -22,6 +22,8 @@ __all__ = ["Runtime", "StageError"]
 _HOOKS, _TENSORS = "woodfrog.sdk.hooks", "woodfrog.tensors.away"
 """Modules that meet the worker here only: loaded by the user's code or not at all."""
 
+_COLLECT_ALL_BYTES = 256 << 20
+"""A process that has so much in memory is collected as a whole before it is frozen."""
 _HOLD_CALLS = 8
 """So many calls of a thawed process the garbage collector leaves alone what was frozen: a full collection would touch
 all of it, and all of it would have to be brought in. Most copies of a burst are gone before that."""
@@ -65,6 +67,27 @@ class _Lookups:
         self.names.add(name.partition(".")[0])
 
 
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", "rb") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def _has_children() -> bool:
+    """Whether there may be any."""
+    try:
+        for task in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{task}/children", "rb") as children:
+                if children.read(1):
+                    return True
+    except OSError:
+        return True  # a kernel without these files, or a thread that ended
+    return False
+
+
 class Runtime:
     """One booted function or class."""
 
@@ -80,6 +103,8 @@ class Runtime:
         self._shrinker: Any = None
         self._preloaded: _Traces | None = None
         self._held = 0
+        self._descriptors = 0
+        """At the program's start."""
         self._calls_to_hold = 0
         self.phases: dict[str, float] = {}
 
@@ -91,6 +116,14 @@ class Runtime:
             yield
         except BaseException as e:
             raise StageError(stage, e) from None
+        finally:
+            self.phases[phase] = round((time.perf_counter() - begin) * 1e3, 3)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
         finally:
             self.phases[phase] = round((time.perf_counter() - begin) * 1e3, 3)
 
@@ -152,6 +185,7 @@ class Runtime:
             StageError: "import" or "enter".
         """
         self._boot, self.phases = boot, {}
+        self._descriptors = _descriptors()
         self._methods = {m["name"]: bool(m.get("generator")) for m in boot["methods"]}
         self._hidden_gpu = bool(boot.get("hide_gpu"))
         if boot.get("entropy"):
@@ -207,22 +241,27 @@ class Runtime:
                 # others it stays so: a collection of all would touch the pages that are shared with a zygote.
                 self._let_go()
             self._put_away()
-            codec.preload()
+            with self._timed("preload"):
+                codec.preload()
             if self._hidden_gpu:
-                self._no_gpu.find()
-            self._tidy()
+                with self._timed("find_gpu"):
+                    self._no_gpu.find()
+            # The first caller waits for it: 20 ms with pandas imported, for next to nothing. Large things may be in a
+            # cycle, though, and so may connections, with which nothing could be frozen.
+            self._tidy(young=_resident_bytes() < _COLLECT_ALL_BYTES and _descriptors() <= self._descriptors)
         self._calls_to_hold = _HOLD_CALLS
         return self.phases
 
     def _put_away(self) -> None:
         """Have libraries free what need not travel, then move registered tensors off their devices."""
-        from woodfrog.worker.shrink import OPTIONS, Shrinker
+        if not sys.modules.keys().isdisjoint(("vllm", "torch")) or _has_children():
+            from woodfrog.worker.shrink import OPTIONS, Shrinker
 
-        wanted = getattr(sys.modules.get(_HOOKS), "_shrink", {})
-        self._shrinker = Shrinker({**OPTIONS, **wanted})
-        self._shrinker.before()
-        self.phases.update(self._shrinker.phases)
-        _tell(self._shrinker.warnings)
+            wanted = getattr(sys.modules.get(_HOOKS), "_shrink", {})
+            self._shrinker = Shrinker({**OPTIONS, **wanted})
+            self._shrinker.before()
+            self.phases.update(self._shrinker.phases)
+            _tell(self._shrinker.warnings)
         tensors = sys.modules.get(_TENSORS)
         if tensors is not None:
             begin = time.perf_counter()
@@ -252,15 +291,23 @@ class Runtime:
         """
         self.phases = {}
         with self._stage("preload", "settle"):
-            self._tidy()
+            self._tidy(young=False)
         return self.phases
 
-    def _tidy(self) -> None:
-        renew.prepare()
-        gc.collect()
-        self._hold()
-        renew.trim_heap()
-        maps.join_code()
+    def _tidy(self, *, young: bool) -> None:
+        """
+        Args:
+            young: what is old stays uncollected for now.
+        """
+        with self._timed("prepare"):
+            renew.prepare()
+        with self._timed("collect"):
+            gc.collect(1 if young else 2)
+            self._hold()
+        with self._timed("trim"):
+            renew.trim_heap()
+        with self._timed("join_code"):
+            maps.join_code()
 
     def _hold(self) -> None:
         """Keep the collector from what there is; unless the program does so itself, and is left to it."""
