@@ -51,12 +51,14 @@ TITLES = {
     "cold": "cold start",
     "criu": "criu restore",
     "lazy": "criu lazy-pages",
-    "criu-alone": "criu restore, no woodfrog about",
-    "lazy-alone": "criu lazy-pages, no woodfrog about",
     "runsc": "gVisor runsc restore",
     "whole": "woodfrog, page server off",
     "woodfrog": "woodfrog",
     "fork": "fork server",
+}
+ALONE_TITLES = {
+    "criu-alone": "criu restore, no woodfrog about",
+    "lazy-alone": "criu lazy-pages, no woodfrog about",
 }
 THAWS = ("criu", "lazy", "runsc")
 """What others can do to thaw a process."""
@@ -198,7 +200,11 @@ def show(workload: Workload, result: dict[str, Any]) -> None:
         f"{workload.name} ({WORKLOADS[workload.name][1]}; snapshot {size:.0f} MB): ms to the first answer",
         ("", "min", "median", "p95", "× woodfrog"),
         [
-            [TITLES[arm], *(number(result["ms"][arm][k]) for k in ("min", "median", "p95")), number(factors[arm], 2)]
+            [
+                {**TITLES, **ALONE_TITLES}[arm],
+                *(number(result["ms"][arm][k]) for k in ("min", "median", "p95")),
+                number(factors[arm], 2),
+            ]
             for arm in result["ms"]
         ],
     )

@@ -193,7 +193,7 @@ def test_killed_again_and_again(rig: Rig, reads: int) -> None:
         if status != 0:
             assert all(before[pack] <= after.get(pack, set()) for pack in before)
             done = sum(map(len, after.values()))
-    assert rounds > 2 and done > 0
+    assert rounds > 1 and done > 0
     rig.check()
 
 

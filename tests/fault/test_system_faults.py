@@ -131,7 +131,8 @@ def answer(x: int) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[Daemon]:
-    with Daemon() as daemon:
+    # What is altered here are images as they were captured; test_packing_faults.py has the page store's.
+    with Daemon(WOODFROG_LAZY_MIN_MIB="16") as daemon:
         daemon.cli("secret", "create", "token", input='{"TOKEN": "first-sesame-7741"}')
         daemon.cli("deploy", str(daemon.program(APP, "faulty.py")))
         yield daemon
@@ -537,7 +538,7 @@ def test_state_directory_fills_up_in_mid_capture() -> None:
     mount.chmod(0o755)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200m,mode=0755", "woodfrog-test", str(mount)], check=True)
     try:
-        with Daemon(under=mount) as daemon:
+        with Daemon(under=mount, WOODFROG_ZYGOTES="0") as daemon:
             daemon.cli("deploy", str(daemon.program(FULL, "full.py")))
             # The daemon starts with no less than a gibibyte.
             subprocess.run(["mount", "-o", "remount,size=48m", str(mount)], check=True)

@@ -48,7 +48,7 @@ def import_module_alone(file: Path) -> ModuleType:
 def test_start(tmp_path: Path) -> None:
     result = run("start.py", tmp_path / "start.json", "--rounds", "1", "small")
     small = result["workloads"]["small"]
-    assert set(small["ms"]) == {"cold", "criu", "lazy", "woodfrog", "fork"}
+    assert set(small["ms"]) == {"cold", "criu", "lazy", "woodfrog", "fork", "criu-alone", "lazy-alone"}
     assert all(arm["n"] == 1 and arm["median"] > 0 for arm in small["ms"].values())
     assert "restore" in small["phases_ms"]["woodfrog"] and "boot" in small["phases_ms"]["cold"]
     assert small["best_thaw_over_woodfrog"] > 0 and small["handler_ms"]["warm"]["n"] == 1

@@ -278,7 +278,7 @@ async def _fill_lazy_cache(sandbox: Sandbox, criu: Criu) -> bool:
     target = sandbox.path(f"{LAZY_CACHE}/criu.kdat")
     if target.exists():
         return True
-    script = 'mount -t tmpfs tmpfs /run && { "$0" check --no-default-config >/dev/null 2>&1; cat /run/criu.kdat; }'
+    script = 'mount -n -t tmpfs tmpfs /run && { "$0" check --no-default-config >/dev/null 2>&1; cat /run/criu.kdat; }'
     argv = ("unshare", "--mount", "--propagation", "private", "/bin/sh", "-c", script, str(criu.path))
     done = await sandbox.run(_spec(criu, argv), 60.0)
     if done.status != 0 or not done.stdout:
