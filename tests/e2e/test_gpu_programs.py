@@ -42,6 +42,7 @@ def tiny(daemon: Daemon) -> Program:
     return Program(path)
 
 
+@pytest.mark.slow
 def test_the_same_after_a_thaw(daemon: Daemon, tiny: Program) -> None:
     facts, phases = scenarios.same_after_thaws(daemon, tiny)
     assert facts["seen"] == [1, 1] and facts["device_bytes"] == 32 * MIB
@@ -84,6 +85,7 @@ assert one.weights() != other.weights(), "the place counts"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_the_model_is_of_its_size_and_the_same_each_time() -> None:
     done = subprocess.run([sys.executable, "-c", MODEL], cwd=scenarios.PROGRAMS, capture_output=True, text=True)

@@ -262,6 +262,7 @@ def daemon() -> Iterator[Daemon]:
         yield made
 
 
+@pytest.mark.slow
 @pytest.mark.criu
 def test_page_server_killed_at_random_moments_of_ten_thaws(daemon: Daemon) -> None:
     assert daemon.call("pages", "Big.check", spread=False) is True

@@ -105,6 +105,7 @@ def test_what_of_a_gpu_benchmark_there_is_room_for() -> None:
     assert start.near([1.0, 2.0], [1.01, 2.0]) and not start.near([1.0, 2.0], [1.0, 2.5]) and not start.near([1.0], [])
 
 
+@pytest.mark.slow
 def test_calls(tmp_path: Path) -> None:
     result = run("calls.py", tmp_path / "calls.json", "--calls", "10", "--seconds", "0.3", "--clients", "1,2")
     assert len(result["payload_ms"]) == 6 and result["payload_ms"]["1 KB pickle"]["median"] > 0

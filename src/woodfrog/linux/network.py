@@ -254,7 +254,12 @@ class Network:
             HostError: the host cannot do it, or no address is free.
         """
         await self.setup()
-        address, fd, path = self._claim()
+        try:
+            address, fd, path = self._claim()
+        except FileNotFoundError:  # the last sandbox of another daemon has just gone, and took all of it along
+            self._ready = False
+            await self.setup()
+            address, fd, path = self._claim()
         link = "wf" + sha256(f"{self.bridge}/{address}/{id}".encode()).hexdigest()[:12]
         return NetworkLease(self, address, link, fd, path)
 
