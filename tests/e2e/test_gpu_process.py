@@ -133,7 +133,8 @@ def main():
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("device", ["cpu", "fake"])
+# The device of our own is compiled against torch, which takes minutes.
+@pytest.mark.parametrize("device", ["cpu", pytest.param("fake", marks=pytest.mark.slow)])
 def test_tensors_put_away_and_captures_go_on_after_the_thaw(daemon: Daemon, device: str) -> None:
     """Once the CPU stands for a device, once there is one of ours, with its own memory."""
     program = daemon.program(AWAY.replace("@DEVICE@", device))

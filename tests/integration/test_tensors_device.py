@@ -83,6 +83,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_tensors_of_another_device(tmp_path: Path) -> None:
     if shutil.which("c++") is None:
         pytest.skip("needs a C++ compiler")
