@@ -22,8 +22,7 @@ def test_it_is_a_counter_until_it_is_closed() -> None:
         pytest.skip("the kernel allows no performance counters here")
     (path,) = set(counters()) - set(before)
     assert not os.get_inheritable(int(path.rpartition("/")[2]))
-    quick.close()
-    quick.close()
+    os.close(quick)
     assert counters() == before
 
 

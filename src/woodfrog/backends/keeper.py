@@ -52,8 +52,6 @@ _LEFT_S = 1.0
 _NEED_S = 15.0
 """So long a process waits for a page of the tier."""
 _STALLED_S = 30.0
-
-
 _libc = ctypes.CDLL(None)
 
 

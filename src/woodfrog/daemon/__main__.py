@@ -201,8 +201,7 @@ async def serve(settings: Settings) -> None:
     _prepare_home(settings)
     faults.configure(settings.faults)
     criu, settings = _check_host(settings)
-    quick = keep_quick()
-    if quick is None:
+    if keep_quick() is None:  # it lives as long as this process
         log.info("no performance counters here: each restore waits some 15 ms for the kernel to switch breakpoints on")
     run_id = uuid.uuid4().hex[:6]
     journal = Journal(settings.home)
@@ -304,8 +303,6 @@ async def serve(settings: Settings) -> None:
         settings.socket.unlink(missing_ok=True)
         logs.close()
         journal.close()
-        if quick is not None:
-            quick.close()
         # What hangs in a thread (a tier that does not answer) must not keep the daemon; the lock goes with the process.
         threading.Thread(target=_leave_in, args=(_LEAVE_S,), daemon=True).start()
 

@@ -256,7 +256,7 @@ async def prestart(sandbox: Sandbox, criu: Criu, *, uid: int = 0, gid: int = 0) 
 
 
 async def _prestart_dump(sandbox: Sandbox, criu: Criu, root: SandboxProcess) -> None:
-    with suppress(OSError, SandboxError):
+    with suppress(ProcessLookupError):
         who = procfs.status(root.host_pid)
         await prestart(sandbox, criu, uid=who.uids[0], gid=who.gids[0])
 

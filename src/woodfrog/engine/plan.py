@@ -172,7 +172,8 @@ def refuse(
         gpu_peers: this driver can checkpoint memory that GPU processes share.
         amd_plugin: where memory of AMD's GPUs is to be captured too: whether CRIU has the plugin for it.
     """
-    amd = {None: "gpu-device", False: "gpu-amd-plugin", True: ""}[amd_plugin]
+    device = "" if gpu is not None else "gpu-device"
+    codes = {"gpu-device": device, "amd": {None: device, False: "gpu-amd-plugin", True: ""}[amd_plugin]}
     for task in tree.tasks:
         if task.tracer:
             return _refusal("traced", task, f"traced by {task.tracer}")
@@ -181,12 +182,12 @@ def refuse(
         if gpu is not None and (refusal := _refused_gpu(task, gpu.get(task.pid, False), gpu_peers)):
             return refusal
         for d in task.descriptors:
-            code = _refused_descriptor(d)
-            if (code := amd if code == "amd" else code) and not (gpu is not None and code == "gpu-device"):
+            found = _refused_descriptor(d)
+            if code := codes.get(found, found):
                 return _refusal(code, task, f"descriptor {d.number}, {d.target}")
         for name in task.special_maps:
-            code = _refused_map(name)
-            if (code := amd if code == "amd" else code) and not (gpu is not None and code == "gpu-device"):
+            found = _refused_map(name)
+            if code := codes.get(found, found):
                 return _refusal(code, task, f"mapped {name}")
     if tree.bound:
         cause, remedy = REFUSALS["own-address"]

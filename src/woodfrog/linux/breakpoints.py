@@ -1,6 +1,6 @@
 """Hardware breakpoints without a wait.
 
-CRIU ends a restore, and a dump, at a hardware breakpoint in each process. The kernel makes one of the performance
+CRIU ends a restore at a hardware breakpoint in each process. The kernel makes one of the performance
 counters' machinery; while nobody on the machine uses that, it has to be switched on first, and waits for every
 processor to have seen it: 10 to 20 ms, of each restore. It is switched off a second after its last user went (Linux,
 `account_event` in kernel/events/core.c). A counter that counts nothing keeps it on.
@@ -9,11 +9,10 @@ processor to have seen it: 10 to 20 ms, of each restore. It is switched off a se
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import struct
 
-__all__ = ["Quick", "keep_quick"]
+__all__ = ["keep_quick"]
 
 _PERF_EVENT_OPEN = {"x86_64": 298, "aarch64": 241}
 _SOFTWARE, _DUMMY = 1, 9
@@ -22,20 +21,9 @@ _CLOEXEC = 8
 _ATTR_BYTES = 64
 
 
-class Quick:
-    """While it is open, breakpoints are set without a wait, on the whole machine."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-def keep_quick() -> Quick | None:
-    """Hold a counter that counts nothing, on this thread; None where the kernel has none or does not allow it."""
+def keep_quick() -> int | None:
+    """Hold a counter that counts nothing, on this thread: while its descriptor is open, breakpoints are set without a
+    wait, on the whole machine. None where the kernel has none or does not allow it."""
     number = _PERF_EVENT_OPEN.get(platform.machine())
     if number is None:
         return None
@@ -45,4 +33,4 @@ def keep_quick() -> Quick | None:
     this_thread, any_cpu, no_group = 0, -1, -1
     libc = ctypes.CDLL(None, use_errno=True)
     fd = libc.syscall(number, attr, this_thread, any_cpu, no_group, ctypes.c_ulong(_CLOEXEC))
-    return Quick(fd) if fd >= 0 else None
+    return int(fd) if fd >= 0 else None

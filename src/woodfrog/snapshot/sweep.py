@@ -40,8 +40,6 @@ _OBJECT = re.compile(
     r"|by-key/[^/]+/[^/]+/(?P<pointer>[sz]-[0-9a-f]{12})\Z"
     rf"|(?P<lease>{LEASES}/[a-z]+/[0-9a-f]{{32}})\Z"
 )
-_FIRST = ("by-key/", ".names")
-"""What goes before the rest of its group."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +88,14 @@ def grouped(entries: Iterable[Entry]) -> dict[str, Group]:
                 name = f"snapshots/{name}" if kind in ("snapshot", "pointer") else name
                 found.setdefault((name, "snapshot" if kind == "pointer" else kind), []).append(entry)
     return {
-        name: Group(name, kind, tuple(sorted(mine, key=lambda e: (not (set(_FIRST) & _marks(e.key)), e.key))))
+        name: Group(name, kind, tuple(sorted(mine, key=lambda e: (not _goes_first(e.key), e.key))))
         for (name, kind), mine in found.items()
     }
 
 
-def _marks(key: str) -> set[str]:
-    return {mark for mark in _FIRST if key.startswith(mark) or key.endswith(mark)}
+def _goes_first(key: str) -> bool:
+    """Before the rest of its group."""
+    return key.startswith("by-key/") or key.endswith(".names")
 
 
 def unneeded(groups: dict[str, Group], named: set[str], now: float, min_age_s: float) -> list[Group]:
@@ -204,7 +203,7 @@ class _Sweep:
         with ThreadPoolExecutor(_PARALLEL, thread_name_prefix="sweep") as pool:
             for at in range(0, len(groups), _BATCH):
                 self._mark(grouped(self._tier.entries("snapshots")))
-                batch = [g for g in groups[at : at + _BATCH] if not {g.name} & (self._named | self._read.keys())]
+                batch = [g for g in groups[at : at + _BATCH] if g.name not in self._named and g.name not in self._read]
                 gone += pool.map(self._remove, batch)
                 self._progress("objects", at + len(batch), len(groups))
         return gone

@@ -111,13 +111,11 @@ class Runtime:
     @contextmanager
     def _stage(self, stage: str, phase: str) -> Iterator[None]:
         """Time a phase and turn whatever the user's code raises in it into a StageError."""
-        begin = time.perf_counter()
-        try:
-            yield
-        except BaseException as e:
-            raise StageError(stage, e) from None
-        finally:
-            self.phases[phase] = round((time.perf_counter() - begin) * 1e3, 3)
+        with self._timed(phase):
+            try:
+                yield
+            except BaseException as e:
+                raise StageError(stage, e) from None
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -264,17 +262,15 @@ class Runtime:
             _tell(self._shrinker.warnings)
         tensors = sys.modules.get(_TENSORS)
         if tensors is not None:
-            begin = time.perf_counter()
-            _tell(tensors.put_away())
-            self.phases["put_away.tensors"] = round((time.perf_counter() - begin) * 1e3, 3)
+            with self._timed("put_away.tensors"):
+                _tell(tensors.put_away())
 
     def _bring_back(self) -> list[str]:
         """Undo `_put_away`, also where no snapshot came of it; warnings."""
         tensors = sys.modules.get(_TENSORS)
         if tensors is not None:
-            begin = time.perf_counter()
-            tensors.bring_back()
-            self.phases["bring_back.tensors"] = round((time.perf_counter() - begin) * 1e3, 3)
+            with self._timed("bring_back.tensors"):
+                tensors.bring_back()
         if self._shrinker is None:
             return []
         shrinker, self._shrinker = self._shrinker, None
@@ -342,9 +338,8 @@ class Runtime:
                 self.phases.update({f"reseed.{name}": ms for name, ms in families.items()})
             if self._hidden_gpu:
                 self._shield.take_down()
-                begin = time.perf_counter()
-                warnings += _tell(self._no_gpu.forget())
-                self.phases["forget_gpu"] = round((time.perf_counter() - begin) * 1e3, 3)
+                with self._timed("forget_gpu"):
+                    warnings += _tell(self._no_gpu.forget())
         with self._stage("after-restore", "bring_back"):
             warnings += self._bring_back()
         if restored:
