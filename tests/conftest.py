@@ -9,10 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+from s3_server import S3Server, s3_server
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that runs the tests in the background has its children ignore Ctrl-C, and so would what they test.
@@ -69,3 +72,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Tests of the worker's parts import them, and a process with the worker's state takes itself for a worker."""
     sys.modules.pop("woodfrog.worker.state", None)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    """An S3-compatible server of its own, with the bucket `woodfrog`."""
+    pytest.importorskip("obstore", reason="needs obstore (make setup installs it)")
+    with s3_server() as server:
+        server.make_bucket("woodfrog")
+        yield server

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contract.faulty_tier import Fault, FaultyTier
-from s3_server import S3Server, s3_server
+from s3_server import S3Server
 from unit.test_arrival import A, B, memory
 from unit.test_arrival import make as make_packed
 from unit.test_keeper import Machine
@@ -79,14 +79,6 @@ class AgedTier:
     def delete(self, key: str) -> None:
         self.before("delete", key)
         self.inner.delete(key)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    pytest.importorskip("obstore", reason="needs obstore (make setup installs it)")
-    with s3_server() as server:
-        server.make_bucket("woodfrog")
-        yield server
 
 
 @pytest.fixture(params=["memory", "directory", "bucket"])

@@ -8,7 +8,7 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from contract.faulty_tier import Fault, FaultyTier
-from s3_server import S3Server, s3_server
+from s3_server import S3Server
 from woodfrog.errors import IntegrityError, StoreError
 from woodfrog.store.cold import Key, decode_file, encode_bytes
 from woodfrog.store.tiers import DirectoryTier, MemoryTier, ObjectTier, Tier, open_tier
@@ -24,14 +24,6 @@ from woodfrog.store.tiers import DirectoryTier, MemoryTier, ObjectTier, Tier, op
 PART = 5 << 20
 """The smallest part that S3 takes."""
 _prefix = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    pytest.importorskip("obstore", reason="needs obstore (make setup installs it)")
-    with s3_server() as server:
-        server.make_bucket("woodfrog")
-        yield server
 
 
 @pytest.fixture

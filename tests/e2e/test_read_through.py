@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from e2e.harness import Daemon, until
-from s3_server import S3Server, s3_server
+from s3_server import S3Server
 from wire import Wire, wire
 
 pytestmark = [pytest.mark.root, pytest.mark.criu]
@@ -49,14 +49,6 @@ def place() -> Iterator[Path]:
     (path / "src" / "program.py").write_text(PROGRAM)
     yield path
     shutil.rmtree(path, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    pytest.importorskip("obstore", reason="needs obstore (make setup installs it)")
-    with s3_server() as server:
-        server.make_bucket("woodfrog")
-        yield server
 
 
 ENV = {"WOODFROG_TIER": "s3://woodfrog/p", "WOODFROG_ZYGOTES": "0"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from s3_server import S3Server, s3_server
+from s3_server import S3Server
 from wire import Wire, wire
 from woodfrog.errors import StoreError
 from woodfrog.store.tiers import ObjectTier
@@ -21,17 +21,9 @@ BUSY = "say HTTP/1.1 503 SlowDown\r\nContent-Length: 0\r\n\r\n"
 STALL_S = 0.5
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    pytest.importorskip("obstore", reason="needs obstore (make setup installs it)")
-    with s3_server() as server:
-        server.make_bucket("woodfrog")
-        server.client().put_object(Bucket="woodfrog", Key="p/big", Body=BIG)
-        yield server
-
-
 @pytest.fixture
 def line(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
+    server.client().put_object(Bucket="woodfrog", Key="p/big", Body=BIG)
     with wire(server.endpoint) as line:
         for name, value in {**server.environment, "AWS_ENDPOINT_URL": line.url}.items():
             monkeypatch.setenv(name, value)
