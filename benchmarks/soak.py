@@ -213,7 +213,10 @@ def main() -> int:
                 halfway = settled(daemon)
             if (turn - warm_up) % 50 == 49:
                 done, took = turn + 1 - warm_up, time.monotonic() - begin
-                console.print(f"   {done} cycles, {len(soak.found)} differences, {took:.0f} s")
+                memory = held(daemon)["rss_kb"] >> 10
+                console.print(
+                    f"   {done} cycles, {len(soak.found)} differences, the daemon has {memory} MiB, {took:.0f} s"
+                )
         last = settled(daemon, like=first)
         seconds = time.monotonic() - begin
         leaks = grown(first, last)

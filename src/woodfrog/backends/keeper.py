@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import errno
 import logging
 import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from woodfrog.backends.base import Progress
 from woodfrog.backends.memory import read_working_set
 from woodfrog.errors import IncompatibleSnapshot, IntegrityError, NotFoundError, StoreError, WoodfrogError
+from woodfrog.linux import heap
 from woodfrog.linux.pageserver import PageServer
 from woodfrog.snapshot.arrival import Arrival
 from woodfrog.snapshot.catalogue import PINNED, PUSHED, Catalogue, Opened
@@ -52,13 +52,6 @@ _LEFT_S = 1.0
 _NEED_S = 15.0
 """So long a process waits for a page of the tier."""
 _STALLED_S = 30.0
-_libc = ctypes.CDLL(None)
-
-
-def _trim_heap() -> None:
-    """Give the kernel what the allocator holds: the tables of a packed snapshot leave tens of megabytes of holes."""
-    if hasattr(_libc, "malloc_trim"):  # glibc
-        _libc.malloc_trim(0)
 
 
 def _quietly(what: str, done: int, total: int) -> None:
@@ -153,6 +146,15 @@ class Keeper:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    @contextlib.asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """One at a time of what works through much memory: its tables leave tens of megabytes of holes."""
+        async with self._one:
+            try:
+                yield
+            finally:
+                await asyncio.to_thread(heap.trim)
+
     # Packing
 
     def pack_later(self, snapshot_id: str) -> None:
@@ -166,7 +168,7 @@ class Keeper:
 
     async def _pack_one(self, snapshot_id: str) -> None:
         try:
-            async with self._one:
+            async with self._alone():
                 if not self._closing:
                     with contextlib.suppress(NotPackable):
                         await self.pack(snapshot_id)
@@ -180,8 +182,6 @@ class Keeper:
         except Exception:
             counters["pack.failed"] += 1
             log.exception("snapshot %s is not packed", snapshot_id)
-        finally:
-            await asyncio.to_thread(_trim_heap)
 
     async def pack(self, snapshot_id: str) -> None:
         """Put a loose snapshot's memory into the page store.
@@ -498,7 +498,7 @@ class Keeper:
     async def _collect_soon(self) -> None:
         await asyncio.sleep(_GC_AFTER_S)
         try:
-            async with self._one:
+            async with self._alone():
                 await self.collect()
         except WoodfrogError as e:
             log.warning("page store: nothing collected: %s", e.message)
@@ -549,7 +549,7 @@ class Keeper:
 
     async def gc(self, *, dry_run: bool, progress: Progress) -> dict[str, Any]:
         progress("packs", 0, 1)
-        async with self._one:
+        async with self._alone():
             gone = await asyncio.to_thread(self._store.gc, self._live, dry_run=dry_run)
             freed = 0
             if self._catalogue.layers is not None:
@@ -559,7 +559,7 @@ class Keeper:
     async def gc_tier(self, *, dry_run: bool, progress: Progress) -> dict[str, Any]:
         tier = self._configured()
         progress("snapshots", 0, 1)
-        async with self._one:  # this machine's own uploads wait for it here, and not in vain
+        async with self._alone():  # this machine's own uploads wait for it here, and not in vain
             gone = await asyncio.to_thread(self._transport.sweep, tier, dry_run=dry_run, progress=progress)
         return {
             "tier": tier.name,

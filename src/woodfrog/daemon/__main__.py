@@ -39,7 +39,7 @@ from woodfrog.daemon.journal import Journal
 from woodfrog.daemon.logs import LogBook
 from woodfrog.daemon.resources import Resources
 from woodfrog.errors import DaemonError, HostError, SpecError, WoodfrogError
-from woodfrog.linux import requirements
+from woodfrog.linux import heap, requirements
 from woodfrog.linux.breakpoints import keep_quick
 from woodfrog.linux.pageserver import page_server_path
 from woodfrog.linux.sandbox import init_binary_path
@@ -198,6 +198,7 @@ def _keeper(settings: Settings, catalogue: Catalogue, store: PageStore, key: Sig
 
 async def serve(settings: Settings) -> None:
     """Run until asked to stop."""
+    heap.confine()
     _prepare_home(settings)
     faults.configure(settings.faults)
     criu, settings = _check_host(settings)
