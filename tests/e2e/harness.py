@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from woodfrog.errors import WoodfrogError
 from woodfrog.sdk.client import Client, error_from_answer
 from woodfrog.settings import Settings
 
@@ -177,6 +178,10 @@ class Daemon:
         found = [s for s in self.get("/snapshots")["snapshots"] if s.get("app") == app and s["state"] == state]
         return [s["id"] for s in sorted(found, key=lambda s: s["created"])]
 
+    def kept(self) -> list[dict[str, Any]]:
+        """A row of `store stats` for each snapshot, without the price of a process."""
+        return list(self.get("/store")["snapshots"])
+
     def wait_snapshot(self, app: str, *, other_than: Sequence[str] = (), seconds: float = 30) -> str:
         """The newest usable snapshot of an app, as soon as there is one."""
         return until(lambda: next((s for s in reversed(self.snapshots(app)) if s not in other_than), None), seconds)
@@ -221,6 +226,13 @@ class Daemon:
             "mounts": self.mounts(),
         }
         return {k: v for k, v in found.items() if v}
+
+    def scale_to_zero(self) -> None:
+        """Stop all containers, without waiting for what makes them stop by themselves."""
+        for container in self.get("/containers")["containers"]:
+            with contextlib.suppress(WoodfrogError):  # it ended meanwhile
+                self._client.request("POST", f"/containers/{container['id']}/stop")  # type: ignore[union-attr]
+        self.wait_idle()
 
     def wait_idle(self, seconds: float = 60) -> None:
         """Until no container is left."""

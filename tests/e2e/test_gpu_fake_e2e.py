@@ -175,12 +175,6 @@ def check(daemon: Daemon, wait: float = 0.0) -> dict[str, Any]:
     return found
 
 
-def stop_all(daemon: Daemon) -> None:
-    for container in daemon.get("/containers")["containers"]:
-        daemon.cli("container", "stop", container["id"])
-    daemon.wait_idle()
-
-
 def last_trace(daemon: Daemon) -> str:
     return daemon.cli("call", "holder.Holder.check", "--json").stdout
 
@@ -198,10 +192,10 @@ def test_the_whole_life(daemon: Daemon, hardware: Hardware) -> None:
             "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools", "/dev/nvidia0", "/dev/nvidiactl",
         ]  # fmt: skip
         assert hardware.memory_of(0) >= 24 * MIB and not hardware.memory_of(1)
-        stop_all(daemon)
+        daemon.scale_to_zero()
         assert until(lambda: hardware.memory_of(0) == 0 or not _live(hardware, 0))
     assert len(digests) == 1, "the same bytes each time: thawed, not loaded anew"
-    until(lambda: daemon.json("snapshot", "inspect", snapshot)["form"] == "packed")
+    until(lambda: [row for row in daemon.kept() if row["id"] == snapshot and row["form"] == "packed"])
     trace = last_trace(daemon)
     assert '"gpu.restore"' in trace and '"gpu.unlock"' in trace and '"boot"' not in trace
     assert daemon.snapshots("holder") == [snapshot]
@@ -223,7 +217,7 @@ def _live(hardware: Hardware, index: int) -> bool:
 def test_two_at_a_time_on_two_gpus(daemon: Daemon, hardware: Hardware) -> None:
     daemon.cli("deploy", str(holder(daemon)), "--snapshot")
     daemon.wait_snapshot("holder")
-    stop_all(daemon)
+    daemon.scale_to_zero()
     found = at_once(daemon, 2, 1.5)
     assert {f["visible"] for f in found} == set(hardware.uuids[:2]) and len({f["digest"] for f in found}) == 1
     assert {f["uuid"] for f in found} == {u.removeprefix("GPU-").replace("-", "") for u in hardware.uuids[:2]}
@@ -271,15 +265,15 @@ def test_no_room_at_a_thaw_is_another_gpu_and_then_a_cold_start(daemon: Daemon, 
     daemon.cli("deploy", str(holder(daemon)), "--snapshot")
     snapshot = daemon.wait_snapshot("holder")
     before = check(daemon)
-    stop_all(daemon)
+    daemon.scale_to_zero()
     hardware.configure("fault target.restore fail=2 1 1")
     other = check(daemon)
     assert other["digest"] == before["digest"] and other["visible"] == hardware.uuids[1]
     assert "not enough free memory" in daemon.app_text("holder")
-    stop_all(daemon)
+    daemon.scale_to_zero()
     hardware.configure("fault target.restore fail=2 1 2")
     assert check(daemon)["digest"] != before["digest"], "loaded anew: none had room"
-    stop_all(daemon)
+    daemon.scale_to_zero()
     hardware.configure()
     assert check(daemon)["digest"] == before["digest"]
     assert daemon.snapshots("holder") == [snapshot], "the snapshot is not at fault"
@@ -299,18 +293,18 @@ def test_a_sick_gpu_is_set_aside_and_another_is_taken(daemon: Daemon, hardware: 
     assert listed[first]["container"] and not listed[second]["container"]
     hardware.xid(0, 31)
     hardware.xid(0, 79)
-    until(lambda: gpus(daemon)[first]["state"] == "set-aside")
+    until(lambda: daemon.get("/gpus")["gpus"][0]["state"] == "set-aside")
     assert "fallen off the bus" in gpus(daemon)[first]["why"] and gpus(daemon)[first]["xids"] == [31, 79]
     daemon.wait_idle()
     assert check(daemon)["visible"] == second, "what rested on it is gone, and the next is thawed elsewhere"
     assert daemon.log.read_text().count(f"GPU {first} is set aside") == 1
-    stop_all(daemon)
+    daemon.scale_to_zero()
     assert gpus(daemon, "check")[first]["state"] == "free"
     assert check(daemon)["visible"] == first
-    stop_all(daemon)
+    daemon.scale_to_zero()
     hardware.health(0, ecc=1)
     assert check(daemon)["visible"] == second, "found before it was used"
-    stop_all(daemon)
+    daemon.scale_to_zero()
     shown = daemon.cli("gpu", "list").stdout
     assert "set aside" in shown and "1 uncorrectable memory errors" in shown
 
@@ -342,7 +336,7 @@ def test_a_gpu_that_others_use_is_not_given_out(daemon: Daemon, hardware: Hardwa
         assert "others use 31 of its 96 MiB" in gpus(daemon)[hardware.uuids[0]]["why"]
     finally:
         other.communicate(b"\n")
-    stop_all(daemon)
+    daemon.scale_to_zero()
     until(lambda: gpus(daemon)[hardware.uuids[0]]["state"] == "free", 40, 1.0)  # it is looked at again by itself
     assert check(daemon)["visible"] == hardware.uuids[0]
 
@@ -353,12 +347,12 @@ def test_each_chip_takes_its_own_snapshot(daemon: Daemon, hardware: Hardware) ->
     small = daemon.wait_snapshot("holder")
     at_once(daemon, 2, 0.5)  # one of them on the other chip: cold, and captured
     large = daemon.wait_snapshot("holder", other_than=[small])
-    stop_all(daemon)
+    daemon.scale_to_zero()
     digests: dict[str, set[str]] = {}
     for _ in range(3):
         for found in at_once(daemon, 2, 0.5):
             digests.setdefault(found["visible"], set()).add(found["digest"])
-        stop_all(daemon)
+        daemon.scale_to_zero()
     assert set(digests) == {hardware.uuids[2], ",".join(hardware.uuids[:2])}
     assert all(len(of_chip) == 1 for of_chip in digests.values()), "thawed each time"
     assert daemon.snapshots("holder") == [small, large] and "did not thaw" not in daemon.app_text("holder")
@@ -370,13 +364,13 @@ def test_any_gpu_is_first_one_with_a_snapshot(daemon: Daemon, hardware: Hardware
     daemon.cli("deploy", str(holder(daemon, "any")), "--snapshot")
     daemon.wait_snapshot("holder")
     digest = check(daemon)["digest"]
-    stop_all(daemon)
+    daemon.scale_to_zero()
     hardware.health(0)
     hardware.health(1)
     gpus(daemon, "check")
     found = check(daemon)
     assert found["visible"] == hardware.uuids[2] and found["digest"] == digest
-    stop_all(daemon)
+    daemon.scale_to_zero()
     daemon.stop()
     daemon.start()
     assert check(daemon)["digest"] == digest, "found by its chip"
@@ -389,7 +383,7 @@ def test_a_capture_that_fails_runs_on(daemon: Daemon, hardware: Hardware) -> Non
     assert "cannot checkpoint" in daemon.app_text("holder")
     assert check(daemon)["digest"] == first["digest"], "the same process"
     assert daemon.snapshots("holder") == []
-    stop_all(daemon)
+    daemon.scale_to_zero()
     assert check(daemon)["digest"] != first["digest"]
     daemon.wait_snapshot("holder")
 
@@ -399,7 +393,7 @@ def test_a_capture_that_fails_runs_on(daemon: Daemon, hardware: Hardware) -> Non
 def test_a_driver_that_hangs_is_a_cold_start(daemon: Daemon, hardware: Hardware) -> None:
     daemon.cli("deploy", str(holder(daemon)), "--snapshot")
     daemon.wait_snapshot("holder")
-    stop_all(daemon)
+    daemon.scale_to_zero()
     hardware.configure("fault cuCheckpointProcessRestore hang 1 1")
     found: dict[str, Any] = daemon.call("holder", "Holder.check", timeout=120, wait=0)
     assert found["intact"] and "did not return in time" in daemon.app_text("holder")
@@ -418,7 +412,7 @@ def test_a_killed_daemon_leaves_nothing_on_the_gpu(daemon: Daemon, hardware: Har
     daemon.start()
     assert check(daemon)["digest"] == digest, "thawed from what the killed daemon had stored"
     events = max((daemon.home / "events").glob("*.ndjson"), key=lambda p: p.stat().st_mtime)
-    stop_all(daemon)
+    daemon.scale_to_zero()
     daemon.stop()
     assert replay_main([str(events)]) == 0
 
@@ -438,7 +432,7 @@ def test_another_machine_thaws_it_from_the_tier(hardware: Hardware) -> None:
         with Daemon(**env) as first:
             first.cli("deploy", str(holder(first)))
             captured = check(first)
-            (row,) = until(lambda: [s for s in first.json("store", "stats")["snapshots"] if s["app"] and s["pushed"]])
+            (row,) = until(lambda: [s for s in first.kept() if s["app"] and s["pushed"]])
             key = first.json("snapshot", "trust", "list")["own"]["text"]
             working_set = (first.home / "snapshots" / row["id"] / WORKING_SET).read_bytes()[16:]
             pages = sum(count for _, count, _ in struct.iter_unpack("iIQ", working_set))
@@ -457,7 +451,7 @@ def test_another_machine_thaws_it_from_the_tier(hardware: Hardware) -> None:
             phases = {p["name"] for p in second.json("container", "inspect", container["id"])["phases"]}
             assert {"look-up", "fetch", "gpu.restore", "gpu.unlock"} <= phases and "boot" not in phases
             until(lambda: second.snapshots("holder") == [row["id"]])
-            stop_all(second)
+            second.scale_to_zero()
             assert check(second)["digest"] == captured["digest"], "and from here the next time"
         other.configure("driver 590")
         with Daemon(**env) as third:

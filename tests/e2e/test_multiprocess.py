@@ -315,7 +315,10 @@ def thawed(daemon: Daemon, name: str, method: str) -> list[Any]:
     """Answers of the instance that captured, and of two copies."""
     service = woodfrog.Cls.from_name("family", name)()
     answers = [getattr(service, method).remote()]
-    until(lambda: [s for s in daemon.json("snapshot", "list") if s["function"] == name and s["state"] == "ready"], 20)
+    until(
+        lambda: [s for s in daemon.get("/snapshots")["snapshots"] if s["function"] == name and s["state"] == "ready"],
+        20,
+    )
     answers += [getattr(service, method).remote() for _ in range(2)]
     modes = [e["line"] for e in daemon.app_log("family") if e["stream"] == "system" and e.get("function") == name]
     assert not [line for line in modes if "failed" in line], modes

@@ -61,7 +61,7 @@ def made(server: S3Server, place: Path) -> tuple[str, str, dict[int, int]]:
         first.cli("deploy", str(place / "src" / "program.py"))
         first.call("held", "Holder.look", at=5)
         right = {at: first.call("held", "Holder.look", at=at)[0] for at in range(96)}
-        (row,) = until(lambda: [r for r in first.json("store", "stats")["snapshots"] if r["pushed"]], 90, 0.2)
+        (row,) = until(lambda: [r for r in first.kept() if r["pushed"]], 90, 0.2)
         return row["id"], first.json("snapshot", "trust", "list")["own"]["text"], right
 
 

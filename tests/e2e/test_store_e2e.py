@@ -21,7 +21,7 @@ import woodfrog
 app = woodfrog.App("NAME")
 
 
-@app.cls(enable_memory_snapshot=True, scaledown_window=4)
+@app.cls(enable_memory_snapshot=True, scaledown_window=60)
 class Holder:
     @woodfrog.enter(snap=True)
     def load(self):
@@ -54,7 +54,7 @@ def packed(daemon: Daemon, app: str = "held") -> str:
     """The app's snapshot, once its memory is in the page store."""
 
     def found() -> str | None:
-        rows = daemon.json("store", "stats")["snapshots"]
+        rows = daemon.kept()
         return next((r["id"] for r in rows if r["app"] == app and r["form"] == "packed"), None)
 
     return str(until(found, 60, 0.2))
@@ -62,11 +62,6 @@ def packed(daemon: Daemon, app: str = "held") -> str:
 
 def counts(daemon: Daemon) -> dict[str, int]:
     return dict(daemon.get("/status").get("counters", {}))
-
-
-def idle(daemon: Daemon) -> bool:
-    """No container is left."""
-    return not daemon.json("container", "list")
 
 
 def test_a_machine_that_never_saw_it_thaws_it_from_the_tier(place: Path) -> None:
@@ -85,7 +80,7 @@ def test_a_machine_that_never_saw_it_thaws_it_from_the_tier(place: Path) -> None
         right = first.call("held", "Holder.look", at=5)
         assert right[1:] == ["x", True]
         snapshot = packed(first)
-        until(lambda: [r for r in first.json("store", "stats")["snapshots"] if r["pushed"]], 60, 0.2)
+        until(lambda: [r for r in first.kept() if r["pushed"]], 60, 0.2)
 
         # not trusted yet: it boots by itself, and says why
         second.cli("deploy", str(path))
@@ -93,7 +88,7 @@ def test_a_machine_that_never_saw_it_thaws_it_from_the_tier(place: Path) -> None
         assert snapshot not in second.snapshots("held")
         assert "trust" in second.log.read_text()
         for other in until(lambda: second.snapshots("held"), 30):  # stored in the background
-            until(lambda: idle(second), 60)
+            second.scale_to_zero()
             second.cli("snapshot", "invalidate", other)
         shutil.rmtree(place / "tier" / "by-key")
         first.cli("snapshot", "push", snapshot)
@@ -108,7 +103,7 @@ def test_a_machine_that_never_saw_it_thaws_it_from_the_tier(place: Path) -> None
         until(lambda: second.snapshots("held") == [snapshot], 60)  # it was thawed before all of it was here
 
         # the same on a machine that forgot everything but its keys, as after a reboot
-        until(lambda: idle(second), 60)
+        second.scale_to_zero()
         second.stop()
         shutil.rmtree(second.settings.kdat_dir.parent / "hot")
         second.start()
@@ -142,20 +137,18 @@ def test_what_people_ask_of_the_store(place: Path) -> None:
         assert other.json("snapshot", "verify", snapshot)["snapshots"][0]["problems"] == []
 
         # a new version: the pinned one stays although only one is kept
-        until(lambda: idle(daemon), 60)
+        daemon.scale_to_zero()
         deploy(daemon, PROGRAM.replace("range(24)", "range(25)"))
         assert daemon.call("held", "Holder.look", at=1) == right
         newer = daemon.wait_snapshot("held", other_than=[snapshot])
         assert snapshot in daemon.snapshots("held")
-        until(
-            lambda: len([r for r in daemon.json("store", "stats")["snapshots"] if r["form"] == "packed"]) == 2, 60, 0.2
-        )
+        until(lambda: len([r for r in daemon.kept() if r["form"] == "packed"]) == 2, 60, 0.2)
         grown = daemon.json("store", "stats")
         row = next(r for r in grown["snapshots"] if r["id"] == newer)
         assert row["stored_bytes"] < row["raw_bytes"] / 2, "most of its pages were there"
 
         # a flipped bit in a pack: noticed before anything runs, the call is answered all the same
-        until(lambda: idle(daemon), 60)
+        daemon.scale_to_zero()
         rng = random.Random(2)
         packs = [p for p in (daemon.home / "store" / "packs").rglob("*.pages") if p.stat().st_size > 1 << 20]
         for path in packs:
@@ -170,7 +163,7 @@ def test_what_people_ask_of_the_store(place: Path) -> None:
         assert daemon.call("held", "Holder.look", at=1) == right
         assert newer not in daemon.snapshots("held"), "it is retired"
 
-        until(lambda: idle(daemon), 60)
+        daemon.scale_to_zero()
         daemon.cli("snapshot", "unpin", snapshot)
         for found in daemon.json("snapshot", "list"):
             if found["state"] != "damaged":
@@ -186,13 +179,13 @@ def test_what_goes_when_there_is_no_room_comes_back(place: Path) -> None:
         for name in ("one", "two"):
             deploy(daemon, PROGRAM.replace("Random(4)", f"Random('{name}')"), name)
             right[name] = daemon.call(name, "Holder.look", at=1)
-            until(lambda: [r for r in daemon.json("store", "stats")["snapshots"] if r["pushed"]], 60, 0.2)
-            until(lambda: idle(daemon), 60)
+            until(lambda: [r for r in daemon.kept() if r["pushed"]], 60, 0.2)
+            daemon.scale_to_zero()
         deploy(daemon, PROGRAM, "three")  # after its packing one of the others goes
         right["three"] = daemon.call("three", "Holder.look", at=1)
-        until(lambda: len(daemon.json("store", "stats")["snapshots"]) < 3, 60, 0.2)
+        until(lambda: len(daemon.kept()) < 3, 60, 0.2)
         for name in ("one", "two", "three"):
-            until(lambda: idle(daemon), 60)
+            daemon.scale_to_zero()
             assert daemon.call(name, "Holder.look", at=1) == right[name]
 
 
@@ -202,7 +195,7 @@ app = woodfrog.App("NAME")
 VERSION = 1
 
 
-@app.cls(enable_memory_snapshot=True, scaledown_window=4)
+@app.cls(enable_memory_snapshot=True, scaledown_window=60)
 class Reader:
     @woodfrog.enter(snap=True)
     def load(self):
@@ -238,7 +231,7 @@ def test_a_large_file_is_kept_and_sent_once(place: Path) -> None:
             right = first.call("held", "Reader.look", write=False)
             assert right[1:] == [1_700_000_000_000_000_001, "x", version]
             until(
-                lambda n=version: len([r for r in first.json("store", "stats")["snapshots"] if r["pushed"]]) == n,
+                lambda n=version: len([r for r in first.kept() if r["pushed"]]) == n,
                 90,
                 0.2,
             )
@@ -250,7 +243,7 @@ def test_a_large_file_is_kept_and_sent_once(place: Path) -> None:
 
         other = first.call("held", "Reader.look", write=True)
         assert other[0] != right[0]
-        until(lambda: idle(first), 60)
+        first.scale_to_zero()
         assert first.call("held", "Reader.look", write=False) == right, "the next one has it as it was"
         report = first.json("snapshot", "verify")
         assert report["store"] == [] and all(not row["problems"] for row in report["snapshots"])
@@ -261,10 +254,8 @@ def test_a_large_file_is_kept_and_sent_once(place: Path) -> None:
         (found,) = until(lambda: second.snapshots("held"), 60)
         assert found in first.snapshots("held")
 
-        until(lambda: idle(first), 60)
+        first.scale_to_zero()
         for snapshot in first.snapshots("held"):
             first.cli("snapshot", "invalidate", snapshot)
         until(lambda: not first.snapshots("held"), 30)
-        until(
-            lambda: first.json("snapshot", "gc")["freed_bytes"] >= 0 and not first.json("store", "stats")["large_files"]
-        )
+        until(lambda: first.json("snapshot", "gc")["freed_bytes"] >= 0 and not first.get("/store")["large_files"])

@@ -136,12 +136,6 @@ def zygotes(daemon: Daemon, *modules: str) -> list[dict[str, Any]]:
     return [r for r in ready if {"woodfrog.sdk.app", *modules} <= {m.strip("()") for m in r["modules"]}]
 
 
-def stop_all(daemon: Daemon) -> None:
-    for container in daemon.get("/containers")["containers"]:
-        daemon._client.request("POST", f"/containers/{container['id']}/stop")  # type: ignore[union-attr]
-    daemon.wait_idle()
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("enable", ["", "enable_memory_snapshot=True"])
 def test_a_program_cannot_tell_how_it_was_started(daemon: Daemon, plain: Daemon, case: str, enable: str) -> None:
@@ -175,8 +169,8 @@ def test_a_program_cannot_tell_how_it_was_started(daemon: Daemon, plain: Daemon,
     for column in zip(*(v["drawn"] for v in seen), strict=True):
         assert len(set(column)) == len(seen)
     assert seen[2]["hash"] == seen[3]["hash"]
-    stop_all(daemon)
-    stop_all(plain)
+    daemon.scale_to_zero()
+    plain.scale_to_zero()
 
 
 def test_one_of_fewer_imports_serves_and_the_rest_is_imported_after(daemon: Daemon) -> None:
@@ -212,7 +206,7 @@ def test_a_snapshot_of_a_child_needs_no_zygote(daemon: Daemon) -> None:
     for row in zygotes(daemon):
         daemon._client.request("POST", f"/snapshots/{row['id']}/invalidate")  # type: ignore[union-attr]
     assert not zygotes(daemon)
-    stop_all(daemon)
+    daemon.scale_to_zero()
     again, phases = answer(daemon, "child")
     assert "zygote.restore" not in phases and "restore" in phases and again == first
 

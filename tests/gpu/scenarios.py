@@ -69,12 +69,6 @@ class Program:
         return answer["result"], {p["name"] for p in answer["phases"]}
 
 
-def stop_all(daemon: Daemon) -> None:
-    for container in daemon.get("/containers")["containers"]:
-        daemon.cli("container", "stop", container["id"])
-    daemon.wait_idle()
-
-
 def same_after_thaws(daemon: Daemon, program: Program, cls: str = "OnGpu") -> tuple[dict[str, Any], set[str]]:
     """Two thaws answer what the frozen process did, with all of its weights.
 
@@ -87,7 +81,7 @@ def same_after_thaws(daemon: Daemon, program: Program, cls: str = "OnGpu") -> tu
     assert answers[0] != answers[1]
     snapshot = daemon.wait_snapshot(program.app, seconds=300)
     for _ in range(2):
-        stop_all(daemon)
+        daemon.scale_to_zero()
         first, phases = program.call(daemon, f"{cls}.run", "request=5")
         assert "restore" in phases and "boot" not in phases, daemon.app_text(program.app)
         again, _ = program.call(daemon, f"{cls}.run", "request=0")
@@ -95,7 +89,7 @@ def same_after_thaws(daemon: Daemon, program: Program, cls: str = "OnGpu") -> tu
         facts, _ = program.call(daemon, f"{cls}.facts")
         assert facts["restored"] and facts["weights"] == before["weights"]
     assert daemon.snapshots(program.app) == [snapshot]
-    stop_all(daemon)
+    daemon.scale_to_zero()
     return facts, phases
 
 
@@ -113,7 +107,7 @@ def out_of_memory(daemon: Daemon, program: Program, fill: Callable[[], AbstractC
     program.deploy(daemon)
     answer, _ = program.call(daemon, "OnGpu.run", "request=0")
     snapshot = daemon.wait_snapshot(program.app, seconds=300)
-    stop_all(daemon)
+    daemon.scale_to_zero()
     with fill():
         failed = daemon.cli("call", f"{program.app}.OnGpu.run", "request=0", check=False, timeout=CALL_S)
     assert failed.returncode != 0, failed.stdout
@@ -122,7 +116,7 @@ def out_of_memory(daemon: Daemon, program: Program, fill: Callable[[], AbstractC
     assert daemon.snapshots(program.app) == [snapshot]
     again, phases = program.call(daemon, "OnGpu.run", "request=0")
     assert again == answer and "gpu.restore" in phases and "boot" not in phases
-    stop_all(daemon)
+    daemon.scale_to_zero()
 
 
 @contextlib.contextmanager
