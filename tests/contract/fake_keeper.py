@@ -90,6 +90,14 @@ class FakeKeeper:
         manifest = self.catalogue.get(snapshot_id)
         return {"id": manifest.id, "app": manifest.app, "function": manifest.tag, "new": False, "tier": "fake"}
 
+    async def withdraw(self, snapshot_id: str) -> dict[str, Any]:
+        if self.fails is not None:
+            error, self.fails = self.fails, None
+            raise error
+        found = snapshot_id in self.tier
+        self.tier.discard(snapshot_id)
+        return {"id": snapshot_id, "tier": "fake", "found": found}
+
     async def trust_add(self, text: str, comment: str) -> dict[str, Any]:
         fingerprint = text.split()[0]
         self.trusted[fingerprint] = comment

@@ -22,7 +22,7 @@ from s3_server import S3Server
 from unit.test_arrival import A, B, memory
 from unit.test_arrival import make as make_packed
 from unit.test_keeper import Machine
-from woodfrog.errors import StoreError, WoodfrogError
+from woodfrog.errors import NotFoundError, StoreError, WoodfrogError
 from woodfrog.snapshot.sweep import MIN_AGE_S, Swept, grouped, sweep
 from woodfrog.snapshot.trust import public_text
 from woodfrog.store import leases
@@ -179,6 +179,118 @@ def test_what_no_snapshot_needs_goes_and_nothing_else(made: Machine, there: Mach
         made.transport.push(snapshot, tier)
     for snapshot in (A, C):
         arrives(there, tier, snapshot)
+
+
+def test_what_was_withdrawn_is_found_no_more_and_others_keep_what_they_need(
+    made: Machine, there: Machine, tier: Tier
+) -> None:
+    """A is the parent of B, whose deltas rest on its packs."""
+    for snapshot in (A, B, C):
+        made.transport.push(snapshot, tier)
+    tier.put(f"by-key/somewhere/else/{A}", b"")
+    before = set(tier.list())
+    assert made.transport.withdraw(A, tier)
+    left = set(tier.list())
+    assert before - left == {f"by-key/key/class/{A}", f"by-key/somewhere/else/{A}", f"snapshots/{A}/manifest.json"}
+    assert not made.transport.withdraw(A, tier), "it is gone"
+    for unknown in ("s-00000000000e", "s-0", "../x", ""):
+        with contextlib.suppress(NotFoundError):
+            assert not made.transport.withdraw(unknown, tier)
+    assert set(tier.list()) == left
+    assert sorted(made.transport.find(tier, "key", "class")) == [B, C]
+    with pytest.raises(NotFoundError, match=f"no snapshot {A} in"):
+        there.transport.pull(A, tier)
+    assert swept(made, tier).objects == 0, "it is young"
+    assert swept(made, AgedTier(tier)).snapshots == 1
+    assert not any(A in key for key in tier.list())
+    arrives(there, tier, B)
+    made.transport.push(A, tier)
+    arrives(there, tier, A)
+
+
+@pytest.mark.parametrize("what", ["manifest.json", "manifest.sig"])
+def test_what_nobody_can_read_is_withdrawn_as_well(made: Machine, tmp_path: Path, what: str) -> None:
+    """Else nothing could be collected for as long as it is there."""
+    tier = MemoryTier()
+    for snapshot in (B, C):
+        made.transport.push(snapshot, tier)
+    tier.put(f"snapshots/{B}/{what}", b"x")
+    stranger = Machine(tmp_path / "stranger")
+    with pytest.raises(StoreError, match="nothing more is removed"):
+        swept(made, AgedTier(tier))
+    assert stranger.transport.withdraw(B, tier)
+    swept(made, AgedTier(tier))
+    assert not any(B in key for key in tier.list())
+
+
+@pytest.mark.parametrize("kind", ["unreachable", "denied", "missing", "lost-answer", "truncate", "raise"])
+@pytest.mark.parametrize("op", ["list", "has", "delete"])
+def test_a_tier_that_fails_while_one_is_withdrawn(made: Machine, there: Machine, kind: str, op: str) -> None:
+    """It is there or not, and the next attempt ends it; another snapshot is not touched."""
+    for at in (1, 2):
+        inner = MemoryTier()
+        for snapshot in (B, C):
+            made.transport.push(snapshot, inner)
+        others = {key for key in inner.list() if B not in key}
+        faulty = FaultyTier(inner, Fault(kind, op, at=at))  # type: ignore[arg-type]
+        with contextlib.suppress(WoodfrogError, RuntimeError):
+            made.transport.withdraw(B, faulty)
+        faulty.faults = []
+        if inner.has(f"snapshots/{B}/manifest.json"):
+            assert made.transport.withdraw(B, faulty)
+        made.transport.withdraw(B, faulty)
+        assert not made.transport.has(inner, B) and made.transport.find(inner, "key", "class") == [C]
+        assert others <= set(inner.list())
+    arrives(there, inner, C)
+
+
+def test_withdrawn_while_it_is_sent_or_collected(made: Machine, there: Machine) -> None:
+    """At each moment of an upload of the same snapshot it is there, whole, or not there; and a collection goes on."""
+    for number in itertools.count(1):
+        inner = MemoryTier()
+        made.transport.push(B, inner)
+        made.transport.push(C, inner)
+        tier = AgedTier(inner)
+        more, _ = interleaved(
+            number, tier, lambda t=tier: made.transport.push(C, t), lambda t=inner: made.transport.withdraw(C, t)
+        )
+        if made.transport.has(inner, C):
+            if number % 4 == 1:
+                arrives(there, inner, C)
+                there.catalogue.remove(C)
+                there.store.gc(set(), min_age_s=0)
+        else:
+            with pytest.raises(NotFoundError):
+                there.transport.pull(C, inner)
+        if number % 4 == 2:
+            needed = {key for key in inner.list() if B in key}
+            swept(made, AgedTier(inner))
+            assert needed <= set(inner.list())
+        if not more:
+            break
+    assert number > 10
+    for number in itertools.count(1, 3):
+        inner = MemoryTier()
+        made.transport.push(B, inner)
+        made.transport.push(C, inner)
+        tier = AgedTier(inner)
+        seen = itertools.count(1)
+
+        def step(op: str, key: str, seen: Iterator[int] = seen, number: int = number, inner: Tier = inner) -> None:
+            if threading.current_thread().name != "lease" and next(seen) == number:
+                made.transport.withdraw(C, inner)
+
+        tier.before = step
+        try:
+            swept(made, tier)
+        except StoreError as e:
+            assert f"no snapshot {C} in" in e.message, e
+        tier.before = lambda op, key: None
+        swept(made, tier)
+        if next(seen) <= number:
+            break
+        assert not any(C in key for key in inner.list())
+    arrives(there, inner, B)
 
 
 def test_with_a_key(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from unit.test_arrival import PAGE, A, B, Machine, make, memory
+from unit.test_keeper import settled, until
+from woodfrog.backends import keeper as keeper_module
 from woodfrog.criu.pagemap import INDEX, read_index
 from woodfrog.faults import POINTS
 from woodfrog.snapshot.trust import public_text
@@ -23,13 +26,13 @@ from woodfrog.store.pages import PageStore
 from woodfrog.store.tiers import DirectoryTier
 
 SCRIPT = """
-import json, os, signal, sys, threading
+import asyncio, json, os, signal, sys, threading
 from pathlib import Path
 from unit.test_arrival import Machine
 from woodfrog import faults
 from woodfrog.store.tiers import DirectoryTier
 
-home, tier, snapshot, point, reads, log = sys.argv[1:]
+home, tier, snapshot, point, reads, log, as_keeper = sys.argv[1:]
 
 
 class Server(DirectoryTier):
@@ -57,9 +60,12 @@ class Server(DirectoryTier):
 machine = Machine(Path(home))
 if point:
     faults.configure(point + "=sigkill-self")
-arrival = machine.transport.arrive(snapshot, Server(Path(tier)))
-arrival.rest()
-arrival.finish()
+if as_keeper == "True":
+    asyncio.run(machine.keeper(Server(Path(tier)), read_through=True).pull(snapshot, lambda *_: None))
+else:
+    arrival = machine.transport.arrive(snapshot, Server(Path(tier)))
+    arrival.rest()
+    arrival.finish()
 """
 
 
@@ -77,11 +83,11 @@ class Rig:
     def partial(self) -> Path:
         return self.home / "store" / "partial"
 
-    def run(self, point: str = "", reads: int = 0) -> tuple[int, list[tuple[str, int, int]]]:
+    def run(self, point: str = "", reads: int = 0, *, keeper: bool = False) -> tuple[int, list[tuple[str, int, int]]]:
         """The exit status, and what was read at the tier."""
         log = self.tmp / f"log-{time.monotonic_ns()}"
         log.touch()
-        argv = [sys.executable, "-c", SCRIPT, self.home, self.tmp / "tier", self.snapshot, point, reads, log]
+        argv = [sys.executable, "-c", SCRIPT, self.home, self.tmp / "tier", self.snapshot, point, reads, log, keeper]
         env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
         done = subprocess.run([str(a) for a in argv], check=False, timeout=60, env=env, capture_output=True, text=True)
         assert done.returncode in (0, -9), done.stderr
@@ -194,6 +200,35 @@ def test_killed_again_and_again(rig: Rig, reads: int) -> None:
             assert all(before[pack] <= after.get(pack, set()) for pack in before)
             done = sum(map(len, after.values()))
     assert rounds > 1 and done > 0
+    rig.check()
+
+
+@pytest.mark.parametrize("point", ["arrive.files", "arrive.page", "arrive.whole"])
+def test_the_next_daemon_goes_on_after_a_kill(rig: Rig, point: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With nobody asking for it: what had come is not read again."""
+    monkeypatch.setattr(keeper_module, "_GO_ON_S", 0.01)
+    assert rig.run(point, keeper=True)[0] == -9
+    arrived = rig.arrived()
+    machine, tier, reads = Machine(rig.home), DirectoryTier(rig.tmp / "tier"), []
+    get_bytes = tier.get_bytes
+
+    def told(key: str, begin: int = 0, end: int | None = None) -> bytes:
+        data = get_bytes(key, begin, end)
+        reads.append((key, begin, begin + len(data)))
+        return data
+
+    tier.get_bytes = told  # type: ignore[method-assign]
+
+    async def main() -> None:
+        keeper = machine.keeper(tier, read_through=True)
+        keeper.wanted = lambda *_: True
+        keeper.go_on_later()
+        await until(lambda: machine.catalogue.form(rig.snapshot) == "packed" and settled(keeper))
+        assert not keeper._pending.list()
+        await keeper.close()
+
+    asyncio.run(main())
+    rig.not_again(arrived, reads)
     rig.check()
 
 

@@ -41,6 +41,7 @@ from woodfrog.spec import (
     SnapshotPolicy,
     SourceSpec,
     VolumeMount,
+    function_key,
     to_dict,
 )
 
@@ -494,6 +495,20 @@ async def test_after_failed_captures_it_is_not_tried_for_ever(daemon: Daemon) ->
     assert (await daemon.http.post("/snapshots/create", json={"app": "demo", "tag": "square"})).status_code == 200
     await settle()
     assert daemon.backend.started[-1].capture  # asked for by hand
+
+
+async def test_a_snapshot_is_wanted_while_a_function_of_its_key_is_deployed(daemon: Daemon) -> None:
+    frozen = function("square", snapshot=FROZEN)
+    await daemon.deploy(frozen, function("plain"))
+    runtime = daemon.controller.app("demo")[1].runtime
+    thaws = daemon.controller.thaws
+    assert thaws(function_key(frozen, runtime, ""), "square", "")
+    assert thaws(function_key(frozen, runtime, "digest"), "square", "digest")
+    assert not thaws(function_key(frozen, runtime, ""), "square", "digest")
+    assert not thaws(function_key(function("plain"), runtime, ""), "plain", ""), "it takes no snapshots"
+    assert not thaws(function_key(frozen, runtime, ""), "other", "")
+    daemon.controller.stop_app("demo")
+    assert not thaws(function_key(frozen, runtime, ""), "square", "")
 
 
 async def test_snapshot_is_removed_when_its_last_instance_is_gone(daemon: Daemon) -> None:

@@ -89,6 +89,32 @@ async def test_collecting_here_and_in_the_tier(daemon: Daemon) -> None:
     assert await gc(tier=1, dry_run=1) == {**in_tier, "objects": 0}
 
 
+async def test_invalidating_here_and_in_the_tier(daemon: Daemon) -> None:
+    keeper = daemon.backend.keeper
+
+    async def invalidate(snapshot: str, status: int = 200) -> dict[str, Any]:
+        answer = await daemon.http.post(f"/snapshots/{snapshot}/invalidate", params={"tier": 1, "wait": 5})
+        assert answer.status_code == status, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+    keeper.tier |= {ID, "s-00000000000c"}
+    keeper.fails = StoreError("the bucket is away", code="tier-unreachable")
+    assert (await invalidate(ID, 507))["error"]["code"] == "tier-unreachable"
+    assert daemon.catalogue.retired(ID) is None and ID in keeper.tier, "nothing has changed"
+    of_tier = {"removed": True, "tier": "fake"}
+    assert await invalidate(ID[:-1] + "a") == {"snapshot": ID, "here": True, "in_tier": True, **of_tier}
+    assert daemon.catalogue.form(ID) is None and daemon.catalogue.retired(ID) == "invalidated"
+    only_there = "s-00000000000c"
+    assert await invalidate(only_there) == {"snapshot": only_there, "here": False, "in_tier": True, **of_tier}
+    assert daemon.catalogue.retired(only_there) == "invalidated", "no copy that another machine puts back is taken"
+    assert keeper.tier == set()
+    unknown = await invalidate(only_there, 404)
+    assert unknown["error"]["message"] == f"no snapshot {only_there} here or in fake"
+    assert await invalidate("s-00") == {"snapshot": OTHER, "here": True, "in_tier": False, **of_tier}
+    assert (await daemon.http.post("/snapshots/s-f/invalidate")).status_code == 404
+
+
 async def test_ids_may_be_short_where_there_is_one_and_unknown_ones_are_not_asked_for(daemon: Daemon) -> None:
     for action in ("pin", "unpin", "export", "push", "verify"):
         assert (await daemon.http.post(f"/snapshots/s-0/{action}")).status_code == 404, action

@@ -18,13 +18,15 @@ from unit.test_keeper import A, B, Machine, settled, until
 from woodfrog.backends import keeper as keeper_module
 from woodfrog.backends.keeper import Keeper
 from woodfrog.criu.pagemap import INDEX, PageIndex, PageTask, read_index, write_index
-from woodfrog.errors import IntegrityError, StoreError
+from woodfrog.errors import IntegrityError, NotFoundError, StoreError
 from woodfrog.snapshot import arrival as arrival_module
 from woodfrog.snapshot import incoming as incoming_module
 from woodfrog.snapshot.arrival import Arrival
 from woodfrog.snapshot.catalogue import PUSHED, WORKING_SET, Opened
 from woodfrog.snapshot.manifest import FORMAT, Manifest
 from woodfrog.snapshot.packing import prepare
+from woodfrog.snapshot.pending import TRIES, Pending, PendingNotes, why_not
+from woodfrog.snapshot.sweep import sweep
 from woodfrog.snapshot.trust import public_text
 from woodfrog.store.cold import Key
 from woodfrog.store.partial import PresentMap
@@ -510,5 +512,263 @@ def test_where_no_more_can_come_by_page_it_comes_whole(there: Machine, tier: Dir
         assert there.catalogue.form(A) == "packed" and not keeper._arrivals
         assert there.store.verify() == [] and not list(there.store.folder.tmp.iterdir())
         await keeper.close()
+
+    asyncio.run(main())
+
+
+# Removed from the tier, or by a person, meanwhile
+
+
+@pytest.mark.parametrize("collected", [False, True])
+def test_withdrawn_while_it_comes(here: Machine, there: Machine, tier: DirectoryTier, collected: bool) -> None:
+    """All of it gets here, or none: when its memory is collected, too, nobody waits for what does not come."""
+
+    async def main() -> None:
+        faulty = FaultyTier(tier)
+        keeper = keeping(there, faulty)
+        go = threading.Event()
+        get_bytes = faulty.get_bytes
+
+        def slowly(key: str, begin: int = 0, end: int | None = None) -> bytes:
+            go.wait(20)
+            return get_bytes(key, begin, end)
+
+        await keeper.fetch(A)
+        faulty.get_bytes = slowly  # type: ignore[method-assign]
+        for snapshot in (A, B):
+            assert here.transport.withdraw(snapshot, tier)
+        if collected:
+            named_by = here.transport._named_by
+            sweep(tier, lambda i: named_by(i, tier, tier.root), min_age_s=0)
+            assert tier.list() == []
+        go.set()
+        await until(lambda: not keeper._arrivals and settled(keeper))
+        assert (there.catalogue.form(A) is None) == collected
+        if collected:
+            with pytest.raises(NotFoundError):
+                await keeper.fetch(A)
+            assert not list(there.catalogue.root.iterdir())
+        await keeper.close()
+
+    arrival_module._GIVE_UP_S = 60  # what is missing is not waited for
+    asyncio.run(main())
+    there.store = type(there.store)(there.store.root)
+    assert there.store.verify() == [] and not list(there.store.folder.partial.iterdir())
+
+
+def test_invalidated_while_it_comes(there: Machine, tier: DirectoryTier) -> None:
+    """Who runs on it gets the rest; a snapshot of this machine it never is, until a person pulls it."""
+
+    async def main() -> None:
+        keeper = keeping(there, tier)
+        running = {A}
+        keeper.in_use = lambda: running
+        async with keeper.using(A):
+            await keeper.fetch(A)
+            reader = Reader(there, await keeper.open(A))
+            there.catalogue.refuse(A)
+            with pytest.raises(NotFoundError, match="was invalidated"):
+                await keeper.fetch(A)
+        await until(lambda: not keeper._arrivals)
+        assert there.catalogue.form(A) is None and not keeper._pending.list()
+        assert b"".join(reader.read(page) for page in range(PAGES)) == memory("a")
+        assert (there.catalogue.root / next(iter(there.catalogue.root.glob(".removed-*"))) / "fs" / "file").exists()
+        running.clear()
+        await until(lambda: settled(keeper) and not list(there.catalogue.root.iterdir()))
+        await keeper.pull(A, lambda *_: None)
+        assert there.catalogue.form(A) == "packed" and there.catalogue.retired(A) is None
+        await keeper.close()
+
+    asyncio.run(main())
+
+
+# Going on after the end of a daemon
+
+
+def pending(**more: object) -> Pending:
+    return replace(Pending(A, "file:///tier", "class", "key", "f", ""), **more)  # type: ignore[arg-type]
+
+
+def test_what_is_worth_going_on_with() -> None:
+    right = {"tier": "file:///tier", "host": "class", "have": False, "invalid": False, "wanted": True}
+    assert why_not(pending(), **right) == ""  # type: ignore[arg-type]
+    assert why_not(pending(tries=TRIES - 1), **right) == ""  # type: ignore[arg-type]
+    assert "tried" in why_not(pending(tries=TRIES), **right)  # type: ignore[arg-type]
+    for change, word in (
+        ({"tier": "s3://other"}, "tier"),
+        ({"host": "other"}, "host"),
+        ({"have": True}, "here"),
+        ({"invalid": True}, "invalidated"),
+        ({"wanted": False}, "no deployed function"),
+    ):
+        assert word in why_not(pending(), **{**right, **change})  # type: ignore[arg-type]
+
+
+def test_notes_that_are_damaged_are_none(tmp_path: Path) -> None:
+    notes = PendingNotes(tmp_path / "arriving")
+    assert notes.list() == []
+    notes.add(pending())
+    notes.put(pending(tries=2))
+    notes.add(pending())
+    assert notes.list() == [pending(tries=2)] and notes.has(A)
+    for name, text in ((B, ""), ("x", "[]"), ("y", '{"id": "y"}'), ("z", notes._folder.joinpath(A).read_text())):
+        (tmp_path / "arriving" / name).write_text(text)
+    assert [one.id for one in notes.list()] == [A]
+    assert [path.name for path in (tmp_path / "arriving").iterdir()] == [A]
+    notes.drop(A)
+    notes.drop(A)
+    assert notes.list() == []
+
+
+@pytest.fixture
+def cut_off(there: Machine, tier: DirectoryTier) -> Machine:
+    """A machine whose daemon ended while A was on its way."""
+
+    async def main() -> None:
+        faulty = FaultyTier(tier)
+        keeper = keeping(there, faulty)
+        await keeper.fetch(A)
+        faulty.gone = True
+        await keeper.close()
+
+    asyncio.run(main())
+    assert list(there.store.folder.partial.glob("*.part"))
+    return again(there)
+
+
+def again(machine: Machine) -> Machine:
+    """As the next daemon finds it."""
+    found = Machine(machine.catalogue.root.parent)
+    assert found.catalogue.form(A) is None and not list(found.catalogue.root.iterdir())
+    return found
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper_module, "_GO_ON_S", 0.05)
+    monkeypatch.setattr(keeper_module, "_GO_ON_AGAIN_S", 0.05)
+
+
+def going_on(machine: Machine, tier: DirectoryTier | FaultyTier) -> Keeper:
+    keeper = keeping(machine, tier)
+    keeper.wanted = lambda *asked: asked == ("key", "f", "")
+    keeper.go_on_later()
+    return keeper
+
+
+def over(keeper: Keeper) -> bool:
+    return keeper._going_on is not None and keeper._going_on.done() and settled(keeper)
+
+
+@pytest.mark.usefixtures("soon")
+def test_the_next_daemon_goes_on_by_itself(cut_off: Machine, tier: DirectoryTier) -> None:
+    """And tells the functions that it fits; what had come is not fetched again."""
+
+    async def main() -> None:
+        known = {path.stem for path in cut_off.store.folder.partial.glob("*.names")}
+        log = FaultyTier(tier)
+        keeper = going_on(cut_off, log)
+        arrived: list[str] = []
+        keeper.on_taken_up = lambda manifest: arrived.append(manifest.id)
+        await until(lambda: over(keeper))
+        assert arrived == [A] and cut_off.catalogue.form(A) == "packed"
+        fetched = {Path(key).stem for _, key in log.log if key.endswith(".names")}
+        assert keeper._pending.list() == [] and known and not known & fetched
+        async with keeper.using(A):
+            reader = Reader(cut_off, await keeper.open(A))
+            assert b"".join(reader.read(page) for page in range(PAGES)) == memory("a")
+        await keeper.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("why", ["not wanted", "invalidated", "another tier", "another here", "withdrawn"])
+def test_what_nobody_wants_any_more_does_not_come(
+    here: Machine, cut_off: Machine, tier: DirectoryTier, tmp_path: Path, why: str
+) -> None:
+    async def main() -> None:
+        place = FaultyTier(tier)
+        match why:
+            case "invalidated":
+                cut_off.catalogue.refuse(A)
+            case "another here":
+                cut_off.make("s-00000000000c")
+            case "another tier":
+                place = FaultyTier(DirectoryTier(tmp_path / "other"))
+            case "withdrawn":
+                here.transport.withdraw(A, tier)
+        keeper = going_on(cut_off, place)
+        if why == "not wanted":
+            keeper.wanted = lambda *_: False
+        await until(lambda: over(keeper))
+        assert keeper._pending.list() == [] and cut_off.catalogue.form(A) is None
+        assert (place.log == []) == (why != "withdrawn")
+        await keeper.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_tier_that_is_away_is_asked_so_often_and_no_more(cut_off: Machine, tier: DirectoryTier) -> None:
+    """In all daemons together; and what had come stays until then."""
+
+    async def main(machine: Machine, times: int) -> None:
+        faulty = FaultyTier(tier)
+        faulty.gone = True
+        keeper = going_on(machine, faulty)
+        await until(lambda: sum(op == "get_bytes" for op, _ in faulty.log) >= times)
+        if times == 2:
+            await until(lambda: [p.tries for p in keeper._pending.list()] >= [2])
+        else:
+            await until(lambda: over(keeper))
+            assert keeper._pending.list() == []
+        await keeper.close()
+
+    asyncio.run(main(cut_off, 2))
+    following = again(cut_off)
+    asyncio.run(main(following, 1))
+    assert list(following.store.folder.partial.glob("*.part"))
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_tier_that_comes_back(cut_off: Machine, tier: DirectoryTier) -> None:
+    async def main() -> None:
+        faulty = FaultyTier(tier, Fault("unreachable", "get_bytes", times=2))
+        keeper = going_on(cut_off, faulty)
+        await until(lambda: over(keeper))
+        assert cut_off.catalogue.form(A) == "packed" and keeper._pending.list() == []
+        await keeper.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.usefixtures("soon")
+def test_who_asks_first_is_served_first(cut_off: Machine, tier: DirectoryTier) -> None:
+    """A fetch for a start goes before; and one that asks for the same shares it."""
+
+    async def main() -> None:
+        faulty = FaultyTier(tier)
+        cut_off.catalogue.find = lambda *_: None  # type: ignore[method-assign]  # B counts as another function's
+        keeper = going_on(cut_off, faulty)
+        assert (await keeper.fetch(B)).id == B
+        assert keeper._pending.has(A) and A not in keeper._fetches
+        await until(lambda: A in keeper._arrivals or cut_off.catalogue.form(A) is not None)
+        assert cut_off.catalogue.form(B) == "packed"
+        assert (await keeper.fetch(A)).id == A
+        await until(lambda: over(keeper))
+        assert cut_off.catalogue.form(A) == "packed" and cut_off.store.verify() == []
+        await keeper.close()
+
+    asyncio.run(main())
+
+
+def test_the_end_does_not_wait_for_what_is_to_come(cut_off: Machine, tier: DirectoryTier) -> None:
+    async def main() -> None:
+        keeper = going_on(cut_off, tier)
+        await asyncio.sleep(0)
+        async with asyncio.timeout(3):
+            await keeper.close()
+        assert keeper._pending.has(A)
 
     asyncio.run(main())

@@ -209,6 +209,30 @@ def test_gc_pin_push_and_pull(daemon: Daemon) -> None:
     assert job_words({"what": "gc", "step": "packs", "done": 0, "total": 1}) == "gc"
 
 
+def test_removing_from_the_tier_asks(daemon: Daemon) -> None:
+    answer = {"snapshot": "s1-whole", "removed": True, "here": True, "tier": "s3://b", "in_tier": True}
+    daemon.routes["GET /snapshots/s1"] = {**SNAPSHOT, "id": "s1-whole", "pinned": True}
+    daemon.routes["POST /snapshots/s1-whole/invalidate"] = answer
+    refused = run("snapshot", "invalidate", "s1", "--tier", stdin="n\n")
+    assert refused.exit_code == 1 and refused.stderr.startswith("s1-whole of demo.square, which is pinned\n")
+    assert run("snapshot", "invalidate", "s1", "--tier").exit_code == 1, "nobody is there to ask"
+    assert not daemon.seen("POST /snapshots/s1-whole/invalidate")
+    done = run("snapshot", "invalidate", "s1", "--tier", stdin="y\n")
+    assert done.exit_code == 0 and done.stderr.endswith("removed s1-whole\nremoved s1-whole from s3://b\n")
+    assert "tier=1" in daemon.seen("POST /snapshots/s1-whole/invalidate")[0].query
+
+    daemon.routes["POST /snapshots/s2/invalidate"] = {**answer, "snapshot": "s2", "here": False}
+    refused = run("snapshot", "invalidate", "s2", "--tier", stdin="n\n")
+    assert refused.exit_code == 1 and "s2 is not on this machine: the tier's may be the last copy" in refused.stderr
+    assert run("snapshot", "invalidate", "s2", "--tier", "--yes").stderr == "removed s2 from s3://b\n"
+    daemon.routes["POST /snapshots/s2/invalidate"] = {**answer, "snapshot": "s2", "in_tier": False, "removed": False}
+    shown = run("snapshot", "invalidate", "s2", "--tier", "-y").stderr.splitlines()
+    assert shown == ["retired s2: removed with the last container thawed from it", "s2 was not in s3://b"]
+    daemon.routes["POST /snapshots/s2/invalidate"] = {"snapshot": "s2", "removed": True}
+    assert run("snapshot", "invalidate", "s2").stderr == "removed s2\n"
+    assert "tier" not in daemon.seen("POST /snapshots/s2/invalidate")[-1].query
+
+
 def test_export_and_import_files(daemon: Daemon, tmp_path: Path) -> None:
     data = bytes(range(256)) * 3000
     daemon.routes["POST /snapshots/s1/export"] = running("export s1")

@@ -374,6 +374,41 @@ def test_what_a_person_invalidated_does_not_come_back_by_itself(here: Machine, t
     asyncio.run(main())
 
 
+def test_one_is_not_put_back_by_an_upload_that_is_under_way(here: Machine, tier: DirectoryTier) -> None:
+    async def main() -> None:
+        with pytest.raises(StoreError, match="no tier is configured"):
+            await here.keeper().withdraw(A)
+        begun, go = threading.Event(), threading.Event()
+        push = here.transport.push
+
+        def slowly(snapshot_id: str, *rest: object) -> None:
+            begun.set()
+            go.wait(20)
+            push(snapshot_id, *rest)  # type: ignore[arg-type]
+
+        here.transport.push = slowly  # type: ignore[method-assign]
+        keeper = here.keeper(tier)
+        here.make(A)
+        pushing = asyncio.ensure_future(keeper.push(A))
+        await until(begun.is_set)
+        withdrawing = asyncio.ensure_future(keeper.withdraw(A))
+        await asyncio.sleep(0.1)
+        assert not withdrawing.done()
+        with pytest.raises(StoreError, match="is being removed from"):
+            await keeper.push(A)
+        go.set()
+        assert (await pushing)["tier"] == tier.name
+        assert await withdrawing == {"id": A, "tier": tier.name, "found": True}
+        assert not here.transport.has(tier, A) and await keeper.look_up("key") is None
+        assert not (await keeper.withdraw(A))["found"]
+        assert here.whole(A), "what is here is the caller's"
+        await keeper.push(A)
+        assert here.transport.has(tier, A)
+        await keeper.close()
+
+    asyncio.run(main())
+
+
 def test_a_tier_that_hangs_holds_nobody_up(here: Machine, tier: DirectoryTier, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LOOK_UP_S", 0.2)
     faulty = FaultyTier(tier, Fault("hang", op="list", times=-1), hang_s=30)

@@ -99,7 +99,7 @@ class Observer(Protocol):
 
 
 class SnapshotKeeper(Protocol):
-    """What people may ask for beside calls. Ids are whole and known to the catalogue, but for `pull`'s.
+    """What people may ask for beside calls. Ids are whole, and known to the catalogue but for `pull` and `withdraw`.
 
     Every method raises a `WoodfrogError` of one line when it cannot: StoreError (disk, tier), IntegrityError (altered,
     not signed by a trusted key), IncompatibleSnapshot (cannot be thawed elsewhere, or here), NotFoundError. Results are
@@ -148,6 +148,9 @@ class SnapshotKeeper(Protocol):
 
     async def pull(self, snapshot_id: str, progress: Progress) -> dict[str, Any]:
         """Bring it from the tier: `{"id", "app", "function", "new", "tier"}`."""
+
+    async def withdraw(self, snapshot_id: str) -> dict[str, Any]:
+        """Take it out of the tier, for all machines: `{"id", "tier", "found"}`. What is here of it stays."""
 
     async def trust_add(self, text: str, comment: str) -> dict[str, Any]:
         """Trust another machine's key from now on: `{"fingerprint", "comment"}`."""

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -26,6 +27,7 @@ from woodfrog.snapshot.arrival import Arrival
 from woodfrog.snapshot.catalogue import PINNED, PUSHED, Catalogue, Opened
 from woodfrog.snapshot.manifest import Manifest
 from woodfrog.snapshot.packing import NotPackable, prepare
+from woodfrog.snapshot.pending import TRIES, Pending, PendingNotes, why_not
 from woodfrog.snapshot.transport import Transport
 from woodfrog.snapshot.trust import fingerprint, public_text
 from woodfrog.store.layers import LayerStats
@@ -52,6 +54,10 @@ _LEFT_S = 1.0
 _NEED_S = 15.0
 """So long a process waits for a page of the tier."""
 _STALLED_S = 30.0
+_GO_ON_S = 5.0
+"""So long after the start the calls that waited for it have what there is."""
+_GO_ON_AGAIN_S = 60.0
+"""Until the second try; twice as long until each one after that."""
 
 
 def _quietly(what: str, done: int, total: int) -> None:
@@ -96,6 +102,8 @@ class Keeper:
         """The snapshots that instances rest on."""
         self.on_taken_up: Callable[[Manifest], None] = lambda _: None
         """Called when a snapshot has come from elsewhere by a person's wish, or after it was thawed already."""
+        self.wanted: Callable[[str, str, str], bool] = lambda *_: False
+        """Whether a deployed function would thaw a snapshot: by function key, tag, and digest of parameters."""
         self._read_through = read_through
         self._fetches: dict[str, asyncio.Task[Manifest]] = {}
         self._arrivals: dict[str, Arrival] = {}
@@ -118,6 +126,10 @@ class Keeper:
         self._swapping: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._collecting: asyncio.Task[Any] | None = None
+        self._pending = PendingNotes(catalogue.root.parent / "arriving")
+        self._going_on: asyncio.Task[Any] | None = None
+        self._pushing: Counter[str] = Counter()
+        self._withdrawing: set[str] = set()
         self._closing = False
         self._owner = f"daemon-{os.getpid()}"
 
@@ -301,7 +313,13 @@ class Keeper:
         return self._tier is not None and self._catalogue.form(snapshot_id) is None
 
     async def fetch(
-        self, snapshot_id: str, *, function_key: str = "", worker_class: str = "", within: float | None = None
+        self,
+        snapshot_id: str,
+        *,
+        function_key: str = "",
+        worker_class: str = "",
+        within: float | None = None,
+        urgent: bool = True,
     ) -> Manifest:
         """Bring a snapshot from the tier, so that it can be thawed; at once when it is here. The rest may follow.
 
@@ -309,17 +327,20 @@ class Keeper:
             function_key: what it must be a snapshot of; "" = of anything.
             worker_class: where that must restore, as of `look_up`.
             within: seconds to wait; it comes all the same, for the next one who asks.
+            urgent: whoever asks waits for it; otherwise it gives way to others.
 
         Raises:
             NotFoundError, StoreError, IntegrityError, IncompatibleSnapshot: as `Transport.pull`.
         """
+        if self._catalogue.form(snapshot_id) is None and self._catalogue.retired(snapshot_id) is not None:
+            raise NotFoundError(f"snapshot {snapshot_id} was invalidated", snapshot=snapshot_id)
         if self._catalogue.form(snapshot_id) is None and snapshot_id not in self._arrivals:
             task = self._fetches.get(snapshot_id)
             if task is None:
                 if (broken := self._broken.get(snapshot_id)) is not None:
                     raise broken
                 task = self._fetches[snapshot_id] = self._spawn(
-                    self._pull(snapshot_id, self._configured(), function_key)
+                    self._pull(snapshot_id, self._configured(), function_key, urgent)
                 )
                 task.add_done_callback(lambda t: self._fetched(snapshot_id, t))
             try:
@@ -348,14 +369,27 @@ class Keeper:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.debug("snapshot %s was not fetched: %s", snapshot_id, error)
 
-    async def _pull(self, snapshot_id: str, tier: Tier, function_key: str) -> Manifest:
+    async def _pull(self, snapshot_id: str, tier: Tier, function_key: str, urgent: bool) -> Manifest:
         if self._closing:
             raise StoreError("the daemon is stopping", code="stopping")
         if self._read_through and snapshot_id not in self._whole_first:
+
+            def note(m: Manifest) -> None:
+                self._pending.add(Pending(m.id, tier.name, self._worker_class, m.function_key, m.tag, m.params_digest))
+
             try:
-                arrival = await asyncio.to_thread(self._transport.arrive, snapshot_id, tier, function_key=function_key)
-            except StoreError as e:
-                if e.code != "map-full":
+                arrival = await asyncio.to_thread(
+                    self._transport.arrive,
+                    snapshot_id,
+                    tier,
+                    function_key=function_key,
+                    urgent=urgent,
+                    on_begin=note,
+                )
+            except Exception as e:
+                if not self._closing:
+                    self._pending.drop(snapshot_id)
+                if not isinstance(e, StoreError) or e.code != "map-full":
                     raise
             else:
                 self._arrivals[snapshot_id] = arrival
@@ -382,6 +416,7 @@ class Keeper:
             with self._changing(snapshot_id):
                 await asyncio.to_thread(arrival.finish)
                 del self._arrivals[snapshot_id]
+            self._pending.drop(snapshot_id)
             await self._pulled(snapshot_id, tier)
             self.on_taken_up(arrival.manifest)
         except Exception as e:
@@ -389,6 +424,8 @@ class Keeper:
             counters["pull.failed"] += 1
             log.warning("snapshot %s does not get here: %s", snapshot_id, error.message if error else e)
             self._arrivals.pop(snapshot_id, None)
+            if not self._closing:
+                self._pending.drop(snapshot_id)
             self._whole_first.add(snapshot_id)
             if isinstance(error, IntegrityError):
                 self._broken[snapshot_id] = error
@@ -398,6 +435,52 @@ class Keeper:
                 await asyncio.sleep(_LEFT_S)
             with contextlib.suppress(OSError):  # the next start removes it
                 await asyncio.to_thread(self._catalogue.remove_tree, left)
+
+    def go_on_later(self) -> None:
+        """Go on in the background with what was on its way when the last daemon ended."""
+        if self._tier is not None and self._read_through and not self._closing:
+            self._going_on = self._spawn(self._go_on())
+
+    async def _go_on(self) -> None:
+        """One after the other, when nothing else comes; while the tier is away, less and less often."""
+        pause, again = _GO_ON_S, True
+        while again:
+            await asyncio.sleep(pause)
+            pause, again = max(_GO_ON_AGAIN_S, 2 * pause), False
+            for pending in await asyncio.to_thread(self._pending.list):
+                while self._fetches or self._arrivals:
+                    await asyncio.sleep(_LEFT_S)
+                if self._pending.has(pending.id):  # else it came for somebody meanwhile
+                    again |= not await self._go_on_with(pending)
+
+    async def _go_on_with(self, pending: Pending) -> bool:
+        """Whether that is done: it comes, or is given up."""
+        why = why_not(
+            pending,
+            tier=self._configured().name,
+            host=self._worker_class,
+            have=self._catalogue.form(pending.id) is not None
+            or self._catalogue.find(pending.function_key, self._worker_class) is not None,
+            invalid=self._catalogue.retired(pending.id) is not None,
+            wanted=self.wanted(pending.function_key, pending.tag, pending.params_digest),
+        )
+        if why:
+            log.info("snapshot %s is not fetched to its end: %s", pending.id, why)
+            self._pending.drop(pending.id)
+            return True
+        tried = replace(pending, tries=pending.tries + 1)
+        self._pending.put(tried)  # before: what ends the daemon each time is not tried for ever
+        log.info("snapshot %s was on its way: going on (%d of %d)", pending.id, tried.tries, TRIES)
+        try:
+            await self.fetch(pending.id, urgent=False)
+        except Exception as e:  # whatever it is: nobody waits for it
+            log.warning(
+                "snapshot %s does not get here: %s", pending.id, e.message if isinstance(e, WoodfrogError) else e
+            )
+            if isinstance(e, StoreError):
+                self._pending.put(tried)
+                return False
+        return True
 
     async def open(self, snapshot_id: str) -> Opened:
         """A snapshot to be thawed, every byte that is here verified, or about to be. Within `using`.
@@ -595,16 +678,39 @@ class Keeper:
         """
         tier = self._configured()
         async with self.using(snapshot_id):
-            await asyncio.to_thread(self._transport.push, snapshot_id, tier, progress)
+            if snapshot_id in self._withdrawing:
+                raise StoreError(f"snapshot {snapshot_id} is being removed from {tier.name}", code="tier-busy")
+            self._pushing[snapshot_id] += 1
+            try:
+                await asyncio.to_thread(self._transport.push, snapshot_id, tier, progress)
+            finally:
+                self._pushing[snapshot_id] -= 1
             await self._mark(snapshot_id, PUSHED, tier.name)
         counters["push.done"] += 1
         return {"id": snapshot_id, "tier": tier.name}
+
+    async def withdraw(self, snapshot_id: str) -> dict[str, Any]:
+        """Take a snapshot out of the tier, for all machines. What is here of it stays, for the caller to remove.
+
+        Raises:
+            NotFoundError, StoreError: as `Transport.withdraw`.
+        """
+        tier = self._configured()
+        self._withdrawing.add(snapshot_id)
+        try:
+            while self._pushing[snapshot_id]:  # its manifest would come after
+                await asyncio.sleep(_QUIET_S)
+            found = await asyncio.to_thread(self._transport.withdraw, snapshot_id, tier)
+        finally:
+            self._withdrawing.discard(snapshot_id)
+        return {"id": snapshot_id, "tier": tier.name, "found": found}
 
     async def pull(self, snapshot_id: str, progress: Progress) -> dict[str, Any]:
         tier = self._configured()
         before = {m.id for m in self._catalogue.manifests()}
         progress("packs", 0, 1)
         self._broken.pop(snapshot_id, None)
+        self._catalogue.accept(snapshot_id)
         manifest = await self.fetch(snapshot_id)
         while snapshot_id in self._arrivals:
             await asyncio.sleep(_QUIET_S)
@@ -680,8 +786,9 @@ class Keeper:
         self._transport.incoming.close()
         for arrival in self._arrivals.values():
             arrival.stop()
-        if self._collecting is not None:
-            self._collecting.cancel()
+        for task in (self._collecting, self._going_on):
+            if task is not None:
+                task.cancel()
         if self._tasks:
             _, late = await asyncio.wait(set(self._tasks), timeout=_CLOSE_S)
             if late:

@@ -260,15 +260,57 @@ def target_of(app_name: str, tag: str) -> str:
 
 
 @app.command()
-def invalidate(snapshot: Id, as_json: Json = False) -> None:
-    """Remove a snapshot, now or when its last container ends: the next start is cold, and makes a new one."""
-    answer = post(connect(), f"/snapshots/{segment(snapshot)}/invalidate")
+def invalidate(
+    snapshot: Id,
+    tier: Annotated[
+        bool,
+        typer.Option(
+            "--tier", help="Remove it from the tier as well, for all machines; its memory there goes with `gc --tier`."
+        ),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="With --tier: do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove a snapshot, now or when its last container ends: the next start is cold, and makes a new one.
+
+    In the tier it stays, and is not taken from there again by this machine. With --tier it goes there, too; give the
+    whole id of one that is only there. Another machine that has it keeps it, and may put it back: invalidate it there
+    first.
+    """
+    client = connect()
+    path = f"/snapshots/{segment(snapshot)}/invalidate"
+    if not tier:
+        answer = post(client, path)
+    else:
+        if not yes:
+            snapshot = _ask_to_withdraw(client, snapshot)
+            path = f"/snapshots/{segment(snapshot)}/invalidate"
+        answer = work(client, path, quiet=as_json, tier="1")
     if as_json:
         output.show_json(answer)
-    else:
-        name = answer.get("snapshot", snapshot)
-        gone = answer.get("removed", True)
+        return
+    name = answer.get("snapshot", snapshot)
+    gone = answer.get("removed", True)
+    if answer.get("here", True):
         output.note(f"removed {name}" if gone else f"retired {name}: removed with the last container thawed from it")
+    if tier:
+        there = f"removed {name} from" if answer.get("in_tier") else f"{name} was not in"
+        output.note(f"{there} {answer.get('tier')}")
+
+
+def _ask_to_withdraw(client: Client, snapshot: str) -> str:
+    """Have a person confirm that nobody needs it; its whole id."""
+    where = "from the tier"
+    try:
+        row = get(client, f"/snapshots/{segment(snapshot)}")
+    except NotFoundError:
+        output.note(f"{snapshot} is not on this machine: the tier's may be the last copy")
+    else:
+        snapshot, where = str(row.get("id", snapshot)), "here and from the tier"
+        pinned = ", which is pinned" if row.get("pinned") else ""
+        output.note(f"{snapshot} of {row.get('app')}.{row.get('function')}{pinned}")
+    typer.confirm(f"Remove it {where}, for all machines?", abort=True, err=True)
+    return snapshot
 
 
 # --- keeping ---------------------------------------------------------------------------------------------------------

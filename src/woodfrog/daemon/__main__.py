@@ -232,6 +232,7 @@ async def serve(settings: Settings) -> None:
     )
     factory = await SandboxFactory.open(settings)
     keeper.on_taken_up = controller.snapshot_arrived
+    keeper.wanted = controller.thaws
     controller.backend = LocalBackend(
         LocalConfig(
             spool=settings.home / "calls",
@@ -282,6 +283,7 @@ async def serve(settings: Settings) -> None:
         server(TokenAuth(api, settings.token), tcp)
 
     controller.recover()
+    keeper.go_on_later()
     factory.start_filling()
     log.info(
         "woodfrogd %s ready: home %s, criu %s, class %s",

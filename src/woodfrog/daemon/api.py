@@ -590,11 +590,6 @@ def build(
         controller.request_snapshot(app, tag)
         return {"app": app, "function": tag, "requested": True}
 
-    @api.post("/v1/snapshots/{snapshot_id}/invalidate")
-    async def invalidate(snapshot_id: str) -> dict[str, Any]:
-        found = snapshot_id if snapshot_id in catalogue.damaged else catalogue.get(snapshot_id).id
-        return {"snapshot": found, "removed": controller.invalidate(found)}
-
     keeping.add_routes(api, controller, catalogue, spool, _Json)
     looking.add_routes(api, controller, catalogue)
     return api

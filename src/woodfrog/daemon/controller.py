@@ -351,6 +351,16 @@ class Controller:
                 )
             )
 
+    def thaws(self, key: str, tag: str, params_digest: str) -> bool:
+        """Whether a deployed function would thaw a snapshot of that function key."""
+        return any(
+            function.tag == tag
+            and function.snapshot.enabled
+            and function_key(function, self.apps[deployed][1].runtime, params_digest) == key
+            for deployed in self.active.items()
+            for function in self.apps[deployed][1].functions
+        )
+
     def snapshot_arrived(self, manifest: Manifest) -> None:
         """One was brought from elsewhere: the functions that it fits may thaw it."""
         for app, version in list(self.active.items()):

@@ -112,6 +112,37 @@ def add_routes(
             path, media_type="application/octet-stream", background=BackgroundTask(path.unlink, missing_ok=True)
         )
 
+    # Removing
+
+    @api.post("/v1/snapshots/{snapshot_id}/invalidate", tags=["snapshots"])
+    async def invalidate(snapshot_id: str, tier: bool = False, wait: float = Wait) -> Response:
+        """Never use a snapshot again and remove it; with `tier`, from the tier as well, for all machines.
+
+        With `tier` it need not be on this machine; its id must be whole then.
+        """
+        found, here = snapshot_id, True
+        if snapshot_id not in catalogue.damaged:
+            try:
+                found = catalogue.get(snapshot_id).id
+            except NotFoundError:
+                if not tier:
+                    raise
+                here = False
+
+        async def everywhere(_: Progress) -> dict[str, Any]:
+            # The tier first: when it fails, nothing has changed.
+            gone = await keeper().withdraw(found)
+            if not (gone["found"] or here):
+                raise NotFoundError(f"no snapshot {found} here or in {gone['tier']}", snapshot=found)
+            removed = controller.invalidate(found)
+            return {
+                "snapshot": found, "removed": removed, "here": here, "tier": gone["tier"], "in_tier": gone["found"]
+            }  # fmt: skip
+
+        if tier:
+            return await answer(jobs.start(f"invalidate {found}", everywhere), wait)
+        return json_response({"snapshot": found, "removed": controller.invalidate(found)})
+
     # Checking and collecting
 
     @api.post("/v1/snapshots/verify", tags=["snapshots"])

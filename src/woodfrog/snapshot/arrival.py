@@ -33,6 +33,8 @@ _PAGE = 4096
 _GIVE_UP_S = 300.0
 """So long the background tries to get what a tier does not give. Who waits for a page is told much sooner."""
 _PAUSE_S = 5.0
+_FINAL = ("disk-full", "map-full", "stopping", "tier-missing")
+"""What does not get better while one waits. What is missing from a tier was collected: its snapshot was removed."""
 
 
 class Arrival:
@@ -61,11 +63,12 @@ class Arrival:
         self._names: tuple[str, ...] = ()
         self._over = threading.Event()
 
-    def begin(self, origins: dict[str, Origin]) -> None:
+    def begin(self, origins: dict[str, Origin], *, urgent: bool = True) -> None:
         """Check what is here, and bring the working set.
 
         Args:
             origins: where the tier has its packs, and those that they rest on.
+            urgent: somebody waits for it.
 
         Raises:
             IntegrityError: it is not what its manifest says.
@@ -95,7 +98,7 @@ class Arrival:
         self._whole = self._store.open_raw(here)
         fault("arrive.files")
         wanted = self._first(index)
-        self._fetch([(s, piece) for s, slots in wanted.items() for piece in s.pieces(slots)], urgent=True)
+        self._fetch([(s, piece) for s, slots in wanted.items() for piece in s.pieces(slots)], urgent=urgent)
         fault("arrive.ready")
 
     def _first(self, index: PageIndex) -> dict[Source, list[tuple[int, int]]]:
@@ -163,7 +166,7 @@ class Arrival:
             except IntegrityError:
                 raise
             except StoreError as e:
-                if e.code in ("disk-full", "stopping", "map-full") or time.monotonic() > until:
+                if e.code in _FINAL or time.monotonic() > until:
                     raise
                 log.warning("snapshot %s: %s; it is tried again", self.manifest.id, e.message)
             if self._over.wait(_PAUSE_S):

@@ -329,20 +329,31 @@ class Catalogue:
     def retired(self, snapshot_id: str) -> str | None:
         """Why a snapshot is no longer used, also when it is gone; None while it is."""
         known = self._retired.get(snapshot_id)
-        return "invalidated" if known is None and (self._invalid / snapshot_id).exists() else known
+        return "invalidated" if known is None and self._refused(snapshot_id) else known
+
+    def _refused(self, snapshot_id: str) -> bool:
+        return (self._invalid / snapshot_id).is_file()
 
     def refuse(self, snapshot_id: str) -> None:
         """A person wants to see it no more: it is not used when it comes from elsewhere either, but by their own wish.
+
+        Args:
+            snapshot_id: a whole id; it need not be here.
 
         Raises:
             StoreError: that cannot be written.
         """
         try:
             self._invalid.mkdir(mode=0o700, exist_ok=True)
-            (self._invalid / self.get(snapshot_id).id).touch(mode=0o600)
+            (self._invalid / snapshot_id).touch(mode=0o600)
             fsync_dir(self._invalid)
         except OSError as e:
             raise store_error("cannot note the snapshot as invalid", self._invalid, e) from e
+
+    def accept(self, snapshot_id: str) -> None:
+        """A person wants it after all."""
+        with contextlib.suppress(OSError, ValueError):  # it stays away, or is no id
+            (self._invalid / snapshot_id).unlink(missing_ok=True)
 
     def find(self, function_key: str, worker_class: str) -> Manifest | None:
         """The newest usable snapshot for this function on this kind of host."""
@@ -559,6 +570,8 @@ class Catalogue:
             StoreError: something could not be written. The staging directory is the caller's to abandon.
         """
         try:
+            if self._refused(manifest.id):
+                raise NotFoundError(f"snapshot {manifest.id} was invalidated", snapshot=manifest.id)
             self.check(staging, manifest)
             fsync_tree(staging.path)
             stamp = self._share(staging.path, manifest, self._staged[staging.id])
@@ -570,10 +583,11 @@ class Catalogue:
             fsync_dir(self.root)
         except OSError as e:
             raise store_error("cannot store the snapshot", staging.path, e) from e
-        (self._invalid / manifest.id).unlink(missing_ok=True)
         self._manifests[manifest.id] = manifest
         self._verified[manifest.id] = stamp
         self._staged.pop(manifest.id, None)
+        if self._refused(manifest.id):  # since it was looked for, by somebody who did not find it here
+            self.retire(manifest.id, "invalidated")
         return manifest
 
     def check(self, staging: Staging, manifest: Manifest) -> None:

@@ -412,23 +412,30 @@ class Incoming:
         return None, 0
 
     def _bring(self, source: Source, slot: int, pages: int, answer: Callable[[bool], None]) -> None:
+        with self.hurry():
+            try:
+                insist(lambda: source.ensure(slot, pages), self.go_on)
+                here = True
+            except Exception:  # whatever it is, who waits must be told
+                here = source.has(slot, pages)
+        answer(here)
+
+    @contextmanager
+    def hurry(self) -> Iterator[None]:
+        """While somebody waits for what comes: the background gives way."""
         with self._idle:
             self._hurry += 1
         try:
-            insist(lambda: source.ensure(slot, pages), self.go_on)
-            here = True
-        except Exception:  # whatever it is, who waits must be told
-            here = source.has(slot, pages)
+            yield
         finally:
             with self._idle:
                 self._hurry -= 1
                 self._idle.notify_all()
-        answer(here)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """One request of the background: most of them wait while somebody waits for a page, but not all, or a process
-        that goes through its memory would have to ask for each part of it."""
+        """One request of the background: most of them wait while somebody waits for what comes, but not all, or a
+        process that goes through its memory would have to ask for each part of it."""
         with self._idle:
             self._idle.wait_for(lambda: not self._hurry or self._turns < BESIDE)
             self._turns += 1

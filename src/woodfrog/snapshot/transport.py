@@ -27,6 +27,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -280,18 +281,35 @@ class Transport:
         finally:
             self._store.release(owner)
 
-    def arrive(self, snapshot_id: str, tier: Tier, *, function_key: str = "") -> Arrival:
+    def arrive(
+        self,
+        snapshot_id: str,
+        tier: Tier,
+        *,
+        function_key: str = "",
+        urgent: bool = True,
+        on_begin: Callable[[Manifest], None] = lambda _: None,
+    ) -> Arrival:
         """Begin to bring a snapshot from a tier: it can be thawed when this returns, while the rest is on its way.
 
         Args:
             function_key: what it must be a snapshot of; "" = of anything.
+            urgent: somebody waits for it: what comes in the background gives way. Otherwise this does.
+            on_begin: called when it is known what it is, before anything of its memory comes.
 
         Raises:
             NotFoundError, IntegrityError, IncompatibleSnapshot, StoreError: as `pull`.
         """
+        with self.incoming.hurry() if urgent else nullcontext():
+            return self._arrive(snapshot_id, tier, function_key, urgent, on_begin)
+
+    def _arrive(
+        self, snapshot_id: str, tier: Tier, function_key: str, urgent: bool, on_begin: Callable[[Manifest], None]
+    ) -> Arrival:
         manifest, here = self._manifest(snapshot_id, tier, function_key)
         hint = self._read_hint(tier, f"snapshots/{snapshot_id}", manifest)
         owner = _owner("arrive", snapshot_id)
+        on_begin(here)
         try:
             with self._room() as room:
                 staging = self._fetch_files(tier, manifest, room)
@@ -307,15 +325,41 @@ class Transport:
                 {
                     pack: Origin(tier, f"{hint.place}/{pack[:2]}/{pack}", kind, hint.pages[pack])
                     for pack, kind in hint.kinds.items()
-                }
+                },
+                urgent=urgent,
             )
-        except OSError as e:
-            arrival.give_up()
-            raise store_error("cannot pull the snapshot", self._scratch, e) from e
-        except BaseException:
+        except IntegrityError:
             arrival.give_up()
             raise
+        except OSError as e:
+            arrival.give_up(keep=True)
+            raise store_error("cannot pull the snapshot", self._scratch, e) from e
+        except BaseException:
+            arrival.give_up(keep=True)  # whoever tries again goes on with what has come
+            raise
         return arrival
+
+    def withdraw(self, snapshot_id: str, tier: Tier) -> bool:
+        """Take a snapshot out of a tier: nobody finds it there any more, under its key or its id. Whether it was there.
+
+        What points to it goes before its manifest, as it came after it. The rest stays for `sweep`: somebody may be
+        about to send the same snapshot, and an upload takes what it finds for sent.
+
+        Raises:
+            NotFoundError: that is no snapshot's id.
+            StoreError: the tier fails; it may still be there.
+        """
+        if not _ID.match(snapshot_id):
+            raise NotFoundError(f"no snapshot {snapshot_id!r}: the tier wants a whole id", snapshot=snapshot_id)
+        manifest = f"snapshots/{snapshot_id}/manifest.json"
+        # By name, not as its manifest says: that may be damaged, of another's key, or gone in an attempt before.
+        gone = [key for key in tier.list("by-key") if key.endswith(f"/{snapshot_id}")]
+        if tier.has(manifest):
+            gone.append(manifest)
+        for key in gone:
+            self._go_on()
+            tier.delete(key)
+        return bool(gone)
 
     def sweep(self, tier: Tier, *, dry_run: bool = False, progress: Progress | None = None) -> Swept:
         """Remove from a tier what no snapshot there needs; see `snapshot.sweep`.
@@ -556,7 +600,8 @@ class Transport:
                 raise store_error("cannot import the snapshot", source, e) from e
             if len(ids) != 1:
                 raise IntegrityError(f"{source} is not an exported snapshot", code="bad-export")
-            return self.pull(ids.pop(), tier, progress)
+            self._catalogue.accept(snapshot_id := ids.pop())
+            return self.pull(snapshot_id, tier, progress)
 
 
 def _take_members(tar: tarfile.TarFile, target: Path) -> Iterable[str]:
