@@ -531,6 +531,8 @@ class LocalBackend:
         draft = replace(draft, phases=tuple(f"{p.name}={p.ms:.1f}" for p in phases.items))
         await self._drop_sandbox(instance)
         await self._drop_pages(instance)
+        with phases("share"):
+            await asyncio.to_thread(self._catalogue.share_captured, instance.staging)
         try:
             await self._thaw(instance, Opened.staged(draft, instance.staging.path))
         except WoodfrogError as e:
