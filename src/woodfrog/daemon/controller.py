@@ -14,7 +14,7 @@ from typing import Any, Literal
 from woodfrog.backends.base import Answer, Backend, CallRequest, StartRequest
 from woodfrog.backends.connection import Payload
 from woodfrog.control import events as ev
-from woodfrog.control.gpus import Gpu, chips
+from woodfrog.control.gpus import Gpu, chip_of, chips_for
 from woodfrog.control.machine import InvalidTransition, handle
 from woodfrog.control.replay import journal_header, journal_line
 from woodfrog.control.state import Config, State
@@ -327,8 +327,8 @@ class Controller:
     def _find_snapshots(self, row: DeployRow, function: FunctionSpec, key: str) -> dict[str, str]:
         """The snapshots of a function that fit here, by the chip that they need; "" = any, or none."""
         lean = _lean(function, gpu=self._uses_gpu(row, function))
-        wanted = chips(lean.resources.gpu, self.state.config.gpus) if lean.snapshot.gpu else ()
-        found = {chip: self.backend.find_snapshot(key, chip=chip) for chip in wanted or ("",)}
+        wanted = chips_for(lean, self.state.config.gpus)
+        found = {chip: self.backend.find_snapshot(key, chip=chip) for chip in wanted}
         return {chip: snapshot_id for chip, snapshot_id in found.items() if snapshot_id is not None}
 
     def _tell_snapshot(self, app: str, version: int, function: FunctionSpec, params_digest: str) -> None:
@@ -731,8 +731,7 @@ class Controller:
         service = self.state.find_service(request.app, request.spec.tag) if request is not None else None
         if request is None or service is None:
             return
-        saved = request.gpus if request.spec.snapshot.gpu else ()
-        chip = next((g.chip for g in self.state.config.gpus if g.id in saved), "")
+        chip = chip_of(request.spec, request.gpus, self.state.config.gpus)
         if not self.state.knows(service, request.params_digest, chip).gave_up:
             return
         name = f"{request.app}.{request.spec.tag}"
