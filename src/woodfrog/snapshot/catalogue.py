@@ -23,7 +23,6 @@ from woodfrog.linux.pageserver import Present
 from woodfrog.snapshot.manifest import FileEntry, Manifest, SigningKey, decode, encode
 from woodfrog.store.chunks import LARGE
 from woodfrog.store.files import fsync_dir, fsync_tree, remove_tree, sha256_file, store_error, write_atomic
-from woodfrog.store.folder import stamp_of
 
 if TYPE_CHECKING:
     from woodfrog.store.layers import LayerFiles
@@ -604,19 +603,12 @@ class Catalogue:
             raise store_error("cannot share files of the snapshot", staging.path, e) from e
 
     def share_captured(self, staging: Staging) -> None:
-        """The same for what was captured a moment ago, and has no manifest. Somebody waits: only what looks like a file
-        that is here already is read."""
+        """The same for what was captured a moment ago and has no manifest yet, while somebody waits for its thaw."""
         if self.layers is None:
             return
-        # It saves room, no more; a disk that fails is the commit's to tell of.
-        with contextlib.suppress(OSError, StoreError):
-            walked = ((folder, names) for part in _LAYERS for folder, _, names in os.walk(staging.path / part))
-            found = self.layers.alike(Path(folder, name) for folder, names in walked for name in names)
-            stamps = [stamp_of(path) for path in found]
-            names = [str(path.relative_to(staging.path)) for path in found]
-            entries = _hash_all(staging.path, names, sparse=False)
-            known = [(p, entries[n].sha256, s) for p, n, s in zip(found, names, stamps, strict=True) if s is not None]
-            self.layers.share(known)
+        walked = ((folder, names) for part in _LAYERS for folder, _, names in os.walk(staging.path / part))
+        with contextlib.suppress(OSError):  # it saves room, no more; a disk that fails is the commit's to tell of
+            self.layers.share_alike(Path(folder, name) for folder, names in walked for name in names)
 
     def set_aside(self, staging: Staging) -> Path:
         """Let another take a staging directory's place while sandboxes rest on it; where it is now, to be removed."""

@@ -62,6 +62,17 @@ def _sharable(info: os.stat_result) -> bool:
     return stat.S_ISREG(info.st_mode) and info.st_size >= LARGE and info.st_nlink == 1
 
 
+def _equal(one: Path, other: Path) -> bool:
+    """Whether two files have one content. To compare takes a fraction of what digests take."""
+    with open(one, "rb", buffering=0) as a, open(other, "rb", buffering=0) as b:
+        if os.fstat(a.fileno()).st_size != os.fstat(b.fileno()).st_size:
+            return False
+        while block := a.read(LARGE):
+            if block != b.read(len(block)):
+                return False
+    return True
+
+
 class LayerFiles:
     """Any number of threads may use one; of several processes each sees what the others left.
 
@@ -96,6 +107,34 @@ class LayerFiles:
         """
         return self._each(files, replace=True)
 
+    def share_alike(self, paths: Iterable[Path]) -> int:
+        """The same for files whose digests nobody knows yet, while somebody waits: only what has the size, owner, mode,
+        time and attributes of a file here is read, and compared with it.
+
+        Raises:
+            OSError: as of `share`, and where there can be no second names.
+        """
+        sharable = [(path, info) for path in paths if _sharable(info := os.lstat(path))]
+        if not sharable:
+            return 0
+        here: dict[str, list[Path]] = defaultdict(list)
+        done: set[Path] = set()
+        with self._mutex:
+            for kept in self._all():
+                here[kept.name.partition("-")[2]].append(kept)
+            for path, info in sharable:
+                rest = _else(path, info)
+                for kept in here.get(rest, ()):
+                    # Its name says what it is, but anybody may have changed it since.
+                    found = os.lstat(kept)
+                    if kept in done or found.st_nlink >= _MOST_LINKS or _else(kept, found) != rest:
+                        continue
+                    if _equal(path, kept):
+                        self._replace(path, kept)
+                        done.add(kept)
+                        break
+        return len(done)
+
     def keep(self, files: Iterable[tuple[Path, str, Stamp]]) -> None:
         """Let those who come later become one with files of one layer, which stays as it is: it may be mounted.
 
@@ -106,23 +145,6 @@ class LayerFiles:
             OSError: the disk fails.
         """
         self._each(files, replace=False)
-
-    def alike(self, paths: Iterable[Path]) -> list[Path]:
-        """Those of some files that may have an equal here: by all but their content, so that none is read for it.
-
-        Raises:
-            OSError: one cannot be looked at.
-        """
-        sizes: dict[str, set[int]] = defaultdict(set)
-        for kept in self._all():
-            with suppress(OSError):
-                sizes[kept.name.partition("-")[2]].add(os.lstat(kept).st_size)
-        found = []
-        for path in paths:
-            info = os.lstat(path)
-            if _sharable(info) and info.st_size in sizes.get(_else(path, info), ()):
-                found.append(path)
-        return found
 
     def _each(self, files: Iterable[tuple[Path, str, Stamp]], *, replace: bool) -> int:
         taken: set[Path] = set()
@@ -135,7 +157,10 @@ class LayerFiles:
 
     def _one(self, path: Path, sha256: str, stamp: Stamp, taken: set[Path], replace: bool) -> bool:
         info = os.lstat(path)
-        if not _sharable(info) or stamp_of(path) != stamp:
+        if stamp_of(path) != stamp:
+            return False
+        if not _sharable(info):
+            self.verified(path)  # it became one with another before its digest was known
             return False
         kept = self._path(f"{sha256}-{_else(path, info)}")
         if kept in taken:  # no two files of a layer become one
