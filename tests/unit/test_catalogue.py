@@ -126,8 +126,8 @@ def test_remove(root: Path, key: SigningKey) -> None:
 
 def test_abandoned_and_cut_off_work_is_swept(root: Path, key: SigningKey) -> None:
     catalogue = Catalogue(root, key)
-    Catalogue.abandon(catalogue.begin("s-1"))
-    Catalogue.abandon(Staging("s-0", root / ".staging-s-0"))
+    catalogue.abandon(catalogue.begin("s-1"))
+    catalogue.abandon(Staging("s-0", root / ".staging-s-0"))
     assert list(root.iterdir()) == []
     fill(catalogue.begin("s-2"))
     make(catalogue, "s-3")
@@ -147,7 +147,7 @@ def test_an_id_is_begun_once(root: Path, key: SigningKey) -> None:
     second = catalogue.begin("s-1")
     with pytest.raises(StoreError):
         catalogue.commit(second, draft("s-1"))
-    Catalogue.abandon(second)
+    catalogue.abandon(second)
     assert catalogue.open_verified("s-1").manifest.files and not second.path.exists()
 
 

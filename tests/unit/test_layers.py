@@ -19,7 +19,7 @@ from contract.faulty_tier import FaultyTier
 from unit.test_keeper import A, B, C, Machine
 from woodfrog.errors import IntegrityError, StoreError
 from woodfrog.snapshot import catalogue as catalogue_module
-from woodfrog.snapshot.catalogue import Catalogue
+from woodfrog.snapshot.catalogue import Catalogue, Staging
 from woodfrog.snapshot.manifest import FORMAT, Manifest
 from woodfrog.snapshot.transport import Transport
 from woodfrog.snapshot.trust import public_text
@@ -30,6 +30,7 @@ from woodfrog.store.cold import Key
 from woodfrog.store.layers import LayerFiles
 from woodfrog.store.tiers import DirectoryTier, MemoryTier
 
+D = "s-00000000000d"
 MIB = 1 << 20
 WHEN = 1_700_000_000_123_456_789
 MODEL = random.Random(8).randbytes(9 * MIB + 77)
@@ -56,6 +57,10 @@ class Sharing(Machine):
         self.transport = Transport(self.catalogue, self.store, self.signing, self.trust, moving, self.key)
 
     def capture(self, snapshot: str, *files: tuple[str, bytes], when: int = WHEN, mode: int = 0o640) -> Manifest:
+        return self.catalogue.commit(self.stage(snapshot, *files, when=when, mode=mode), draft(snapshot))
+
+    def stage(self, snapshot: str, *files: tuple[str, bytes], when: int = WHEN, mode: int = 0o640) -> Staging:
+        """As it is when a sandbox mounts it."""
         staging = self.catalogue.begin(snapshot)
         (staging.images / "core-1.img").write_bytes(b"core")
         for name, data in files:
@@ -65,7 +70,7 @@ class Sharing(Machine):
             path.chmod(mode)
             os.utime(path, ns=(when, when))
         self.catalogue.share_captured(staging)
-        return self.catalogue.commit(staging, draft(snapshot))
+        return staging
 
     def at(self, snapshot: str, name: str) -> Path:
         return self.catalogue.path(snapshot) / name
@@ -124,11 +129,7 @@ def test_one_that_comes_from_a_tier_shares_before_it_is_mounted(
 
 def test_a_commit_changes_nothing_in_a_layer(here: Sharing, tmp_path: Path) -> None:
     """Its sandbox runs on it already. What became equal to another's only after it was mounted stays a copy."""
-    staging = here.catalogue.begin(A)
-    (staging.fs / "model").write_bytes(MODEL)
-    os.utime(staging.fs / "model", ns=(WHEN, WHEN))
-    (staging.fs / "model").chmod(0o640)
-    here.catalogue.share_captured(staging)
+    staging = here.stage(A, ("fs/model", MODEL))
     here.capture(B, ("fs/other", MODEL))
     with overlay(staging.fs, tmp_path) as seen:
         before = inode(seen / "model")
@@ -166,17 +167,16 @@ def overlay(lower: Path, scratch: Path) -> Iterator[Path]:
         subprocess.run(["umount", disk], check=True)
 
 
-def test_only_what_may_be_equal_is_read_before_a_mount(here: Sharing, reads: list[Path]) -> None:
+def test_only_what_may_be_equal_is_read_before_a_mount(here: Sharing, monkeypatch: pytest.MonkeyPatch) -> None:
     here.capture(A, ("fs/model", MODEL))
-    for name, when, size in (("later", WHEN + 1, len(MODEL)), ("shorter", WHEN, len(MODEL) - 1)):
-        staging = here.catalogue.begin(B)
-        (staging.fs / name).write_bytes(MODEL[:size])
-        (staging.fs / name).chmod(0o640)
-        os.utime(staging.fs / name, ns=(when, when))
-        reads.clear()
-        here.catalogue.share_captured(staging)
-        assert reads == []
-        here.catalogue.abandon(staging)
+    compared: list[Path] = []
+    equal = layers_module._equal
+    monkeypatch.setattr(layers_module, "_equal", lambda one, other: compared.append(one) or equal(one, other))
+    here.stage(B, ("fs/later", MODEL), when=WHEN + 1)
+    here.stage(C, ("fs/open", MODEL), mode=0o644)
+    assert compared == []
+    staging = here.stage(D, ("fs/other", MODEL[::-1]))
+    assert [p.name for p in compared] == ["other"] and os.lstat(staging.fs / "other").st_nlink == 1
 
 
 def test_equal_files_are_one(here: Sharing) -> None:
@@ -255,6 +255,9 @@ def test_that_others_share_it_is_no_change_of_a_file(here: Sharing, reads: list[
     here.capture(C, ("fs/model", MODEL))
     assert {p.parent.parent.name for p in reads if p.name == "model"} == {f".staging-{C}"}, "the new one's own"
     reads.clear()
+    staging = here.stage(D, ("fs/model", MODEL))
+    assert inode(staging.fs / "model") == inode(here.at(A, "fs/model"))
+    here.catalogue.abandon(staging)
     here.catalogue.remove(C)
     here.catalogue.remove(B)
     here.catalogue.open_verified(A)

@@ -435,11 +435,9 @@ class Catalogue:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    @staticmethod
-    def abandon(staging: Staging) -> None:
+    def abandon(self, staging: Staging) -> None:
         """Drop what was captured; what cannot be removed now is swept at the next start."""
-        with contextlib.suppress(OSError):
-            remove_tree(staging.path)
+        self._remove_quietly(staging.path)
 
     def _stamp(self, root: Path, names: Iterable[str]) -> tuple[tuple[int, int, int, int], ...]:
         """What no write to a file leaves as it was. That other snapshots come to share a file, or no longer do, is no
