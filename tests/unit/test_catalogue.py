@@ -84,7 +84,6 @@ def test_commit_find_open(root: Path, key: SigningKey) -> None:
     for seen in (catalogue, Catalogue(root, key)):
         assert seen.find("key", "class") == manifest
         assert seen.find("key", "other class") is None and seen.find("other key", "class") is None
-        assert seen.other_hosts("key", "other class") == [manifest]
         assert seen.open_verified("s-1").manifest == manifest
         assert seen.get("s-") == manifest
         assert (seen.path("s-1") / "fs" / "tmp" / "link").read_bytes()
@@ -357,7 +356,7 @@ def test_looking_while_others_commit_and_remove(root: Path, key: SigningKey) -> 
             while not stop.is_set():
                 catalogue.find("key", "class")
                 catalogue.manifests()
-                catalogue.other_hosts("key", "x")
+                catalogue.by_use()
         except BaseException as e:
             failures.append(e)
 

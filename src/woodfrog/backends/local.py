@@ -257,8 +257,6 @@ class LocalBackend:
         """See a start to its end; what becomes of it, the observer hears."""
         try:
             await start
-        except asyncio.CancelledError:
-            raise
         except _UserFailure as e:
             await self._discard(instance)
             self._observer.on_start_failed(instance.id, e.error, user_fault=True)

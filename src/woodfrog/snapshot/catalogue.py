@@ -353,10 +353,6 @@ class Catalogue:
         ]
         return found[-1] if found else None
 
-    def other_hosts(self, function_key: str, worker_class: str) -> list[Manifest]:
-        """Snapshots of this function that were made on another kind of host."""
-        return [m for m in self.manifests() if m.function_key == function_key and m.worker_class != worker_class]
-
     def begin(self, snapshot_id: str) -> Staging:
         """A place for a new snapshot.
 
