@@ -305,7 +305,8 @@ def fake() -> Iterator[tuple[dict[str, Any], ModuleType]]:
         folder.chmod(0o755)
         programs = folder / "programs"
         programs.mkdir()
-        shutil.copy(HERE / "programs" / "tiny.py", programs)
+        for name in ("tiny.py", "served.py"):
+            shutil.copy(HERE / "programs" / name, programs)
         (programs / "driver.py").write_text(GPU)
         sys.path.insert(0, str(programs))
         yield {"cuda_dir": str(hardware.folder)}, program("tiny")

@@ -124,10 +124,18 @@ class Settings:
 _BOOLS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
-def _convert(name: str, kind: str, raw: Any) -> Any:
+_RANGES = {"gpu_free_percent": range(101)}
+
+
+def _convert(name: str, key: str, kind: str, raw: Any) -> Any:
     try:
         if kind == "int":
-            return int(raw)
+            value = int(raw)
+            if key in _RANGES and value not in _RANGES[key]:
+                limits = _RANGES[key]
+                text = f"setting {name}: {value} is not between {limits[0]} and {limits[-1]}"
+                raise SpecError(text, code="bad-setting")
+            return value
         if kind == "bool":
             return _BOOLS[str(raw).lower()]
         if kind == "float":
@@ -143,7 +151,7 @@ def load(environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings
     """Read the settings. Keyword arguments win over everything.
 
     Raises:
-        SpecError: a value of the wrong type, an unknown key, or an unreadable config file.
+        SpecError: a value of the wrong type or out of its range, an unknown key, or an unreadable config file.
     """
     env = os.environ if environ is None else environ
     kinds = {f.name: str(f.type) for f in fields(Settings)}
@@ -157,10 +165,10 @@ def load(environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings
     for key, value in table.items():
         if key not in kinds:
             raise SpecError(f"{config}: unknown setting {key!r}; known: {', '.join(sorted(kinds))}", code="bad-config")
-        values[key] = _convert(key, kinds[key], value)
+        values[key] = _convert(key, key, kinds[key], value)
     for key, kind in kinds.items():
         raw = env.get("WOODFROG_" + key.upper())
         if raw is not None:
-            values[key] = _convert("WOODFROG_" + key.upper(), kind, raw)
+            values[key] = _convert("WOODFROG_" + key.upper(), key, kind, raw)
     values.update({k: v for k, v in overrides.items() if v is not None})
     return replace(Settings(), **values)

@@ -213,6 +213,7 @@ class Reader:
             with open("/tmp/model", "r+b") as f:
                 f.write(b"other")
         info = os.stat("/tmp/model")
+        assert info.st_nlink, "replaced below the mounted layer"
         return [zlib.crc32(open("/tmp/model", "rb").read()), info.st_mtime_ns, open("/tmp/started").read(), VERSION]
 """
 

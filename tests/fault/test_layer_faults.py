@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from unit.test_keeper import A, B
-from unit.test_layers import MODEL, Sharing
+from unit.test_layers import MODEL, WHEN, Sharing
 from woodfrog import faults
 from woodfrog.errors import StoreError
 from woodfrog.snapshot.trust import public_text
@@ -69,12 +69,22 @@ def test_killed_while_two_become_one(tmp_path: Path, point: str) -> None:
 def test_a_full_disk_costs_the_snapshot_and_no_other(tmp_path: Path) -> None:
     machine = Sharing(tmp_path / "home")
     machine.capture(A, ("fs/model", MODEL))
-    faults.configure(f"{LINKED}=enospc*1")
+    faults.configure(f"{KEPT}=enospc*1")
     with pytest.raises(StoreError) as error:
-        machine.capture(B, ("fs/model", MODEL))
+        machine.capture(B, ("fs/model", MODEL), when=WHEN + 1)
     assert error.value.code == "disk-full" and os.strerror(errno.ENOSPC)
     machine.catalogue.open_verified(A)
     sound(tmp_path / "home", A)
+
+
+def test_what_cannot_be_shared_before_it_is_mounted_stays_a_copy(tmp_path: Path) -> None:
+    """Nobody is told: the capture goes on, and the commit finds what is wrong with the disk."""
+    machine = Sharing(tmp_path / "home")
+    machine.capture(A, ("fs/model", MODEL))
+    faults.configure(f"{LINKED}=enospc*1")
+    machine.capture(B, ("fs/model", MODEL))
+    assert os.lstat(machine.at(B, "fs/model")).st_nlink == 1
+    sound(tmp_path / "home", A, B)
 
 
 @pytest.mark.parametrize("point", ["push.tree", "pull.tree", LINKED, KEPT])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import hashlib
 import json
 import pickle
@@ -775,6 +776,39 @@ async def test_tidy_forgets_nothing_that_is_wanted(daemon: Daemon, monkeypatch: 
     daemon.controller.touched["demo"] -= 3600
     daemon.controller.tidy()
     assert (await daemon.http.get("/apps")).json() == {"apps": []}
+
+
+async def test_tidy_forgets_versions_that_have_drained(daemon: Daemon) -> None:
+    await daemon.deploy(function("wait"), app="demo")
+    waiting = (await daemon.submit("wait")).headers["woodfrog-call"]
+    for _ in range(2):
+        await daemon.deploy(function("square"), app="demo")
+    assert await daemon.call("square", 3) == 9
+    daemon.controller.tidy()
+    assert set(daemon.controller.apps) == {("demo", 1), ("demo", 3)}, "version 1 has a call to finish"
+    gates["gate"].set()
+    await daemon.http.get(f"/calls/{waiting}", params={"wait": 5})
+    while any(i.request.spec.tag == "wait" for i in daemon.controller.instances.values()):
+        await asyncio.sleep(0.01)
+    daemon.controller.tidy()
+    assert set(daemon.controller.apps) == {("demo", 3)} and await daemon.call("square", 3) == 9
+
+
+async def test_an_event_journal_that_does_not_fit_on_the_disk(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Housekeeping goes on, and so do calls and the shutdown."""
+
+    class Full:
+        def write(self, text: str) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        flush = close = lambda self: self.write("")
+
+    monkeypatch.setattr(daemon.controller, "_record", Full())
+    daemon.controller.tidy()
+    await daemon.deploy(function("square"), app="demo")
+    assert await daemon.call("square", 3) == 9
+    daemon.controller.tidy()
+    await daemon.controller.shutdown(1)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,6 @@ def test_commit_find_open(root: Path, key: SigningKey) -> None:
     for seen in (catalogue, Catalogue(root, key)):
         assert seen.find("key", "class") == manifest
         assert seen.find("key", "other class") is None and seen.find("other key", "class") is None
-        assert seen.other_hosts("key", "other class") == [manifest]
         assert seen.open_verified("s-1").manifest == manifest
         assert seen.get("s-") == manifest
         assert (seen.path("s-1") / "fs" / "tmp" / "link").read_bytes()
@@ -126,8 +125,8 @@ def test_remove(root: Path, key: SigningKey) -> None:
 
 def test_abandoned_and_cut_off_work_is_swept(root: Path, key: SigningKey) -> None:
     catalogue = Catalogue(root, key)
-    Catalogue.abandon(catalogue.begin("s-1"))
-    Catalogue.abandon(Staging("s-0", root / ".staging-s-0"))
+    catalogue.abandon(catalogue.begin("s-1"))
+    catalogue.abandon(Staging("s-0", root / ".staging-s-0"))
     assert list(root.iterdir()) == []
     fill(catalogue.begin("s-2"))
     make(catalogue, "s-3")
@@ -147,7 +146,7 @@ def test_an_id_is_begun_once(root: Path, key: SigningKey) -> None:
     second = catalogue.begin("s-1")
     with pytest.raises(StoreError):
         catalogue.commit(second, draft("s-1"))
-    Catalogue.abandon(second)
+    catalogue.abandon(second)
     assert catalogue.open_verified("s-1").manifest.files and not second.path.exists()
 
 
@@ -357,7 +356,7 @@ def test_looking_while_others_commit_and_remove(root: Path, key: SigningKey) -> 
             while not stop.is_set():
                 catalogue.find("key", "class")
                 catalogue.manifests()
-                catalogue.other_hosts("key", "x")
+                catalogue.by_use()
         except BaseException as e:
             failures.append(e)
 

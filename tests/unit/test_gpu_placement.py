@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from woodfrog.control import events as ev
 from woodfrog.control.events import Action, Event
-from woodfrog.control.gpus import Gpu, chips, choose, fits, parse, possible
+from woodfrog.control.gpus import Gpu, chip_of, chips, chips_for, choose, fits, parse, possible
 from woodfrog.control.machine import handle
 from woodfrog.control.state import Config, State
 from woodfrog.spec import FunctionSpec, MethodSpec, Resources, ScalingPolicy, SnapshotPolicy, SourceSpec
@@ -67,6 +67,20 @@ def function(tag: str, *gpu: str, **scaling: Any) -> FunctionSpec:
     return FunctionSpec(
         tag, "function", source, (MethodSpec(tag),), resources=Resources(gpu=gpu), scaling=ScalingPolicy(**scaling)
     )
+
+
+@pytest.mark.parametrize(
+    ("requests", "saved", "found"),
+    [
+        (("any",), True, (A10, H100)), (("H100:2", "A10"), True, (H100, A10)), (("T4",), True, ("",)),
+        (("any",), False, ("",)), ((), True, ("",)),
+    ],
+)  # fmt: skip
+def test_what_snapshots_depend_on(requests: tuple[str, ...], saved: bool, found: tuple[str, ...]) -> None:
+    spec = replace(function("f", *requests), snapshot=SnapshotPolicy(enabled=True, gpu=saved))
+    assert chips_for(spec, FOUR) == found
+    held = choose(requests, FOUR) or ()
+    assert chip_of(spec, held, FOUR) == (found[0] if held else "") and chip_of(spec, (), FOUR) == ""
 
 
 class Driver:

@@ -6,7 +6,9 @@ import os
 import random
 import shutil
 import stat
+import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from contract.faulty_tier import FaultyTier
 from unit.test_keeper import A, B, C, Machine
 from woodfrog.errors import IntegrityError, StoreError
 from woodfrog.snapshot import catalogue as catalogue_module
-from woodfrog.snapshot.catalogue import Catalogue
+from woodfrog.snapshot.catalogue import Catalogue, Staging
 from woodfrog.snapshot.manifest import FORMAT, Manifest
 from woodfrog.snapshot.transport import Transport
 from woodfrog.snapshot.trust import public_text
@@ -28,9 +30,14 @@ from woodfrog.store.cold import Key
 from woodfrog.store.layers import LayerFiles
 from woodfrog.store.tiers import DirectoryTier, MemoryTier
 
+D = "s-00000000000d"
 MIB = 1 << 20
 WHEN = 1_700_000_000_123_456_789
 MODEL = random.Random(8).randbytes(9 * MIB + 77)
+
+
+def draft(snapshot: str) -> Manifest:
+    return Manifest(FORMAT, snapshot, "key", "class", {}, "demo", "f", "", 1.0, 1, 1, 0, 0, ())
 
 
 class Sharing(Machine):
@@ -50,6 +57,10 @@ class Sharing(Machine):
         self.transport = Transport(self.catalogue, self.store, self.signing, self.trust, moving, self.key)
 
     def capture(self, snapshot: str, *files: tuple[str, bytes], when: int = WHEN, mode: int = 0o640) -> Manifest:
+        return self.catalogue.commit(self.stage(snapshot, *files, when=when, mode=mode), draft(snapshot))
+
+    def stage(self, snapshot: str, *files: tuple[str, bytes], when: int = WHEN, mode: int = 0o640) -> Staging:
+        """As it is when a sandbox mounts it."""
         staging = self.catalogue.begin(snapshot)
         (staging.images / "core-1.img").write_bytes(b"core")
         for name, data in files:
@@ -58,8 +69,8 @@ class Sharing(Machine):
             path.write_bytes(data)
             path.chmod(mode)
             os.utime(path, ns=(when, when))
-        draft = Manifest(FORMAT, snapshot, "key", "class", {}, "demo", "f", "", 1.0, 1, 1, 0, 0, ())
-        return self.catalogue.commit(staging, draft)
+        self.catalogue.share_captured(staging)
+        return staging
 
     def at(self, snapshot: str, name: str) -> Path:
         return self.catalogue.path(snapshot) / name
@@ -83,7 +94,7 @@ def test_one_that_comes_from_a_tier_shares_before_it_is_mounted(
     here: Sharing, tmp_path: Path, tier: DirectoryTier
 ) -> None:
     """Names below an overlay do not change after that; and a file that came is here for the next attempt."""
-    here.capture(A, ("fs/model", MODEL), ("fs/own", MODEL[::-1]))
+    here.capture(A, ("fs/model", MODEL), ("fs/model-2", MODEL), ("fs/own", MODEL[::-1]))
     here.transport.push(A, tier)
     there = Sharing(tmp_path / "there")
     there.trust.add(public_text(here.signing))
@@ -91,8 +102,8 @@ def test_one_that_comes_from_a_tier_shares_before_it_is_mounted(
     faulty = FaultyTier(tier)
     arrival = there.transport.arrive(A, faulty)
     layer = arrival.opened().path / "fs"
-    before = {name: inode(layer / name) for name in ("model", "own")}
-    assert before["model"] == inode(there.at(B, "fs/other"))
+    before = {name: inode(layer / name) for name in ("model", "model-2", "own")}
+    assert before["model"] == inode(there.at(B, "fs/other")) != before["model-2"]
     assert there.layers.verify() == []
     arrival.rest()
     arrival.finish()
@@ -114,6 +125,58 @@ def test_one_that_comes_from_a_tier_shares_before_it_is_mounted(
 
 
 # On this machine
+
+
+def test_a_commit_changes_nothing_in_a_layer(here: Sharing, tmp_path: Path) -> None:
+    """Its sandbox runs on it already. What became equal to another's only after it was mounted stays a copy."""
+    staging = here.stage(A, ("fs/model", MODEL))
+    here.capture(B, ("fs/other", MODEL))
+    with overlay(staging.fs, tmp_path) as seen:
+        before = inode(seen / "model")
+        with open(seen / "model", "rb") as f:
+            here.catalogue.commit(staging, draft(A))
+            info = os.lstat(seen / "model")
+            assert info.st_ino == os.fstat(f.fileno()).st_ino == before and info.st_nlink > 0
+            assert f.read() == MODEL
+        here.capture(C, ("fs/third", MODEL))
+        assert inode(seen / "model") == before and os.lstat(seen / "model").st_nlink > 0
+    assert inode(here.at(A, "fs/model")) != inode(here.at(B, "fs/other")) == inode(here.at(C, "fs/third"))
+    assert here.layers.stats().shared_bytes == os.lstat(here.at(B, "fs/other")).st_blocks * 512
+    for snapshot in (A, B, C):
+        here.catalogue.open_verified(snapshot)
+
+
+@contextmanager
+def overlay(lower: Path, scratch: Path) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    disk, target = scratch / "disk", scratch / "mounted"
+    disk.mkdir()
+    target.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", disk], check=True)
+    try:
+        for name in ("upper", "work"):
+            (disk / name).mkdir()
+        options = f"lowerdir={lower},upperdir={disk}/upper,workdir={disk}/work,index=off,xino=on"
+        subprocess.run(["mount", "-t", "overlay", "none", target, "-o", options], check=True)
+        try:
+            yield target
+        finally:
+            subprocess.run(["umount", target], check=True)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_only_what_may_be_equal_is_read_before_a_mount(here: Sharing, monkeypatch: pytest.MonkeyPatch) -> None:
+    here.capture(A, ("fs/model", MODEL))
+    compared: list[Path] = []
+    equal = layers_module._equal
+    monkeypatch.setattr(layers_module, "_equal", lambda one, other: compared.append(one) or equal(one, other))
+    here.stage(B, ("fs/later", MODEL), when=WHEN + 1)
+    here.stage(C, ("fs/open", MODEL), mode=0o644)
+    assert compared == []
+    staging = here.stage(D, ("fs/other", MODEL[::-1]))
+    assert [p.name for p in compared] == ["other"] and os.lstat(staging.fs / "other").st_nlink == 1
 
 
 def test_equal_files_are_one(here: Sharing) -> None:
@@ -146,8 +209,8 @@ def test_owner_and_attributes_are_a_part_of_it(here: Sharing, monkeypatch: pytes
         except OSError:
             pytest.skip("no extended attributes here")
         os.utime(path, ns=(WHEN, WHEN))
-        draft = Manifest(FORMAT, snapshot, "key", "class", {}, "demo", "f", "", 1.0, 1, 1, 0, 0, ())
-        here.catalogue.commit(staging, draft)
+        here.catalogue.share_captured(staging)
+        here.catalogue.commit(staging, draft(snapshot))
     inodes = [inode(here.at(snapshot, "fs/model")) for snapshot in (A, B, C)]
     assert inodes[0] == inodes[2] != inodes[1]
 
@@ -160,7 +223,8 @@ def test_hard_links_of_a_layer_stay_what_they_are(here: Sharing) -> None:
     for name in ("one", "two"):
         (staging.fs / name).chmod(0o640)
         os.utime(staging.fs / name, ns=(WHEN, WHEN))
-    here.catalogue.commit(staging, Manifest(FORMAT, B, "k", "c", {}, "demo", "f", "", 1.0, 1, 1, 0, 0, ()))
+    here.catalogue.share_captured(staging)
+    here.catalogue.commit(staging, draft(B))
     one, two = here.at(B, "fs/one"), here.at(B, "fs/two")
     assert inode(one) == inode(two) != inode(here.at(A, "fs/model")) and os.lstat(one).st_nlink == 2
     here.catalogue.open_verified(B)
@@ -189,8 +253,11 @@ def test_that_others_share_it_is_no_change_of_a_file(here: Sharing, reads: list[
     here.catalogue.open_verified(A)
     here.catalogue.open_verified(B)
     here.capture(C, ("fs/model", MODEL))
-    assert [p.name for p in reads if p.name == "model"] == ["model"], "the new one's own"
+    assert {p.parent.parent.name for p in reads if p.name == "model"} == {f".staging-{C}"}, "the new one's own"
     reads.clear()
+    staging = here.stage(D, ("fs/model", MODEL))
+    assert inode(staging.fs / "model") == inode(here.at(A, "fs/model"))
+    here.catalogue.abandon(staging)
     here.catalogue.remove(C)
     here.catalogue.remove(B)
     here.catalogue.open_verified(A)
@@ -353,7 +420,7 @@ def test_a_layer_with_all_that_overlays_have(here: Sharing, tier: DirectoryTier,
             with_attribute = False
     else:
         with_attribute = False
-    here.catalogue.commit(staging, Manifest(FORMAT, A, "k", "c", {}, "demo", "f", "", 1.0, 1, 1, 0, 0, ()))
+    here.catalogue.commit(staging, draft(A))
     here.transport.push(A, tier)
     there = Sharing(tmp_path / "there")
     there.trust.add(public_text(here.signing))

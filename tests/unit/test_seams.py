@@ -355,6 +355,7 @@ def test_every_setting_is_read_from_the_environment() -> None:
         ("pool_sise = 1", "unknown setting 'pool_sise'; known: .*pool_size"),
         ("pool_size = 'many'", "pool_size: 'many' is not of type int"),
         ("pool_size = [1]", "pool_size"),
+        ("gpu_free_percent = 101", "setting gpu_free_percent: 101 is not between 0 and 100"),
         ("pool_size = ", "config.toml"),
         ("\x00", "config.toml"),
     ],
@@ -375,3 +376,11 @@ def test_config_file_that_is_not_text(tmp_path: Path) -> None:
 def test_bad_environment(value: str) -> None:
     with pytest.raises(SpecError, match=f"WOODFROG_POOL_SIZE: '{value}' is not of type int"):
         load({"WOODFROG_HOME": "/nowhere", "WOODFROG_POOL_SIZE": value})
+
+
+@pytest.mark.parametrize("value", ["200", "-1"])
+def test_a_share_is_between_0_and_100(value: str) -> None:
+    with pytest.raises(SpecError, match=f"WOODFROG_GPU_FREE_PERCENT: {value} is not between 0 and 100"):
+        load({"WOODFROG_HOME": "/nowhere", "WOODFROG_GPU_FREE_PERCENT": value})
+    for fine in (0, 100):
+        assert load({"WOODFROG_HOME": "/nowhere", "WOODFROG_GPU_FREE_PERCENT": str(fine)}).gpu_free_percent == fine

@@ -1,11 +1,13 @@
 """What transformer.py does, in ctypes on the driver API alone: bytes in device memory, and answers made of them. It
-runs on the fake driver of the tests too. `driver.py`, with a class `Cuda`, lies beside it where it is deployed.
+runs on the fake driver of the tests too. `driver.py`, with a class `Cuda`, and `served.py` lie beside it where it is
+deployed.
 """
 
 import hashlib
 import os
 
 from driver import Cuda
+from served import Served
 
 import woodfrog as modal
 
@@ -41,51 +43,35 @@ class Model:
             "device_bytes": len(found),
         }
 
-
-def gpus():
-    """1 where there is one."""
-    try:
-        Cuda()
-    except (OSError, RuntimeError):
-        return 0
-    return 1
+    @staticmethod
+    def gpus():
+        """1 where there is one."""
+        try:
+            Cuda()
+        except (OSError, RuntimeError):
+            return 0
+        return 1
 
 
 @app.cls(
     gpu="any", enable_memory_snapshot=True, experimental_options={"enable_gpu_snapshot": True}, env=ENV,
     scaledown_window=600,
 )  # fmt: skip
-class OnGpu:
+class OnGpu(Served):
     @modal.enter(snap=True)
     def load(self):
         self.model = Model()
         self.model.ready()
         self.seen = 1
 
-    @modal.method()
-    def run(self, request):
-        return self.model.answer(request)
-
-    @modal.method()
-    def facts(self):
-        return {**self.model.facts(), "seen": [self.seen, gpus()], "restored": modal.restored()}
-
 
 @app.cls(gpu="any", enable_memory_snapshot=True, env=ENV, scaledown_window=600)
-class OnCpu:
+class OnCpu(Served):
     @modal.enter(snap=True)
     def load(self):
         self.model = Model()
-        self.seen = gpus()
+        self.seen = Model.gpus()
 
     @modal.enter(snap=False)
     def move(self):
         self.model.ready()
-
-    @modal.method()
-    def run(self, request):
-        return self.model.answer(request)
-
-    @modal.method()
-    def facts(self):
-        return {**self.model.facts(), "seen": [self.seen, gpus()], "restored": modal.restored()}

@@ -8,6 +8,7 @@ graphs), MODEL_DEVICE.
 import os
 
 import torch
+from served import Served
 from torch import nn
 from torch.nn import functional
 
@@ -153,10 +154,10 @@ class Model:
             found |= {"device": torch.cuda.get_device_name(), "device_bytes": total - free}
         return found
 
-
-def gpus():
-    """How many GPUs torch sees."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    @staticmethod
+    def gpus():
+        """How many GPUs torch sees."""
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 @app.cls(
@@ -166,37 +167,21 @@ def gpus():
     env=ENV,
     **LIMITS,
 )
-class OnGpu:
+class OnGpu(Served):
     @modal.enter(snap=True)
     def load(self):
         self.model = Model(GIB, VARIANT, DEVICE)
         self.model.ready(DEVICE)
-        self.seen = gpus()
-
-    @modal.method()
-    def run(self, request):
-        return self.model.answer(request)
-
-    @modal.method()
-    def facts(self):
-        return {**self.model.facts(), "seen": [self.seen, gpus()], "restored": modal.restored()}
+        self.seen = Model.gpus()
 
 
 @app.cls(gpu="any", enable_memory_snapshot=True, env=ENV, **LIMITS)
-class OnCpu:
+class OnCpu(Served):
     @modal.enter(snap=True)
     def load(self):
         self.model = Model(GIB, VARIANT, "cpu")
-        self.seen = gpus()
+        self.seen = Model.gpus()
 
     @modal.enter(snap=False)
     def move(self):
         self.model.ready(DEVICE)
-
-    @modal.method()
-    def run(self, request):
-        return self.model.answer(request)
-
-    @modal.method()
-    def facts(self):
-        return {**self.model.facts(), "seen": [self.seen, gpus()], "restored": modal.restored()}

@@ -50,7 +50,7 @@ from woodfrog.snapshot.materialise import materialise
 from woodfrog.store.content import ContentStore
 from woodfrog.telemetry import Phases, counters
 
-__all__ = ["LocalBackend"]
+__all__ = ["LocalBackend", "LocalConfig"]
 
 log = logging.getLogger("woodfrog")
 
@@ -61,14 +61,38 @@ _ZYGOTE_S = 10.0
 _FETCH_S = 30.0
 _AFTER_ANSWER_S = 0.05
 """So long an answer has the processor to itself, on its way to the client."""
+_USER_STAGES = frozenset({"importing", "starting"})
+"""In these the user's code runs."""
+_OTHER_GPUS = frozenset({"gpu-out-of-memory", "gpu-chip"})
+"""Why a snapshot did not thaw that may thaw on other GPUs."""
+_RNDRESEEDCRNG = 0x5207
 
 
-class _UserFailure(WoodfrogError):
-    """The user's code failed in a start; `error` is what the callers are told."""
+class _GaveUp(WoodfrogError):
+    """A start ends here; `error` is what the observer is told."""
 
-    def __init__(self, error: StartupError) -> None:
+    def __init__(self, error: WoodfrogError) -> None:
         super().__init__(error.message)
         self.error = error
+
+
+class _UserFailure(_GaveUp):
+    """The user's code failed."""
+
+
+class _Refused(_GaveUp):
+    """The GPUs of the instance are not to be used."""
+
+
+class _CaptureGaveUp(_GaveUp):
+    """Its processes are gone, and there is no snapshot."""
+
+
+class _RestoreGaveUp(_GaveUp):
+    def __init__(self, snapshot_id: str, error: WoodfrogError, *, at_fault: bool) -> None:
+        super().__init__(error)
+        self.snapshot_id = snapshot_id
+        self.at_fault = at_fault
 
 
 @dataclass(eq=False)
@@ -233,8 +257,6 @@ class LocalBackend:
         """See a start to its end; what becomes of it, the observer hears."""
         try:
             await start
-        except asyncio.CancelledError:
-            raise
         except _UserFailure as e:
             await self._discard(instance)
             self._observer.on_start_failed(instance.id, e.error, user_fault=True)
@@ -449,7 +471,6 @@ class LocalBackend:
                     await self._materialise(instance, opened, lazy)
         except (WoodfrogError, OSError, TimeoutError) as e:
             await self._drop_sandbox(instance)
-            await self._drop_pages(instance)
             instance.zygote = None
             self._zygotes.failed(found.id, e)
             return False
@@ -530,7 +551,13 @@ class LocalBackend:
             return
         draft = replace(draft, phases=tuple(f"{p.name}={p.ms:.1f}" for p in phases.items))
         await self._drop_sandbox(instance)
-        await self._drop_pages(instance)
+        with phases("share"):
+            sharing = asyncio.ensure_future(asyncio.to_thread(self._catalogue.share_captured, instance.staging))
+            try:
+                await asyncio.shield(sharing)
+            except asyncio.CancelledError:
+                await asyncio.wait({sharing})  # what it changes will be removed
+                raise
         try:
             await self._thaw(instance, Opened.staged(draft, instance.staging.path))
         except WoodfrogError as e:
@@ -610,7 +637,6 @@ class LocalBackend:
             if isinstance(e, _RestoreGaveUp) and e.at_fault:
                 self._catalogue.retire(found, e.message)
             await self._drop_sandbox(instance)
-            await self._drop_pages(instance)
             instance.snapshot_id = None
             return False
         self._observer.on_captured(instance.request, found)
@@ -850,13 +876,14 @@ class LocalBackend:
         self._observer.on_stopped(instance.id)
 
     async def _drop_sandbox(self, instance: Instance) -> None:
-        """Destroy the sandbox an instance is in; the instance itself may go on in another."""
+        """Destroy the sandbox an instance is in and serve its memory no more; the instance may go on in another."""
         sandbox = await self._hang_up(instance)
         if sandbox is not None:
             instance.process = None
             with instance.phases("teardown"):
                 self._close_logs(instance)
                 self._spawn(self._factory.release(sandbox))
+        await self._drop_pages(instance)
 
     @staticmethod
     async def _hang_up(instance: Instance) -> Sandbox | None:
@@ -904,10 +931,7 @@ class LocalBackend:
         await self._health.check()
 
     def snapshots_in_use(self) -> set[str]:
-        used = {i.snapshot_id for i in self._instances.values()} | {
-            i.request.snapshot_id for i in self._instances.values()
-        }
-        used |= {i.zygote for i in self._instances.values()}
+        used = {s for i in self._instances.values() for s in (i.snapshot_id, i.request.snapshot_id, i.zygote)}
         return {s for s in used if s is not None}
 
     def describe(self, instance_id: str) -> dict[str, Any] | None:
@@ -974,36 +998,6 @@ def reseed_kernel_generators() -> None:
     """
     with contextlib.suppress(OSError), open("/dev/urandom", "rb", buffering=0) as f:
         fcntl.ioctl(f, _RNDRESEEDCRNG)
-
-
-_RNDRESEEDCRNG = 0x5207
-_USER_STAGES = frozenset({"importing", "starting"})
-
-
-class _CaptureGaveUp(WoodfrogError):
-    def __init__(self, error: WoodfrogError) -> None:
-        super().__init__(error.message)
-        self.error = error
-
-
-_OTHER_GPUS = frozenset({"gpu-out-of-memory", "gpu-chip"})
-"""Why a snapshot did not thaw that may thaw on other GPUs."""
-
-
-class _Refused(WoodfrogError):
-    """The GPUs of an instance are not to be used."""
-
-    def __init__(self, error: WoodfrogError) -> None:
-        super().__init__(error.message)
-        self.error = error
-
-
-class _RestoreGaveUp(WoodfrogError):
-    def __init__(self, snapshot_id: str, error: WoodfrogError, *, at_fault: bool) -> None:
-        super().__init__(error.message)
-        self.snapshot_id = snapshot_id
-        self.error = error
-        self.at_fault = at_fault
 
 
 def _unexpected(what: str, error: Exception) -> WoodfrogError:

@@ -1,4 +1,4 @@
-"""Which GPUs a function gets: requests, what fits, what is free. Pure."""
+"""Which GPUs a function gets: requests, what fits, what is free, what its snapshots depend on. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Gpu", "chips", "choose", "fits", "parse", "possible"]
+from woodfrog.spec import FunctionSpec
+
+__all__ = ["Gpu", "chip_of", "chips", "chips_for", "choose", "fits", "parse", "possible"]
 
 
 @dataclass(frozen=True)
@@ -62,3 +64,13 @@ def choose(
 def possible(requests: Sequence[str], gpus: Sequence[Gpu]) -> bool:
     """Whether this machine can ever fulfil one of the requests."""
     return choose(requests, gpus) is not None
+
+
+def chips_for(spec: FunctionSpec, gpus: Sequence[Gpu]) -> tuple[str, ...]:
+    """The chips that a function's snapshots may be of; `("",)`: they hold no GPU memory, and fit any."""
+    return (chips(spec.resources.gpu, gpus) if spec.snapshot.gpu else ()) or ("",)
+
+
+def chip_of(spec: FunctionSpec, held: Collection[str], gpus: Sequence[Gpu]) -> str:
+    """Of those, the one for an instance that holds these GPUs."""
+    return next((g.chip for g in gpus if spec.snapshot.gpu and g.id in held), "")

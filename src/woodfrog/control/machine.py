@@ -39,6 +39,7 @@ from woodfrog.control.events import (
     Tick,
     WakeAt,
 )
+from woodfrog.control.gpus import chips_for
 from woodfrog.control.state import NEVER, App, Call, Instance, Service, State
 from woodfrog.errors import (
     CallCancelled as CallCancelledError,
@@ -461,7 +462,7 @@ def _snapshot_requested(st: State, ev: SnapshotRequested) -> None:
     service = st.find_service(ev.app, ev.tag)
     if service is None or not service.spec.snapshot.enabled:
         return _stale(st)
-    known = [st.knows(service, ev.params_digest, chip) for chip in moves.chips_for(st, service)]
+    known = [st.knows(service, ev.params_digest, chip) for chip in chips_for(service.spec, st.config.gpus)]
     if any(k.snapshot_id is not None for k in known):
         return
     for knowledge in known:

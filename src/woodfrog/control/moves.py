@@ -21,7 +21,7 @@ from woodfrog.control.events import (
     StopInstance,
     WakeInstance,
 )
-from woodfrog.control.gpus import Gpu, chips, choose, possible
+from woodfrog.control.gpus import Gpu, chip_of, chips_for, choose, possible
 from woodfrog.control.state import HISTORY, NEVER, App, Call, Group, Instance, InstanceState, Knowledge, Service, State
 
 Error = dict[str, Any]
@@ -164,16 +164,6 @@ def can_restore(st: State, group: Group, chip: str = "") -> bool:
     return st.knows(service, group.digest, chip).snapshot_id is not None
 
 
-def can_start(st: State, group: Group) -> bool:
-    """Whether the limits allow one more instance."""
-    service = group.service
-    limit = service.spec.scaling.max_containers
-    if len(st.instances) >= st.config.max_instances or (limit is not None and service.instances >= limit):
-        return False
-    found = place(st, group)
-    return found is not None and (st.cold_starting < st.config.max_starting or found.restore)
-
-
 @dataclass(frozen=True)
 class Place:
     """Where one more instance of a group goes. `chip`: as in `Instance`; `restore`: a snapshot for it is ready."""
@@ -181,6 +171,16 @@ class Place:
     gpus: tuple[str, ...]
     chip: str
     restore: bool
+
+
+def room(st: State, group: Group) -> Place | None:
+    """Where the limits allow one more instance; None = nowhere now."""
+    service = group.service
+    limit = service.spec.scaling.max_containers
+    if len(st.instances) >= st.config.max_instances or (limit is not None and service.instances >= limit):
+        return None
+    found = place(st, group)
+    return found if found is not None and (st.cold_starting < st.config.max_starting or found.restore) else None
 
 
 def place(st: State, group: Group) -> Place | None:
@@ -191,27 +191,14 @@ def place(st: State, group: Group) -> Place | None:
     gpus = others or gpus_for(st, group)
     if gpus is None:
         return None
-    chip = chip_of(st, group, gpus)
+    chip = chip_of(group.service.spec, gpus, st.config.gpus)
     # Where only those without room are left, it starts cold on one of them.
     return Place(gpus, chip, others is not None and can_restore(st, group, chip))
 
 
-def chip_of(st: State, group: Group, gpus: tuple[str, ...]) -> str:
-    """What the snapshots of an instance with these GPUs depend on: nothing, unless they hold GPU memory."""
-    if not group.service.spec.snapshot.gpu:
-        return ""
-    return next((g.chip for g in st.config.gpus if g.id in gpus), "")
-
-
-def chips_for(st: State, service: Service) -> tuple[str, ...]:
-    """The chips for which the service may have snapshots; `("",)`: they hold no GPU memory, and fit any."""
-    spec = service.spec
-    found = chips(spec.resources.gpu, st.config.gpus) if spec.snapshot.gpu else ()
-    return found or ("",)
-
-
 def knows_all(st: State, group: Group) -> list[Knowledge]:
-    return [st.knows(group.service, group.digest, chip) for chip in chips_for(st, group.service)]
+    service = group.service
+    return [st.knows(service, group.digest, chip) for chip in chips_for(service.spec, st.config.gpus)]
 
 
 def of_instance(st: State, inst: Instance) -> Knowledge:
@@ -254,11 +241,10 @@ def has_usable(st: State, group: Group) -> bool:
 
 def start(st: State, group: Group) -> bool:
     """Start one more instance, unless a limit forbids it."""
-    if not can_start(st, group):
+    found = room(st, group)
+    if found is None:
         return False
     service = group.service
-    found = place(st, group)
-    assert found is not None
     knowledge = st.knows(service, group.digest, found.chip)
     enabled = service.spec.snapshot.enabled
     if group.force_cold:
@@ -393,7 +379,7 @@ def park(st: State, group: Group) -> None:
         return park_later(st, group, 0.0)
     if group.parking or group.starting or group.queue:
         return  # the end of that comes back here
-    if st.starved or not can_start(st, group):
+    if st.starved or room(st, group) is None:
         return park_later(st, group, st.config.park_full)
     knowledge = st.knows(group.service, group.digest)
     assert knowledge.snapshot_id is not None
@@ -622,7 +608,7 @@ def schedule(st: State, group: Group) -> None:
         urgent, spare = wanted(st, group)
     if st.starved:
         # Others wait too: who comes first is not for this group to say.
-        st.freed = st.freed or bool((urgent or spare) and can_start(st, group))
+        st.freed = st.freed or bool((urgent or spare) and room(st, group))
     else:
         while urgent and start(st, group):
             urgent -= 1

@@ -323,6 +323,8 @@ async def _tidy(controller: Controller) -> None:
             controller.tidy()
         except WoodfrogError as e:
             log.error("housekeeping: %s", e.message)
+        except Exception:  # what is left undone now is done the next time
+            log.exception("housekeeping")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from woodfrog.backends.base import Answer, Backend, CallRequest, StartRequest
 from woodfrog.backends.connection import Payload
 from woodfrog.control import events as ev
-from woodfrog.control.gpus import Gpu, chips
+from woodfrog.control.gpus import Gpu, chip_of, chips_for
 from woodfrog.control.machine import InvalidTransition, handle
 from woodfrog.control.replay import journal_header, journal_line
 from woodfrog.control.state import Config, State
@@ -200,15 +201,22 @@ class Controller:
         line = journal_line(event, actions)
         self._recorded += len(line)
         try:
-            if self._recorded > _JOURNAL_LIMIT:
-                log.info("the event journal is full: this run is not recorded any further")
-                self._record.close()
-                self._record_path = None
-                return
             self._record.write(line + "\n")
-        except (OSError, ValueError) as e:
-            log.warning("the event journal ends here: %s", e)
-            self._record_path = None
+        except OSError as e:
+            self._end_record(e)
+        if self._recorded > _JOURNAL_LIMIT:
+            log.info("the event journal is full: this run is not recorded any further")
+            self._end_record()
+
+    def _end_record(self, why: OSError | None = None) -> None:
+        """The rest of this run is not in its event journal."""
+        if self._record_path is None:
+            return
+        self._record_path = None
+        if why is not None:
+            log.warning("the event journal ends here: %s", why)
+        with contextlib.suppress(OSError):  # what is still to be written may not fit on the disk
+            self._record.close()
 
     def _do(self, action: ev.Action) -> None:
         match action:
@@ -327,8 +335,8 @@ class Controller:
     def _find_snapshots(self, row: DeployRow, function: FunctionSpec, key: str) -> dict[str, str]:
         """The snapshots of a function that fit here, by the chip that they need; "" = any, or none."""
         lean = _lean(function, gpu=self._uses_gpu(row, function))
-        wanted = chips(lean.resources.gpu, self.state.config.gpus) if lean.snapshot.gpu else ()
-        found = {chip: self.backend.find_snapshot(key, chip=chip) for chip in wanted or ("",)}
+        wanted = chips_for(lean, self.state.config.gpus)
+        found = {chip: self.backend.find_snapshot(key, chip=chip) for chip in wanted}
         return {chip: snapshot_id for chip, snapshot_id in found.items() if snapshot_id is not None}
 
     def _tell_snapshot(self, app: str, version: int, function: FunctionSpec, params_digest: str) -> None:
@@ -382,6 +390,19 @@ class Controller:
         self.touched[name] = self.now()
         return self.apps[name, version]
 
+    def _function(self, app: str, tag: str) -> tuple[DeployRow, FunctionSpec]:
+        """A function of an app's active version.
+
+        Raises:
+            NotFoundError: no such app runs, or it has no such function.
+        """
+        row, spec = self.app(app)
+        function = spec.function(tag)
+        if function is None:
+            names = ", ".join(f.tag for f in spec.functions) or "none"
+            raise NotFoundError(f"app {app!r} has no function {tag!r}; it has: {names}", app=app, tag=tag)
+        return row, function
+
     def stop_app(self, name: str) -> None:
         self.app(name)
         self.journal.stop_app(name)
@@ -397,12 +418,10 @@ class Controller:
         """Capture without waiting for a call.
 
         Raises:
+            NotFoundError: no such app runs, or it has no such function.
             SpecError: the function has snapshots off.
         """
-        _, spec = self.app(app)
-        function = spec.function(tag)
-        if function is None:
-            raise NotFoundError(f"app {app!r} has no function {tag!r}", app=app, tag=tag)
+        _, function = self._function(app, tag)
         if not function.snapshot.enabled:
             raise SpecError(f"{tag!r} does not have enable_memory_snapshot=True", code="no-snapshot")
         self.emit(ev.SnapshotRequested(now=self.now(), app=app, tag=tag))
@@ -429,11 +448,7 @@ class Controller:
         known = self.find_call(call_id)
         if known is not None:
             return known
-        row, spec = self.app(app)
-        function = spec.function(service)
-        if function is None:
-            names = ", ".join(f.tag for f in spec.functions) or "none"
-            raise NotFoundError(f"app {app!r} has no function {service!r}; it has: {names}", app=app, tag=service)
+        row, function = self._function(app, service)
         if function.kind == "class" and method is None:
             names = ", ".join(m.name for m in function.methods)
             raise NotFoundError(f"{service!r} is a class: name one of its methods ({names})", app=app, tag=service)
@@ -623,8 +638,11 @@ class Controller:
         row, spec = self.apps[name, int(version)]
         function = spec.function(tag)
         assert function is not None
-        parked = isinstance(action, ev.ParkInstance)
-        mode: Literal["cold", "restore"] = "restore" if isinstance(action, ev.ParkInstance) else action.mode
+        mode: Literal["cold", "restore"] = "restore"
+        gpus: tuple[str, ...] = ()
+        capture, parked = False, isinstance(action, ev.ParkInstance)
+        if isinstance(action, ev.StartInstance):
+            mode, capture, gpus = action.mode, action.capture, action.gpus
         request = StartRequest(
             instance_id=action.instance_id,
             app=name,
@@ -634,13 +652,13 @@ class Controller:
             function_key=function_key(function, spec.runtime, action.params_digest),
             mode=mode,
             snapshot_id=action.snapshot_id,
-            capture=not isinstance(action, ev.ParkInstance) and action.capture,
+            capture=capture,
             env=self.resources.environment(function),
             volumes=self.resources.mounts(function),
             params=self.journal.params(action.params_digest) if action.params_digest else b"",
             params_digest=action.params_digest,
             parked=parked,
-            gpus=action.gpus if isinstance(action, ev.StartInstance) else (),
+            gpus=gpus,
         )
         self.instances[action.instance_id] = InstanceInfo(request, self.now())
         counters[f"start.{mode}"] += not parked
@@ -741,8 +759,7 @@ class Controller:
         service = self.state.find_service(request.app, request.spec.tag) if request is not None else None
         if request is None or service is None:
             return
-        saved = request.gpus if request.spec.snapshot.gpu else ()
-        chip = next((g.chip for g in self.state.config.gpus if g.id in saved), "")
+        chip = chip_of(request.spec, request.gpus, self.state.config.gpus)
         if not self.state.knows(service, request.params_digest, chip).gave_up:
             return
         name = f"{request.app}.{request.spec.tag}"
@@ -847,7 +864,8 @@ class Controller:
     # Housekeeping
 
     def tidy(self) -> None:
-        """Forget old answers and ephemeral apps whose client is gone. Called every so often."""
+        """Forget old answers, ephemeral apps whose client is gone, and versions that have drained. Called every so
+        often."""
         for call_id in self.journal.prune(time.time() - self.settings.keep_results_s):
             record = self.calls.pop(call_id, None)
             if record is not None:
@@ -861,8 +879,15 @@ class Controller:
             row, _ = self.apps[name, self.active[name]]
             if row.ephemeral and name not in busy and self.now() - touched > _EPHEMERAL_TTL_S:
                 self.stop_app(name)
+        wanted = {(s.app, s.version) for s in self.state.services.values()} | set(self.active.items())
+        for key in self.apps.keys() - wanted:
+            del self.apps[key]
+        self._known_groups = {g for g in self._known_groups if g[:2] in self.apps}
         if self._record_path is not None:
-            self._record.flush()
+            try:
+                self._record.flush()
+            except OSError as e:
+                self._end_record(e)
 
     async def shutdown(self, grace: float = 30.0) -> None:
         """Let running calls finish, stop every instance; unfinished calls are for the next daemon."""
@@ -878,8 +903,7 @@ class Controller:
         await self.backend.close()
         for task in list(self._tasks):
             task.cancel()
-        if self._record_path is not None:
-            self._record.close()
+        self._end_record()
 
 
 def _as_error(what: str, error: Exception) -> WoodfrogError:

@@ -364,10 +364,6 @@ class Catalogue:
         ]
         return found[-1] if found else None
 
-    def other_hosts(self, function_key: str, worker_class: str) -> list[Manifest]:
-        """Snapshots of this function that were made on another kind of host."""
-        return [m for m in self.manifests() if m.function_key == function_key and m.worker_class != worker_class]
-
     def begin(self, snapshot_id: str) -> Staging:
         """A place for a new snapshot.
 
@@ -392,7 +388,8 @@ class Catalogue:
         return staging
 
     def commit(self, staging: Staging, manifest: Manifest) -> Manifest:
-        """Make a finished staging directory visible: data durable, then manifest, then one rename.
+        """Make a finished staging directory visible: data durable, then manifest, then one rename. A sandbox may have
+        its layers mounted: nothing in them changes.
 
         Returns:
             The manifest with its files' digests.
@@ -408,7 +405,10 @@ class Catalogue:
             entries = _hash_all(staging.path, names, sparse=False)
             full = _with_files(manifest, tuple(entries[n] for n in names), others)
             fsync_tree(staging.path)
-            stamp = self._share(staging.path, full, stamp)
+            if self.layers is not None:
+                large = self._large(full)
+                self.layers.keep([(staging.path / f.path, f.sha256, stamp[n]) for n, f in large])
+                stamp = self._restamp(staging.path, large, stamp)
             fault("commit.data")
             data = encode(full)
             write_atomic(staging.path / "manifest.json", data)
@@ -442,11 +442,9 @@ class Catalogue:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    @staticmethod
-    def abandon(staging: Staging) -> None:
+    def abandon(self, staging: Staging) -> None:
         """Drop what was captured; what cannot be removed now is swept at the next start."""
-        with contextlib.suppress(OSError):
-            remove_tree(staging.path)
+        self._remove_quietly(staging.path)
 
     def _stamp(self, root: Path, names: Iterable[str]) -> tuple[tuple[int, int, int, int], ...]:
         """What no write to a file leaves as it was. That other snapshots come to share a file, or no longer do, is no
@@ -461,22 +459,14 @@ class Catalogue:
 
     def _large(self, manifest: Manifest) -> list[tuple[int, FileEntry]]:
         """The files of a snapshot that others may share, with their places in the manifest."""
-        if self.layers is None:
-            return []
         return [(n, f) for n, f in enumerate(manifest.files) if f.size >= LARGE and f.path.partition("/")[0] in _LAYERS]
 
-    def _share(
-        self, path: Path, manifest: Manifest, stamp: tuple[tuple[int, int, int, int], ...]
+    def _restamp(
+        self, path: Path, large: list[tuple[int, FileEntry]], stamp: tuple[tuple[int, int, int, int], ...]
     ) -> tuple[tuple[int, int, int, int], ...]:
-        """Let a snapshot's large files be one with their equals in others; its stamp after that."""
-        if self.layers is None or not (large := self._large(manifest)):
-            return stamp
-        self.layers.share([(path / f.path, f.sha256, stamp[n]) for n, f in large])
-        for folder in {(path / f.path).parent for _, f in large}:
-            fsync_dir(folder)
-        now = self._stamp(path, [f.path for _, f in large])
-        known = dict(zip((n for n, _ in large), now, strict=True))
-        return tuple(known.get(n, old) for n, old in enumerate(stamp))
+        """A snapshot's stamp after its large files may have come to be shared."""
+        now = dict(zip((n for n, _ in large), self._stamp(path, [f.path for _, f in large]), strict=True))
+        return tuple(now[n] if n in now and now[n][3] == 0 else old for n, old in enumerate(stamp))
 
     def _note_shared(
         self, path: Path, manifest: Manifest, stamp: tuple[tuple[int, int, int, int], ...]
@@ -574,7 +564,6 @@ class Catalogue:
                 raise NotFoundError(f"snapshot {manifest.id} was invalidated", snapshot=manifest.id)
             self.check(staging, manifest)
             fsync_tree(staging.path)
-            stamp = self._share(staging.path, manifest, self._staged[staging.id])
             data = encode(manifest)
             write_atomic(staging.path / "manifest.json", data)
             write_atomic(staging.path / "manifest.sig", self._key.sign(data))
@@ -584,8 +573,7 @@ class Catalogue:
         except OSError as e:
             raise store_error("cannot store the snapshot", staging.path, e) from e
         self._manifests[manifest.id] = manifest
-        self._verified[manifest.id] = stamp
-        self._staged.pop(manifest.id, None)
+        self._verified[manifest.id] = self._staged.pop(manifest.id)
         if self._refused(manifest.id):  # since it was looked for, by somebody who did not find it here
             self.retire(manifest.id, "invalidated")
         return manifest
@@ -607,16 +595,28 @@ class Catalogue:
         self._staged[staging.id] = stamp
 
     def share(self, staging: Staging, manifest: Manifest) -> None:
-        """Let the large files of a snapshot that was just checked be one with their equals now, before a sandbox mounts
-        its layers: later their names would change below a mounted overlay.
+        """Let the large files of a snapshot that was just checked be one with their equals, once, before a sandbox
+        mounts its layers.
 
         Raises:
             StoreError: the disk fails.
         """
+        if self.layers is None:
+            return
+        stamp, large = self._staged[staging.id], self._large(manifest)
         try:
-            self._staged[staging.id] = self._share(staging.path, manifest, self._staged[staging.id])
+            self.layers.share([(staging.path / f.path, f.sha256, stamp[n]) for n, f in large])
+            self._staged[staging.id] = self._restamp(staging.path, large, stamp)
         except OSError as e:
             raise store_error("cannot share files of the snapshot", staging.path, e) from e
+
+    def share_captured(self, staging: Staging) -> None:
+        """The same for what was captured a moment ago and has no manifest yet, while somebody waits for its thaw."""
+        if self.layers is None:
+            return
+        walked = ((folder, names) for part in _LAYERS for folder, _, names in os.walk(staging.path / part))
+        with contextlib.suppress(OSError):  # it saves room, no more; a disk that fails is the commit's to tell of
+            self.layers.share_alike(Path(folder, name) for folder, names in walked for name in names)
 
     def set_aside(self, staging: Staging) -> Path:
         """Let another take a staging directory's place while sandboxes rest on it; where it is now, to be removed."""

@@ -272,6 +272,8 @@ class Transport:
                 staging = self._fetch_files(tier, manifest, room)
                 try:
                     fault("pull.files")
+                    self._catalogue.check(staging, here)
+                    self._catalogue.share(staging, here)
                     return self._catalogue.admit(staging, here)
                 except BaseException:
                     self._catalogue.abandon(staging)

@@ -5,6 +5,9 @@
 A layer is the lower directory of an overlay: its files must lie there whole, with owner, mode, time and attributes. So
 two files are one only when all of that is equal. Nobody writes to them: a sandbox that does gets a copy (overlayfs). A
 name here that no snapshot shares any more goes with the next collection.
+
+What a mounted layer holds is never replaced: whoever has seen the file before goes on with one that has no name, and
+later, all at once, with another. A further name elsewhere changes nothing but how many it has.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import os
 import stat
 import threading
 import uuid
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -52,12 +56,21 @@ def _else(path: Path, info: os.stat_result) -> str:
     return digest.hexdigest()[:32]
 
 
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _sharable(info: os.stat_result) -> bool:
+    """Whether a file of a layer may become one with others: of several names in one layer, no two belong to different
+    files."""
+    return stat.S_ISREG(info.st_mode) and info.st_size >= LARGE and info.st_nlink == 1
+
+
+def _equal(one: Path, other: Path) -> bool:
+    """Whether two files have one content. To compare takes a fraction of what digests take."""
+    with open(one, "rb", buffering=0) as a, open(other, "rb", buffering=0) as b:
+        if os.fstat(a.fileno()).st_size != os.fstat(b.fileno()).st_size:
+            return False
+        while block := a.read(LARGE):
+            if block != b.read(len(block)):
+                return False
+    return True
 
 
 class LayerFiles:
@@ -83,27 +96,74 @@ class LayerFiles:
     def share(self, files: Iterable[tuple[Path, str, Stamp]]) -> int:
         """Keep the files of one layer once: each becomes one with its equal, if there is one. How many did.
 
+        Before a sandbox mounts the layer, since names in it change, and before it is made durable, since its equals
+        may not be yet.
+
         Args:
-            files: with their digest, and what they looked like before they were read for it. One that is not durable
-                yet is made so before another becomes one with it.
+            files: with their digest, and what they looked like before they were read for it.
 
         Raises:
             OSError: the disk fails. Each name is what it was or what it is to be.
         """
+        return self._each(files, replace=True)
+
+    def share_alike(self, paths: Iterable[Path]) -> int:
+        """The same for files whose digests nobody knows yet, while somebody waits: only what has the size, owner, mode,
+        time and attributes of a file here is read, and compared with it.
+
+        Raises:
+            OSError: as of `share`, and where there can be no second names.
+        """
+        sharable = [(path, info) for path in paths if _sharable(info := os.lstat(path))]
+        if not sharable:
+            return 0
+        here: dict[str, list[Path]] = defaultdict(list)
+        done: set[Path] = set()
+        with self._mutex:
+            for kept in self._all():
+                here[kept.name.partition("-")[2]].append(kept)
+            for path, info in sharable:
+                rest = _else(path, info)
+                for kept in here.get(rest, ()):
+                    # Its name says what it is, but anybody may have changed it since.
+                    found = os.lstat(kept)
+                    if kept in done or found.st_nlink >= _MOST_LINKS or _else(kept, found) != rest:
+                        continue
+                    if _equal(path, kept):
+                        self._replace(path, kept)
+                        done.add(kept)
+                        break
+        return len(done)
+
+    def keep(self, files: Iterable[tuple[Path, str, Stamp]]) -> None:
+        """Let those who come later become one with files of one layer, which stays as it is: it may be mounted.
+
+        Args:
+            files: as of `share`, and durable.
+
+        Raises:
+            OSError: the disk fails.
+        """
+        self._each(files, replace=False)
+
+    def _each(self, files: Iterable[tuple[Path, str, Stamp]], *, replace: bool) -> int:
         taken: set[Path] = set()
         try:
-            return sum(self._share(path, sha256, stamp, taken) for path, sha256, stamp in files)
+            return sum(self._one(path, sha256, stamp, taken, replace) for path, sha256, stamp in files)
         except OSError as e:
             if e.errno not in (errno.EPERM, errno.EMLINK, errno.EXDEV, errno.EOPNOTSUPP):
                 raise
             return 0  # there can be no second names here: each stays what it is
 
-    def _share(self, path: Path, sha256: str, stamp: Stamp, taken: set[Path]) -> bool:
+    def _one(self, path: Path, sha256: str, stamp: Stamp, taken: set[Path], replace: bool) -> bool:
         info = os.lstat(path)
-        if not stat.S_ISREG(info.st_mode) or info.st_size < LARGE or info.st_nlink > 1 or stamp_of(path) != stamp:
-            return False  # of several names in one layer, no two belong to different files
+        if stamp_of(path) != stamp:
+            return False
+        if not _sharable(info):
+            self.verified(path)  # it became one with another before its digest was known
+            return False
         kept = self._path(f"{sha256}-{_else(path, info)}")
-        if kept in taken:  # nor do two files of it become one
+        if kept in taken:  # no two files of a layer become one
             return False
         taken.add(kept)
         with self._mutex:
@@ -111,22 +171,25 @@ class LayerFiles:
                 kept.parent.mkdir(mode=0o700, exist_ok=True)
                 fsync_dir(self.root)
             if self._usable(kept, sha256):
-                temporary = path.with_name(f".{uuid.uuid4().hex}")
-                with self.steady([os.lstat(kept)]):
-                    try:
-                        os.link(kept, temporary)
-                        _sync(temporary)  # it may be of a snapshot that is still on its way
-                        fault("layers.linked")
-                        os.rename(temporary, path)
-                    finally:
-                        temporary.unlink(missing_ok=True)
-                return True
+                if replace:
+                    self._replace(path, kept)
+                return replace
             kept.unlink(missing_ok=True)  # damaged, or of too many names
             os.link(path, kept)
             fsync_dir(kept.parent)
             fault("layers.kept")
             self._note(path)
             return False
+
+    def _replace(self, path: Path, kept: Path) -> None:
+        temporary = path.with_name(f".{uuid.uuid4().hex}")
+        with self.steady([os.lstat(kept)]):
+            try:
+                os.link(kept, temporary)
+                fault("layers.linked")
+                os.rename(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def _usable(self, kept: Path, sha256: str) -> bool:
         try:
