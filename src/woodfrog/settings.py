@@ -10,12 +10,15 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from woodfrog.errors import SpecError
 
 __all__ = ["Settings", "load"]
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -124,22 +127,34 @@ class Settings:
 _BOOLS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
-_RANGES = {"gpu_free_percent": range(101)}
+_LEAST = {
+    "drain_ms": -1,
+    "worker_uid": 1,
+    "log_mib": 1,
+    "keep_snapshots": 1,
+    "snapshot_failures": 1,
+    "capture_attempts": 1,
+}
+"""Of the others it is 0."""
+_MOST = {"gpu_free_percent": 100}
+
+
+def _within(name: str, key: str, value: Number) -> Number:
+    least, most = _LEAST.get(key, 0), _MOST.get(key, inf)
+    if not least <= value <= most:  # nor is "not a number"
+        limits = f"{least} or more" if most == inf else f"between {least} and {most}"
+        raise SpecError(f"setting {name}: {value} is not {limits}", code="bad-setting")
+    return value
 
 
 def _convert(name: str, key: str, kind: str, raw: Any) -> Any:
     try:
         if kind == "int":
-            value = int(raw)
-            if key in _RANGES and value not in _RANGES[key]:
-                limits = _RANGES[key]
-                text = f"setting {name}: {value} is not between {limits[0]} and {limits[-1]}"
-                raise SpecError(text, code="bad-setting")
-            return value
+            return _within(name, key, int(raw))
         if kind == "bool":
             return _BOOLS[str(raw).lower()]
         if kind == "float":
-            return float(raw)
+            return _within(name, key, float(raw))
         if kind == "Path":
             return Path(str(raw)).absolute()
         return str(raw)
