@@ -192,7 +192,7 @@ def main() -> int:
                 ("http", "HTTP there and back (a request that does nothing)"),
                 ("daemon", "daemon: journal, state machine, the worker's socket"),
                 ("run", "worker: message in, function, message out"),
-                ("client", "SDK: pickle, httpx"),
+                ("client", "SDK: pickle, httpcore"),
             )
         ],
     )

@@ -444,7 +444,16 @@ def test_the_command_line_starts_without_the_heavy_parts(home: Path) -> None:
     code = "import sys, woodfrog.cli.commands; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
-    assert not loaded & {"httpx", "rich.table", "rich.console", "cloudpickle", "asyncio", "fastapi", "cryptography"}
+    assert not loaded & {
+        "httpcore",
+        "httpx",
+        "rich.table",
+        "rich.console",
+        "cloudpickle",
+        "asyncio",
+        "fastapi",
+        "cryptography",
+    }
     assert not {
         m for m in loaded if m.startswith(("woodfrog.daemon", "woodfrog.linux", "woodfrog.criu", "woodfrog.sdk."))
     }

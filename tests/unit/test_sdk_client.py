@@ -133,3 +133,23 @@ def test_the_daemon_gets_no_secrets_of_the_user(monkeypatch: pytest.MonkeyPatch)
     found = module._daemon_environ()
     assert "AWS_SECRET_ACCESS_KEY" not in found and found["WOODFROG_GPU"] == "none" and "PATH" in found
     json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("host", "base"),
+    [
+        ("name:8040", "http://name:8040"),
+        ("https://name/", "https://name"),
+        ("http://[::1]:80/at a/place", "http://[::1]:80/at%20a/place"),
+        ("b\xfccher:1", "http://xn--bcher-kva:1"),
+    ],
+)
+def test_addresses(host: str, base: str) -> None:
+    assert Client(Settings(host=host))._base == base
+
+
+@pytest.mark.parametrize("host", ["ftp://name", "name:port", "http://[::1", "http://", "http://a b", "name:99999", "a?b"])
+def test_what_is_no_address_is_one_line(host: str) -> None:
+    with pytest.raises(SpecError, match="is not the address of a daemon") as e:
+        Client(Settings(host=host))
+    assert repr(host) in str(e.value) and "WOODFROG_HOST" in str(e.value)

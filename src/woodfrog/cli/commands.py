@@ -2,19 +2,58 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 import typer.core
+import typer.main
 
-from woodfrog.cli import apps, call, containers, daemon, doctor, gpus, output, run, secrets, snapshots, store
+from woodfrog.cli import output
 from woodfrog.errors import WoodfrogError
 
 __all__ = ["app"]
 
+_COMMANDS = {"run": "run", "deploy": "run", "call": "call", "doctor": "doctor"}
+"""The module of each; the function has the command's name."""
+_GROUPS = {
+    "app": "apps",
+    "container": "containers",
+    "gpu": "gpus",
+    "snapshot": "snapshots",
+    "store": "store",
+    "secret": "secrets",
+    "daemon": "daemon",
+}
+_ORDER = (*_COMMANDS, *_GROUPS)
+# What follows FILE belongs to the function.
+_SETTINGS = {
+    "run": {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+}
+
+
+def _build(name: str) -> Any:
+    """The command or group of that name, as part of a program without the others: they need not be loaded."""
+    alone = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None, add_completion=False)
+    module = import_module(f"woodfrog.cli.{_COMMANDS.get(name) or _GROUPS[name]}")
+    if name in _GROUPS:
+        alone.add_typer(module.app, name=name)
+    else:
+        alone.command(name, context_settings=_SETTINGS.get(name))(getattr(module, name))
+    return typer.main.get_group(alone).commands[name]
+
 
 class _Commands(typer.core.TyperGroup):
-    """Turns our errors into one line and an exit status, for every command below it."""
+    """Builds the command that is asked for, and turns our errors into one line and an exit status."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_ORDER)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        for name in [cmd_name] if cmd_name in _ORDER else _ORDER:  # all of them for a guess at what was meant
+            if name not in self.commands:
+                self.commands[name] = _build(name)
+        return self.commands.get(cmd_name)
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -48,25 +87,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# What follows FILE belongs to the function.
-app.command(
-    "run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
-)(run.run)
-app.command("deploy")(run.deploy)
-app.command("call")(call.call)
-app.add_typer(apps.app, name="app")
-app.add_typer(containers.app, name="container")
-app.add_typer(gpus.app, name="gpu")
-app.add_typer(snapshots.app, name="snapshot")
-app.add_typer(store.app, name="store")
-app.add_typer(secrets.app, name="secret")
-app.add_typer(daemon.app, name="daemon")
-app.command("doctor")(doctor.doctor)
-
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"woodfrog {doctor.own_version()}")
+        from woodfrog.cli.doctor import own_version
+
+        print(f"woodfrog {own_version()}")
         raise typer.Exit()
 
 

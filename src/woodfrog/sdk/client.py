@@ -7,6 +7,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -16,12 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import quote
+from urllib.parse import quote, urlencode, urlsplit
 
-import httpx
+import httpcore
 
 from woodfrog import errors, protocol
-from woodfrog.errors import DaemonError, HostError, WoodfrogError
+from woodfrog.errors import DaemonError, HostError, SpecError, WoodfrogError
 from woodfrog.settings import Settings, load
 
 __all__ = ["Client", "Reply", "connect", "segment", "start_daemon"]
@@ -34,7 +35,29 @@ START_S = 30.0
 """How long a daemon may take from its start to its first answer."""
 _PIECE = 256 << 10
 """A request's body is handed to the connection in pieces of this size."""
-_TEMPORARY = (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError)
+_TEMPORARY = (httpcore.NetworkError, httpcore.TimeoutException, httpcore.RemoteProtocolError)
+_AS_IT_IS = "/%!$&'()*+,;=:@"
+"""What stays as it is in the path of a URL; names in it are quoted already."""
+
+
+def _address(host: str) -> str:
+    """The setting `host` as the beginning of URLs.
+
+    Raises:
+        SpecError: it is none.
+    """
+    try:
+        url = urlsplit(host if "://" in host else f"http://{host}")
+        name, port = (url.hostname or "").encode("idna").decode(), url.port
+        if url.scheme not in ("http", "https") or not name or re.search(r"[\s/@]", name) or url.query or url.fragment:
+            raise ValueError
+    except ValueError:
+        raise SpecError(
+            f"setting host (WOODFROG_HOST): {host!r} is not the address of a daemon, such as http://name:8040",
+            code="bad-setting",
+        ) from None
+    place = f"[{name}]" if ":" in name else name
+    return f"{url.scheme}://{place}{'' if port is None else f':{port}'}{quote(url.path.rstrip('/'), safe=_AS_IT_IS)}"
 
 
 def segment(text: str) -> str:
@@ -45,6 +68,40 @@ def segment(text: str) -> str:
 def _pieces(content: bytes) -> Iterator[bytes]:
     for at in range(0, len(content), _PIECE):
         yield content[at : at + _PIECE]
+
+
+class _Answer:
+    """An answer whose body is still to come."""
+
+    def __init__(self, method: str, response: httpcore.Response) -> None:
+        self.status = response.status
+        self.headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
+        self._body = response.iter_stream()
+        length = None if method == "HEAD" else self.headers.get("content-length")
+        self._expected = None if length is None else int(length)
+
+    def pieces(self) -> Iterator[bytes]:
+        """
+        Raises:
+            httpcore.RemoteProtocolError: the body broke off.
+        """
+        count = 0
+        for piece in self._body:
+            count += len(piece)
+            yield piece
+        if self._expected is not None and count != self._expected:
+            raise httpcore.RemoteProtocolError("the answer broke off")
+
+    def read(self) -> bytes:
+        return b"".join(self.pieces())
+
+    def lines(self) -> Iterator[bytes]:
+        rest = b""
+        for piece in self.pieces():
+            *whole, rest = (rest + piece).split(b"\n")
+            yield from whole
+        if rest:
+            yield rest
 
 
 @dataclass(frozen=True)
@@ -94,22 +151,46 @@ class Client:
         self.reconnect_s = reconnect_s
         self.patience_s = patience_s
         self.where = settings.host or str(settings.socket)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30)
-        headers = {"accept-encoding": "identity", "user-agent": "woodfrog"}
+        self._base = "http://woodfrog"
+        self._headers = {"accept": "*/*", "accept-encoding": "identity", "user-agent": "woodfrog"}
         if settings.host:
+            self._base = _address(settings.host)
             if settings.token:
-                headers["authorization"] = f"Bearer {settings.token}"
-            base = settings.host if "://" in settings.host else f"http://{settings.host}"
-            transport = httpx.HTTPTransport(limits=limits, trust_env=False)
-        else:
-            base, transport = (
-                "http://woodfrog",
-                httpx.HTTPTransport(uds=str(settings.socket), limits=limits, trust_env=False),
-            )
-        self._http = httpx.Client(transport=transport, base_url=base, headers=headers, trust_env=False)
+                self._headers["authorization"] = f"Bearer {settings.token}"
+        # httpcore and not httpx, which takes a tenth of a second to import and as long again for a small call.
+        self._pool = httpcore.ConnectionPool(
+            uds=None if settings.host else str(settings.socket),
+            max_connections=None,
+            max_keepalive_connections=64,
+            keepalive_expiry=30,
+        )
 
     def close(self) -> None:
-        self._http.close()
+        self._pool.close()
+
+    @contextmanager
+    def _stream(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        content: bytes | Iterator[bytes] | None = None,
+        connect: float = 5.0,
+        read: float | None,
+        write: float,
+    ) -> Iterator[_Answer]:
+        url = self._base + quote(path, safe=_AS_IT_IS)
+        if params:
+            url += "?" + urlencode(params)
+        own = {name.lower(): value for name, value in (headers or {}).items()}
+        if content is None and method in ("POST", "PUT"):
+            own["content-length"] = "0"
+        sent = [(name.encode(), str(value).encode()) for name, value in {**self._headers, **own}.items()]
+        timeout = {"connect": connect, "read": read, "write": write, "pool": None}
+        with self._pool.stream(method, url, headers=sent, content=content, extensions={"timeout": timeout}) as r:
+            yield _Answer(method, r)
 
     @contextmanager
     def apart(self, seconds: float) -> Iterator[Client]:
@@ -127,29 +208,34 @@ class Client:
         self,
         method: str,
         path: str,
-        params: Any,
-        headers: Any,
+        params: Mapping[str, Any] | None,
+        headers: Mapping[str, str] | None,
         content: bytes | None,
         wait: float,
         patience: float | None = None,
     ) -> Reply:
         patience = self.patience_s if patience is None else patience
-        timeout = httpx.Timeout(connect=min(5, patience), read=wait + patience, write=2 * patience, pool=None)
         body_out: bytes | Iterator[bytes] | None = content
         if content is not None and len(content) > _PIECE:
             # httpcore copies what is left of a piece after every write: one piece of 64 MB would take seconds.
             headers = {**(headers or {}), "content-length": str(len(content))}
             body_out = _pieces(content)
-        with self._http.stream(method, path, params=params, headers=headers, content=body_out, timeout=timeout) as r:
+        with self._stream(
+            method,
+            path,
+            params=params,
+            headers=headers,
+            content=body_out,
+            connect=min(5, patience),
+            read=wait + patience,
+            write=2 * patience,
+        ) as r:
             # One buffer, however large the body: it is read and unpickled in place.
             body = io.BytesIO()
-            for chunk in r.iter_raw():
-                body.write(chunk)
-            expected = r.headers.get("content-length")
-            if expected is not None and body.tell() != int(expected) and method != "HEAD":
-                raise httpx.RemoteProtocolError("the answer broke off")
+            for piece in r.pieces():
+                body.write(piece)
             body.seek(0)
-            return Reply(r.status_code, r.headers, body)
+            return Reply(r.status, r.headers, body)
 
     def request(
         self,
@@ -222,15 +308,14 @@ class Client:
             WoodfrogError: what the daemon answered.
         """
         headers = {"content-length": str(size), "content-type": "application/octet-stream"}
-        timeout = httpx.Timeout(connect=5, read=120, write=120, pool=None)
         pieces = iter(lambda: source.read(_PIECE), b"")
         try:
-            r = self._http.post("/v1" + path, headers=headers, content=pieces, timeout=timeout)
+            with self._stream("POST", "/v1" + path, headers=headers, content=pieces, read=120, write=120) as r:
+                found = _or_none(r.read())
         except _TEMPORARY as e:
             raise self._broken(e) from None
-        found = _or_none(r.content)
-        if r.status_code >= 400:
-            raise error_from_answer(found, f"the daemon answered {r.status_code} to POST {path}")
+        if r.status >= 400:
+            raise error_from_answer(found, f"the daemon answered {r.status} to POST {path}")
         return found if isinstance(found, dict) else {}
 
     def download(self, path: str, target: BinaryIO, progress: Callable[[int], None] = lambda count: None) -> int:
@@ -243,22 +328,17 @@ class Client:
             DaemonError: the daemon went away, or the answer broke off.
             WoodfrogError: what the daemon answered.
         """
-        timeout = httpx.Timeout(connect=5, read=120, write=30, pool=None)
         count = 0
         try:
-            with self._http.stream("GET", "/v1" + path, timeout=timeout) as r:
-                if r.status_code >= 400:
-                    r.read()
-                    raise error_from_answer(_or_none(r.content), f"the daemon answered {r.status_code} to GET {path}")
-                for chunk in r.iter_raw():
-                    target.write(chunk)
-                    count += len(chunk)
+            with self._stream("GET", "/v1" + path, read=120, write=30) as r:
+                if r.status >= 400:
+                    raise error_from_answer(_or_none(r.read()), f"the daemon answered {r.status} to GET {path}")
+                for piece in r.pieces():
+                    target.write(piece)
+                    count += len(piece)
                     progress(count)
-                expected = r.headers.get("content-length")
         except _TEMPORARY as e:
             raise self._broken(e) from None
-        if expected is not None and count != int(expected):
-            raise DaemonError(f"woodfrog's daemon at {self.where} broke off in the middle of an answer")
         return count
 
     def _broken(self, error: Exception) -> WoodfrogError:
@@ -306,13 +386,12 @@ class Client:
             DaemonError: without `follow`: the daemon went away before the end.
         """
         follow = bool(params and params.get("follow"))
-        timeout = httpx.Timeout(connect=5, read=None if follow else self.patience_s, write=30, pool=None)
+        read = None if follow else self.patience_s
         try:
-            with self._http.stream("GET", "/v1" + path, params=params, timeout=timeout) as r:
-                if r.status_code >= 400:
-                    r.read()
-                    raise error_from_answer(_or_none(r.content), f"the daemon answered {r.status_code} to GET {path}")
-                for line in r.iter_lines():
+            with self._stream("GET", "/v1" + path, params=params, read=read, write=30) as r:
+                if r.status >= 400:
+                    raise error_from_answer(_or_none(r.read()), f"the daemon answered {r.status} to GET {path}")
+                for line in r.lines():
                     if line.strip():
                         yield json.loads(line)
         except _TEMPORARY as e:
