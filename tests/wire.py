@@ -103,8 +103,8 @@ def _copy(
 
 
 def _trickle(source: socket.socket, target: socket.socket, rate: int, count: Callable[[int], None] = _nobody) -> None:
-    source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
     with suppress(OSError):
+        source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         while data := source.recv(max(1, rate // 10)):
             count(len(data))
             target.sendall(data)

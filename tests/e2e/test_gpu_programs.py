@@ -39,6 +39,7 @@ def daemon(hardware: Hardware) -> Iterator[Daemon]:
 def tiny(daemon: Daemon) -> Program:
     path = daemon.program((scenarios.PROGRAMS / "tiny.py").read_text(), "tiny.py")
     path.with_name("driver.py").write_text(GPU)
+    shutil.copy(scenarios.PROGRAMS / "served.py", path.parent)
     return Program(path)
 
 
