@@ -13,6 +13,7 @@ import pytest
 from integration.sandboxes import Yard, python
 from woodfrog.errors import HostError
 from woodfrog.linux.network import Network, nft_rules, resolver
+from woodfrog.linux.rtnetlink import add_pair
 
 
 @pytest.fixture
@@ -149,6 +150,19 @@ async def test_addresses_and_devices_are_given_back(yard: Yard) -> None:
     assert time.monotonic() - begin < 2
     await network.teardown()
     assert not (Path("/sys/class/net") / network.bridge).exists()
+
+
+def test_what_the_kernel_refuses_is_told() -> None:
+    with open("/proc/self/ns/net") as namespace:
+        for name, bridge, told in (
+            ("wfta", "wf-not-there", "no interface with this name"),
+            ("wft/a", "lo", "Invalid argument"),
+            ("lo", "lo", "File exists"),
+            ("wfta", "lo", "Operation not supported"),
+        ):
+            with pytest.raises(OSError, match=told):
+                add_pair(name, "wftb", mtu=1500, bridge=bridge, namespace=namespace.fileno())
+    assert not Path("/sys/class/net/wfta").exists() and not Path("/sys/class/net/wftb").exists()
 
 
 async def test_missing_tools_name_their_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

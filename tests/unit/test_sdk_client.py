@@ -148,7 +148,9 @@ def test_addresses(host: str, base: str) -> None:
     assert Client(Settings(host=host))._base == base
 
 
-@pytest.mark.parametrize("host", ["ftp://name", "name:port", "http://[::1", "http://", "http://a b", "name:99999", "a?b"])
+@pytest.mark.parametrize(
+    "host", ["ftp://name", "name:port", "http://[::1", "http://", "http://a b", "name:99999", "a?b"]
+)
 def test_what_is_no_address_is_one_line(host: str) -> None:
     with pytest.raises(SpecError, match="is not the address of a daemon") as e:
         Client(Settings(host=host))

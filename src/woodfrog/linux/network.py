@@ -26,6 +26,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from woodfrog.errors import HostError, SandboxError
+from woodfrog.linux.rtnetlink import add_pair
 
 __all__ = ["Network", "NetworkLease", "Resolver", "nft_rules", "resolver"]
 
@@ -300,19 +301,23 @@ class NetworkLease:
 
     async def attach(self, init_pid: int) -> None:
         """Make the device pair, one end as `eth0` in the network namespace of that process."""
-        mtu = self._network.mtu
+        network = self._network
         try:
-            await _command(
-                "ip", "-batch", "-",
-                input=f"link add {self.link} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {init_pid}\n"
-                f"link set {self.link} master {self._network.bridge}\n"
-                f"link set {self.link} type bridge_slave isolated on\n"
-                f"link set {self.link} up\n",
-            )  # fmt: skip
-        except HostError as e:
+            namespace = os.open(f"/proc/{init_pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            # In a thread: it may have to wait for namespaces that are being taken apart.
+            await asyncio.to_thread(self._join, network.bridge, network.mtu, namespace)
+        except OSError as e:
             # Somebody took the bridge away: it is made again for the next one.
-            self._network._ready = False
-            raise SandboxError(e.message, code="network") from None
+            network._ready = False
+            raise SandboxError(
+                f"network: cannot connect {self.link} to {network.bridge}: {e.strerror or e}", code="network"
+            ) from None
+
+    def _join(self, bridge: str, mtu: int, namespace: int) -> None:
+        try:
+            add_pair(self.link, "eth0", mtu=mtu, bridge=bridge, namespace=namespace)
+        finally:
+            os.close(namespace)
 
     async def destroy(self) -> None:
         """Give the address back once the device is gone; it goes with the sandbox's network namespace."""
