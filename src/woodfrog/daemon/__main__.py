@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import fcntl
+import gc
 import grp
 import logging
 import os
@@ -283,6 +284,8 @@ async def serve(settings: Settings) -> None:
         server(TokenAuth(api, settings.token), tcp)
 
     controller.recover()
+    gc.collect()
+    gc.freeze()  # what has been loaded stays: no collection has to go through it again while calls wait
     keeper.go_on_later()
     factory.start_filling()
     log.info(

@@ -90,8 +90,11 @@ class Cgroups(Protocol):
 
 def _write(path: Path, text: str) -> None:
     try:
-        with open(path, "w") as f:
-            f.write(text)
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
     except OSError as e:
         raise SandboxError(f"cgroup: cannot write {text!r} to {path}: {e.strerror}", code="cgroup") from e
 

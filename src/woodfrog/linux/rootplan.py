@@ -11,6 +11,7 @@ Nothing here touches the machine: what the host looks like comes in as a `HostRo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -257,6 +258,7 @@ def etc_files(
     )
 
 
+@lru_cache(maxsize=8)
 def base_plan(scratch: Path, host: HostRoot, worker_uid: int, shm_bytes: int | None = None) -> tuple[Op, ...]:
     """/proc, /sys, /dev and /run/woodfrog, made below `scratch` to be moved into the root later."""
     s = _absolute(scratch, "scratch")
@@ -317,6 +319,34 @@ def _overlay(target: PurePosixPath, lower: list[PurePosixPath | Path], flags: st
     return _mount("overlay", target, flags, options)
 
 
+@lru_cache(maxsize=32)
+def _own_paths(
+    s: PurePosixPath, prefixes: tuple[Path, ...], hidden: tuple[Path, ...], host: HostRoot
+) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
+    """What makes the masks of hidden directories, and what binds them and the prefixes, in the new root."""
+    away = tuple(_absolute(h, "hidden directory") for h in hidden)
+    # A mask with a needed prefix below holds the mount point for it: each mask has a directory of its own.
+    needed = sorted({_absolute(p, "prefix") for p in prefixes}, key=lambda p: (len(p.parts), str(p)))
+    bound = [p for p in needed if not is_visible(p, host, away)]
+    bound = [p for p in bound if not any(_below(p, q) and not _between(p, q, away) for q in bound)]
+    masks: dict[PurePosixPath, PurePosixPath] = {}
+    masking, binding = [], []
+    for index, path in enumerate(away):
+        if not (is_visible(path, host, ()) or any(q == path or _below(path, q) for q in bound)):
+            continue
+        masks[path] = s / "mask" / str(index)
+        masking.append(_mkdir(masks[path]))
+        masking += [_mkdir(masks[path] / p.relative_to(path)) for p in bound if _below(p, path)]
+    for path in sorted({*masks, *bound}, key=lambda p: (len(p.parts), str(p))):
+        if path in masks:
+            binding.append(_bind(masks[path], path, "ro,nosuid,nodev,noexec"))
+        else:
+            if not any(_below(path, m) for m in masks):
+                binding.append(_mkdir(path))
+            binding.append(_bind(path, path, "ro,nosuid,nodev,rec"))
+    return tuple(masking), tuple(binding)
+
+
 def root_plan(request: RootRequest, host: HostRoot) -> RootPlan:
     """The operations that make the root, and make it the only one.
 
@@ -325,7 +355,6 @@ def root_plan(request: RootRequest, host: HostRoot) -> RootPlan:
     """
     s = _absolute(request.scratch, "scratch")
     gid = request.worker_uid
-    hidden = tuple(_absolute(h, "hidden directory") for h in request.hidden)
     disk = s / "disk"
     ops = [
         _mount("tmpfs", disk, "nosuid,nodev", f"mode=0700,size={request.disk_bytes}"),
@@ -341,18 +370,8 @@ def root_plan(request: RootRequest, host: HostRoot) -> RootPlan:
         Op("hold", (str(disk / "upper"),)),
     ]
     ops += [Op("write", (str(s / "etc" / name), "644", "0", "0", text)) for name, text in sorted(request.etc)]
-    # A mask with a needed prefix below holds the mount point for it: each mask has a directory of its own.
-    prefixes = sorted({_absolute(p, "prefix") for p in request.prefixes}, key=lambda p: (len(p.parts), str(p)))
-    bound = [p for p in prefixes if not is_visible(p, host, hidden)]
-    bound = [p for p in bound if not any(_below(p, q) and not _between(p, q, hidden) for q in bound)]
-    masks: dict[PurePosixPath, PurePosixPath] = {}
-    for index, path in enumerate(hidden):
-        if not (is_visible(path, host, ()) or any(q == path or _below(path, q) for q in bound)):
-            continue
-        masks[path] = s / "mask" / str(index)
-        ops.append(_mkdir(masks[path]))
-        ops += [_mkdir(masks[path] / p.relative_to(path)) for p in bound if _below(p, path)]
-
+    masking, binding = _own_paths(s, request.prefixes, request.hidden, host)
+    ops += masking
     ops.append(Op("enter", (str(s / "root"),)))
     for entry in host.entries:
         if entry.kind == "directory" and entry.name not in OWN and entry.name not in MASKED:
@@ -377,13 +396,7 @@ def root_plan(request: RootRequest, host: HostRoot) -> RootPlan:
     if request.kdat_file is not None:
         ops.append(_bind(_absolute(request.kdat_file, "kdat file"), CRIU_KDAT, "ro,nosuid,nodev,noexec"))
 
-    for path in sorted({*masks, *bound}, key=lambda p: (len(p.parts), str(p))):
-        if path in masks:
-            ops.append(_bind(masks[path], path, "ro,nosuid,nodev,noexec"))
-        else:
-            if not any(_below(path, m) for m in masks):
-                ops.append(_mkdir(path))
-            ops.append(_bind(path, path, "ro,nosuid,nodev,rec"))
+    ops += binding
     if request.code is not None:
         target = _user_target(request.code_mount, "code")
         ops += [_mkdir(target), _bind(_absolute(request.code, "code"), target, "ro,nosuid,nodev")]
