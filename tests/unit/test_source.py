@@ -161,15 +161,16 @@ def test_runtime_is_the_environment_without_the_program(tmp_path: Path, monkeypa
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(tmp_path)
-    base = source.runtime([])
+    base = source.runtime([], {"a": "1"})
     monkeypatch.setattr(sys, "path", ["", str(tmp_path), *sys.path, str(elsewhere), "/nowhere"])
-    found = source.runtime([Root(tmp_path)])
+    found = source.runtime([Root(tmp_path)], {"a": "1"})
     assert found.sys_path == (*base.sys_path, str(elsewhere))
     assert found.executable == sys.executable and found.version.startswith("3.")
     assert any(p.endswith("site-packages") for p in found.sys_path)
     assert found.packages_digest == base.packages_digest and len(found.packages_digest) == 64
+    assert source.runtime([], {"a": "2"}).packages_digest != base.packages_digest
     script = tmp_path / "prints.py"
-    script.write_text("from woodfrog.sdk import source; print(source.runtime([]).sys_path)")
+    script.write_text("from woodfrog.sdk import source; print(source.runtime([], {}).sys_path)")
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd="/", check=True)
     assert str(tmp_path) not in done.stdout.replace(str(elsewhere), "")
 
@@ -197,3 +198,24 @@ def test_the_examples_pack(monkeypatch: pytest.MonkeyPatch) -> None:
         assert {f.source.module for f in bundle.spec.functions} == {name}
         assert f"{name}.py" in names(source.Archive(next(iter(bundle.code.values())), "", 0))
         importlib.invalidate_caches()
+
+
+def test_installed_packages_are_those_of_their_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import distributions
+
+    expected: dict[str, str] = {}
+    for d in distributions():
+        if d.metadata["Name"]:
+            expected.setdefault(source.normalise(d.metadata["Name"]), d.version)
+    assert source.installed_packages() == expected and len(expected) > 20
+    for folder, text in (
+        ("odd-1.dist-info", "Metadata-Version: 2.1\r\nName: Odd_Name\r\nVersion:1.0+cpu \r\n\r\nName: no\r\n"),
+        ("none-1.dist-info", "Metadata-Version: 2.1\n\nName: not-this\nVersion: 9\n"),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "METADATA").write_bytes(text.encode())
+    (tmp_path / "old.egg-info").mkdir()
+    (tmp_path / "old.egg-info" / "PKG-INFO").write_text("Name: old\nVersion: 3\n")
+    (tmp_path / "older.egg-info").write_text("Metadata-Version: 1.0\nName: older\nVersion: 2\nDescription: x\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert source.installed_packages() == {"odd-name": "1.0+cpu", "old": "3", "older": "2"}

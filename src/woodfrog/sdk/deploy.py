@@ -83,7 +83,7 @@ def build(name: str, handles: Sequence[Handle], program: tuple[str, str] | None 
             made = spec.source
         functions.append(replace(spec, source=made))
     return Bundle(
-        AppSpec(name=name, runtime=source.runtime(shipped.values()), functions=tuple(functions)),
+        AppSpec(name=name, runtime=source.runtime(shipped.values(), installed), functions=tuple(functions)),
         {a.digest: a.data for a in archives.values()},
         blobs,
     )

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -309,18 +309,22 @@ def _glob(pattern: str) -> str:
     return out
 
 
-def runtime(roots: Iterable[Root]) -> RuntimeSpec:
-    """The Python environment of this process, without the program's own directories on the import path."""
+def runtime(roots: Iterable[Root], installed: Mapping[str, str]) -> RuntimeSpec:
+    """The Python environment of this process, without the program's own directories on the import path.
+
+    Args:
+        installed: what `installed_packages` found.
+    """
     own = {str(r.directory) for r in roots} | {"", os.getcwd(), os.path.dirname(os.path.abspath(sys.executable))}
     main = getattr(sys.modules.get("__main__"), "__file__", None)
     if main and not getattr(sys.modules["__main__"], "__spec__", None):
         own.add(os.path.dirname(os.path.abspath(main)))
     # An environment's own directories stay, even when the program was started from within one of them.
-    installed = {
+    libraries = {
         p for p in sys.path if Path(p).name in ("site-packages", "dist-packages") or p == str(Path(os.__file__).parent)
     }
     path = dict.fromkeys(
-        os.path.abspath(p) for p in sys.path if p and (p in installed or os.path.abspath(p) not in own)
+        os.path.abspath(p) for p in sys.path if p and (p in libraries or os.path.abspath(p) not in own)
     )
     return RuntimeSpec(
         executable=sys.executable,
@@ -328,7 +332,7 @@ def runtime(roots: Iterable[Root]) -> RuntimeSpec:
         base_prefix=sys.base_prefix,
         version=".".join(map(str, sys.version_info[:3])),
         sys_path=tuple(p for p in path if os.path.exists(p)),
-        packages_digest=_packages_digest(),
+        packages_digest=_packages_digest(installed),
     )
 
 
@@ -338,10 +342,15 @@ def installed_packages() -> dict[str, str]:
 
     found: dict[str, str] = {}
     for d in distributions():
-        name = d.metadata["Name"]
-        if name:
-            found.setdefault(normalise(name), d.version or "")
+        # Not `d.metadata`, whose parser takes a second over all of a large environment.
+        text = d.read_text("METADATA") or d.read_text("PKG-INFO") or d.read_text("") or ""
+        fields = dict(_FIELD.findall(text.partition("\n\n")[0]))
+        if name := fields.get("Name"):
+            found.setdefault(normalise(name), fields.get("Version", ""))
     return found
+
+
+_FIELD = re.compile(r"^(Name|Version):[ \t]*(.*?)[ \t\r]*$", re.MULTILINE)
 
 
 def normalise(name: str) -> str:
@@ -349,8 +358,8 @@ def normalise(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _packages_digest() -> str:
+def _packages_digest(installed: Mapping[str, str]) -> str:
     from hashlib import sha256
 
-    text = "".join(f"{name}=={version}\n" for name, version in sorted(installed_packages().items()))
+    text = "".join(f"{name}=={version}\n" for name, version in sorted(installed.items()))
     return sha256(text.encode()).hexdigest()
