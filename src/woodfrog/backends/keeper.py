@@ -219,9 +219,11 @@ class Keeper:
                 old, new = await asyncio.to_thread(
                     prepare, self._catalogue, self._store, snapshot_id, working_set=working_set, owner=owner
                 )
+                ready = await asyncio.to_thread(self._catalogue.ready_images, old, new)
             await self._quiet(snapshot_id)
-            with self._changing(snapshot_id):
-                await asyncio.to_thread(self._catalogue.replace_images, old, new)
+            with self._changing(snapshot_id):  # a start that comes now waits: not for more than it must
+                await asyncio.to_thread(self._catalogue.swap_images, old, ready)
+            await asyncio.to_thread(self._catalogue.remove_replaced, ready.manifest)
         finally:
             await asyncio.to_thread(self._store.release, owner)
         counters["pack.done"] += 1

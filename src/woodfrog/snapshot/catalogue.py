@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from woodfrog.criu.pagemap import INDEX, index_files
 from woodfrog.errors import IntegrityError, NotFoundError, StoreError
@@ -182,6 +182,13 @@ def _hash_all(root: Path, names: Iterable[str], *, sparse: bool) -> dict[str, Fi
 
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         return {entry.path: entry for entry in pool.map(one, names)}
+
+
+class _Ready(NamedTuple):
+    """New images of a snapshot, complete and durable."""
+
+    manifest: Manifest
+    stamp: tuple[tuple[int, int, int, int], ...]
 
 
 class Catalogue:
@@ -642,9 +649,8 @@ class Catalogue:
         return tuple(packs[name] if name in packs else path / name for name in names)
 
     def replace_images(self, old: Manifest, new: Manifest) -> Manifest:
-        """Let `new` describe a snapshot whose images exist in another form beside the old ones, atomically.
-
-        No restore of it may be under way: the old images are removed.
+        """Let `new` describe a snapshot whose images exist in another form beside the old ones, atomically: the three
+        steps below at once. No restore of it may be under way.
 
         Args:
             new: as `old`, but for `images` (a directory in the snapshot's own), form and what belongs to it.
@@ -654,6 +660,17 @@ class Catalogue:
 
         Raises:
             StoreError: something could not be written; the snapshot is as it was.
+        """
+        ready = self.ready_images(old, new)
+        self.swap_images(old, ready)
+        self.remove_replaced(ready.manifest)
+        return ready.manifest
+
+    def ready_images(self, old: Manifest, new: Manifest) -> _Ready:
+        """Make the new images durable, and describe them: what takes long, while restores go on with the old ones.
+
+        Raises:
+            StoreError, IntegrityError: as `replace_images`.
         """
         path = self.root / old.id
         try:
@@ -669,6 +686,18 @@ class Catalogue:
             fsync_tree(path / new.images)
             fsync_dir(path)
             fault("pack.data")
+        except OSError as e:
+            raise store_error("cannot pack the snapshot", path, e) from e
+        return _Ready(full, stamp)
+
+    def swap_images(self, old: Manifest, ready: _Ready) -> None:
+        """From now on the new images are the snapshot's. No restore of it may be under way, or begin meanwhile.
+
+        Raises:
+            StoreError: as `replace_images`.
+        """
+        path, full = self.root / old.id, ready.manifest
+        try:
             self._replace_manifest(path, encode(full), f"snapshot {full.id}")
         except OSError as e:
             raise store_error("cannot pack the snapshot", path, e) from e
@@ -678,9 +707,11 @@ class Catalogue:
                 if old.id in self._manifests:
                     with contextlib.suppress(IntegrityError):
                         self._manifests[old.id] = self._read(old.id)
-        self._verified[full.id] = stamp
-        self._sweep(path, full)
-        return full
+        self._verified[full.id] = ready.stamp
+
+    def remove_replaced(self, manifest: Manifest) -> None:
+        """Remove the images that are no longer the snapshot's, which nobody restores from any more."""
+        self._sweep(self.root / manifest.id, manifest)
 
     def _replace_manifest(self, path: Path, data: bytes, what: str) -> None:
         """At every moment there is a manifest with its signature."""

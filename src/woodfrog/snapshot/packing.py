@@ -192,7 +192,7 @@ def prepare(
 ) -> tuple[Manifest, Manifest]:
     """Put a loose snapshot's memory into the store, and its images in their packed form beside the loose ones.
 
-    What it puts into the store is leased to `owner`, who swaps the images (`Catalogue.replace_images`) when no restore
+    What it puts into the store is leased to `owner`, who swaps the images (`Catalogue.swap_images`) when no restore
     of this snapshot is under way, and then releases the lease.
 
     Returns:
