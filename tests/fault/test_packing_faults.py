@@ -41,7 +41,9 @@ if point:
     faults.configure(point + "=sigkill-self")
 if what == "pack":
     old, new = prepare(catalogue, store, "s-0123456789ab", owner="me")
-    catalogue.replace_images(old, new)
+    ready = catalogue.ready_images(old, new)
+    catalogue.swap_images(old, ready)
+    catalogue.remove_replaced(ready.manifest)
     store.release("me")
 elif what == "arrive":
     arrival = transport.arrive("s-0123456789ab", DirectoryTier(Path(tier)))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from engine_rig import WORKER_PID, Rig
+from repack import repack
 from woodfrog.engine.engine import Lazy, restore
 from woodfrog.errors import IncompatibleSnapshot, IntegrityError, NotFoundError, StoreError
 from woodfrog.linux.pageserver import PageServer
@@ -80,7 +81,7 @@ class Machine:
     def pack(self, snapshot_id: str, working_set: bytes = b"") -> Manifest:
         try:
             old, new = prepare(self.catalogue, self.store, snapshot_id, working_set=working_set, owner="test")
-            return self.catalogue.replace_images(old, new)
+            return repack(self.catalogue, old, new)
         finally:
             self.store.release("test")
 

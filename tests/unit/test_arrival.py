@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from contract.faulty_tier import Fault, FaultyTier
+from repack import repack
 from unit.test_keeper import A, B, Machine, settled, until
 from woodfrog.backends import keeper as keeper_module
 from woodfrog.backends.keeper import Keeper
@@ -64,7 +65,7 @@ def make(machine: Machine, snapshot: str, data: bytes, parent: str = "") -> None
     machine.catalogue.commit(staging, replace(draft, parent=parent))
     (machine.catalogue.path(snapshot) / WORKING_SET).write_bytes(working_set())
     old, new = prepare(machine.catalogue, machine.store, snapshot, working_set=working_set(), owner="me")
-    machine.catalogue.replace_images(old, new)
+    repack(machine.catalogue, old, new)
     machine.store.release("me")
 
 

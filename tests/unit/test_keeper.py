@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from contract.faulty_tier import Fault, FaultyTier
+from repack import repack
 from woodfrog import faults
 from woodfrog.backends import keeper as module
 from woodfrog.backends.keeper import Keeper
@@ -247,7 +248,7 @@ def test_cut_off_at_the_same_moment_again_and_again(here: Machine, tmp_path: Pat
         old, new = prepare(here.catalogue, here.store, A, owner="me")
         faults.configure("pack.signed=raise")
         with pytest.raises(InjectedFault):
-            here.catalogue.replace_images(old, replace(new, stored_bytes=random.randrange(1 << 30)))
+            repack(here.catalogue, old, replace(new, stored_bytes=random.randrange(1 << 30)))
         faults.configure("")
         assert Catalogue(here.catalogue.root, here.signing, here.store).damaged == {}
         assert here.catalogue.form(A) == "loose" and here.whole(A)
@@ -259,7 +260,7 @@ def test_what_is_known_of_a_snapshot_is_what_is_on_disk(here: Machine) -> None:
     old, new = prepare(here.catalogue, here.store, A, owner="me")
     faults.configure("pack.manifest=enospc")
     with pytest.raises(StoreError):
-        here.catalogue.replace_images(old, new)
+        repack(here.catalogue, old, new)
     here.store.release("me")
     live = {pack for m in here.catalogue.manifests() for pack in m.packs}
     here.store.gc(live, min_age_s=0)
@@ -276,7 +277,7 @@ def test_a_snapshot_removed_while_it_is_packed_stays_away(here: Machine) -> None
         here.catalogue.remove(A)
 
     here.catalogue._replace_manifest = removed_after  # type: ignore[method-assign]
-    here.catalogue.replace_images(old, new)
+    repack(here.catalogue, old, new)
     assert here.catalogue.form(A) is None and here.catalogue.manifests() == []
 
 
@@ -499,7 +500,7 @@ def test_the_end_does_not_wait_for_a_tier(here: Machine, tier: DirectoryTier, mo
 def there(here: Machine, tier: DirectoryTier, tmp_path: Path) -> Machine:
     """Another machine that trusts this one, and a packed snapshot in the tier."""
     here.make(A)
-    here.catalogue.replace_images(*prepare(here.catalogue, here.store, A, owner="me"))
+    repack(here.catalogue, *prepare(here.catalogue, here.store, A, owner="me"))
     here.transport.push(A, tier)
     there = Machine(tmp_path / "there")
     there.trust.add(public_text(here.signing))
@@ -556,7 +557,7 @@ def test_nothing_larger_than_it_can_be_is_taken(
 
 def test_a_pack_of_other_pages_is_refused_before_it_is_read(there: Machine, here: Machine, tier: DirectoryTier) -> None:
     here.make(B)
-    here.catalogue.replace_images(*prepare(here.catalogue, here.store, B, owner="me"))
+    repack(here.catalogue, *prepare(here.catalogue, here.store, B, owner="me"))
     here.transport.push(B, tier)
     (a,), (b,) = here.catalogue.get(A).packs, here.catalogue.get(B).packs
     for suffix in ("names", "pages"):
@@ -580,7 +581,7 @@ def test_snapshots_of_two_keys_and_of_none_share_a_tier(tmp_path: Path, tier: Di
     machines = [Machine(tmp_path / f"m{i}", key) for i, key in enumerate(keys)]
     for machine, snapshot in zip(machines, (A, B, C), strict=True):
         machine.make(snapshot, seed=7)
-        machine.catalogue.replace_images(*prepare(machine.catalogue, machine.store, snapshot, owner="me"))
+        repack(machine.catalogue, *prepare(machine.catalogue, machine.store, snapshot, owner="me"))
         machine.transport.push(snapshot, tier)
         for other in machines:
             if other is not machine:

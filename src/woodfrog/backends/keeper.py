@@ -687,6 +687,8 @@ class Keeper:
                 await asyncio.to_thread(self._transport.push, snapshot_id, tier, progress)
             finally:
                 self._pushing[snapshot_id] -= 1
+                if not self._pushing[snapshot_id]:
+                    del self._pushing[snapshot_id]
             await self._mark(snapshot_id, PUSHED, tier.name)
         counters["push.done"] += 1
         return {"id": snapshot_id, "tier": tier.name}

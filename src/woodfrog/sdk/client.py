@@ -157,7 +157,7 @@ class Client:
             self._base = _address(settings.host)
             if settings.token:
                 self._headers["authorization"] = f"Bearer {settings.token}"
-        # httpcore and not httpx, which takes a tenth of a second to import and as long again for a small call.
+        # Without httpx above it, which is slow to import and a quarter of a small call.
         self._pool = httpcore.ConnectionPool(
             uds=None if settings.host else str(settings.socket),
             max_connections=None,
@@ -208,10 +208,11 @@ class Client:
         self,
         method: str,
         path: str,
-        params: Mapping[str, Any] | None,
-        headers: Mapping[str, str] | None,
-        content: bytes | None,
-        wait: float,
+        *,
+        params: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
+        content: bytes | None = None,
+        wait: float = 0.0,
         patience: float | None = None,
     ) -> Reply:
         patience = self.patience_s if patience is None else patience
@@ -271,7 +272,7 @@ class Client:
         while True:
             trouble: Exception | None = None
             try:
-                reply = self._send(method, "/v1" + path, params, headers, content, wait)
+                reply = self._send(method, "/v1" + path, params=params, headers=headers, content=content, wait=wait)
                 if reply.status != 503:
                     break
                 failure = error_from_answer(_json_or_none(reply), "the daemon is not ready")
@@ -361,7 +362,7 @@ class Client:
             DaemonError: a daemon that speaks another protocol, or refuses the token.
         """
         try:
-            reply = self._send("GET", "/v1/health", None, None, None, 0.0, timeout)
+            reply = self._send("GET", "/v1/health", patience=timeout)
         except _TEMPORARY as e:
             if _denied(e):
                 raise _no_permission(self.where) from None

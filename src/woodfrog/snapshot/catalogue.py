@@ -648,29 +648,16 @@ class Catalogue:
             raise IntegrityError(f"snapshot {manifest.id}: {e.message}", code=e.code) from e
         return tuple(packs[name] if name in packs else path / name for name in names)
 
-    def replace_images(self, old: Manifest, new: Manifest) -> Manifest:
-        """Let `new` describe a snapshot whose images exist in another form beside the old ones, atomically: the three
-        steps below at once. No restore of it may be under way.
+    def ready_images(self, old: Manifest, new: Manifest) -> _Ready:
+        """Make images in another form durable, and describe them: what takes long, while restores go on with the old
+        ones. `swap_images` and `remove_replaced` come after.
 
         Args:
             new: as `old`, but for `images` (a directory in the snapshot's own), form and what belongs to it.
 
-        Returns:
-            The manifest with its files' digests.
-
         Raises:
-            StoreError: something could not be written; the snapshot is as it was.
-        """
-        ready = self.ready_images(old, new)
-        self.swap_images(old, ready)
-        self.remove_replaced(ready.manifest)
-        return ready.manifest
-
-    def ready_images(self, old: Manifest, new: Manifest) -> _Ready:
-        """Make the new images durable, and describe them: what takes long, while restores go on with the old ones.
-
-        Raises:
-            StoreError, IntegrityError: as `replace_images`.
+            StoreError: something could not be written.
+            IntegrityError: what is in both is not the same.
         """
         path = self.root / old.id
         try:
@@ -694,7 +681,7 @@ class Catalogue:
         """From now on the new images are the snapshot's. No restore of it may be under way, or begin meanwhile.
 
         Raises:
-            StoreError: as `replace_images`.
+            StoreError: something could not be written; the snapshot is as it was, or as it is to be.
         """
         path, full = self.root / old.id, ready.manifest
         try:
