@@ -7,7 +7,7 @@ Daemon → worker                          Worker → daemon
     preload {steps, env, sys_path, ...}      preloaded {phases, steps, seen, files, cpu_ms}; or failed
     boot    {function, code, env, ...}       booted   {phases, warnings}
                                              failed   {stage, error}         then the worker exits
-    freeze  {}                               frozen   {phases} then it closes and blocks in accept(); or failed
+    freeze  {}                               frozen   {phases, device} then it closes and blocks in accept(); or failed
     start   {context}                        ready    {phases}; or failed
     call    {call, method, encoding}+args    result+body | error+body | item+body ... done
     stop    {}                               stopped  {} then it exits 0; or failed (stage "exit"), then it exits 1

@@ -183,6 +183,10 @@ def test_the_whole_life(daemon: Daemon, hardware: Hardware) -> None:
     first = hardware.uuids[0]
     daemon.cli("deploy", str(holder(daemon)), "--snapshot")
     snapshot = daemon.wait_snapshot("holder")
+    looked = daemon.json("snapshot", "inspect", snapshot)
+    kinds = {row["kind"]: row["resident_bytes"] for row in looked["contents"]["kinds"]}
+    assert kinds["GPU memory"] >= 24 * MIB and 24 * MIB <= looked["gpu_bytes"]["not told"] < 28 * MIB
+    assert "GPU memory" in (shown := daemon.cli("snapshot", "inspect", snapshot).stdout) and "of GPUs" in shown
     digests = set()
     for _ in range(3):
         found = check(daemon)

@@ -23,7 +23,7 @@ from woodfrog.cuda.client import Cuda
 from woodfrog.engine.engine import AmdSide, GpuSide, Lazy
 from woodfrog.engine.plan import FACTS, parse_facts
 from woodfrog.errors import CaptureError, RestoreError
-from woodfrog.linux.pageserver import PageServer
+from woodfrog.linux.pageserver import PageServer, make_set
 from woodfrog.linux.rootplan import DeviceNode
 from woodfrog.linux.sandbox import Sandbox
 from woodfrog.telemetry import Phases
@@ -165,6 +165,32 @@ async def test_memory_follows_the_processes(rig: Rig, cuda: Cuda) -> None:
         assert lazy.served is not None
         _, faults, demanded = await lazy.served.drop()
         assert faults and demanded * 4096 >= 8 * MIB
+    finally:
+        await server.close()
+
+
+async def test_all_device_memory_comes_first(rig: Rig, cuda: Cuda, tmp_path: Path) -> None:
+    """Where the driver put it is known, so that not even the first thaw waits for it page by page."""
+    sandbox, _ = await rig.start(FAMILY, gpus=(0, 1))
+    expected = "([True, True], ['True 0', 'True 1'], None)"
+    await answers(rig, sandbox, expected)
+    frozen = await rig.freeze(sandbox, gpu=side(rig, cuda, 0, 1))
+    assert frozen.result.gpu is not None
+    by_process = {pid: 0 for pid, _ in frozen.result.gpu.processes}
+    for pid, begin, end in frozen.result.gpu.memory:
+        by_process[pid] += end - begin
+    assert all(by_process[pid] >= size - MIB // 4 for pid, size in frozen.result.gpu.processes)
+    guess = tmp_path / "guess"
+    guess.write_bytes(make_set(frozen.result.gpu.memory))
+    server = await PageServer.start(uid=64647, on_death=lambda: None)
+    try:
+        lazy = Lazy(server, guess)
+        thawed, _ = await rig.thaw(frozen, gpu=side(rig, cuda, 0, 1), gpus=(0, 1), lazy=lazy)
+        await answers(rig, thawed, expected)
+        assert lazy.served is not None
+        pushed, _, demanded = await lazy.served.drop()
+        assert pushed * 4096 >= frozen.result.gpu_bytes - MIB and pushed * 4096 < frozen.result.gpu_bytes + 4 * MIB
+        assert demanded * 4096 < frozen.result.pages_bytes - frozen.result.gpu_bytes
     finally:
         await server.close()
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from woodfrog.criu.pagemap import PageIndex, PageTask, write_index
+from woodfrog.engine.plan import FACTS, Facts, GpuFacts
 from woodfrog.snapshot.contents import answer, contents, difference
 from woodfrog.snapshot.memory import (
     Area,
@@ -381,3 +382,18 @@ def test_images_that_are_cut_off_are_one_line(images: Images, name: str) -> None
         )
         assert done.returncode == 0 and not done.stderr, done.stderr
         assert list(json.loads(done.stdout)) == ["error"], length
+
+
+def test_what_came_from_a_gpu_is_told_apart(tmp_path: Path) -> None:
+    """Also where the kernel joined it with its neighbours, and whatever it looks like."""
+    made = Images(tmp_path / "img")
+    made.process(100, "python", [vma(MAPPED, 16, ANON)])
+    made.pages(100, (MAPPED, page(7) * 2 + block(4) + page(9) * 10))
+    gpu = GpuFacts("580", (), (), ((100, 12 * PAGE),), ((100, MAPPED + 2 * PAGE, MAPPED + 14 * PAGE), (99, 0, PAGE)))
+    facts = Facts(100, 100, 1, "none", 0, "", {"pages-1.img": 1}, gpu=gpu)
+    (made.root / FACTS).write_text(facts.to_json())
+    found = answer({"of": {"images": str(made.root)}})
+    assert by(found["kinds"], "kind")["GPU memory"] == 12
+    assert by(found["kinds"], "kind")["anonymous"] == 4
+    (mine,) = found["processes"]
+    assert [m["kind"] for m in mine["mappings"]] == ["GPU memory", "anonymous", "anonymous"]

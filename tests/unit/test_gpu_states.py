@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 from woodfrog.cuda.devices import Device, Node, device_map
 from woodfrog.cuda.failures import CODES, RESULTS, failures_markdown, gpu_error
 from woodfrog.cuda.states import MOVES, Move, State, after, way_back
+from woodfrog.engine.gpu import added
+from woodfrog.engine.plan import GpuFacts
 from woodfrog.errors import GpuError
+from woodfrog.linux.procfs import Resident
+from woodfrog.snapshot.capture import device_bytes
 
 DOCS = Path(__file__).parents[2] / "docs" / "failure-modes.md"
 MOVE = st.sampled_from(list(MOVES))
@@ -110,3 +114,42 @@ def test_an_error_is_one_line() -> None:
     for code in CODES:
         error = gpu_error(code, "process 7: lock", pid=7)
         assert error.code == code and "\n" not in error.message and error.message.startswith("process 7: lock: ")
+
+
+MIB = 1 << 20
+
+
+def resident(*rows: tuple[int, int, int]) -> list[Resident]:
+    """(begin, end, bytes of its own), in MiB."""
+    return [Resident(begin * MIB, end * MIB, own * MIB, 0) for begin, end, own in rows]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "found"),
+    [
+        ([(1, 2, 1)], [(1, 2, 1), (5, 9, 4)], [(5, 9)]),
+        ([(1, 2, 1), (9, 10, 1)], [(1, 6, 5), (9, 10, 1)], [(2, 6)]),  # joined to the one below
+        ([(8, 10, 1)], [(2, 10, 7)], [(2, 8)]),  # to the one above
+        ([(1, 2, 1), (8, 10, 1)], [(1, 10, 8)], [(2, 8)]),  # to both
+        ([(1, 9, 0)], [(1, 9, 8)], [(1, 9)]),  # reserved, and filled
+        ([(1, 9, 0)], [(1, 3, 0), (3, 9, 6)], [(3, 9)]),
+        ([(1, 9, 3)], [(1, 9, 3)], []),
+        ([(1, 9, 3)], [], []),
+        ([], [(4, 6, 2), (7, 8, 0)], [(4, 6)]),
+    ],
+)
+def test_where_a_driver_put_it(
+    before: list[tuple[int, int, int]], now: list[tuple[int, int, int]], found: list[tuple[int, int]]
+) -> None:
+    assert added(resident(*before), resident(*now)) == tuple((begin * MIB, end * MIB) for begin, end in found)
+
+
+def test_what_is_on_a_gpu_as_a_worker_tells_it() -> None:
+    gpu = GpuFacts("580", (), (), ((100, 100), (120, 7)))
+    told = {"weights": 60, "graphs": 10, "tensors": 0, "my own": 5, "allocator cache": "x"}
+    assert device_bytes(gpu, 100, told) == {
+        "weights": 60, "graphs": 10, "contexts and other libraries": 30, "other processes": 7,
+    }  # fmt: skip
+    assert device_bytes(gpu, 100, {"weights": 1 << 60, "tensors": 9}) == {"weights": 100, "other processes": 7}
+    for nothing in (None, {}, [1], {"weights": -1}):
+        assert device_bytes(gpu, 100, nothing) == {"not told": 100, "other processes": 7}

@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 
 from woodfrog.backends.memory import Memory
-from woodfrog.linux.pageserver import merge_sets, set_pages, set_ranges
+from woodfrog.linux.pageserver import is_guess, make_set, merge_sets, set_pages, set_ranges
 
 MAGIC = int.from_bytes(b"FROGSET1", "little")
 
@@ -45,3 +45,13 @@ async def test_a_few_pages_are_not_worth_a_write(tmp_path: Path) -> None:
     await Memory.keep(b"", tmp_path, "i")
     await Memory.keep(record((0, 1)), tmp_path / "gone", "i")
     assert not (tmp_path / "gone").exists()
+
+
+async def test_what_is_known_beforehand_is_learned_on_from(tmp_path: Path) -> None:
+    """A guess is not a working set that the first thaw missed pages of."""
+    (tmp_path / "working-set").write_bytes(make_set([(100, 50 << 12, 90 << 12)]))
+    assert is_guess((tmp_path / "working-set").read_bytes()) and known(tmp_path) == [(50, 40)]
+    await Memory.keep(record((0, 10), (85, 10)), tmp_path, "i")
+    assert known(tmp_path) == [(0, 10), (50, 45)] and not is_guess((tmp_path / "working-set").read_bytes())
+    await Memory.keep(record((200, 20)), tmp_path, "i")
+    assert known(tmp_path) == [(0, 10), (50, 45)], "learned: one request's alone"

@@ -124,3 +124,30 @@ def test_process_that_is_gone() -> None:
     for read in (procfs.status, procfs.stat, procfs.maps, procfs.children, procfs.descriptors):
         with pytest.raises(ProcessLookupError):
             read(int(done.stdout))
+
+
+SMAPS = """\
+55d0-55d1 rw-p 00000000 00:00 0                          [heap]
+Rss:                  24 kB
+Anonymous:            20 kB
+Swap:                  8 kB
+VmFlags: rd wr mr mw me ac
+7f00-7f08 rw-s 00000000 00:01 7                          /dev/zero (deleted)
+Rss:                  32 kB
+Anonymous:             0 kB
+Swap:                  0 kB
+7f10-7f20 r--s 00001000 fe:01 9                          /usr/lib/a-b.so
+Rss:                  64 kB
+Anonymous:             0 kB
+Swap:                  0 kB
+"""
+
+
+def test_what_a_process_has() -> None:
+    rows = procfs.parse_smaps(SMAPS)
+    assert [(r.begin, r.end, r.own >> 10, r.shared >> 10) for r in rows] == [
+        (0x55D0, 0x55D1, 28, 0), (0x7F00, 0x7F08, 0, 32), (0x7F10, 0x7F20, 0, 0),
+    ]  # fmt: skip
+    mine = procfs.resident(os.getpid())
+    assert sum(r.own for r in mine) > 1 << 20
+    assert [(r.begin, r.end) for r in mine] == sorted((r.begin, r.end) for r in mine)

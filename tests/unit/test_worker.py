@@ -10,6 +10,7 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cloudpickle
@@ -231,3 +232,36 @@ assert (gc.get_freeze_count() > 1000) == own
 def test_the_collector_leaves_what_was_frozen_alone_for_a_while(who: str) -> None:
     """Unless the program keeps it so itself."""
     subprocess.run([sys.executable, "-c", HELD, who], check=True)
+
+
+def test_what_torch_has_on_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    from woodfrog.worker.shrink import device_use
+
+    class Tensor:
+        def __init__(self, address: int, size: int, device: str = "cuda") -> None:
+            self.device = SimpleNamespace(type=device)
+            self.untyped_storage = lambda: SimpleNamespace(data_ptr=lambda: address, nbytes=lambda: size)
+
+    class Module:
+        def parameters(self, recurse: bool) -> list[Tensor]:
+            return [Tensor(1, 40), Tensor(1, 40), Tensor(2, 1000, "cpu")]
+
+        def buffers(self, recurse: bool) -> list[Tensor]:
+            return [Tensor(3, 20)]
+
+    segments = [
+        {"total_size": 100, "allocated_size": 90, "segment_pool_id": (0, 0)},
+        {"total_size": 50, "allocated_size": 0},
+        {"total_size": 30, "allocated_size": 30, "segment_pool_id": (0, 1)},
+    ]
+    cuda = SimpleNamespace(is_initialized=lambda: True, memory_snapshot=lambda: segments)
+    torch = SimpleNamespace(cuda=cuda, nn=SimpleNamespace(Module=Module))
+    monkeypatch.setitem(sys.modules, "torch", torch)  # type: ignore[arg-type]
+    kept = [Module(), Module()]
+    assert device_use() == {"weights": 60, "tensors": 30, "graphs": 30, "allocator cache": 60}
+    kept.clear()
+    assert device_use() == {"tensors": 90, "graphs": 30, "allocator cache": 60}
+    cuda.is_initialized = lambda: False
+    assert device_use() == {}
+    monkeypatch.delitem(sys.modules, "torch")
+    assert device_use() == {}

@@ -534,6 +534,7 @@ class LocalBackend:
                     phases=phases,
                     below=self._catalogue.path(instance.zygote) / "fs" if instance.zygote else None,
                     gpu=self._gpus.side(request.gpus) if self._saves_gpu(request) else None,
+                    device_use=reply.header.get("device"),
                 )
         except Exception as e:
             counters["capture.failed"] += 1

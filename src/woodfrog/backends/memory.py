@@ -10,7 +10,7 @@ from pathlib import Path
 
 from woodfrog.engine.engine import Lazy
 from woodfrog.errors import StoreError, WoodfrogError
-from woodfrog.linux.pageserver import PageServer, ServedPages, common_set, merge_sets, set_pages
+from woodfrog.linux.pageserver import PageServer, ServedPages, common_set, is_guess, merge_sets, set_pages
 from woodfrog.snapshot.catalogue import WORKING_SET, Opened
 from woodfrog.store.files import write_atomic
 from woodfrog.telemetry import counters
@@ -65,7 +65,7 @@ class Memory:
             self._server,
             working_set if known else None,
             # While the working set is being learned, only what is asked for may get into it.
-            around=_AROUND if known else _AROUND_LEARNING,
+            around=_AROUND if known and not is_guess(known) else _AROUND_LEARNING,
             files=opened.files,
             present=opened.present,
             everything=everything,
@@ -131,8 +131,8 @@ def _read_or_empty(path: Path) -> bytes:
 
 def _refine(working_set: Path, missed: Path, seen: bytes) -> None:
     known = _read_or_empty(working_set)
-    if not known:
-        write_atomic(working_set, merge_sets(seen))
+    if not known or is_guess(known):
+        write_atomic(working_set, merge_sets(seen, *filter(None, [known])))
         return
     if set_pages(seen) * _STALE_SHARE <= set_pages(known):
         return
@@ -155,13 +155,13 @@ def read_working_set(snapshot: Path) -> bytes:
         raise StoreError(f"{snapshot / WORKING_SET}: {e.strerror}") from e
 
 
-def _usable(working_set: Path) -> bool:
-    """Whether there is a working set to push; a damaged one is removed and learned anew."""
+def _usable(working_set: Path) -> bytes:
+    """The working set to push; empty = none. A damaged one is removed and learned anew."""
     data = _read_or_empty(working_set)
     try:
-        return set_pages(data) > 0
+        return data if set_pages(data) else b""
     except ValueError:
         if working_set.exists():
             log.warning("%s is damaged; it is learned anew", working_set)
             working_set.unlink(missing_ok=True)
-        return False
+        return b""

@@ -101,7 +101,10 @@ def inspect(
     if as_json:
         output.show_json(answer if quick or log else {**answer, "contents": found})
         return
-    output.fields({k: v for k, v in answer.items() if k not in ("phases", "log", "files")})
+    output.fields({k: v for k, v in answer.items() if k not in ("phases", "log", "files", "gpu_bytes")})
+    if on_gpu := answer.get("gpu_bytes"):
+        print(f"\nof GPUs {output.size(sum(on_gpu.values()))}")
+        output.table(["size", "what"], [(output.size(size), what) for what, size in on_gpu.items()])
     if found is not None:
         contents.show(found, most)
     lines = list(output.trace_lines(answer.get("phases") or []))

@@ -579,6 +579,7 @@ def build(
         out["files"] = [to_dict(f) for f in manifest.files]
         out["warnings"] = list(manifest.warnings)
         out["external_files"] = len(manifest.external)
+        out["gpu_bytes"] = manifest.gpu_bytes
         if log:
             folder = catalogue.path(manifest.id) / "log"
             out["log"] = {p.name: p.read_text(errors="replace") for p in sorted(folder.glob("*.log"))}

@@ -37,6 +37,7 @@ from woodfrog.engine.plan import (
     REFUSALS,
     WORK,
     Facts,
+    GpuFacts,
     Refusal,
     damaged,
     dump_plan,
@@ -85,7 +86,7 @@ class DumpResult:
         files: (path on the host, size, mtime_ns) of each file outside the sandbox's own layers that the processes have
             mapped or open: a restore needs them unchanged.
         warnings: what the snapshot does not keep, one line each.
-        gpu_bytes: of `pages_bytes`, what was on GPUs.
+        gpu: of `pages_bytes`, what was on GPUs, and where it lies now; None = nothing.
     """
 
     phases: dict[str, float]
@@ -94,7 +95,11 @@ class DumpResult:
     log: Path
     files: tuple[tuple[str, int, int], ...] = ()
     warnings: tuple[str, ...] = ()
-    gpu_bytes: int = 0
+    gpu: GpuFacts | None = None
+
+    @property
+    def gpu_bytes(self) -> int:
+        return sum(size for _, size in self.gpu.processes) if self.gpu is not None else 0
 
 
 @dataclass
@@ -594,7 +599,7 @@ async def dump(
         log=log_path,
         files=tuple((f.path, f.size, f.mtime_ns) for f in tree.files),
         warnings=warnings(tree),
-        gpu_bytes=sum(size for _, size in facts.gpu.processes) if facts.gpu is not None else 0,
+        gpu=facts.gpu,
     )
 
 

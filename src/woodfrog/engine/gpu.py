@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from woodfrog.cuda.client import Cuda
@@ -19,7 +18,10 @@ from woodfrog.errors import GpuError
 from woodfrog.linux import procfs
 from woodfrog.telemetry import Phases
 
-__all__ = ["GpuCapture", "GpuSide", "plan_back", "put_back"]
+__all__ = ["GpuCapture", "GpuSide", "added", "plan_back", "put_back"]
+
+_LEAST_GROWTH = 64 << 10
+"""Less is the process's own."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,11 @@ class _Process:
     name: str
     held: int | None = None
     """Bytes of device memory, as NVML says; None = not known."""
-    before: int = 0
-    saved: int = 0
-    """By how much its host memory grew when it was checkpointed."""
+    before: tuple[procfs.Resident, ...] = ()
+    """Its host memory before it was checkpointed, and `saved`: what that added to it."""
+    saved: tuple[tuple[int, int], ...] = ()
+    grown: int = 0
+    """Bytes."""
 
     @property
     def who(self) -> str:
@@ -60,13 +64,31 @@ async def _all(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
     return done
 
 
-def _private_bytes(pid: int) -> int:
-    """Memory that a dump of the process would hold."""
-    total = 0
-    for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
-        if line.startswith(("RssAnon:", "RssShmem:", "VmSwap:")):
-            total += int(line.split()[1]) << 10
-    return total
+def added(before: Sequence[procfs.Resident], after: Sequence[procfs.Resident]) -> tuple[tuple[int, int], ...]:
+    """The addresses, begin and end, at which a process has got memory: where a driver put what it saved.
+
+    The kernel joins neighbouring mappings: of one that grew, what was not mapped before counts. All of it counts where
+    that is too little: it was reserved, and has been filled since.
+    """
+    found: list[tuple[int, int]] = []
+    first = 0
+    for now in after:
+        while first < len(before) and before[first].end <= now.begin:
+            first += 1
+        growth, fresh, at = now.own, [], now.begin
+        for then in before[first:]:
+            if then.begin >= now.end:
+                break
+            growth -= then.own
+            if at < then.begin:
+                fresh.append((at, then.begin))
+            at = max(at, then.end)
+        if at < now.end:
+            fresh.append((at, now.end))
+        if growth >= _LEAST_GROWTH:
+            enough = sum(end - begin for begin, end in fresh) >= growth
+            found += fresh if enough else [(now.begin, now.end)]
+    return tuple(found)
 
 
 async def _move(
@@ -130,7 +152,7 @@ class GpuCapture:
             for process, held in zip(
                 self.processes, await _all([cuda.held(p.pid) for p in self.processes]), strict=True
             ):
-                process.held, process.before = held, _private_bytes(process.pid)
+                process.held, process.before = held, procfs.resident(process.pid)
             await _all([self._move(p, "checkpoint", size=p.held or 0) for p in self.processes])
         with phases("gpu.check"):
             # A checkpoint that saved nothing would make an image that restores to garbage.
@@ -140,12 +162,17 @@ class GpuCapture:
                 if state is not State.CHECKPOINTED:
                     got = state.name if state is not None else "gone"
                     raise gpu_error("gpu-illegal-move", f"{process.who} is {got}, not CHECKPOINTED", pid=process.pid)
-                process.saved = max(_private_bytes(process.pid) - process.before, 0)
+                now = procfs.resident(process.pid)
+                process.saved = added(process.before, now)
+                process.grown = max(
+                    sum(r.own + r.shared for r in now) - sum(r.own + r.shared for r in process.before), 0
+                )
+                process.before = ()
                 spared = cuda.context_bytes * len(self.side.uuids)
-                if process.held is not None and process.saved + spared < process.held:
+                if process.held is not None and process.grown + spared < process.held:
                     raise gpu_error(
                         "gpu-bytes-missing",
-                        f"{process.who}: {process.held >> 20} MiB on the GPU, {process.saved >> 20} MiB saved",
+                        f"{process.who}: {process.held >> 20} MiB on the GPU, {process.grown >> 20} MiB saved",
                         pid=process.pid,
                     )
 
@@ -183,7 +210,8 @@ class GpuCapture:
             driver=node.driver,
             node=tuple((d.uuid, d.name) for d in node.devices),
             visible=self.side.uuids,
-            processes=tuple((p.inner_pid, p.saved) for p in self.processes),
+            processes=tuple((p.inner_pid, p.grown) for p in self.processes),
+            memory=tuple((p.inner_pid, begin, end) for p in self.processes for begin, end in p.saved),
         )
 
 

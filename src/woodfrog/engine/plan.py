@@ -240,12 +240,14 @@ class GpuFacts:
         node: (uuid, chip) of each GPU of the machine.
         visible: uuids that the processes saw, in their order.
         processes: (inner pid, bytes of host memory that hold its device memory) of each process with GPU state.
+        memory: (inner pid, begin, end): where that memory lies.
     """
 
     driver: str
     node: tuple[tuple[str, str], ...]
     visible: tuple[str, ...]
     processes: tuple[tuple[int, int], ...]
+    memory: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,7 @@ def parse_facts(text: str) -> Facts:
                 node=tuple((str(uuid), str(name)) for uuid, name in gpu["node"]),
                 visible=tuple(map(str, gpu["visible"])),
                 processes=tuple((int(pid), int(size)) for pid, size in gpu["processes"]),
+                memory=tuple((int(pid), int(begin), int(end)) for pid, begin, end in gpu.get("memory", ())),
             )
         facts = Facts(**data)
     except (TypeError, KeyError) as e:

@@ -21,7 +21,7 @@ import os
 import socket
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,8 @@ __all__ = [
     "Present",
     "ServedPages",
     "common_set",
+    "is_guess",
+    "make_set",
     "merge_sets",
     "page_server_path",
     "set_pages",
@@ -60,6 +62,7 @@ _PAGE = 4096
 _SET = struct.Struct("=QII")
 _RANGE = struct.Struct("=iIQ")
 _SET_MAGIC = int.from_bytes(b"FROGSET1", "little")
+_GUESS = 1
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,19 @@ def page_server_path() -> Path:
     return Path(__file__).parents[1] / "native" / "bin" / "woodfrog-pageserver"
 
 
+def make_set(ranges: Iterable[tuple[int, int, int]]) -> bytes:
+    """A working set of (pid, begin, end) that nobody has learned: what is known to be needed beforehand."""
+    rows = [_RANGE.pack(pid, (end - begin) // _PAGE, begin) for pid, begin, end in ranges]
+    return _SET.pack(_SET_MAGIC, len(rows), _GUESS) + b"".join(rows)
+
+
+def is_guess(data: bytes) -> bool:
+    """Whether a working set is `make_set`'s, and the rest of it still to be learned."""
+    return len(data) >= _SET.size and bool(_SET.unpack_from(data)[2] & _GUESS)
+
+
 def merge_sets(*sets: bytes) -> bytes:
-    """The union of working sets, in the order of tasks and addresses.
+    """The union of working sets, in the order of tasks and addresses; a learned one.
 
     Raises:
         ValueError: one of them is not a working set.

@@ -17,6 +17,7 @@ from typing import NamedTuple
 __all__ = [
     "MapEntry",
     "MountEntry",
+    "Resident",
     "Stat",
     "Status",
     "children",
@@ -25,8 +26,10 @@ __all__ = [
     "mountinfo",
     "parse_maps",
     "parse_mountinfo",
+    "parse_smaps",
     "parse_stat",
     "parse_status",
+    "resident",
     "stat",
     "status",
     "tree",
@@ -89,6 +92,15 @@ class MapEntry(NamedTuple):
     @property
     def size(self) -> int:
         return self.end - self.start
+
+
+class Resident(NamedTuple):
+    """What a mapping has of memory that a dump would hold, in bytes: the process's own, and shared memory objects'."""
+
+    begin: int
+    end: int
+    own: int
+    shared: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +247,28 @@ def stat(pid: int) -> Stat:
 
 def status(pid: int) -> Status:
     return parse_status(_read(pid, "status"))
+
+
+def parse_smaps(text: str) -> tuple[Resident, ...]:
+    found: list[Resident] = []
+    memory_object = False
+    for line in text.split("\n"):
+        word, _, rest = line.partition(" ")
+        if word in ("Anonymous:", "Swap:"):
+            found[-1] = found[-1]._replace(own=found[-1].own + (int(rest.split()[0]) << 10))
+        elif word == "Rss:" and memory_object:
+            found[-1] = found[-1]._replace(shared=int(rest.split()[0]) << 10)
+        elif not word.endswith(":") and "-" in word:
+            begin, _, end = word.partition("-")
+            found.append(Resident(int(begin, 16), int(end, 16), 0, 0))
+            flags, _, device, _ = rest.split(None, 3)
+            memory_object = flags[3] == "s" and _device(device, 16)[0] == 0
+    return tuple(found)
+
+
+def resident(pid: int) -> tuple[Resident, ...]:
+    """All mappings of a process, ascending."""
+    return parse_smaps(_read(pid, "smaps"))
 
 
 def maps(pid: int) -> tuple[MapEntry, ...]:

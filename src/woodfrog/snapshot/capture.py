@@ -12,16 +12,18 @@ from pathlib import Path
 
 from woodfrog.criu.binary import Criu
 from woodfrog.engine.engine import AmdSide, GpuSide, dump
+from woodfrog.engine.plan import GpuFacts
 from woodfrog.errors import CaptureError, StoreError
 from woodfrog.faults import fault
+from woodfrog.linux.pageserver import make_set
 from woodfrog.linux.sandbox import Sandbox
-from woodfrog.snapshot.catalogue import Staging
+from woodfrog.snapshot.catalogue import WORKING_SET, Staging
 from woodfrog.snapshot.compat import WorkerClass
 from woodfrog.snapshot.manifest import FORMAT, Manifest
-from woodfrog.store.files import store_error
+from woodfrog.store.files import store_error, write_atomic
 from woodfrog.telemetry import Phases
 
-__all__ = ["SnapshotIdentity", "capture"]
+__all__ = ["DEVICE_USES", "SnapshotIdentity", "capture", "device_bytes"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,30 @@ def _opaque(path: str) -> bool:
         return False
 
 
+DEVICE_USES = ("weights", "tensors", "graphs", "allocator cache")
+"""What a worker may say of its GPU memory."""
+
+
+def device_bytes(gpu: GpuFacts, worker: int, told: object) -> dict[str, int]:
+    """What the saved memory of GPUs is, as far as it is known. Bytes, nothing that is 0.
+
+    Args:
+        worker: inner pid of the process that told.
+        told: by what it is; not trusted, and no more than what was saved is believed.
+    """
+    own = left = sum(size for pid, size in gpu.processes if pid == worker)
+    said = told if isinstance(told, dict) else {}
+    found: dict[str, int] = {}
+    for use in DEVICE_USES:
+        size = said.get(use)
+        if isinstance(size, int) and size > 0:
+            found[use] = min(size, left)
+            left -= found[use]
+    found["contexts and other libraries" if found else "not told"] = left
+    found["other processes"] = sum(size for _, size in gpu.processes) - own
+    return {use: size for use, size in found.items() if size}
+
+
 def _unchanged_since(paths: tuple[str, ...]) -> list[str]:
     found = []
     for path in paths:
@@ -116,6 +142,7 @@ async def capture(
     phases: Phases,
     below: Path | None = None,
     gpu: GpuSide | AmdSide | None = None,
+    device_use: object = None,
 ) -> Manifest:
     """Freeze the tree of `root_pid` (a pid inside the sandbox) into `staging`.
 
@@ -125,6 +152,7 @@ async def capture(
         below: the layer that the sandbox's own files lie on, of the zygote it was thawed from. It becomes part of the
         snapshot, which so depends on no other.
         gpu: capture the memory of these GPUs too.
+        device_use: what the worker says that memory is.
 
     Returns:
         The manifest to commit, still without its files' digests.
@@ -145,6 +173,9 @@ async def capture(
             for failure in await asyncio.gather(*copies, return_exceptions=True):
                 if failure is not None:
                     raise failure
+            if result.gpu is not None and result.gpu.memory:
+                # The driver reads all of it at each restore: that has not to be learned.
+                write_atomic(staging.path / WORKING_SET, make_set(result.gpu.memory))
     except StoreError as e:
         raise CaptureError(e.message, alive=False, phase="files", code=e.code) from e
     sources = await asyncio.to_thread(_unchanged_since, identity.sources)
@@ -167,6 +198,7 @@ async def capture(
         files=(),
         external=(*(f"{path}|{size}|{mtime}" for path, size, mtime in result.files), *sources),
         warnings=result.warnings,
+        gpu_bytes=device_bytes(result.gpu, root_pid, device_use) if result.gpu is not None else {},
         kind="zygote" if identity.modules else "function",
         modules=identity.modules,
         seen=identity.seen,

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from woodfrog.criu.pagemap import PAGE
+from woodfrog.engine.plan import FACTS, parse_facts
 from woodfrog.snapshot.memory import (
     ANONYMOUS,
+    GPU,
     HEAP,
     LIBRARY,
     SHARED,
@@ -34,6 +36,7 @@ from woodfrog.snapshot.memory import (
     cut,
     library_of,
     load,
+    mark,
     read_areas,
 )
 
@@ -422,6 +425,15 @@ def _reader(place: dict[str, Any]) -> PageReader:
     return PageReader.of_images(Path(place["images"]), tuple(map(Path, files)) if files is not None else None)
 
 
+def _memories(images: Path) -> list[Memory]:
+    memories = {memory.pid: memory for memory in read_areas(images)}
+    facts = parse_facts((images / FACTS).read_text()) if (images / FACTS).exists() else None
+    for pid, begin, end in facts.gpu.memory if facts is not None and facts.gpu is not None else ():
+        if (memory := memories.get(pid)) is not None:
+            memory.areas = mark(memory.areas, GPU, begin, end)
+    return list(memories.values())
+
+
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Carry out a request: `of` and perhaps `parent`, or `before` and `of`; each {`images`, `files`}, or for `of`
     {`pids`: {pid in the sandbox: pid here}}; `most`."""
@@ -438,7 +450,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             memories = [Memory(inner, "", areas_of_process(pid)) for inner, pid in pids.items()]
         else:
             reader = opened(_reader(place))
-            memories = read_areas(Path(place["images"]))
+            memories = _memories(Path(place["images"]))
         if "before" in request:
             before = opened(_reader(request["before"]))
             # What a running process has not asked for since its thaw is as in the snapshot.

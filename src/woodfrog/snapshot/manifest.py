@@ -69,6 +69,8 @@ class Manifest:
     """What the snapshot does not keep, one line each."""
     phases: tuple[str, ...] = ()
     """How the capture spent its time: `name=ms`."""
+    gpu_bytes: dict[str, int] = field(default_factory=dict)
+    """Of `pages_bytes`, what was on GPUs, by what it is."""
     kind: str = "function"
     """"function" or "zygote": a worker with nothing but imports, which functions start from."""
     modules: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ import re
 import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "ANONYMOUS",
     "ARENA",
     "FILE",
+    "GPU",
     "HEAP",
     "LIBRARY",
     "SHARED",
@@ -36,6 +37,7 @@ __all__ = [
     "explain",
     "library_of",
     "load",
+    "mark",
     "read_areas",
 ]
 
@@ -56,6 +58,7 @@ FILE = "file pages"
 STACK = "stacks"
 SHARED = "shared memory"
 ANONYMOUS = "anonymous"
+GPU = "GPU memory"
 
 _ARENA = 64 << 20
 _MOST_BSS = 1 << 20
@@ -490,6 +493,20 @@ def explain(areas: list[Area], writable: set[int], tops: Iterable[int]) -> list[
             ):
                 new = Area(area.begin, area.end, LIBRARY, before.name)
         out.append(new)
+    return out
+
+
+def mark(areas: list[Area], kind: str, begin: int, end: int) -> list[Area]:
+    """The areas, with what is between two addresses of another kind: where more is known of it than it tells itself."""
+    out: list[Area] = []
+    for area in areas:
+        low, high = max(area.begin, begin), min(area.end, end)
+        if low >= high:
+            out.append(area)
+            continue
+        out += [replace(area, end=low)] * (area.begin < low)
+        out.append(Area(low, high, kind))
+        out += [replace(area, begin=high)] * (high < area.end)
     return out
 
 

@@ -101,6 +101,8 @@ class Runtime:
         self._shield = nogpu.Shield()
         self._no_gpu = nogpu.Answers()
         self._shrinker: Any = None
+        self.device_use: dict[str, int] = {}
+        """What is on GPUs at the freeze; see `shrink.device_use`."""
         self._preloaded: _Traces | None = None
         self._held = 0
         self._descriptors = 0
@@ -252,8 +254,9 @@ class Runtime:
 
     def _put_away(self) -> None:
         """Have libraries free what need not travel, then move registered tensors off their devices."""
-        if not sys.modules.keys().isdisjoint(("vllm", "torch")) or _has_children():
-            from woodfrog.worker.shrink import OPTIONS, Shrinker
+        shrinks = not sys.modules.keys().isdisjoint(("vllm", "torch")) or _has_children()
+        if shrinks:
+            from woodfrog.worker.shrink import OPTIONS, Shrinker, device_use
 
             wanted = getattr(sys.modules.get(_HOOKS), "_shrink", {})
             self._shrinker = Shrinker({**OPTIONS, **wanted})
@@ -264,6 +267,11 @@ class Runtime:
         if tensors is not None:
             with self._timed("put_away.tensors"):
                 _tell(tensors.put_away())
+        if shrinks:
+            try:
+                self.device_use = device_use()
+            except Exception as e:  # torch's inner matters; nothing but an answer is lost
+                _tell([f"what is on the GPU is not known: {type(e).__name__}: {e}"])
 
     def _bring_back(self) -> list[str]:
         """Undo `_put_away`, also where no snapshot came of it; warnings."""

@@ -162,7 +162,7 @@ class _Worker:
         elif kind == "freeze" and self._state == "booted":
             phases = self._runtime.freeze()
             _flush()
-            self._send({"type": "frozen", "phases": phases})
+            self._send({"type": "frozen", "phases": phases, "device": self._runtime.device_use})
             self._state = "frozen"
         elif kind == "start" and self._state in ("booted", "frozen"):
             self._state = "booted"

@@ -15,7 +15,7 @@ from typing import Any
 
 from woodfrog.worker import servers
 
-__all__ = ["OPTIONS", "Shrinker"]
+__all__ = ["OPTIONS", "Shrinker", "device_use"]
 
 OPTIONS: dict[str, Any] = {"torch": True, "vllm": 1, "sglang": True, "timeout_s": 60.0}
 """What `woodfrog.shrink_before_snapshot` changes; its docstring says what they mean."""
@@ -148,3 +148,38 @@ def _torch() -> None:
         if free is not None:
             free()
     torch.cuda.empty_cache()
+
+
+def device_use() -> dict[str, int]:
+    """What torch's memory on this process's GPUs is, in bytes; empty where it has none, or cannot tell.
+
+    `weights`: parameters and buffers of modules; `tensors`: others; `graphs`: of CUDA graphs; `allocator cache`: what
+    its allocator keeps for later. What else is on the GPU (contexts, other libraries) torch does not know.
+    """
+    torch: Any = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)
+    if cuda is None or not cuda.is_initialized() or not hasattr(cuda, "memory_snapshot"):
+        return {}
+    used = kept = graphs = 0
+    for segment in cuda.memory_snapshot():
+        if tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0):
+            graphs += segment["total_size"]
+        else:
+            used += segment["allocated_size"]
+            kept += segment["total_size"] - segment["allocated_size"]
+    weights = min(_weights(torch), used)
+    found = {"weights": weights, "tensors": used - weights, "graphs": graphs, "allocator cache": kept}
+    return {name: size for name, size in found.items() if size}
+
+
+def _weights(torch: Any) -> int:
+    import gc
+
+    storages: dict[int, int] = {}
+    for module in gc.get_objects():
+        if issubclass(type(module), torch.nn.Module):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if tensor.device.type == "cuda":
+                    storage = tensor.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
