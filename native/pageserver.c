@@ -55,7 +55,14 @@
 #define MAX_FDS 200
 #define MAX_TASKS 65536
 #define MAX_THREADS 16
-#define MAX_PUSHERS 4 /* threads that push for one restore */
+#define MAX_PUSHERS 16 /* threads that push for one restore */
+#define FEW_PUSHERS 4  /* and of a small one: more gain nothing */
+#ifndef PIECES_A_PUSHER
+#define PIECES_A_PUSHER 512 /* one more for each so many pieces: 256 MiB, as GPU memory has */
+#endif
+#ifndef PROCESSORS /* tests say how many there are */
+#define PROCESSORS sysconf(_SC_NPROCESSORS_ONLN)
+#endif
 #define PAGE 4096ULL
 #define INDEX_MAGIC 0x32584449474f5246ULL /* "FROGIDX2" */
 #define SET_MAGIC 0x31544553474f5246ULL   /* "FROGSET1" */
@@ -1327,6 +1334,14 @@ static void *push_part(void *argument)
 	return NULL;
 }
 
+/* Whether there is enough left for so many threads. */
+static bool push_pays(const struct restore *restore, uint32_t threads)
+{
+	uint32_t next = __atomic_load_n(&restore->next_piece, __ATOMIC_RELAXED);
+	uint32_t left = next < restore->count ? restore->count - next : 0;
+	return left > (threads <= FEW_PUSHERS ? 4 * (threads - 1) : (threads - FEW_PUSHERS) * PIECES_A_PUSHER);
+}
+
 static bool push_can(const struct push *push) { return !push->over && reading_done(push->reading); }
 
 /* Push on, by several threads, until an event comes; none is read meanwhile. This thread looks for them. */
@@ -1342,8 +1357,7 @@ static void push_step(struct restore *restore)
 			continue;
 		if (!own) {
 			own = part;
-		} else if (part->at != UINT32_MAX ||
-			   __atomic_load_n(&restore->next_piece, __ATOMIC_RELAXED) + 4 * (uint32_t)i < restore->count) {
+		} else if (part->at != UINT32_MAX || push_pays(restore, (uint32_t)i + 1)) {
 			part->helps = true;
 			if (pthread_create(&helpers[i], NULL, push_part, part))
 				part->helps = false;
@@ -2264,9 +2278,12 @@ int main(int argc, char **argv)
 	}
 	prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
 	prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
-	long processors = sysconf(_SC_NPROCESSORS_ONLN);
+	long processors = PROCESSORS;
 	thread_count = processors < 2 ? 2 : processors > MAX_THREADS ? MAX_THREADS : (int)processors;
-	pusher_count = thread_count < MAX_PUSHERS ? thread_count : MAX_PUSHERS;
+	pusher_count = thread_count < FEW_PUSHERS ? thread_count : FEW_PUSHERS;
+	/* Not all processors: at this priority nothing would be left for the processes, nor for a GPU's driver. */
+	if (processors / 2 > pusher_count)
+		pusher_count = processors / 2 < MAX_PUSHERS ? (int)(processors / 2) : MAX_PUSHERS;
 	for (int i = 0; i < thread_count; i++) {
 		struct thread *thread = &threads[i];
 		pthread_mutex_init(&thread->lock, NULL);

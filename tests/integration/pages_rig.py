@@ -14,7 +14,15 @@ from woodfrog.linux.pageserver import NEVER, PageServer, Present, ServedPages
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ("-std=gnu11", "-D_GNU_SOURCE", "-Wall", "-Wextra")
-SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+SANITIZE = (
+    "-g",
+    "-O1",
+    "-DPROCESSORS=16",
+    "-DPIECES_A_PUSHER=2",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+)
 UID = 64647
 
 
