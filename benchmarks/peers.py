@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -102,22 +103,26 @@ class ForkServer:
 class CriuImages:
     """A process with the workload loaded, dumped by `criu dump`, on the host and without a sandbox.
 
+    Args:
+        cls: the workload; None = the caller has a process of its own, and calls `dump`.
+        under: where the images go.
+
     Attributes:
         dump_ms: how long the dump took, from exec to exit.
     """
 
-    def __init__(self, criu: str, cls: str) -> None:
+    def __init__(self, criu: str, cls: str | None, under: str = "/var/tmp") -> None:
         self.criu = str(find_criu(Path(criu) if criu else None).path)
         # What criu restores must become a child of this process, which ends it and waits for its end.
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        self.folder = Path(tempfile.mkdtemp(prefix="wfb-criu-", dir="/var/tmp"))
+        self.folder = Path(tempfile.mkdtemp(prefix="wfb-criu-", dir=under))
         self._cache = Path(tempfile.mkdtemp(prefix="wfb-criu-", dir="/dev/shm"))
         self.env = {"PATH": os.defpath + ":/usr/sbin:/sbin", "LC_ALL": "C", "XDG_RUNTIME_DIR": str(self._cache)}
         self.images, self.socket = self.folder / "img", str(self.folder / "one.sock")
         self.images.mkdir()
         try:
             self._fill_cache()
-            self.dump_ms = self._dump(cls)
+            self.dump_ms = self._dump(cls) if cls is not None else 0.0
         except BaseException:
             self.close()
             raise
@@ -142,6 +147,10 @@ class CriuImages:
         assert process.stdout is not None
         if process.stdout.readline() != b"ready\n" or process.stdout.read():
             raise SystemExit(f"{cls} did not start")
+        return self.dump(process)
+
+    def dump(self, process: subprocess.Popen[bytes]) -> float:
+        """Dump a process that is ready for it, in a session of its own: milliseconds."""
         self.pid = process.pid
         begin = time.perf_counter()
         done(
@@ -157,21 +166,43 @@ class CriuImages:
     def bytes(self) -> int:
         return sum(p.stat().st_size for p in self.images.glob("pages-*.img"))
 
+    def thaw(self, work: Path, *options: str) -> None:
+        done(
+            [self.criu, "restore", *COMMON, "--restore-detached", "--images-dir", str(self.images),
+             "--work-dir", str(work), "-v1", "--log-file", "restore.log", *options],
+            self.env, work / "restore.log",
+        )  # fmt: skip
+
+    def end(self) -> None:
+        """Kill what was restored, if anything was."""
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(self.pid, signal.SIGKILL)
+            gone = lambda: os.waitpid(self.pid, os.WNOHANG)[0]  # noqa: E731
+            wait_until(gone, f"process {self.pid} cannot be killed", 30)
+
     def restore(self, request: int, work: Path, *options: str) -> tuple[float, Any]:
         Path(self.socket).unlink(missing_ok=True)
         begin = time.perf_counter()
         try:
-            done(
-                [self.criu, "restore", *COMMON, "--restore-detached", "--images-dir", str(self.images),
-                 "--work-dir", str(work), "-v1", "--log-file", "restore.log", *options],
-                self.env, work / "restore.log",
-            )  # fmt: skip
+            self.thaw(work, *options)
             answer = ask(self.socket, request)
             return (time.perf_counter() - begin) * 1e3, answer
         finally:
-            with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                os.kill(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
+            self.end()
+
+    @contextlib.contextmanager
+    def lazy_server(self, work: str) -> Iterator[None]:
+        """CRIU's own page server, which listens already when this is entered."""
+        command = [self.criu, "lazy-pages", *COMMON[:2], "--images-dir", str(self.images), "--work-dir", work,
+                   "-v1", "--log-file", "lazy.log"]  # fmt: skip
+        server = subprocess.Popen(command, env=self.env, stdin=subprocess.DEVNULL)
+        try:
+            wait_until(lambda: (Path(work) / "lazy-pages.socket").exists(), "criu lazy-pages does not listen", 20)
+            time.sleep(0.02)  # between bind and listen
+            yield
+        finally:
+            server.kill()
+            server.wait()
 
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -200,17 +231,8 @@ class CriuLazy:
 
     def measure(self, request: int) -> tuple[float, Any]:
         images = self._images
-        with tempfile.TemporaryDirectory(dir=images.folder) as work:
-            command = [images.criu, "lazy-pages", *COMMON[:2], "--images-dir", str(images.images), "--work-dir", work,
-                       "-v1", "--log-file", "lazy.log"]  # fmt: skip
-            server = subprocess.Popen(command, env=images.env, stdin=subprocess.DEVNULL)
-            try:
-                wait_until(lambda: (Path(work) / "lazy-pages.socket").exists(), "criu lazy-pages does not listen", 20)
-                time.sleep(0.02)  # between bind and listen
-                return images.restore(request, Path(work), "--lazy-pages")
-            finally:
-                server.kill()
-                server.wait()
+        with tempfile.TemporaryDirectory(dir=images.folder) as work, images.lazy_server(work):
+            return images.restore(request, Path(work), "--lazy-pages")
 
     def close(self) -> None:
         pass  # the images are the other one's

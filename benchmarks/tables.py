@@ -216,6 +216,57 @@ def gpu_start(result: dict[str, Any]) -> str:
     return f"{facts(result)}{about}. ms, min / median / p95:\n\n{rows(['', *work], lines)}"
 
 
+def gpu_restore(result: dict[str, Any]) -> str:
+    parts, gpu = result["parts"], result["gpu"]
+    about = ", ".join(v for v in (gpu.get("name"), f"driver {gpu.get('driver_version')}") if v)
+    out = [f"{facts(result)}{about}."]
+    titles = {
+        "ours": "ours",
+        "whole": "ours, no page server",
+        "plain": "plain: criu, then the driver",
+        "lazy": "plain, criu lazy-pages",
+    }
+    for name, found in parts.get("restore", {}).items():
+        lines = [
+            [
+                title,
+                three(found["ms"][arm]),
+                f"{found['over_ours'].get(arm, 1.0):.2f}",
+                *(f"{found['phases_ms'][arm].get(p, 0):.0f}" for p in ("criu", "gpu.restore", "gpu.unlock", "answer")),
+                f"{found['gib_s']['gpu.restore'][arm] or 0:.1f}",
+            ]
+            for arm, title in titles.items()
+            if arm in found.get("ms", {})
+        ]
+        heads = [name, "min / median / p95", "× ours", "criu", "gpu.restore", "gpu.unlock", "answer", "driver GiB/s"]
+        out.append(f"ms to the first answer:\n\n{rows(heads, lines)}")
+    if bound := parts.get("bound"):
+        ways, driver = bound["copies"], bound.get("driver", {}).get("gib_s", {})
+        lines = [[way, three(v, 1), three(ways["from_device"][way], 1)] for way, v in ways["to_device"].items()]
+        lines.append(
+            ["the driver's restore, checkpoint", *(f"{driver.get(m) or 0:.1f}" for m in ("restore", "checkpoint"))]
+        )
+        out.append(f"GiB/s between host and GPU:\n\n{rows(['', 'to it', 'from it'], lines)}")
+    if several := parts.get("several"):
+        lines = [
+            [
+                count,
+                *(f"{v[way][m]['median']:.0f}" for m in ("checkpoint", "restore") for way in ("at_once", "in_turn")),
+                f"{v['in_turn_over_at_once']['all']:.2f}",
+            ]
+            for count, v in several.items()
+        ]
+        heads = ["processes", "checkpoint, at once", "in turn", "restore, at once", "in turn", "all moves, factor"]
+        out.append(f"Several processes, median ms:\n\n{rows(heads, lines)}")
+    if cycles := parts.get("cycles"):
+        leaks = cycles.get("leaks")
+        out.append(
+            f"{cycles['cycles']} freezes and thaws of {cycles['bytes'] >> 20} MiB: {len(cycles['failures'])} failures, "
+            f"{'leaks not looked for' if leaks is None else f'{len(leaks)} leaks'}."
+        )
+    return "\n\n".join(text.rstrip() for text in out) + "\n"
+
+
 def main() -> int:
     readme = HERE / "README.md"
     text = readme.read_text()
@@ -230,6 +281,7 @@ def main() -> int:
         "kills": kills,
         "tier": tier,
         "gpu/start": gpu_start,
+        "gpu/restore": gpu_restore,
     }
     for name, render in parts.items():
         path = HERE / "results" / f"{name}.json"

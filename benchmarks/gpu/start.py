@@ -16,9 +16,7 @@ import json
 import math
 import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,14 +25,13 @@ from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent / "programs"))
 
 from common import (
-    RESULTS,
     Daemon,
     by_call,
     console,
-    has,
     machine,
     number,
     phase_medians,
@@ -44,6 +41,7 @@ from common import (
     table,
     wait_until,
 )
+from common_gpu import fake_hardware, gpu_facts, missing, refuse_fake_results
 
 HERE = Path(__file__).parent
 TITLES = {"cold": "cold start", "cpu": "host snapshot", "gpu": "GPU snapshot"}
@@ -265,53 +263,19 @@ def measure(
             workload.close()
 
 
-def gpu_facts() -> dict[str, str]:
-    """What nvidia-smi says of the first GPU, as far as numbers depend on it."""
-    fields = ("name", "driver_version", "memory.total", "persistence_mode", "pcie.link.gen.max", "pcie.link.width.max")
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=60, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(fields, (v.strip() for v in done.stdout.splitlines()[0].split(",")), strict=False))
-
-
-def missing() -> str:
-    """Why nothing can be measured here; empty where it can."""
-    if not Path("/dev/nvidiactl").exists():
-        return "needs an NVIDIA GPU"
-    if not has("cuda"):
-        return "needs cuda-bindings: pip install 'woodfrog[gpu]'"
-    if not has("torch"):
-        return "needs a CUDA build of torch"
-    asked = subprocess.run(
-        [sys.executable, "-c", "import torch; print(torch.version.cuda or '')"], capture_output=True, text=True
-    )
-    return "" if asked.stdout.strip() else "needs a CUDA build of torch, and this one is without"
-
-
 @contextlib.contextmanager
 def fake() -> Iterator[tuple[dict[str, Any], ModuleType]]:
     """The fake driver's settings, and its program with the class that calls it."""
-    sys.path.insert(0, str(HERE.parents[1] / "tests"))
-    from fake_cuda.hardware import MIB, Hardware
-    from fake_cuda.program import GPU
+    with fake_hardware() as hardware:
+        from fake_cuda.program import GPU
 
-    folder = Path(tempfile.mkdtemp(prefix="wfb-cuda-", dir="/var/tmp"))
-    try:
-        hardware = Hardware(folder / "cuda", gpus=(("NVIDIA FAKE100", 512 * MIB),))
-        folder.chmod(0o755)
-        programs = folder / "programs"
+        programs = hardware.folder.parent / "programs"
         programs.mkdir()
         for name in ("tiny.py", "served.py"):
             shutil.copy(HERE / "programs" / name, programs)
         (programs / "driver.py").write_text(GPU)
         sys.path.insert(0, str(programs))
         yield {"cuda_dir": str(hardware.folder)}, program("tiny")
-    finally:
-        shutil.rmtree(folder)
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -337,10 +301,8 @@ def main() -> int:
     variants = [v for v in VARIANTS if v in options.variants.split(",")]
     if unknown := set(options.arms.split(",")) - set(TITLES) | set(options.variants.split(",")) - set(VARIANTS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
-    results = RESULTS / "gpu"
-    if options.fake and options.json and Path(options.json).resolve().is_relative_to(results):
-        parser.error("numbers of the fake driver do not belong among a GPU's")
-    if not options.fake and (why := missing()):
+    refuse_fake_results(parser, options)
+    if not options.fake and (why := missing(torch=True)):
         console.print(f"gpu/start.py: nothing measured: {why}")
         return 0
     if options.fake:

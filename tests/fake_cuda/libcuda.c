@@ -904,6 +904,72 @@ CUresult cuMemsetD8_v2(CUdeviceptr to, unsigned char value, size_t count)
     return leave(result);
 }
 
+/* Pinned memory is ordinary here, and a stream's work is done when it is given: what copies come to is right, how they
+ * overlap is not shown. */
+CUresult cuMemHostAlloc(void **p, size_t size, unsigned flags)
+{
+    (void)flags;
+    ENTER("cuMemHostAlloc");
+    *p = aligned_alloc(4096, (size + 4095) & ~4095UL);
+    return leave(*p ? OK : OUT_OF_MEMORY);
+}
+
+CUresult cuMemFreeHost(void *p)
+{
+    ENTER("cuMemFreeHost");
+    free(p);
+    return leave(OK);
+}
+
+CUresult cuMemHostRegister_v2(void *p, size_t size, unsigned flags)
+{
+    (void)flags;
+    ENTER("cuMemHostRegister");
+    return leave(p && size ? OK : INVALID_VALUE);
+}
+
+CUresult cuMemHostUnregister(void *p)
+{
+    ENTER("cuMemHostUnregister");
+    return leave(p ? OK : INVALID_VALUE);
+}
+
+CUresult cuStreamCreate(void **stream, unsigned flags)
+{
+    (void)flags;
+    ENTER("cuStreamCreate");
+    *stream = malloc(1);
+    return leave(OK);
+}
+
+CUresult cuStreamSynchronize(void *stream)
+{
+    (void)stream;
+    ENTER("cuStreamSynchronize");
+    return leave(OK);
+}
+
+CUresult cuStreamDestroy_v2(void *stream)
+{
+    ENTER("cuStreamDestroy");
+    free(stream);
+    return leave(OK);
+}
+
+CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t size, void *stream)
+{
+    (void)stream;
+    ENTER("cuMemcpyHtoDAsync");
+    return leave(move(to, (char *)from, size, 1));
+}
+
+CUresult cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t size, void *stream)
+{
+    (void)stream;
+    ENTER("cuMemcpyDtoHAsync");
+    return leave(move(from, to, size, 0));
+}
+
 /* Not of the real API: work on the GPU that takes so long. */
 CUresult fakeKernel(unsigned ms)
 {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import subprocess
@@ -11,6 +12,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from fake_cuda.hardware import Hardware
+from woodfrog.cuda.client import Cuda
 
 pytestmark = [pytest.mark.root, pytest.mark.criu]
 
@@ -77,21 +81,88 @@ def test_gpu_start_on_the_fake_driver(tmp_path: Path) -> None:
     assert "boot" in found["phases_ms"]["cold"] and "wake/enter_restore" in found["phases_ms"]["cpu"]
 
 
-def test_numbers_of_the_fake_driver_are_not_a_gpus() -> None:
-    target = BENCHMARKS / "results" / "gpu" / "start.json"
+def test_gpu_restore_on_the_fake_driver(tmp_path: Path) -> None:
+    result = run("gpu/restore.py", tmp_path / "gpu.json", "--fake", "--rounds", "1", "--cycles", "3")
+    parts, moves = result["parts"], {"lock", "checkpoint", "restore", "unlock"}
+    assert result["gpu"] == {"name": "fake"} and result["failed"] == {}
+    (found,) = parts["restore"].values()
+    assert found["failed"] == {} and found["image_bytes"] > 32 << 20 < found["pushed_bytes"]
+    assert {arm: v["n"] for arm, v in found["ms"].items()} == {"ours": 1, "whole": 1, "plain": 1, "lazy": 1}
+    assert all({"criu", "gpu.restore", "gpu.unlock", "answer"} <= set(p) for p in found["phases_ms"].values())
+    assert all(v > 0 for rates in found["gib_s"].values() for v in rates.values()) and len(found["gib_s"]) == 2
+    copies, driver = parts["bound"]["copies"], parts["bound"]["driver"]
+    ways = {"pageable", "pinned", "registered", "staged, 1 thread", "staged, 4 threads"}
+    assert set(copies["to_device"]) == ways == set(copies["from_device"]) and moves < set(driver["ms"])
+    assert set(parts["several"]) == {"1", "2", "4"}
+    assert all(v["at_once"]["restore"]["n"] == 1 == v["in_turn"]["all"]["n"] for v in parts["several"].values())
+    cycles = parts["cycles"]
+    assert (cycles["cycles"], cycles["failures"], cycles["leaks"]) == (3, [], [])
+    assert cycles["held_at_start"].keys() == {"descriptors", "processes", "device_mib"}
+
+
+async def test_a_part_of_gpu_restore_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
+    restore = import_module_alone(BENCHMARKS / "gpu" / "restore.py")
+
+    async def fails(bench: Any, sizes: Any, keep: Any) -> None:
+        keep({"so far": 1})
+        raise SystemExit("out of luck")
+
+    restore.PARTS["bound"] = (fails, lambda found: None)
+    target = tmp_path / "gpu.json"
+    options = argparse.Namespace(
+        fake=True, json=str(target), under="/var/tmp", sizes=(0.0078125,), rounds=1, cycles=1, seconds=60.0,
+        parts=["bound", "several"],
+    )  # fmt: skip
+    with restore.fake_hardware() as hardware:
+        assert await restore.measure(options, hardware) == 1
+    result = json.loads(target.read_text())
+    assert result["failed"] == {"bound": "SystemExit: out of luck"} and result["parts"]["bound"] == {"so far": 1}
+    assert set(result["parts"]["several"]) == {"1", "2", "4"}
+
+
+async def test_gpu_restore_sees_lost_bytes(tmp_path: Path) -> None:
+    restore = import_module_alone(BENCHMARKS / "gpu" / "restore.py")
+    hardware = Hardware(tmp_path / "cuda")
+    cuda = Cuda(library=hardware.folder)
+    holder = restore.Holder(tmp_path, 8 << 20, {"LD_LIBRARY_PATH": str(hardware.folder)})
+    try:
+        holder.ready()
+        holder.check("full")
+        hardware.configure("lossy 1")
+        for move in restore.MOVES:
+            await cuda.move(holder.process.pid, move)
+        for how in ("quick", "full"):
+            with pytest.raises(restore.Wrong):
+                holder.check(how)
+    finally:
+        holder.end()
+        await cuda.close()
+
+
+def test_gpu_restore_sees_leaks() -> None:
+    restore = import_module_alone(BENCHMARKS / "gpu" / "restore.py")
+    first = {"descriptors": 10, "processes": 2, "device_mib": 500}
+    assert restore.grown(first, {"descriptors": 12, "processes": 2, "device_mib": 505}) == []
+    assert len(restore.grown(first, {"descriptors": 15, "processes": 3, "device_mib": 600})) == 3
+
+
+@pytest.mark.parametrize("name", ["start", "restore"])
+def test_numbers_of_the_fake_driver_are_not_a_gpus(name: str) -> None:
+    target = BENCHMARKS / "results" / "gpu" / f"{name}.json"
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "gpu" / "start.py"), "--fake", "--json", str(target)],
+        [sys.executable, str(BENCHMARKS / "gpu" / f"{name}.py"), "--fake", "--json", str(target)],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2 and "fake" in done.stderr
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU here")
-def test_gpu_start_without_a_gpu_says_so() -> None:
+@pytest.mark.parametrize("name", ["start", "restore"])
+def test_without_a_gpu_it_says_so(name: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "gpu" / "start.py")], capture_output=True, text=True, timeout=60
+        [sys.executable, str(BENCHMARKS / "gpu" / f"{name}.py")], capture_output=True, text=True, timeout=60
     )
-    assert (done.returncode, done.stdout) == (0, "gpu/start.py: nothing measured: needs an NVIDIA GPU\n")
+    assert (done.returncode, done.stdout) == (0, f"gpu/{name}.py: nothing measured: needs an NVIDIA GPU\n")
 
 
 def test_what_of_a_gpu_benchmark_there_is_room_for() -> None:
