@@ -44,7 +44,7 @@ from woodfrog.cuda.client import Cuda
 from woodfrog.cuda.states import Move
 from woodfrog.engine.engine import GpuSide, Lazy
 from woodfrog.linux import procfs
-from woodfrog.linux.pageserver import PageServer, merge_sets
+from woodfrog.linux.pageserver import PageServer, make_set, merge_sets
 from woodfrog.linux.sandbox import ProcessSpec, Sandbox
 from woodfrog.settings import load
 from woodfrog.telemetry import Phases
@@ -64,9 +64,8 @@ FAMILIES = (1, 2, 4)
 DIRECTIONS = {"to_device": "restore", "from_device": "checkpoint"}
 """Of copies, and the move of the driver that goes the same way."""
 PAGES_UID = 64647
-AROUND_LEARNING, AROUND = 64 << 10, 64 << 10
-"""Bytes that the page server gives around a fault. The daemon learns with a page at a time, which takes a process
-of gigabytes minutes: the same pages get into the working set here."""
+AROUND_LEARNING, AROUND = 4 << 10, 64 << 10
+"""Bytes that the page server gives around a fault, as the daemon has it."""
 READY_S = 180.0
 END_S = 60.0
 ANSWER_S = 180.0
@@ -287,9 +286,11 @@ class Ours:
         self.capture = times(phases)
 
     async def learn(self) -> None:
-        """The first thaw with the page server, which tells it what to push to the next."""
+        """The first thaw with the page server, which knows of device memory alone what to push."""
+        assert self.frozen.result.gpu is not None
         self.server = await PageServer.start(uid=PAGES_UID, on_death=lambda: None)
-        lazy = Lazy(self.server, around=AROUND_LEARNING)
+        self.working_set.write_bytes(make_set(self.frozen.result.gpu.memory))
+        lazy = Lazy(self.server, self.working_set, AROUND_LEARNING)
         self.first_ms, _ = await self._thaw(lazy, "full", keep=True)
 
     async def measure(self, how: str, *, paged: bool) -> tuple[float, dict[str, float]]:
@@ -317,7 +318,7 @@ class Ours:
                 if lazy.served.ready.done():
                     self.pushed_pages, found["page server: push"] = lazy.served.ready.result()
                 if keep:
-                    self.working_set.write_bytes(merge_sets(seen))
+                    self.working_set.write_bytes(merge_sets(seen, self.working_set.read_bytes()))
             if how == "full":
                 await bench.check(sandbox, "full")
             return ms, found
