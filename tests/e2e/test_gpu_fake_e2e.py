@@ -392,6 +392,42 @@ def test_a_capture_that_fails_runs_on(daemon: Daemon, hardware: Hardware) -> Non
     daemon.wait_snapshot("holder")
 
 
+FAULTS = ("fail=999", "fail=2", "late=304", "kill")
+CALLS = {
+    "lock": "cuCheckpointProcessLock",
+    "checkpoint": "cuCheckpointProcessCheckpoint",
+    "restore": "cuCheckpointProcessRestore",
+    "unlock": "cuCheckpointProcessUnlock",
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("move", CALLS)
+def test_each_fault_at_each_call(daemon: Daemon, hardware: Hardware, move: str) -> None:
+    """Once it fails, in the driver's caller or in the process: a right answer or a clear error, and afterwards
+    everything goes as it should: nothing is left locked, or on the GPU."""
+    daemon.cli("deploy", str(holder(daemon)), "--snapshot")
+    snapshot = daemon.wait_snapshot("holder")
+    for fault in (f"{call} {action}" for action in FAULTS for call in (CALLS[move], f"target.{move}")):
+        if move in ("lock", "checkpoint"):
+            daemon.cli("snapshot", "invalidate", snapshot, "--yes")
+        daemon.scale_to_zero()
+        hardware.configure(f"fault {fault} 1 1")
+        try:
+            digest = check(daemon)["digest"]
+            assert check(daemon)["digest"] == digest, "the same process, unharmed"
+        except WoodfrogError as e:
+            assert e.code.startswith("gpu-") and e.message, f"{fault}: {e.code} {e.message}"
+        assert (hardware.control / f"count-{fault.split()[0]}").exists(), f"{fault} did not come"
+        hardware.configure()
+        daemon.scale_to_zero()
+        until(lambda: not _live(hardware, 0) and not _live(hardware, 1))
+        before = check(daemon)["digest"]
+        snapshot = until(lambda: daemon.snapshots("holder"))[-1]
+        daemon.scale_to_zero()
+        assert check(daemon)["digest"] == before, f"{fault}: not thawed"
+
+
 @pytest.mark.timeout(200)
 @pytest.mark.slow
 def test_a_driver_that_hangs_is_a_cold_start(daemon: Daemon, hardware: Hardware) -> None:
