@@ -15,6 +15,8 @@
  * is not in the page cache is read by ordinary threads, the readers; when they have it, it is tried again. What is not
  * on this machine yet is asked of the daemon, who says when it is: a map tells which pages of a file are there.
  *
+ * Nor do they close a page file: who does so last, when it was removed, waits for the disk. The closer does.
+ *
  * Pages go through a small buffer: what lies side by side in a process is copied in at once, from however many files it
  * comes. And a page file that is cut short gives an error, where a mapped one would end this program.
  *
@@ -273,7 +275,8 @@ static int control_fd;
 static struct thread threads[MAX_THREADS];
 static int thread_count, pusher_count;
 static pthread_mutex_t files_lock = PTHREAD_MUTEX_INITIALIZER;
-static struct file *files;
+static struct file *files, *closing;
+static pthread_cond_t closing_wake = PTHREAD_COND_INITIALIZER;
 static pthread_mutex_t send_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static uint64_t micros(const struct timespec *from)
@@ -405,10 +408,31 @@ static void file_close(struct file *file)
 				*at = file->next;
 				break;
 			}
+		file->next = closing;
+		closing = file;
+		pthread_cond_signal(&closing_wake);
+	}
+	pthread_mutex_unlock(&files_lock);
+}
+
+/*
+ * A thread that only closes files. With a file that was removed meanwhile goes its space on the disk: that may take the
+ * kernel seconds for a gigabyte, and no process waits for it then.
+ */
+static void *closer(void *argument)
+{
+	(void)argument;
+	for (;;) {
+		pthread_mutex_lock(&files_lock);
+		while (!closing)
+			pthread_cond_wait(&closing_wake, &files_lock);
+		struct file *file = closing;
+		closing = file->next;
+		pthread_mutex_unlock(&files_lock);
 		close(file->fd);
 		free(file);
 	}
-	pthread_mutex_unlock(&files_lock);
+	return NULL;
 }
 
 /* ---- reading from disk, on threads that may wait for it ---- */
@@ -636,6 +660,8 @@ static bool readers_start(void)
 		bool only_urgent = i < URGENT_READERS;
 		ok = pthread_create(&handle, only_urgent ? NULL : &ordinary, reader, (void *)(uintptr_t)i) == 0;
 	}
+	pthread_t handle;
+	ok = ok && pthread_create(&handle, &ordinary, closer, NULL) == 0;
 	pthread_attr_destroy(&ordinary);
 	return ok;
 }

@@ -589,3 +589,41 @@ async def test_memory_in_packs(rig: Rig, tmp_path: Path) -> None:
         with pytest.raises(RestoreError, match="lies in packs"):
             await thaw(rig, frozen, Lazy(server, files=files))
         await rig.nothing_runs(rig.sandboxes[-1])
+
+
+SLOW_CLOSE = """
+#include <sys/stat.h>
+#include <unistd.h>
+static inline int close_slowly(int fd)
+{
+    struct stat info;
+    if (!fstat(fd, &info) && S_ISREG(info.st_mode) && info.st_nlink == 0)
+        sleep(5);
+    return close(fd);
+}
+#define close close_slowly
+"""
+
+
+async def test_a_removed_file_takes_its_time(victim: Path, tmp_path: Path) -> None:
+    """Who closes a removed file last waits until its place on the disk is free. No process waits for that."""
+    (tmp_path / "slow.h").write_text(SLOW_CLOSE)
+    source = Path(__file__).parents[2] / "native" / "pageserver.c"
+    slow = compile_c(tmp_path / "server", source, "-include", str(tmp_path / "slow.h"))
+    server = await PageServer.start(uid=SERVER_UID, on_death=lambda: None, binary=slow)
+    try:
+        first = await Victim.start(victim, tmp_path / "first")
+        served = first.serve(server)
+        assert await first.end() == 0, await first.words()
+        for path in (tmp_path / "first").glob("pages*"):
+            path.unlink()
+        begin = asyncio.get_running_loop().time()
+        await served.drop()
+        others = [await Victim.start(victim, tmp_path / f"other{n}", seed=n + 2) for n in range(4)]
+        for other in others:
+            other.serve(server)
+        for other in others:
+            assert await other.end() == 0, await other.words()
+        assert asyncio.get_running_loop().time() - begin < 5
+    finally:
+        await server.close()
