@@ -26,6 +26,7 @@ class FakeKeeper:
         self.gate: asyncio.Event | None = None
         self.trusted: dict[str, str] = {}
         self.tier: set[str] = set()
+        self.removed: set[str] = set()
 
     def using(self, snapshot_id: str) -> contextlib.AbstractAsyncContextManager[Any]:
         return contextlib.nullcontext()
@@ -56,7 +57,7 @@ class FakeKeeper:
 
     async def gc_tier(self, *, dry_run: bool, progress: Progress) -> dict[str, Any]:
         await self._work(progress)
-        found = {"packs": 2, "chunks": 1, "snapshots": 0, "objects": 7, "freed_bytes": 8192}
+        found = {"packs": 2, "chunks": 1, "snapshots": 0, "tombstones": 0, "objects": 7, "freed_bytes": 8192}
         return {"tier": "fake", **found, "objects": 0 if dry_run else 7}
 
     async def pin(self, snapshot_id: str) -> dict[str, Any]:
@@ -77,8 +78,11 @@ class FakeKeeper:
         manifest = self.catalogue.get(source.read_text())
         return {"id": manifest.id, "app": manifest.app, "function": manifest.tag, "new": False}
 
-    async def push(self, snapshot_id: str, progress: Progress) -> dict[str, Any]:
+    async def push(self, snapshot_id: str, progress: Progress, *, anyway: bool = False) -> dict[str, Any]:
         await self._work(progress)
+        if snapshot_id in self.removed and not anyway:
+            raise StoreError(f"snapshot {snapshot_id} was removed from fake for all machines", code="tier-removed")
+        self.removed.discard(snapshot_id)
         self.tier.add(snapshot_id)
         self.catalogue.mark(snapshot_id, PUSHED)
         return {"id": snapshot_id, "tier": "fake"}
@@ -96,6 +100,7 @@ class FakeKeeper:
             raise error
         found = snapshot_id in self.tier
         self.tier.discard(snapshot_id)
+        self.removed.add(snapshot_id)
         return {"id": snapshot_id, "tier": "fake", "found": found}
 
     async def trust_add(self, text: str, comment: str) -> dict[str, Any]:

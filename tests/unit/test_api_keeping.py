@@ -84,7 +84,15 @@ async def test_collecting_here_and_in_the_tier(daemon: Daemon) -> None:
         return found
 
     assert await gc() == await gc(dry_run=1) == {"packs": 2, "freed_bytes": 8192}
-    in_tier = {"tier": "fake", "packs": 2, "chunks": 1, "snapshots": 0, "objects": 7, "freed_bytes": 8192}
+    in_tier = {
+        "tier": "fake",
+        "packs": 2,
+        "chunks": 1,
+        "snapshots": 0,
+        "tombstones": 0,
+        "objects": 7,
+        "freed_bytes": 8192,
+    }
     assert await gc(tier=1) == in_tier
     assert await gc(tier=1, dry_run=1) == {**in_tier, "objects": 0}
 

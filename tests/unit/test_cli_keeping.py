@@ -188,7 +188,7 @@ def test_gc_pin_push_and_pull(daemon: Daemon) -> None:
     assert "dry_run" in daemon.seen("POST /snapshots/gc")[1].query
     found = {"tier": "s3://b", "packs": 1, "chunks": 4, "snapshots": 2, "objects": 12, "freed_bytes": MIB}
     daemon.routes["POST /snapshots/gc"] = found
-    words = "1.0 MiB in s3://b: 12 objects of 1 packs, 4 chunks, 2 snapshots\n"
+    words = "1.0 MiB in s3://b: 12 objects of 1 packs, 4 chunks, 2 snapshots, 0 tombstones\n"
     assert run("snapshot", "gc", "--tier").stderr == f"freed {words}"
     assert run("snapshot", "gc", "--tier", "--dry-run").stderr == f"would free {words}"
     queries = [seen.query for seen in daemon.seen("POST /snapshots/gc")]

@@ -31,20 +31,26 @@ Id = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="Id of the snapshot,
 
 @app.command("list")
 def list_snapshots(
-    of_app: Annotated[str, typer.Option("--app", help="Only this app's.")] = "", as_json: Json = False
+    of_app: Annotated[str, typer.Option("--app", help="Only this app's.")] = "",
+    as_json: Json = False,
 ) -> None:
     """Show the snapshots kept on this machine."""
     client = connect()
+    answer = get(client, "/snapshots")
     keys = _keys_of(client, of_app) if of_app else set()
     snapshots = [
         s
-        for s in get(client, "/snapshots")["snapshots"]
+        for s in answer["snapshots"]
         # The same code run under another name has the same key, and shares the snapshot.
         if of_app in ("", s.get("app")) or s.get("function_key") in keys
     ]
     if as_json:
         output.show_json(snapshots)
-        return
+    else:
+        _show_here(snapshots)
+
+
+def _show_here(snapshots: list[dict[str, Any]]) -> None:
     rows = [
         (
             s["id"],
@@ -55,7 +61,7 @@ def list_snapshots(
             output.size(s.get("stored_bytes")),
             output.size(s.get("files_bytes")),
             output.ago(s.get("created")),
-            " ".join(mark for mark in ("pinned", "pushed") if s.get(mark)),
+            " ".join(mark for mark in ("pinned", "pushed", "withdrawn") if s.get(mark)),
             s.get("why") or ", ".join(s.get("modules") or ()),
         )
         for s in snapshots
@@ -273,9 +279,8 @@ def invalidate(
 ) -> None:
     """Remove a snapshot, now or when its last container ends: the next start is cold, and makes a new one.
 
-    In the tier it stays, and is not taken from there again by this machine. With --tier it goes there, too; give the
-    whole id of one that is only there. Another machine that has it keeps it, and may put it back: invalidate it there
-    first.
+    In the tier it stays, and is not taken from there again by this machine. With --tier it goes there, too, and no
+    other machine puts it back; give the whole id of one that is only there.
     """
     client = connect()
     path = f"/snapshots/{segment(snapshot)}/invalidate"
@@ -365,7 +370,7 @@ def gc(
     packs, freed = answer.get("packs") or 0, output.size(answer.get("freed_bytes") or 0)
     verb = "would free" if dry_run else "freed"
     if tier:
-        parts = [f"{answer.get(kind) or 0} {kind}" for kind in ("packs", "chunks", "snapshots")]
+        parts = [f"{answer.get(kind) or 0} {kind}" for kind in ("packs", "chunks", "snapshots", "tombstones")]
         what = f"{verb} {freed} in {answer.get('tier')}: {answer.get('objects')} objects of {', '.join(parts)}"
         output.note(what if answer.get("objects") else f"nothing to remove in {answer.get('tier')}")
     else:
@@ -448,9 +453,16 @@ def import_(
 
 
 @app.command()
-def push(snapshot: Id, as_json: Json = False) -> None:
+def push(
+    snapshot: Id,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Also when it was removed from there for all machines: take that back.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Copy a snapshot to the tier (WOODFROG_TIER), from which other machines thaw it."""
-    answer = work(connect(), f"/snapshots/{segment(snapshot)}/push", quiet=as_json)
+    asked = {"anyway": "1"} if anyway else {}
+    answer = work(connect(), f"/snapshots/{segment(snapshot)}/push", quiet=as_json, **asked)
     if as_json:
         output.show_json(answer)
     else:

@@ -194,10 +194,10 @@ def add_routes(
         return await answer(jobs.start("import", work, cleanup=path), wait)
 
     @api.post("/v1/snapshots/{snapshot_id}/push", tags=["snapshots"])
-    async def push(snapshot_id: str, wait: float = Wait) -> Response:
-        """Copy a snapshot to the tier."""
+    async def push(snapshot_id: str, anyway: bool = False, wait: float = Wait) -> Response:
+        """Copy a snapshot to the tier; with `anyway` also one that was removed from there for all machines."""
         found = catalogue.get(snapshot_id).id
-        return await answer(jobs.start(f"push {found}", lambda p: keeper().push(found, p)), wait)
+        return await answer(jobs.start(f"push {found}", lambda p: keeper().push(found, p, anyway=anyway)), wait)
 
     @api.post("/v1/snapshots/{snapshot_id}/pull", tags=["snapshots"])
     async def pull(snapshot_id: str, wait: float = Wait) -> Response:
