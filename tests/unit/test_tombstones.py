@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from contract.faulty_tier import Fault, FaultyTier
-from unit.test_keeper import PAGE, PAGES, A, B, Machine, settled, until
+from s3_server import S3Server
+from unit.test_keeper import PAGE, PAGES, A, B, C, Machine, quietly, settled, until
 from woodfrog.backends import keeper as module
 from woodfrog.backends.keeper import Keeper
 from woodfrog.errors import NotFoundError, StoreError
 from woodfrog.snapshot import tombstones
 from woodfrog.snapshot.catalogue import PINNED, PUSHED, WITHDRAWN, Catalogue
-from woodfrog.snapshot.trust import public_text
-from woodfrog.store.tiers import DirectoryTier
+from woodfrog.snapshot.manifest import decode, encode
+from woodfrog.snapshot.trust import fingerprint, public_text
+from woodfrog.store.cold import Key
+from woodfrog.store.tiers import DirectoryTier, MemoryTier, ObjectTier, Tier
 
 
 @pytest.fixture
@@ -182,6 +189,123 @@ def test_an_old_note_of_the_last_look_is_no_reason_to_fail(there: Machine, tier:
     keeper._looked.write_text(f"{now - 5:.0f} {tier.name}\n")
     assert not keeper._may_have_missed(tier.name, now)
     assert keeper._may_have_missed(tier.name, now - 60), "the clock went back"
+
+
+# The listing
+
+
+@pytest.fixture(params=["memory", "directory", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tier]:
+    match request.param:
+        case "memory":
+            yield MemoryTier()
+        case "directory":
+            yield DirectoryTier(tmp_path / "place")
+        case _:
+            server: S3Server = request.getfixturevalue("server")
+            for name, value in server.environment.items():
+                monkeypatch.setenv(name, value)
+            yield ObjectTier(f"s3://woodfrog/list/{tmp_path.name}")
+
+
+def rows(machine: Machine, tier: Tier) -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in machine.transport.listing(tier, quietly)}
+
+
+def test_each_snapshot_is_a_row_whatever_is_wrong_with_it(here: Machine, place: Tier, tmp_path: Path) -> None:
+    there, stranger = Machine(tmp_path / "there"), Machine(tmp_path / "stranger")
+    there.trust.add(public_text(here.signing, "other"))
+    assert rows(there, place) == {}
+    for number in range(8):
+        here.make(f"s-00000000001{number}", created=10.0 + number)
+        here.transport.push(f"s-00000000001{number}", place)
+    stranger.make(B, created=5.0)
+    stranger.transport.push(B, place)
+    there.make(C, created=4.0)
+    there.transport.push(C, place)
+    there.transport.withdraw(C, place)
+    place.put("snapshots/s-000000000010/manifest.json", b"\x1b[2J{")
+    place.put("snapshots/s-000000000011/manifest.json", place.get_bytes("snapshots/s-000000000012/manifest.json"))
+    place.delete("snapshots/s-000000000013/manifest.sig")
+    place.delete("snapshots/s-000000000013/signer")
+    place.delete("snapshots/s-000000000014/manifest.json")
+    place.put("snapshots/s-000000000015/manifest.json", b"[" * 100_000)
+    odd = decode(place.get_bytes("snapshots/s-000000000016/manifest.json"))
+    odd = replace(odd, app="\x1b[31m" + "x" * 999, tag="a\nb", pages_bytes=10**400, fs_bytes=-1)
+    place.put("snapshots/s-000000000016/manifest.json", encode(odd))
+    place.put("tombstones/s-0000000000ff", b"")
+    place.put("snapshots/other/x", b"")
+    found = rows(there, place)
+    states = {i[-2:]: row["state"] for i, row in found.items()}
+    assert states == {
+        "10": "unreadable", "11": "unreadable", "12": "ready", "13": "untrusted", "14": "incomplete",
+        "15": "unreadable", "16": "untrusted", "17": "ready", "0b": "untrusted", "0c": "removed", "ff": "removed",
+    }  # fmt: skip
+    good = found["s-000000000012"]
+    assert (good["app"], good["function"], good["created"], good["why"]) == ("demo", "f", 12.0, None)
+    assert (good["signer"], good["signer_comment"]) == (fingerprint(here.signing.public), "other")
+    assert good["memory_bytes"] == PAGES * PAGE and good["trusted"] and not good["here"]
+    assert found["s-000000000013"]["signer"] is None and not found["s-000000000013"]["trusted"]
+    assert found[B]["signer"] == fingerprint(stranger.signing.public) and not found[B]["trusted"]
+    assert (found[C]["app"], found[C]["here"], found[C]["signer_comment"]) == ("demo", True, "this machine")
+    assert abs(found[C]["removed"] - time.time()) < 60 and found["s-0000000000ff"]["signer"] is None
+    bad = found["s-000000000016"]
+    assert bad["app"].isprintable() and len(bad["app"]) <= 200 and bad["function"] == "a b"
+    assert (bad["files_bytes"], bad["memory_bytes"]) == (0, 1 << 62)
+    assert all((row["why"] or "x").isprintable() for row in found.values())
+
+
+def test_a_listing_fetches_no_memory_and_few_at_a_time(here: Machine, tier: DirectoryTier) -> None:
+    for number in range(30):
+        tier.put(f"snapshots/s-0000000001{number:02}/manifest.json", b"x")
+    now = most = 0
+    lock = threading.Lock()
+
+    class Watched(FaultyTier):
+        def get_bytes(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
+            nonlocal now, most
+            with lock:
+                now += 1
+                most = max(most, now)
+            time.sleep(0.01)
+            try:
+                return super().get_bytes(key, begin, end)
+            finally:
+                with lock:
+                    now -= 1
+
+        def entries(self, prefix: str = "") -> Sequence[Any]:
+            assert prefix in ("snapshots", "tombstones")
+            return super().entries(prefix)
+
+    watched = Watched(tier)
+    assert len(rows(here, watched)) == 31 and 1 < most <= 8
+    read = {key.rsplit("/", 1)[1] for op, key in watched.log if op != "list"}
+    assert read == {"manifest.json", "manifest.sig"}
+
+
+def test_a_key_that_is_another_or_missing_is_said_in_the_row(tmp_path: Path) -> None:
+    tier = MemoryTier()
+    one, none = Machine(tmp_path / "one", Key(bytes(32))), Machine(tmp_path / "none")
+    one.make(A)
+    one.transport.push(A, tier)
+    assert rows(one, tier)[A]["state"] == "ready"
+    assert rows(none, tier)[A]["state"] == "unreadable" and "key" in rows(none, tier)[A]["why"]
+
+
+@pytest.mark.parametrize("kind", ["unreachable", "denied", "missing", "lost-answer", "truncate", "alter"])
+def test_a_tier_that_fails_while_it_is_listed(here: Machine, tier: DirectoryTier, kind: str) -> None:
+    """One that is away is an error; one object that cannot be had is a row."""
+    for at in (1, 2, 3):
+        faulty = FaultyTier(tier, Fault(kind, "get_bytes", at=at))  # type: ignore[arg-type]
+        if kind in ("unreachable", "lost-answer") and at < 3:
+            with pytest.raises(StoreError, match="no answer"):
+                rows(here, faulty)
+            continue
+        row = rows(here, faulty)[A]
+        assert row["state"] in ("ready", "untrusted", "unreadable") and (at == 3) == (row["state"] == "ready")
+    with pytest.raises(StoreError):
+        rows(here, FaultyTier(tier, Fault("denied", "list")))
 
 
 def test_a_removal_that_nobody_could_mean_leaves_no_tombstone(here: Machine, tier: DirectoryTier) -> None:

@@ -149,6 +149,19 @@ class SnapshotKeeper(Protocol):
     async def pull(self, snapshot_id: str, progress: Progress) -> dict[str, Any]:
         """Bring it from the tier: `{"id", "app", "function", "new", "tier"}`."""
 
+    async def tier(self) -> dict[str, Any]:
+        """The tier that is configured: `{"tier"}`; StoreError (`no-tier`) where there is none."""
+
+    async def list_tier(self, progress: Progress) -> dict[str, Any]:
+        """What is in the tier.
+
+        Returns:
+            `tier`; `snapshots`: [{`id`, `state` ("ready", "untrusted": no trusted key has signed it, "unreadable",
+            "incomplete": no manifest, "removed": a tombstone), `why`, `here`, `signer` (fingerprint), `signer_comment`,
+            `trusted`, `removed` (when), and what its manifest says: `app`, `function`, `kind`, `created`,
+            `memory_bytes`, `files_bytes`, `stored_bytes`, `function_key`, `worker_class`}]; None where it is not known.
+        """
+
     async def withdraw(self, snapshot_id: str) -> dict[str, Any]:
         """Take it out of the tier, for all machines: `{"id", "tier", "found"}`. What is here of it stays."""
 

@@ -835,6 +835,15 @@ class Keeper:
             self._withdrawing.discard(snapshot_id)
         return {"id": snapshot_id, "tier": tier.name, "found": found}
 
+    async def tier(self) -> dict[str, Any]:
+        return {"tier": self._configured().name}
+
+    async def list_tier(self, progress: Progress) -> dict[str, Any]:
+        tier = self._configured()
+        progress("snapshots", 0, 1)
+        rows = await asyncio.to_thread(self._transport.listing, tier, progress)
+        return {"tier": tier.name, "snapshots": rows}
+
     async def pull(self, snapshot_id: str, progress: Progress) -> dict[str, Any]:
         tier = self._configured()
         before = {m.id for m in self._catalogue.manifests()}

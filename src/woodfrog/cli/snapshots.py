@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 GRACE_S = 2.0
 LOOK_S = 300.0
 """Looking through a snapshot's memory may take so long."""
+SHORT = 8
+"""As many digits of a key's fingerprint tell it from others."""
 app = typer.Typer(help="List, look into, make, keep, move and retire snapshots.", no_args_is_help=True)
 app.add_typer(trust.app, name="trust")
 
@@ -32,11 +34,12 @@ Id = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="Id of the snapshot,
 @app.command("list")
 def list_snapshots(
     of_app: Annotated[str, typer.Option("--app", help="Only this app's.")] = "",
+    tier: Annotated[bool, typer.Option("--tier", help="Those in the tier, and those that were removed there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the snapshots kept on this machine."""
+    """Show the snapshots kept on this machine, or those in the tier (WOODFROG_TIER)."""
     client = connect()
-    answer = get(client, "/snapshots")
+    answer = work(client, "/tier/list", quiet=as_json) if tier else get(client, "/snapshots")
     keys = _keys_of(client, of_app) if of_app else set()
     snapshots = [
         s
@@ -46,6 +49,8 @@ def list_snapshots(
     ]
     if as_json:
         output.show_json(snapshots)
+    elif tier:
+        _show_tier(snapshots, str(answer.get("tier")))
     else:
         _show_here(snapshots)
 
@@ -68,6 +73,27 @@ def _show_here(snapshots: list[dict[str, Any]]) -> None:
     ]
     headers = ["snapshot", "app", "function", "state", "memory", "stored", "files", "made", "marks", "why"]
     output.table(headers, rows, empty="no snapshots")
+
+
+def _show_tier(snapshots: list[dict[str, Any]], name: str) -> None:
+    rows = [
+        (
+            s["id"],
+            s.get("app"),
+            s.get("function"),
+            s["state"],
+            output.size(s.get("memory_bytes")),
+            output.size(s.get("stored_bytes")),
+            output.size(s.get("files_bytes")),
+            output.ago(s.get("created")),
+            f"{(s.get('signer') or '')[:SHORT]} {s.get('signer_comment') or ''}".strip(),
+            "here" if s.get("here") else "",
+            f"{s.get('why')}, {output.ago(s['removed'])}" if s.get("removed") else s.get("why"),
+        )
+        for s in snapshots
+    ]
+    headers = ["snapshot", "app", "function", "state", "memory", "stored", "files", "made", "signed by", "here", "why"]
+    output.table(headers, rows, empty=f"no snapshots in {name}")
 
 
 @app.command()
@@ -305,13 +331,14 @@ def invalidate(
 
 def _ask_to_withdraw(client: Client, snapshot: str) -> str:
     """Have a person confirm that nobody needs it; its whole id."""
-    where = "from the tier"
+    name = get(client, "/tier")["tier"]  # or there is none, and nothing to ask
+    where = f"from {name}"
     try:
         row = get(client, f"/snapshots/{segment(snapshot)}")
     except NotFoundError:
         output.note(f"{snapshot} is not on this machine: the tier's may be the last copy")
     else:
-        snapshot, where = str(row.get("id", snapshot)), "here and from the tier"
+        snapshot, where = str(row.get("id", snapshot)), f"here and from {name}"
         pinned = ", which is pinned" if row.get("pinned") else ""
         output.note(f"{snapshot} of {row.get('app')}.{row.get('function')}{pinned}")
     typer.confirm(f"Remove it {where}, for all machines?", abort=True, err=True)

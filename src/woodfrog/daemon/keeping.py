@@ -204,6 +204,18 @@ def add_routes(
         """Bring a snapshot from the tier; the id must be whole."""
         return await answer(jobs.start(f"pull {snapshot_id}", lambda p: keeper().pull(snapshot_id, p)), wait)
 
+    # The tier
+
+    @api.get("/v1/tier", tags=["tier"])
+    async def tier() -> dict[str, Any]:
+        """The tier's name; an error (`no-tier`) when none is configured."""
+        return await keeper().tier()
+
+    @api.post("/v1/tier/list", tags=["tier"])
+    async def list_tier(wait: float = Wait) -> Response:
+        """What is in the tier: a row for each snapshot, and for each that was removed. Reads every manifest there."""
+        return await answer(jobs.start("list the tier", lambda p: keeper().list_tier(p)), wait)
+
     # Trust
 
     @api.get("/v1/trust", tags=["trust"])

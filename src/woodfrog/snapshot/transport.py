@@ -7,6 +7,7 @@ In a tier:
     chunks[-<key>]/<2>/<name>                 a part of a large file of some layer, see store/chunks.py
     snapshots/<id>/images, fs, shm            CRIU's images and the file layers, cold form of trees
     snapshots/<id>/packs.json                 where its packs are and in which form; a hint, not trusted
+    snapshots/<id>/signer                     the public key of .sig, as a hint to people
     snapshots/<id>/manifest.json, .sig        last: what is not named by it is not there
     by-key/<function key>/<worker class>/<id> last of all: found by those who look for it
     tombstones/<id>                           it was removed, and is not to come back, see snapshot/tombstones.py
@@ -31,16 +32,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from woodfrog.errors import IncompatibleSnapshot, IntegrityError, NotFoundError, StoreError
 from woodfrog.faults import fault
 from woodfrog.snapshot.arrival import Arrival
 from woodfrog.snapshot.catalogue import WORKING_SET, Catalogue, Staging
 from woodfrog.snapshot.incoming import Incoming, Origin
+from woodfrog.snapshot.listing import MANIFEST_MAX, SIGNATURE_MAX, SIGNER, Lister
 from woodfrog.snapshot.manifest import Manifest, SigningKey, decode, encode, external_file
 from woodfrog.snapshot.sweep import Swept, sweep
 from woodfrog.snapshot.tombstones import Tombstone, bury, dig_up, read
-from woodfrog.snapshot.trust import TrustStore, verify_any
+from woodfrog.snapshot.trust import TrustedKey, TrustStore, fingerprint, public_text, verify_any
 from woodfrog.store.bundle import large_files, pack_tree, unpack_tree
 from woodfrog.store.chunks import LARGE, Chunks, Large
 from woodfrog.store.cold import (
@@ -74,10 +77,8 @@ _EXPORT = re.compile(
 )
 _TREES = ("images", "fs", "shm")
 _PARALLEL = 4
-_MANIFEST_MAX = 64 << 20
 _HINT_MAX = 4 << 20
 _WORKING_SET_MAX = 64 << 20
-_SIGNATURE_MAX = 4096
 _NAMES_MAX = 4 << 20
 """Of one pack: twice what the largest one has."""
 _PAGES_MAX = _NAMES_MAX // NAME
@@ -211,6 +212,7 @@ class Transport:
                     tier.put(f"{prefix}/{WORKING_SET}", self._sealed(working_set.read_bytes()))
                 data = encode(manifest)
                 lease.check()
+                tier.put(f"{prefix}/{SIGNER}", public_text(self.signing).encode())
                 tier.put(f"{prefix}/manifest.sig", self.signing.sign(data))
                 tier.put(f"{prefix}/manifest.json", self._sealed(data))
                 tier.put(f"by-key/{manifest.function_key}/{manifest.worker_class}/{snapshot_id}", b"")
@@ -400,6 +402,23 @@ class Transport:
         manifest = f"snapshots/{snapshot_id}/manifest.json"
         return [*keys, manifest] if tier.has(manifest) else keys
 
+    def listing(self, tier: Tier, progress: Progress) -> list[dict[str, Any]]:
+        """What is in a tier; see `snapshot.listing`.
+
+        Raises:
+            StoreError: the tier cannot be asked.
+            IntegrityError: a file of a trusted key is damaged.
+        """
+        own = TrustedKey(fingerprint(self.signing.public), self.signing.public, "this machine")
+        return Lister(
+            tier,
+            small=lambda key, most: self._small(tier, key, most),
+            tombstone=lambda snapshot_id: self.tombstone(snapshot_id, tier),
+            keys=(own, *self.trust.list()),
+            here=self._catalogue.known,
+            go_on=self._go_on,
+        ).rows(progress)
+
     def sweep(self, tier: Tier, *, dry_run: bool = False, progress: Progress | None = None) -> Swept:
         """Remove from a tier what no snapshot there needs; see `snapshot.sweep`.
 
@@ -449,8 +468,8 @@ class Transport:
             raise NotFoundError(f"{snapshot_id!r} is not a snapshot's id", snapshot=snapshot_id)
         prefix = f"snapshots/{snapshot_id}"
         try:
-            data = self._small(tier, f"{prefix}/manifest.json", _MANIFEST_MAX)
-            signature = _small(tier, f"{prefix}/manifest.sig", _SIGNATURE_MAX)
+            data = self._small(tier, f"{prefix}/manifest.json", MANIFEST_MAX)
+            signature = _small(tier, f"{prefix}/manifest.sig", SIGNATURE_MAX)
         except StoreError as e:
             if e.code == "tier-missing":
                 raise NotFoundError(f"no snapshot {snapshot_id} in {tier.name}", snapshot=snapshot_id) from None
