@@ -25,7 +25,8 @@ class FakeKeeper:
         self.fails: Exception | None = None
         self.gate: asyncio.Event | None = None
         self.trusted: dict[str, str] = {}
-        self.tier: set[str] = set()
+        self.in_tier: set[str] = set()
+        self.removed: set[str] = set()
 
     def using(self, snapshot_id: str) -> contextlib.AbstractAsyncContextManager[Any]:
         return contextlib.nullcontext()
@@ -56,7 +57,7 @@ class FakeKeeper:
 
     async def gc_tier(self, *, dry_run: bool, progress: Progress) -> dict[str, Any]:
         await self._work(progress)
-        found = {"packs": 2, "chunks": 1, "snapshots": 0, "objects": 7, "freed_bytes": 8192}
+        found = {"packs": 2, "chunks": 1, "snapshots": 0, "tombstones": 0, "objects": 7, "freed_bytes": 8192}
         return {"tier": "fake", **found, "objects": 0 if dry_run else 7}
 
     async def pin(self, snapshot_id: str) -> dict[str, Any]:
@@ -77,25 +78,39 @@ class FakeKeeper:
         manifest = self.catalogue.get(source.read_text())
         return {"id": manifest.id, "app": manifest.app, "function": manifest.tag, "new": False}
 
-    async def push(self, snapshot_id: str, progress: Progress) -> dict[str, Any]:
+    async def push(self, snapshot_id: str, progress: Progress, *, anyway: bool = False) -> dict[str, Any]:
         await self._work(progress)
-        self.tier.add(snapshot_id)
+        if snapshot_id in self.removed and not anyway:
+            raise StoreError(f"snapshot {snapshot_id} was removed from fake for all machines", code="tier-removed")
+        self.removed.discard(snapshot_id)
+        self.in_tier.add(snapshot_id)
         self.catalogue.mark(snapshot_id, PUSHED)
         return {"id": snapshot_id, "tier": "fake"}
 
     async def pull(self, snapshot_id: str, progress: Progress) -> dict[str, Any]:
         await self._work(progress)
-        if snapshot_id not in self.tier:
+        if snapshot_id not in self.in_tier:
             raise NotFoundError(f"no snapshot {snapshot_id} in fake", snapshot=snapshot_id)
         manifest = self.catalogue.get(snapshot_id)
         return {"id": manifest.id, "app": manifest.app, "function": manifest.tag, "new": False, "tier": "fake"}
+
+    async def tier(self) -> dict[str, Any]:
+        return {"tier": "fake"}
+
+    async def list_tier(self, progress: Progress) -> dict[str, Any]:
+        await self._work(progress)
+        rows = [{"id": i, "state": "ready"} for i in self.in_tier] + [
+            {"id": i, "state": "removed"} for i in self.removed
+        ]
+        return {"tier": "fake", "snapshots": sorted(rows, key=lambda row: row["id"])}
 
     async def withdraw(self, snapshot_id: str) -> dict[str, Any]:
         if self.fails is not None:
             error, self.fails = self.fails, None
             raise error
-        found = snapshot_id in self.tier
-        self.tier.discard(snapshot_id)
+        found = snapshot_id in self.in_tier
+        self.in_tier.discard(snapshot_id)
+        self.removed.add(snapshot_id)
         return {"id": snapshot_id, "tier": "fake", "found": found}
 
     async def trust_add(self, text: str, comment: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from unit.test_arrival import make as make_packed
 from unit.test_keeper import Machine
 from woodfrog.errors import NotFoundError, StoreError, WoodfrogError
 from woodfrog.snapshot.sweep import MIN_AGE_S, Swept, grouped, sweep
+from woodfrog.snapshot.tombstones import KEEP_S, bury
 from woodfrog.snapshot.trust import public_text
 from woodfrog.store import leases
 from woodfrog.store.cold import Key
@@ -192,19 +193,24 @@ def test_what_was_withdrawn_is_found_no_more_and_others_keep_what_they_need(
     assert made.transport.withdraw(A, tier)
     left = set(tier.list())
     assert before - left == {f"by-key/key/class/{A}", f"by-key/somewhere/else/{A}", f"snapshots/{A}/manifest.json"}
+    assert left - before == {f"tombstones/{A}"}
     assert not made.transport.withdraw(A, tier), "it is gone"
     for unknown in ("s-00000000000e", "s-0", "../x", ""):
         with contextlib.suppress(NotFoundError):
             assert not made.transport.withdraw(unknown, tier)
     assert set(tier.list()) == left
     assert sorted(made.transport.find(tier, "key", "class")) == [B, C]
-    with pytest.raises(NotFoundError, match=f"no snapshot {A} in"):
+    with pytest.raises(NotFoundError, match=f"{A} was removed from .* for all machines by the machine with key"):
         there.transport.pull(A, tier)
     assert swept(made, tier).objects == 0, "it is young"
     assert swept(made, AgedTier(tier)).snapshots == 1
-    assert not any(A in key for key in tier.list())
+    assert [key for key in tier.list() if A in key] == [f"tombstones/{A}"]
     arrives(there, tier, B)
-    made.transport.push(A, tier)
+    with pytest.raises(StoreError, match=f"push {A} --anyway` takes that back") as refused:
+        made.transport.push(A, tier)
+    assert refused.value.code == "tier-removed" and not made.transport.has(tier, A)
+    made.transport.push(A, tier, anyway=True)
+    assert not tier.list("tombstones")
     arrives(there, tier, A)
 
 
@@ -220,11 +226,11 @@ def test_what_nobody_can_read_is_withdrawn_as_well(made: Machine, tmp_path: Path
         swept(made, AgedTier(tier))
     assert stranger.transport.withdraw(B, tier)
     swept(made, AgedTier(tier))
-    assert not any(B in key for key in tier.list())
+    assert [key for key in tier.list() if B in key] == [f"tombstones/{B}"]
 
 
 @pytest.mark.parametrize("kind", ["unreachable", "denied", "missing", "lost-answer", "truncate", "raise"])
-@pytest.mark.parametrize("op", ["list", "has", "delete"])
+@pytest.mark.parametrize("op", ["list", "has", "put", "delete"])
 def test_a_tier_that_fails_while_one_is_withdrawn(made: Machine, there: Machine, kind: str, op: str) -> None:
     """It is there or not, and the next attempt ends it; another snapshot is not touched."""
     for at in (1, 2):
@@ -236,6 +242,9 @@ def test_a_tier_that_fails_while_one_is_withdrawn(made: Machine, there: Machine,
         with contextlib.suppress(WoodfrogError, RuntimeError):
             made.transport.withdraw(B, faulty)
         faulty.faults = []
+        if inner.has(f"snapshots/{B}/manifest.json") and inner.list("tombstones"):
+            with pytest.raises(NotFoundError, match="was removed from"):
+                there.transport.pull(B, inner)
         if inner.has(f"snapshots/{B}/manifest.json"):
             assert made.transport.withdraw(B, faulty)
         made.transport.withdraw(B, faulty)
@@ -245,28 +254,38 @@ def test_a_tier_that_fails_while_one_is_withdrawn(made: Machine, there: Machine,
 
 
 def test_withdrawn_while_it_is_sent_or_collected(made: Machine, there: Machine) -> None:
-    """At each moment of an upload of the same snapshot it is there, whole, or not there; and a collection goes on."""
+    """Wherever an upload of the same snapshot is, it does not bring it back; and a collection goes on."""
     for number in itertools.count(1):
         inner = MemoryTier()
         made.transport.push(B, inner)
-        made.transport.push(C, inner)
-        tier = AgedTier(inner)
-        more, _ = interleaved(
-            number, tier, lambda t=tier: made.transport.push(C, t), lambda t=inner: made.transport.withdraw(C, t)
-        )
-        if made.transport.has(inner, C):
-            if number % 4 == 1:
-                arrives(there, inner, C)
-                there.catalogue.remove(C)
-                there.store.gc(set(), min_age_s=0)
-        else:
+        if number % 2:
+            made.transport.push(C, inner)
+        tier, seen, withdrawn = AgedTier(inner), itertools.count(1), False
+
+        def remove(op: str, key: str, seen: Iterator[int] = seen, number: int = number, inner: Tier = inner) -> None:
+            nonlocal withdrawn
+            if threading.current_thread().name != "lease" and next(seen) == number:
+                made.transport.withdraw(C, inner)
+                withdrawn = bool(inner.list("tombstones"))
+
+        tier.before = remove
+        try:
+            made.transport.push(C, tier)
+        except StoreError as e:
+            assert e.code == "tier-removed" and withdrawn
+        tier.before = lambda op, key: None
+        last = next(seen) <= number
+        # What comes after the last look of an upload is the end of its lease.
+        assert withdrawn or last
+        if withdrawn:
+            assert not made.transport.has(inner, C) and made.transport.find(inner, "key", "class") == [B]
             with pytest.raises(NotFoundError):
                 there.transport.pull(C, inner)
         if number % 4 == 2:
             needed = {key for key in inner.list() if B in key}
             swept(made, AgedTier(inner))
             assert needed <= set(inner.list())
-        if not more:
+        if last:
             break
     assert number > 10
     for number in itertools.count(1, 3):
@@ -289,8 +308,107 @@ def test_withdrawn_while_it_is_sent_or_collected(made: Machine, there: Machine) 
         swept(made, tier)
         if next(seen) <= number:
             break
-        assert not any(C in key for key in inner.list())
+        assert [key for key in inner.list() if C in key] == [f"tombstones/{C}"]
     arrives(there, inner, B)
+
+
+def test_a_removal_that_is_killed_is_one_or_none(made: Machine, there: Machine) -> None:
+    """At each of its operations, and at each of an upload that comes after it: it is not fetched any more, or all of it
+    is there; a collection ends it."""
+    for number in itertools.count(1):
+        inner = MemoryTier()
+        for snapshot in (B, C):
+            made.transport.push(snapshot, inner)
+        tier, seen = AgedTier(inner), itertools.count(1)
+
+        def die(op: str, key: str, seen: Iterator[int] = seen, number: int = number) -> None:
+            if next(seen) >= number:
+                raise Stop
+
+        tier.before = die
+        with contextlib.suppress(Stop):
+            made.transport.withdraw(C, tier)
+        done = next(seen) <= number
+        if not inner.list("tombstones"):
+            arrives(there, inner, C)
+            there.catalogue.remove(C)
+            continue
+        with pytest.raises(NotFoundError, match="was removed"):
+            there.transport.pull(C, inner)
+        with pytest.raises(StoreError, match="was removed"):
+            made.transport.push(C, inner)
+        swept(made, AgedTier(inner))
+        assert [key for key in inner.list() if C in key] == [f"tombstones/{C}"]
+        if done:
+            break
+    assert number > 4
+    for number in itertools.count(1):  # taken back: it is there when the tombstone goes
+        inner = MemoryTier()
+        made.transport.push(C, inner)
+        made.transport.withdraw(C, inner)
+        tier, seen = AgedTier(inner), itertools.count(1)
+
+        def end(op: str, key: str, seen: Iterator[int] = seen, number: int = number) -> None:
+            if threading.current_thread().name != "lease" and next(seen) >= number:
+                raise Stop
+
+        tier.before = end
+        with contextlib.suppress(Stop):
+            made.transport.push(C, tier, anyway=True)
+        if not inner.list("tombstones"):
+            arrives(there, inner, C)
+            break
+        with pytest.raises(NotFoundError, match="was removed"):
+            there.transport.pull(C, inner)
+        drop_leases(inner)
+        if number % 4 == 1:
+            swept(made, AgedTier(inner))
+            assert [key for key in inner.list() if C in key] == [f"tombstones/{C}"]
+    assert number > 10
+
+
+def test_tombstones_go_when_they_are_old_and_nothing_else_is_left(made: Machine, there: Machine, tier: Tier) -> None:
+    month = AgedTier(tier, KEEP_S + 1)
+    for snapshot in (B, C):
+        made.transport.push(snapshot, tier)
+    made.transport.withdraw(C, tier)
+    made.transport.push(C, tier, anyway=True)
+    bury(tier, C, made.signing)  # as an older version leaves it, which knows no tombstones: it is there, and is not
+    tier.put(f"snapshots/{C}/manifest.json", b"damaged")
+    assert swept(made, AgedTier(tier, MIN_AGE_S - 600)).objects == 0
+    would = swept(made, month, dry_run=True)
+    assert (would.snapshots, would.tombstones) == (1, 0) and swept(made, month) == would
+    assert [key for key in tier.list() if C in key] == [f"tombstones/{C}"]
+    assert swept(made, AgedTier(tier, KEEP_S - 600)).objects == 0
+    bury(tier, "s-0000000000ff", made.signing)
+    tier.put("tombstones/somebody/elses", b"")
+    assert swept(made, month).tombstones == 2
+    assert tier.list("tombstones") == ["tombstones/somebody/elses"]
+    arrives(there, tier, B)
+
+
+def test_a_tombstone_that_is_needed_stays_when_a_listing_lacks_its_snapshot(made: Machine) -> None:
+    tier = MemoryTier()
+    made.transport.push(C, tier)
+    bury(tier, C, made.signing)
+    hidden = AgedTier(tier, KEEP_S + 1)
+    entries = tier.entries
+    tier.entries = lambda prefix="": [e for e in entries(prefix) if "snapshots/" not in e.key]  # type: ignore[method-assign]
+    with pytest.raises(StoreError, match="its listing lacks"):
+        swept(made, hidden)
+    assert tier.has(f"tombstones/{C}")
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff" * 2000, b"00" * 64])
+def test_a_tombstone_that_nobody_signed_denies_all_the_same(made: Machine, tier: Tier, content: bytes) -> None:
+    made.transport.push(C, tier)
+    tier.put(f"tombstones/{C}", content)
+    found = made.transport.tombstone(C, tier)
+    assert found is not None and found.signer == ""
+    with pytest.raises(StoreError, match="for all machines; `woodfrog"):
+        made.transport.push(C, tier)
+    with pytest.raises(NotFoundError, match=r"for all machines$"):
+        made.transport.arrive(C, tier)
 
 
 def test_with_a_key(tmp_path: Path) -> None:

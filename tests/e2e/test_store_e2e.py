@@ -260,8 +260,63 @@ def test_a_large_file_is_kept_and_sent_once(place: Path) -> None:
             assert first.cli("snapshot", "invalidate", snapshot, "--tier", check=False).returncode == 1, "it asks"
             first.cli("snapshot", "invalidate", snapshot, "--tier", "--yes")
         until(lambda: not first.snapshots("held"), 30)
-        left = [p.name for p in (place / "tier").rglob("*") if p.is_file()]
+        left = [p.name for p in (place / "tier").rglob("*") if p.is_file() and p.parent.name != "tombstones"]
         assert "manifest.json" not in left and "manifest.sig" in left and not any(p.startswith("s-") for p in left)
         until(lambda: first.json("snapshot", "gc")["freed_bytes"] >= 0 and not first.get("/store")["large_files"])
         assert first.call("held", "Reader.look", write=False) == right
         assert "boot" in first.last_phases(), "nobody finds it any more"
+
+
+def test_what_was_removed_from_the_tier_does_not_come_back(place: Path) -> None:
+    """One machine pushes, another fetches; the first removes it for both, and the second cannot put it back."""
+    env = {"WOODFROG_TIER": str(place / "tier"), "WOODFROG_ZYGOTES": "0"}
+    with Daemon(**env) as first, Daemon(**env) as second, Daemon(WOODFROG_ZYGOTES="0") as alone:
+        os.chmod(place, 0o755)
+        path = place / "src" / "program.py"
+        path.parent.mkdir()
+        path.write_text(PROGRAM.replace("NAME", "held"))
+        first.cli("deploy", str(path))
+        right = first.call("held", "Holder.look", at=5)
+        snapshot = packed(first)
+        until(lambda: [r for r in first.kept() if r["pushed"]], 60, 0.2)
+        for one, other in ((first, second), (second, first)):
+            one.cli("snapshot", "trust", "add", "--yes", other.json("snapshot", "trust", "list")["own"]["text"])
+        second.cli("deploy", str(path))
+        assert second.call("held", "Holder.look", at=5) == right
+        until(lambda: second.snapshots("held") == [snapshot], 60)
+        second.scale_to_zero()
+
+        def there(daemon: Daemon) -> dict[str, str]:
+            return {row["id"]: row["state"] for row in daemon.json("snapshot", "list", "--tier")}
+
+        (row,) = second.json("snapshot", "list", "--tier")
+        assert (row["id"], row["state"], row["app"], row["here"], row["trusted"]) == (
+            snapshot, "ready", "held", True, True
+        )  # fmt: skip
+        assert snapshot in second.cli("snapshot", "list", "--tier").stdout
+
+        first.scale_to_zero()
+        first.cli("snapshot", "invalidate", snapshot, "--tier", "--yes")
+        assert there(first) == there(second) == {snapshot: "removed"}
+        refused = second.cli("snapshot", "push", snapshot, check=False)
+        assert refused.returncode == 2 and f"push {snapshot} --anyway` takes that back" in refused.stderr
+        assert "for all machines" in first.cli("snapshot", "pull", snapshot, check=False).stderr
+        assert second.snapshots("held", "retired") == [snapshot] and second.snapshots("held") == []
+        assert second.call("held", "Holder.look", at=5) == right and "boot" in second.last_phases()
+        until(lambda: len([s for s in there(first).values() if s == "ready"]) == 1, 60, 0.5)  # of that start
+        assert there(first)[snapshot] == "removed"
+
+        # it makes room, and hears of it by itself: at its start
+        second.cli("snapshot", "push", snapshot, "--anyway")
+        assert there(first)[snapshot] == "ready" and snapshot in [r["id"] for r in second.kept() if r["pushed"]]
+        first.cli("snapshot", "invalidate", snapshot, "--tier", "--yes")
+        second.scale_to_zero()
+        second.stop()
+        second.start()
+        until(lambda: second.snapshots("held", "retired") == [snapshot], 30, 0.5)
+        assert there(second)[snapshot] == "removed"
+
+        for command in (["list", "--tier"], ["invalidate", snapshot, "--tier"]):
+            said = alone.cli("snapshot", *command, check=False)
+            assert said.returncode == 2 and said.stderr.startswith("error: no tier is configured"), said.stderr
+            assert len(said.stderr.splitlines()) == 1

@@ -84,7 +84,15 @@ async def test_collecting_here_and_in_the_tier(daemon: Daemon) -> None:
         return found
 
     assert await gc() == await gc(dry_run=1) == {"packs": 2, "freed_bytes": 8192}
-    in_tier = {"tier": "fake", "packs": 2, "chunks": 1, "snapshots": 0, "objects": 7, "freed_bytes": 8192}
+    in_tier = {
+        "tier": "fake",
+        "packs": 2,
+        "chunks": 1,
+        "snapshots": 0,
+        "tombstones": 0,
+        "objects": 7,
+        "freed_bytes": 8192,
+    }
     assert await gc(tier=1) == in_tier
     assert await gc(tier=1, dry_run=1) == {**in_tier, "objects": 0}
 
@@ -98,21 +106,40 @@ async def test_invalidating_here_and_in_the_tier(daemon: Daemon) -> None:
         found: dict[str, Any] = answer.json()
         return found
 
-    keeper.tier |= {ID, "s-00000000000c"}
+    keeper.in_tier |= {ID, "s-00000000000c"}
     keeper.fails = StoreError("the bucket is away", code="tier-unreachable")
     assert (await invalidate(ID, 507))["error"]["code"] == "tier-unreachable"
-    assert daemon.catalogue.retired(ID) is None and ID in keeper.tier, "nothing has changed"
+    assert daemon.catalogue.retired(ID) is None and ID in keeper.in_tier, "nothing has changed"
     of_tier = {"removed": True, "tier": "fake"}
     assert await invalidate(ID[:-1] + "a") == {"snapshot": ID, "here": True, "in_tier": True, **of_tier}
     assert daemon.catalogue.form(ID) is None and daemon.catalogue.retired(ID) == "invalidated"
     only_there = "s-00000000000c"
     assert await invalidate(only_there) == {"snapshot": only_there, "here": False, "in_tier": True, **of_tier}
     assert daemon.catalogue.retired(only_there) == "invalidated", "no copy that another machine puts back is taken"
-    assert keeper.tier == set()
+    assert keeper.in_tier == set()
     unknown = await invalidate(only_there, 404)
     assert unknown["error"]["message"] == f"no snapshot {only_there} here or in fake"
     assert await invalidate("s-00") == {"snapshot": OTHER, "here": True, "in_tier": False, **of_tier}
     assert (await daemon.http.post("/snapshots/s-f/invalidate")).status_code == 404
+
+
+async def test_the_tier_is_listed_and_what_was_removed_there_is_pushed_on_a_persons_word_only(daemon: Daemon) -> None:
+    assert (await daemon.http.get("/tier")).json() == {"tier": "fake"}
+
+    async def listed() -> dict[str, str]:
+        found = (await daemon.http.post("/tier/list", params={"wait": 5})).json()
+        assert found["tier"] == "fake"
+        return {row["id"]: row["state"] for row in found["snapshots"]}
+
+    push = f"/snapshots/{ID}/push"
+    assert (await daemon.http.post(push, params={"wait": 5})).status_code == 200
+    assert await listed() == {ID: "ready"}
+    await daemon.backend.keeper.withdraw(ID)
+    assert await listed() == {ID: "removed"}
+    refused = await daemon.http.post(push, params={"wait": 5})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (507, "tier-removed")
+    assert (await daemon.http.post(push, params={"wait": 5, "anyway": 1})).status_code == 200
+    assert await listed() == {ID: "ready"}
 
 
 async def test_ids_may_be_short_where_there_is_one_and_unknown_ones_are_not_asked_for(daemon: Daemon) -> None:

@@ -20,7 +20,7 @@ from fake_daemon import Answer, Daemon, Request, private_home, serving
 from woodfrog.cli import commands
 from woodfrog.cli.plot import Box, squarify, tiles
 from woodfrog.cli.remote import job_words
-from woodfrog.errors import IntegrityError
+from woodfrog.errors import IntegrityError, StoreError
 
 MIB = 1 << 20
 
@@ -188,7 +188,7 @@ def test_gc_pin_push_and_pull(daemon: Daemon) -> None:
     assert "dry_run" in daemon.seen("POST /snapshots/gc")[1].query
     found = {"tier": "s3://b", "packs": 1, "chunks": 4, "snapshots": 2, "objects": 12, "freed_bytes": MIB}
     daemon.routes["POST /snapshots/gc"] = found
-    words = "1.0 MiB in s3://b: 12 objects of 1 packs, 4 chunks, 2 snapshots\n"
+    words = "1.0 MiB in s3://b: 12 objects of 1 packs, 4 chunks, 2 snapshots, 0 tombstones\n"
     assert run("snapshot", "gc", "--tier").stderr == f"freed {words}"
     assert run("snapshot", "gc", "--tier", "--dry-run").stderr == f"would free {words}"
     queries = [seen.query for seen in daemon.seen("POST /snapshots/gc")]
@@ -209,8 +209,40 @@ def test_gc_pin_push_and_pull(daemon: Daemon) -> None:
     assert job_words({"what": "gc", "step": "packs", "done": 0, "total": 1}) == "gc"
 
 
+def test_what_is_in_the_tier(daemon: Daemon) -> None:
+    rows = [
+        {"id": "s-1", "app": "demo", "function": "f", "state": "ready", "memory_bytes": MIB, "stored_bytes": MIB,
+         "files_bytes": 0, "created": 1.0, "signer": "abcdef0123456789abcdef01", "signer_comment": "gpu-7",
+         "trusted": True, "here": True, "removed": None, "why": None, "function_key": "k1"},
+        {"id": "s-2", "app": None, "state": "removed", "removed": 1.0, "why": "for all machines", "here": False},
+    ]  # fmt: skip
+    daemon.routes["POST /tier/list"] = running("list the tier", "snapshots", 1, 2)
+    daemon.routes["GET /jobs/j1"] = {"tier": "s3://b", "snapshots": rows}
+    shown = run("snapshot", "list", "--tier")
+    header, first, second = shown.stdout.splitlines()
+    assert header.split()[-5:] == ["MADE", "SIGNED", "BY", "HERE", "WHY"]
+    assert "abcdef01 gpu-7  here" in first and second.split()[:2] == ["s-2", "removed"]
+    assert re.search(r"for all machines, \d+ d ago$", second)
+    assert json.loads(run("snapshot", "list", "--tier", "--json").stdout) == rows
+    daemon.routes["GET /apps/demo"] = {"functions": [{"key": "k1"}]}
+    assert [r["id"] for r in json.loads(run("snapshot", "list", "--tier", "--app", "demo", "--json").stdout)] == ["s-1"]
+    daemon.routes["POST /tier/list"] = {"tier": "s3://b", "snapshots": []}
+    assert run("snapshot", "list", "--tier").stderr == "no snapshots in s3://b\n"
+    daemon.routes["POST /tier/list"] = Answer({"error": StoreError("no tier is configured").to_dict()}, 507)
+    none = run("snapshot", "list", "--tier")
+    assert (none.exit_code, none.stderr) == (2, "error: no tier is configured\n")
+    daemon.routes["POST /snapshots/s1/push"] = {"id": "s1", "tier": "s3://b"}
+    assert run("snapshot", "push", "s1", "--anyway").exit_code == 0
+    assert "anyway=1" in daemon.seen("POST /snapshots/s1/push")[-1].query
+
+
 def test_removing_from_the_tier_asks(daemon: Daemon) -> None:
     answer = {"snapshot": "s1-whole", "removed": True, "here": True, "tier": "s3://b", "in_tier": True}
+    no_tier = StoreError("no tier is configured; set WOODFROG_TIER to a bucket's URL or a directory", code="no-tier")
+    daemon.routes["GET /tier"] = Answer({"error": no_tier.to_dict()}, 507)
+    refused = run("snapshot", "invalidate", "s1", "--tier", stdin="y\n")
+    assert (refused.exit_code, refused.stderr) == (2, f"error: {no_tier.message}\n"), "nothing is asked"
+    daemon.routes["GET /tier"] = {"tier": "s3://b"}
     daemon.routes["GET /snapshots/s1"] = {**SNAPSHOT, "id": "s1-whole", "pinned": True}
     daemon.routes["POST /snapshots/s1-whole/invalidate"] = answer
     refused = run("snapshot", "invalidate", "s1", "--tier", stdin="n\n")

@@ -124,7 +124,15 @@ def test_collecting_in_the_tier(here: Machine, tier: DirectoryTier) -> None:
             keeper.pack_later(snapshot)
         await until(lambda: settled(keeper))
         tier.delete(f"snapshots/{B}/manifest.json")
-        none = {"tier": tier.name, "packs": 0, "chunks": 0, "snapshots": 0, "objects": 0, "freed_bytes": 0}
+        none = {
+            "tier": tier.name,
+            "packs": 0,
+            "chunks": 0,
+            "snapshots": 0,
+            "tombstones": 0,
+            "objects": 0,
+            "freed_bytes": 0,
+        }
         assert await keeper.gc_tier(dry_run=False, progress=quietly) == none
         for key in tier.list():
             os.utime(tier.root / key, (0, 0))
@@ -382,10 +390,10 @@ def test_one_is_not_put_back_by_an_upload_that_is_under_way(here: Machine, tier:
         begun, go = threading.Event(), threading.Event()
         push = here.transport.push
 
-        def slowly(snapshot_id: str, *rest: object) -> None:
+        def slowly(snapshot_id: str, *rest: object, anyway: bool) -> None:
             begun.set()
             go.wait(20)
-            push(snapshot_id, *rest)  # type: ignore[arg-type]
+            push(snapshot_id, *rest, anyway=anyway)  # type: ignore[arg-type]
 
         here.transport.push = slowly  # type: ignore[method-assign]
         keeper = here.keeper(tier)
@@ -403,7 +411,7 @@ def test_one_is_not_put_back_by_an_upload_that_is_under_way(here: Machine, tier:
         assert not here.transport.has(tier, A) and await keeper.look_up("key") is None
         assert not (await keeper.withdraw(A))["found"]
         assert here.whole(A), "what is here is the caller's"
-        await keeper.push(A)
+        await keeper.push(A, anyway=True)
         assert here.transport.has(tier, A)
         await keeper.close()
 

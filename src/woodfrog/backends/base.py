@@ -128,8 +128,8 @@ class SnapshotKeeper(Protocol):
         """Remove from the tier what no snapshot there needs and nobody can be about to name.
 
         Returns:
-            `tier`; `packs`, `chunks`, `snapshots` (without a manifest): how many; `objects` of all of them, and
-            `freed_bytes`. With `dry_run`: what would be.
+            `tier`; `packs`, `chunks`, `snapshots` (without a manifest), `tombstones`: how many; `objects` of all of
+            them, and `freed_bytes`. With `dry_run`: what would be.
         """
 
     async def pin(self, snapshot_id: str) -> dict[str, Any]:
@@ -143,11 +143,24 @@ class SnapshotKeeper(Protocol):
     async def import_(self, source: Path, progress: Progress) -> dict[str, Any]:
         """Take up such a file: `{"id", "app", "function", "new"}`; `new` false when the snapshot was here."""
 
-    async def push(self, snapshot_id: str, progress: Progress) -> dict[str, Any]:
-        """Copy it to the tier: `{"id", "tier"}`."""
+    async def push(self, snapshot_id: str, progress: Progress, *, anyway: bool = False) -> dict[str, Any]:
+        """Copy it to the tier: `{"id", "tier"}`. `anyway`: also when it was removed there for all machines."""
 
     async def pull(self, snapshot_id: str, progress: Progress) -> dict[str, Any]:
         """Bring it from the tier: `{"id", "app", "function", "new", "tier"}`."""
+
+    async def tier(self) -> dict[str, Any]:
+        """The tier that is configured: `{"tier"}`; StoreError (`no-tier`) where there is none."""
+
+    async def list_tier(self, progress: Progress) -> dict[str, Any]:
+        """What is in the tier.
+
+        Returns:
+            `tier`; `snapshots`: [{`id`, `state` ("ready", "untrusted": no trusted key has signed it, "unreadable",
+            "incomplete": no manifest, "removed": a tombstone), `why`, `here`, `signer` (fingerprint), `signer_comment`,
+            `trusted`, `removed` (when), and what its manifest says: `app`, `function`, `kind`, `created`,
+            `memory_bytes`, `files_bytes`, `stored_bytes`, `function_key`, `worker_class`}]; None where it is not known.
+        """
 
     async def withdraw(self, snapshot_id: str) -> dict[str, Any]:
         """Take it out of the tier, for all machines: `{"id", "tier", "found"}`. What is here of it stays."""

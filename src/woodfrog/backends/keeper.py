@@ -23,13 +23,15 @@ from woodfrog.backends.memory import read_working_set
 from woodfrog.errors import IncompatibleSnapshot, IntegrityError, NotFoundError, StoreError, WoodfrogError
 from woodfrog.linux import heap
 from woodfrog.linux.pageserver import PageServer
+from woodfrog.snapshot import tombstones
 from woodfrog.snapshot.arrival import Arrival
-from woodfrog.snapshot.catalogue import PINNED, PUSHED, Catalogue, Opened
+from woodfrog.snapshot.catalogue import PINNED, PUSHED, WITHDRAWN, Catalogue, Opened
 from woodfrog.snapshot.manifest import Manifest
 from woodfrog.snapshot.packing import NotPackable, prepare
 from woodfrog.snapshot.pending import TRIES, Pending, PendingNotes, why_not
 from woodfrog.snapshot.transport import Transport
 from woodfrog.snapshot.trust import fingerprint, public_text
+from woodfrog.store.files import write_atomic
 from woodfrog.store.layers import LayerStats
 from woodfrog.store.pages import PageStore, Problem
 from woodfrog.store.tiers import Tier
@@ -58,6 +60,12 @@ _GO_ON_S = 5.0
 """So long after the start the calls that waited for it have what there is."""
 _GO_ON_AGAIN_S = 60.0
 """Until the second try; twice as long until each one after that."""
+_LOOK_AGAIN_S = 3600.0
+"""Between two looks at what was removed from the tier."""
+_MISSED_S = tombstones.KEEP_S - 24 * 3600.0
+"""Who has not looked for so long may have missed a tombstone."""
+_WITHDRAWN_FROM = "removed for all machines from"
+_UNUSED = "it is in the tier and was not used for longest"
 
 
 def _quietly(what: str, done: int, total: int) -> None:
@@ -104,6 +112,8 @@ class Keeper:
         """Called when a snapshot has come from elsewhere by a person's wish, or after it was thawed already."""
         self.wanted: Callable[[str, str, str], bool] = lambda *_: False
         """Whether a deployed function would thaw a snapshot: by function key, tag, and digest of parameters."""
+        self.on_withdrawn: Callable[[str, str], None] = catalogue.retire
+        """Called with id and reason when a snapshot is not to be used any more: its copy in the tier was removed."""
         self._read_through = read_through
         self._fetches: dict[str, asyncio.Task[Manifest]] = {}
         self._arrivals: dict[str, Arrival] = {}
@@ -128,6 +138,8 @@ class Keeper:
         self._collecting: asyncio.Task[Any] | None = None
         self._pending = PendingNotes(catalogue.root.parent / "arriving")
         self._going_on: asyncio.Task[Any] | None = None
+        self._looked = catalogue.root.parent / "tombstones-seen"
+        self._looking: asyncio.Task[Any] | None = None
         self._pushing: Counter[str] = Counter()
         self._withdrawing: set[str] = set()
         self._closing = False
@@ -260,12 +272,112 @@ class Keeper:
         """Copy a snapshot to the tier once. Where that fails it may be tried again after a while."""
         if self._tier is None or self._in_tier(snapshot_id) or self._catalogue.retired(snapshot_id) is not None:
             return
+        if self._withdrawn(snapshot_id):
+            return
         try:
             await self.push(snapshot_id)
         except WoodfrogError as e:
             counters["push.failed"] += 1
             log.warning("snapshot %s is not in %s: %s", snapshot_id, self._tier.name, e.message)
             asyncio.get_running_loop().call_later(_PUSH_AGAIN_S, self._queued.discard, snapshot_id)
+
+    # What was removed from the tier
+
+    def _withdrawn(self, snapshot_id: str) -> bool:
+        return self._tier is not None and self._catalogue.mark_text(snapshot_id, WITHDRAWN) == self._tier.name
+
+    def look_later(self) -> None:
+        """Look in the background, now and then, whether what is here was removed from the tier for all machines."""
+        if self._tier is not None and not self._closing:
+            self._looking = self._spawn(self._look_again())
+
+    async def _look_again(self) -> None:
+        pause = _GO_ON_S
+        while True:
+            await asyncio.sleep(pause)
+            pause = _LOOK_AGAIN_S
+            try:
+                await self._look()
+            except Exception as e:  # whatever it is: it is tried again
+                why = e.message if isinstance(e, WoodfrogError) else f"{type(e).__name__} {e}".strip()
+                log.warning("%s cannot be asked what was removed there: %s", self._configured().name, why)
+
+    async def _look(self) -> None:
+        """Compare what is here with the tombstones in the tier.
+
+        Raises:
+            StoreError: the tier cannot be asked.
+        """
+        tier, begin = self._configured(), time.time()
+        missed = await asyncio.to_thread(self._may_have_missed, tier.name, begin)
+        dead = await asyncio.to_thread(tombstones.listed, tier)
+        for manifest in self._catalogue.manifests():
+            with contextlib.suppress(NotFoundError):  # it was removed here meanwhile
+                if manifest.id in dead:
+                    await self._met(manifest.id)
+                else:
+                    await self._compare(manifest.id, tier, missed=missed)
+        await asyncio.to_thread(write_atomic, self._looked, f"{begin:.0f} {tier.name}\n".encode())
+
+    async def _compare(self, snapshot_id: str, tier: Tier, *, missed: bool) -> None:
+        """What has no tombstone may have had one: it was taken back, or is so long ago that this machine missed it."""
+        withdrawn = self._withdrawn(snapshot_id)
+        if not withdrawn and not (missed and self._in_tier(snapshot_id)):
+            return
+        there = await asyncio.to_thread(self._transport.has, tier, snapshot_id)
+        if there and withdrawn:
+            await self._back_again(snapshot_id)
+        elif not there and not withdrawn:
+            log.info("snapshot %s is not in %s any more: it was removed, perhaps", snapshot_id, tier.name)
+            await self._disown(snapshot_id)
+
+    def _may_have_missed(self, tier: str, now: float) -> bool:
+        """Whether tombstones may have come and gone since the last look at this tier."""
+        try:
+            when, _, name = self._looked.read_text().rstrip("\n").partition(" ")
+            return name != tier or not 0 <= now - float(when) < _MISSED_S
+        except (OSError, ValueError):
+            return True
+
+    async def _disown(self, snapshot_id: str) -> None:
+        """It is not copied to the tier again by itself."""
+        await self._mark(snapshot_id, WITHDRAWN, self._configured().name)
+        self._catalogue.unmark(snapshot_id, PUSHED)
+
+    async def _met(self, snapshot_id: str) -> None:
+        """There is a tombstone for what is here. Where a trusted key has signed it, this copy is not thawed any more,
+        but for one that is pinned.
+
+        Raises:
+            StoreError: the tier cannot be asked.
+        """
+        tier = self._configured()
+        found = await asyncio.to_thread(self._transport.tombstone, snapshot_id, tier)
+        if found is None or self._catalogue.form(snapshot_id) is None:
+            return
+        if not self._withdrawn(snapshot_id):
+            await self._disown(snapshot_id)
+            whose = f"by the machine with key {found.signer}" if found.signer else "by nobody who is trusted here"
+            log.warning("snapshot %s was removed from %s for all machines, %s", snapshot_id, tier.name, whose)
+        pinned = self._catalogue.marked(snapshot_id, PINNED)
+        if found.signer and not pinned and self._catalogue.retired(snapshot_id) is None:
+            self.on_withdrawn(snapshot_id, f"{_WITHDRAWN_FROM} {tier.name}")
+
+    def _retired_so(self, snapshot_id: str) -> bool:
+        """Whether it is not used because it was removed from the tier, and for no other reason."""
+        return _WITHDRAWN_FROM in (self._catalogue.retired(snapshot_id) or "")
+
+    async def _back_again(self, snapshot_id: str) -> None:
+        """It is in the tier after all, by a person's wish."""
+        await self._mark(snapshot_id, PUSHED, self._configured().name)
+        retired = self._retired_so(snapshot_id)
+        if retired:
+            await asyncio.to_thread(self._catalogue.reinstate, snapshot_id)
+        self._catalogue.unmark(snapshot_id, WITHDRAWN)  # last: whoever looks next does what was cut off
+        if retired:
+            self.on_taken_up(self._catalogue.get(snapshot_id))
+
+    # To and from it
 
     def _configured(self) -> Tier:
         if self._tier is None:
@@ -524,7 +636,8 @@ class Keeper:
             return
         try:
             while not self._closing and await asyncio.to_thread(self._local_bytes) > self._budget:
-                for manifest in self._catalogue.by_use():
+                by_use = self._catalogue.by_use()
+                for manifest in sorted(by_use, key=lambda m: not self._retired_so(m.id)):
                     if await self._evict(manifest.id):
                         break
                 else:
@@ -535,20 +648,25 @@ class Keeper:
             log.warning("snapshots take more than snapshots_mib: %s", e.message)
 
     async def _evict(self, snapshot_id: str) -> bool:
-        """Remove a snapshot that can be had again; False = it stays."""
-        if self._tier is None or not self._in_tier(snapshot_id) or self._catalogue.marked(snapshot_id, PINNED):
+        """Remove a snapshot that can be had again, or that nobody is to have; False = it stays."""
+        if self._tier is None or self._catalogue.marked(snapshot_id, PINNED):
+            return False
+        if not (self._in_tier(snapshot_id) or self._retired_so(snapshot_id)):
             return False
         if snapshot_id in self.in_use() | set(self._used) or self._catalogue.form(snapshot_id) is None:
             return False
         with self._changing(snapshot_id):  # a start that comes now waits, and then fetches it
-            if not await asyncio.to_thread(self._transport.has, self._tier, snapshot_id):
-                log.warning("snapshot %s is not in %s any more", snapshot_id, self._tier.name)
-                self._catalogue.unmark(snapshot_id, PUSHED)
-                self._queued.discard(snapshot_id)
-                return False
+            if self._in_tier(snapshot_id) and not await asyncio.to_thread(self._transport.has, self._tier, snapshot_id):
+                await self._look()
+                if not self._withdrawn(snapshot_id):
+                    log.warning("snapshot %s is not in %s any more", snapshot_id, self._tier.name)
+                    self._catalogue.unmark(snapshot_id, PUSHED)
+                    self._queued.discard(snapshot_id)
+                if not self._retired_so(snapshot_id):
+                    return False
             if snapshot_id in self.in_use():
                 return False
-            log.info("snapshot %s goes: it is in the tier and was not used for longest", snapshot_id)
+            log.info("snapshot %s goes: %s", snapshot_id, self._catalogue.retired(snapshot_id) or _UNUSED)
             await asyncio.to_thread(self._catalogue.remove, snapshot_id)
         self._queued.discard(snapshot_id)
         # What was stored a moment ago counts as well, else more would go than must: nothing that is needed is lost.
@@ -651,6 +769,7 @@ class Keeper:
             "packs": gone.packs,
             "chunks": gone.chunks,
             "snapshots": gone.snapshots,
+            "tombstones": gone.tombstones,
             "objects": gone.objects,
             "freed_bytes": gone.freed_bytes,
         }
@@ -672,8 +791,11 @@ class Keeper:
         before = {m.id for m in self._catalogue.manifests()}
         return self._taken_up(await asyncio.to_thread(self._transport.import_, source, progress), before)
 
-    async def push(self, snapshot_id: str, progress: Progress = _quietly) -> dict[str, Any]:
+    async def push(self, snapshot_id: str, progress: Progress = _quietly, *, anyway: bool = False) -> dict[str, Any]:
         """Copy a snapshot to the tier.
+
+        Args:
+            anyway: also when it was removed from there for all machines: that is taken back.
 
         Raises:
             StoreError, IntegrityError, IncompatibleSnapshot: as `Transport.push`.
@@ -684,12 +806,16 @@ class Keeper:
                 raise StoreError(f"snapshot {snapshot_id} is being removed from {tier.name}", code="tier-busy")
             self._pushing[snapshot_id] += 1
             try:
-                await asyncio.to_thread(self._transport.push, snapshot_id, tier, progress)
+                await asyncio.to_thread(self._transport.push, snapshot_id, tier, progress, anyway=anyway)
+            except StoreError as e:
+                if e.code == "tier-removed":
+                    await self._met(snapshot_id)
+                raise
             finally:
                 self._pushing[snapshot_id] -= 1
                 if not self._pushing[snapshot_id]:
                     del self._pushing[snapshot_id]
-            await self._mark(snapshot_id, PUSHED, tier.name)
+            await self._back_again(snapshot_id)
         counters["push.done"] += 1
         return {"id": snapshot_id, "tier": tier.name}
 
@@ -708,6 +834,15 @@ class Keeper:
         finally:
             self._withdrawing.discard(snapshot_id)
         return {"id": snapshot_id, "tier": tier.name, "found": found}
+
+    async def tier(self) -> dict[str, Any]:
+        return {"tier": self._configured().name}
+
+    async def list_tier(self, progress: Progress) -> dict[str, Any]:
+        tier = self._configured()
+        progress("snapshots", 0, 1)
+        rows = await asyncio.to_thread(self._transport.listing, tier, progress)
+        return {"tier": tier.name, "snapshots": rows}
 
     async def pull(self, snapshot_id: str, progress: Progress) -> dict[str, Any]:
         tier = self._configured()
@@ -790,7 +925,7 @@ class Keeper:
         self._transport.incoming.close()
         for arrival in self._arrivals.values():
             arrival.stop()
-        for task in (self._collecting, self._going_on):
+        for task in (self._collecting, self._going_on, self._looking):
             if task is not None:
                 task.cancel()
         if self._tasks:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 GRACE_S = 2.0
 LOOK_S = 300.0
 """Looking through a snapshot's memory may take so long."""
+SHORT = 8
+"""As many digits of a key's fingerprint tell it from others."""
 app = typer.Typer(help="List, look into, make, keep, move and retire snapshots.", no_args_is_help=True)
 app.add_typer(trust.app, name="trust")
 
@@ -31,20 +33,29 @@ Id = Annotated[str, typer.Argument(metavar="SNAPSHOT", help="Id of the snapshot,
 
 @app.command("list")
 def list_snapshots(
-    of_app: Annotated[str, typer.Option("--app", help="Only this app's.")] = "", as_json: Json = False
+    of_app: Annotated[str, typer.Option("--app", help="Only this app's.")] = "",
+    tier: Annotated[bool, typer.Option("--tier", help="Those in the tier, and those that were removed there.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Show the snapshots kept on this machine."""
+    """Show the snapshots kept on this machine, or those in the tier (WOODFROG_TIER)."""
     client = connect()
+    answer = work(client, "/tier/list", quiet=as_json) if tier else get(client, "/snapshots")
     keys = _keys_of(client, of_app) if of_app else set()
     snapshots = [
         s
-        for s in get(client, "/snapshots")["snapshots"]
+        for s in answer["snapshots"]
         # The same code run under another name has the same key, and shares the snapshot.
         if of_app in ("", s.get("app")) or s.get("function_key") in keys
     ]
     if as_json:
         output.show_json(snapshots)
-        return
+    elif tier:
+        _show_tier(snapshots, str(answer.get("tier")))
+    else:
+        _show_here(snapshots)
+
+
+def _show_here(snapshots: list[dict[str, Any]]) -> None:
     rows = [
         (
             s["id"],
@@ -55,13 +66,34 @@ def list_snapshots(
             output.size(s.get("stored_bytes")),
             output.size(s.get("files_bytes")),
             output.ago(s.get("created")),
-            " ".join(mark for mark in ("pinned", "pushed") if s.get(mark)),
+            " ".join(mark for mark in ("pinned", "pushed", "withdrawn") if s.get(mark)),
             s.get("why") or ", ".join(s.get("modules") or ()),
         )
         for s in snapshots
     ]
     headers = ["snapshot", "app", "function", "state", "memory", "stored", "files", "made", "marks", "why"]
     output.table(headers, rows, empty="no snapshots")
+
+
+def _show_tier(snapshots: list[dict[str, Any]], name: str) -> None:
+    rows = [
+        (
+            s["id"],
+            s.get("app"),
+            s.get("function"),
+            s["state"],
+            output.size(s.get("memory_bytes")),
+            output.size(s.get("stored_bytes")),
+            output.size(s.get("files_bytes")),
+            output.ago(s.get("created")),
+            f"{(s.get('signer') or '')[:SHORT]} {s.get('signer_comment') or ''}".strip(),
+            "here" if s.get("here") else "",
+            f"{s.get('why')}, {output.ago(s['removed'])}" if s.get("removed") else s.get("why"),
+        )
+        for s in snapshots
+    ]
+    headers = ["snapshot", "app", "function", "state", "memory", "stored", "files", "made", "signed by", "here", "why"]
+    output.table(headers, rows, empty=f"no snapshots in {name}")
 
 
 @app.command()
@@ -276,9 +308,8 @@ def invalidate(
 ) -> None:
     """Remove a snapshot, now or when its last container ends: the next start is cold, and makes a new one.
 
-    In the tier it stays, and is not taken from there again by this machine. With --tier it goes there, too; give the
-    whole id of one that is only there. Another machine that has it keeps it, and may put it back: invalidate it there
-    first.
+    In the tier it stays, and is not taken from there again by this machine. With --tier it goes there, too, and no
+    other machine puts it back; give the whole id of one that is only there.
     """
     client = connect()
     path = f"/snapshots/{segment(snapshot)}/invalidate"
@@ -303,13 +334,14 @@ def invalidate(
 
 def _ask_to_withdraw(client: Client, snapshot: str) -> str:
     """Have a person confirm that nobody needs it; its whole id."""
-    where = "from the tier"
+    name = get(client, "/tier")["tier"]  # or there is none, and nothing to ask
+    where = f"from {name}"
     try:
         row = get(client, f"/snapshots/{segment(snapshot)}")
     except NotFoundError:
         output.note(f"{snapshot} is not on this machine: the tier's may be the last copy")
     else:
-        snapshot, where = str(row.get("id", snapshot)), "here and from the tier"
+        snapshot, where = str(row.get("id", snapshot)), f"here and from {name}"
         pinned = ", which is pinned" if row.get("pinned") else ""
         output.note(f"{snapshot} of {row.get('app')}.{row.get('function')}{pinned}")
     typer.confirm(f"Remove it {where}, for all machines?", abort=True, err=True)
@@ -368,7 +400,7 @@ def gc(
     packs, freed = answer.get("packs") or 0, output.size(answer.get("freed_bytes") or 0)
     verb = "would free" if dry_run else "freed"
     if tier:
-        parts = [f"{answer.get(kind) or 0} {kind}" for kind in ("packs", "chunks", "snapshots")]
+        parts = [f"{answer.get(kind) or 0} {kind}" for kind in ("packs", "chunks", "snapshots", "tombstones")]
         what = f"{verb} {freed} in {answer.get('tier')}: {answer.get('objects')} objects of {', '.join(parts)}"
         output.note(what if answer.get("objects") else f"nothing to remove in {answer.get('tier')}")
     else:
@@ -451,9 +483,16 @@ def import_(
 
 
 @app.command()
-def push(snapshot: Id, as_json: Json = False) -> None:
+def push(
+    snapshot: Id,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Also when it was removed from there for all machines: take that back.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Copy a snapshot to the tier (WOODFROG_TIER), from which other machines thaw it."""
-    answer = work(connect(), f"/snapshots/{segment(snapshot)}/push", quiet=as_json)
+    asked = {"anyway": "1"} if anyway else {}
+    answer = work(connect(), f"/snapshots/{segment(snapshot)}/push", quiet=as_json, **asked)
     if as_json:
         output.show_json(answer)
     else:

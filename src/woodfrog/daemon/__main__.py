@@ -233,6 +233,7 @@ async def serve(settings: Settings) -> None:
     )
     factory = await SandboxFactory.open(settings)
     keeper.on_taken_up = controller.snapshot_arrived
+    keeper.on_withdrawn = controller.retire
     keeper.wanted = controller.thaws
     controller.backend = LocalBackend(
         LocalConfig(
@@ -287,6 +288,7 @@ async def serve(settings: Settings) -> None:
     gc.collect()
     gc.freeze()  # what has been loaded stays: no collection has to go through it again while calls wait
     keeper.go_on_later()
+    keeper.look_later()
     factory.start_filling()
     log.info(
         "woodfrogd %s ready: home %s, criu %s, class %s",

@@ -37,7 +37,7 @@ from woodfrog.errors import (
     StoreError,
     WoodfrogError,
 )
-from woodfrog.snapshot.catalogue import PINNED, PUSHED, Catalogue
+from woodfrog.snapshot.catalogue import PINNED, PUSHED, WITHDRAWN, Catalogue
 from woodfrog.snapshot.compat import WorkerClass, explain_mismatch
 from woodfrog.snapshot.manifest import Manifest
 from woodfrog.spec import function_key, split_tag, to_dict
@@ -199,6 +199,7 @@ def _snapshot_row(catalogue: Catalogue, manifest: Manifest, classes: tuple[Worke
         "stored_bytes": manifest.stored_bytes if manifest.form == "packed" else manifest.pages_bytes,
         "pinned": catalogue.marked(manifest.id, PINNED),
         "pushed": catalogue.marked(manifest.id, PUSHED),
+        "withdrawn": catalogue.marked(manifest.id, WITHDRAWN),
     }
 
 

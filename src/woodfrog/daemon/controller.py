@@ -838,6 +838,11 @@ class Controller:
         self._remove_doomed()
         return snapshot_id not in self._doomed
 
+    def retire(self, snapshot_id: str, reason: str) -> None:
+        """Never use a snapshot again, but keep it."""
+        self.emit(ev.SnapshotInvalidated(now=self.now(), snapshot_id=snapshot_id))
+        self.catalogue.retire(snapshot_id, reason)
+
     def _remove_doomed(self) -> None:
         for snapshot_id in self._doomed - self.backend.snapshots_in_use():
             try:

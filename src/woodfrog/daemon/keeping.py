@@ -194,15 +194,27 @@ def add_routes(
         return await answer(jobs.start("import", work, cleanup=path), wait)
 
     @api.post("/v1/snapshots/{snapshot_id}/push", tags=["snapshots"])
-    async def push(snapshot_id: str, wait: float = Wait) -> Response:
-        """Copy a snapshot to the tier."""
+    async def push(snapshot_id: str, anyway: bool = False, wait: float = Wait) -> Response:
+        """Copy a snapshot to the tier; with `anyway` also one that was removed from there for all machines."""
         found = catalogue.get(snapshot_id).id
-        return await answer(jobs.start(f"push {found}", lambda p: keeper().push(found, p)), wait)
+        return await answer(jobs.start(f"push {found}", lambda p: keeper().push(found, p, anyway=anyway)), wait)
 
     @api.post("/v1/snapshots/{snapshot_id}/pull", tags=["snapshots"])
     async def pull(snapshot_id: str, wait: float = Wait) -> Response:
         """Bring a snapshot from the tier; the id must be whole."""
         return await answer(jobs.start(f"pull {snapshot_id}", lambda p: keeper().pull(snapshot_id, p)), wait)
+
+    # The tier
+
+    @api.get("/v1/tier", tags=["tier"])
+    async def tier() -> dict[str, Any]:
+        """The tier's name; an error (`no-tier`) when none is configured."""
+        return await keeper().tier()
+
+    @api.post("/v1/tier/list", tags=["tier"])
+    async def list_tier(wait: float = Wait) -> Response:
+        """What is in the tier: a row for each snapshot, and for each that was removed. Reads every manifest there."""
+        return await answer(jobs.start("list the tier", lambda p: keeper().list_tier(p)), wait)
 
     # Trust
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from woodfrog.store.layers import LayerFiles
     from woodfrog.store.pages import PageStore
 
-__all__ = ["PINNED", "PUSHED", "WORKING_SET", "Catalogue", "Opened", "Staging", "inventory"]
+__all__ = ["PINNED", "PUSHED", "WITHDRAWN", "WORKING_SET", "Catalogue", "Opened", "Staging", "inventory"]
 
 _LAYERS = ("fs", "shm")
 _PAGE = 4096
@@ -41,6 +41,8 @@ PINNED = "pinned"
 """Mark of a snapshot that only a person removes."""
 PUSHED = "pushed"
 """Mark of a snapshot that is in the tier as well."""
+WITHDRAWN = "withdrawn"
+"""Mark of a snapshot that was removed from the tier for all machines: only a person copies it there again."""
 _USED = "used"
 _KEPT_FAILURES = 20
 
@@ -292,8 +294,12 @@ class Catalogue:
 
     def form(self, snapshot_id: str) -> str | None:
         """ "loose" or "packed"; None when there is no such snapshot."""
-        manifest = self._manifests.get(snapshot_id)
+        manifest = self.known(snapshot_id)
         return manifest.form if manifest else None
+
+    def known(self, snapshot_id: str) -> Manifest | None:
+        """The manifest of a whole id; None when there is no such snapshot."""
+        return self._manifests.get(snapshot_id)
 
     def mark(self, snapshot_id: str, mark: str, text: str = "") -> None:
         """Put a mark beside the manifest; it says nothing about the content and is not signed.
@@ -727,6 +733,19 @@ class Catalogue:
             )
         except StoreError:
             return  # it stays retired in this daemon; a restart may try it once more
+
+    def reinstate(self, snapshot_id: str) -> None:
+        """Take back `retire`.
+
+        Raises:
+            StoreError: the mark of it cannot be removed.
+        """
+        mark = self.root / snapshot_id / _RETIRED
+        try:
+            mark.unlink(missing_ok=True)
+        except OSError as e:
+            raise store_error("cannot remove", mark, e) from e
+        self._retired.pop(snapshot_id, None)
 
     def remove(self, snapshot_id: str, *, wait: bool = True) -> None:
         """Delete a snapshot. Running instances keep what they have open.

@@ -11,6 +11,9 @@ Nobody counts references. All manifests are read, what they name is kept, and of
   later. So uploads and collections exclude one another (`store.leases`), on all machines. Several may collect at once:
   what one finds unnamed stays so until all of them are through.
 - **Manifests are looked at again before each batch**, and what a new or changed one names stays.
+- **A snapshot with a tombstone is none**, whatever is left of it: its removal was cut off. Its manifest is not read,
+  and goes with the rest. The tombstone goes when it is old (`tombstones.KEEP_S`) and nothing else of its snapshot is
+  there. Whoever has a copy has met it by then, or knows that it may have missed it.
 
 A pack's names go first: whoever sends then takes the pack for missing, and sends all of it. A collection that is killed
 leaves objects that the next one finds again.
@@ -25,6 +28,7 @@ from dataclasses import dataclass
 
 from woodfrog.errors import StoreError, WoodfrogError
 from woodfrog.faults import fault
+from woodfrog.snapshot.tombstones import KEEP_S, TOMBSTONES
 from woodfrog.store.leases import LEASES, Lease, collecting
 from woodfrog.store.tiers import Entry, Tier
 
@@ -38,6 +42,7 @@ _OBJECT = re.compile(
     r"|(?P<chunk>chunks(-[0-9a-f]{16})?/[0-9a-f]{2}/[0-9a-f]{64})\Z"
     r"|snapshots/(?P<snapshot>[sz]-[0-9a-f]{12})/[a-z.-]+\Z"
     r"|by-key/[^/]+/[^/]+/(?P<pointer>[sz]-[0-9a-f]{12})\Z"
+    rf"|(?P<tombstone>{TOMBSTONES}/[sz]-[0-9a-f]{{12}})\Z"
     rf"|(?P<lease>{LEASES}/[a-z]+/[0-9a-f]{{32}})\Z"
 )
 
@@ -48,7 +53,7 @@ class Group:
 
     Args:
         name: of a pack or chunk without what follows it; `snapshots/<id>`, with what points to it.
-        kind: "pack", "chunk", "snapshot" or "lease".
+        kind: "pack", "chunk", "snapshot", "tombstone" or "lease".
         entries: in the order in which they are removed.
     """
 
@@ -65,6 +70,11 @@ class Group:
     def manifest(self) -> Entry | None:
         return next((e for e in self.entries if e.key == f"{self.name}/manifest.json"), None)
 
+    @property
+    def snapshot(self) -> str:
+        """The group of the snapshot that a tombstone is of."""
+        return self.name.replace(TOMBSTONES, "snapshots", 1)
+
 
 @dataclass(frozen=True)
 class Swept:
@@ -73,6 +83,7 @@ class Swept:
     packs: int
     chunks: int
     snapshots: int
+    tombstones: int
     objects: int
     freed_bytes: int
 
@@ -95,16 +106,24 @@ def grouped(entries: Iterable[Entry]) -> dict[str, Group]:
 
 def _goes_first(key: str) -> bool:
     """Before the rest of its group."""
-    return key.startswith("by-key/") or key.endswith(".names")
+    return key.startswith("by-key/") or key.endswith((".names", "/manifest.json"))
+
+
+def buried(groups: dict[str, Group]) -> set[str]:
+    """The snapshots that have a tombstone."""
+    return {group.snapshot for group in groups.values() if group.kind == "tombstone"}
 
 
 def unneeded(groups: dict[str, Group], named: set[str], now: float, min_age_s: float) -> list[Group]:
     """What may go: not named, of no snapshot that has a manifest, and not young; snapshots before packs."""
-    gone = [
-        group
-        for name, group in groups.items()
-        if name not in named and group.manifest is None and now - group.modified >= min_age_s
-    ]
+    dead = buried(groups)
+
+    def goes(group: Group) -> bool:
+        if group.kind == "tombstone":
+            return group.snapshot not in groups and now - group.modified >= max(KEEP_S, min_age_s)
+        return (group.manifest is None or group.name in dead) and now - group.modified >= min_age_s
+
+    gone = [group for name, group in groups.items() if name not in named and goes(group)]
     return sorted(gone, key=lambda group: (group.kind != "snapshot", group.name))
 
 
@@ -135,9 +154,16 @@ def sweep(
         fault("sweep.marked")
         if not dry_run:
             gone = work.remove(gone)
-    count = {kind: sum(group.kind == kind for group in gone) for kind in ("pack", "chunk", "snapshot")}
+    count = {kind: sum(group.kind == kind for group in gone) for kind in ("pack", "chunk", "snapshot", "tombstone")}
     entries = [entry for group in gone for entry in group.entries]
-    return Swept(count["pack"], count["chunk"], count["snapshot"], len(entries), sum(e.size for e in entries))
+    return Swept(
+        packs=count["pack"],
+        chunks=count["chunk"],
+        snapshots=count["snapshot"],
+        tombstones=count["tombstone"],
+        objects=len(entries),
+        freed_bytes=sum(entry.size for entry in entries),
+    )
 
 
 class _Sweep:
@@ -154,20 +180,26 @@ class _Sweep:
         self._read: dict[str, Entry] = {}
         """Manifests that were read, as they were listed then."""
         self._named: set[str] = set()
+        self._buried: set[str] = set()
 
     def find(self, now: float, min_age_s: float) -> list[Group]:
         groups = grouped(self._tier.entries())
+        self._buried = buried(groups)  # until the end: whoever takes one away is sending
         self._mark(groups)
         if absent := sorted(self._named - groups.keys()):
             raise self._stop(f"snapshots there need {absent[0]}, which is not in its listing")
         for group in groups.values():
             if group.kind == "snapshot" and group.manifest is None:
-                self._insist_gone(group)
+                self._insist_gone(group.name)
         return unneeded(groups, self._named, now, min_age_s)
 
     def _mark(self, groups: dict[str, Group]) -> None:
         """Read the manifests that were not read as they are."""
-        found = {name: manifest for name, group in groups.items() if (manifest := group.manifest) is not None}
+        found = {
+            name: manifest
+            for name, group in groups.items()
+            if (manifest := group.manifest) is not None and name not in self._buried
+        }
         todo = [(name, entry) for name, entry in sorted(found.items()) if self._read.get(name) != entry]
 
         def one(item: tuple[str, Entry]) -> set[str]:
@@ -184,10 +216,10 @@ class _Sweep:
                 self._progress("snapshots", number, len(todo))
         self._read.update(todo)
 
-    def _insist_gone(self, group: Group) -> None:
+    def _insist_gone(self, snapshot: str) -> None:
         """A listing may lack what is there: it is asked for by name."""
-        if self._tier.has(f"{group.name}/manifest.json"):
-            raise self._stop(f"its listing lacks {group.name}/manifest.json, which is there")
+        if self._tier.has(f"{snapshot}/manifest.json"):
+            raise self._stop(f"its listing lacks {snapshot}/manifest.json, which is there")
 
     def _stop(self, why: str, error: WoodfrogError | None = None) -> StoreError:
         return StoreError(
@@ -211,8 +243,10 @@ class _Sweep:
     def _remove(self, group: Group) -> Group:
         self._go_on()
         self._lease.check()
-        if group.kind == "snapshot":
-            self._insist_gone(group)
+        if group.kind == "tombstone":
+            self._insist_gone(group.snapshot)
+        elif group.kind == "snapshot" and group.name not in self._buried:
+            self._insist_gone(group.name)
         for entry in group.entries:
             self._tier.delete(entry.key)
             fault("sweep.removed")

@@ -7,8 +7,10 @@ In a tier:
     chunks[-<key>]/<2>/<name>                 a part of a large file of some layer, see store/chunks.py
     snapshots/<id>/images, fs, shm            CRIU's images and the file layers, cold form of trees
     snapshots/<id>/packs.json                 where its packs are and in which form; a hint, not trusted
+    snapshots/<id>/signer                     the public key of .sig, as a hint to people
     snapshots/<id>/manifest.json, .sig        last: what is not named by it is not there
     by-key/<function key>/<worker class>/<id> last of all: found by those who look for it
+    tombstones/<id>                           it was removed, and is not to come back, see snapshot/tombstones.py
     leases/<kind>/<random>                    who sends and who collects now, see store/leases.py
 
 Nothing that arrives is trusted: the manifest's signature must be of this machine's key or of one it was told to trust,
@@ -30,15 +32,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from woodfrog.errors import IncompatibleSnapshot, IntegrityError, NotFoundError, StoreError
 from woodfrog.faults import fault
 from woodfrog.snapshot.arrival import Arrival
 from woodfrog.snapshot.catalogue import WORKING_SET, Catalogue, Staging
 from woodfrog.snapshot.incoming import Incoming, Origin
+from woodfrog.snapshot.listing import MANIFEST_MAX, SIGNATURE_MAX, SIGNER, Lister
 from woodfrog.snapshot.manifest import Manifest, SigningKey, decode, encode, external_file
 from woodfrog.snapshot.sweep import Swept, sweep
-from woodfrog.snapshot.trust import TrustStore, verify_any
+from woodfrog.snapshot.tombstones import Tombstone, bury, dig_up, read
+from woodfrog.snapshot.trust import TrustedKey, TrustStore, fingerprint, public_text, verify_any
 from woodfrog.store.bundle import large_files, pack_tree, unpack_tree
 from woodfrog.store.chunks import LARGE, Chunks, Large
 from woodfrog.store.cold import (
@@ -72,10 +77,8 @@ _EXPORT = re.compile(
 )
 _TREES = ("images", "fs", "shm")
 _PARALLEL = 4
-_MANIFEST_MAX = 64 << 20
 _HINT_MAX = 4 << 20
 _WORKING_SET_MAX = 64 << 20
-_SIGNATURE_MAX = 4096
 _NAMES_MAX = 4 << 20
 """Of one pack: twice what the largest one has."""
 _PAGES_MAX = _NAMES_MAX // NAME
@@ -161,13 +164,19 @@ class Transport:
         if self.stop.is_set():
             raise StoreError("the daemon is stopping; the transfer is begun anew when it is back", code="stopping")
 
-    def push(self, snapshot_id: str, tier: Tier, progress: Progress | None = None) -> None:
+    def push(self, snapshot_id: str, tier: Tier, progress: Progress | None = None, *, anyway: bool = False) -> None:
         """Copy a snapshot to a tier: packs, files, then the manifest. What is there already is not sent again.
 
+        Args:
+            anyway: also when it was removed from there for all machines: that is taken back.
+
         Raises:
-            StoreError, IntegrityError: it could not be; what is in the tier is not visible as a snapshot.
+            StoreError: it could not be, or it was removed from there (`tier-removed`).
+            IntegrityError: it could not be.
             IncompatibleSnapshot: files it rests on were changed: nobody could thaw it.
         """
+        if not anyway and (found := self.tombstone(snapshot_id, tier)) is not None:
+            raise _not_wanted(found, tier)
         opened = self._catalogue.open_verified(snapshot_id)
         manifest = with_digests(opened.manifest)
         packs = sorted(self._store.needs(manifest.packs))
@@ -203,9 +212,16 @@ class Transport:
                     tier.put(f"{prefix}/{WORKING_SET}", self._sealed(working_set.read_bytes()))
                 data = encode(manifest)
                 lease.check()
+                tier.put(f"{prefix}/{SIGNER}", public_text(self.signing).encode())
                 tier.put(f"{prefix}/manifest.sig", self.signing.sign(data))
                 tier.put(f"{prefix}/manifest.json", self._sealed(data))
                 tier.put(f"by-key/{manifest.function_key}/{manifest.worker_class}/{snapshot_id}", b"")
+                if anyway:
+                    dig_up(tier, snapshot_id)  # last: until then it is not there
+                elif (found := self.tombstone(snapshot_id, tier)) is not None:
+                    # It was removed meanwhile: by somebody who did not find all that came after.
+                    self._take_out(snapshot_id, tier)
+                    raise _not_wanted(found, tier)
         except OSError as e:
             raise store_error("cannot push the snapshot", opened.path, e) from e
         finally:
@@ -341,11 +357,24 @@ class Transport:
             raise
         return arrival
 
-    def withdraw(self, snapshot_id: str, tier: Tier) -> bool:
-        """Take a snapshot out of a tier: nobody finds it there any more, under its key or its id. Whether it was there.
+    def tombstone(self, snapshot_id: str, tier: Tier) -> Tombstone | None:
+        """Whether a snapshot was removed from a tier for all machines.
 
-        What points to it goes before its manifest, as it came after it. The rest stays for `sweep`: somebody may be
-        about to send the same snapshot, and an upload takes what it finds for sent.
+        Raises:
+            StoreError: the tier cannot be asked.
+        """
+        return read(tier, snapshot_id, self._known)
+
+    def _known(self) -> tuple[bytes, ...]:
+        return (self.signing.public, *self.trust.public_keys())
+
+    def withdraw(self, snapshot_id: str, tier: Tier) -> bool:
+        """Take a snapshot out of a tier, for all machines: nobody finds it there any more, under its key or its id, and
+        nobody brings it back. Whether it was there.
+
+        Its tombstone comes first: whatever ends this after that, it is gone, and a collection does the rest. What
+        points to it goes before its manifest, as it came after it. Its files stay for `sweep`: somebody may be about to
+        send the same snapshot, and an upload takes what it finds for sent.
 
         Raises:
             NotFoundError: that is no snapshot's id.
@@ -353,15 +382,42 @@ class Transport:
         """
         if not _ID.match(snapshot_id):
             raise NotFoundError(f"no snapshot {snapshot_id!r}: the tier wants a whole id", snapshot=snapshot_id)
-        manifest = f"snapshots/{snapshot_id}/manifest.json"
-        # By name, not as its manifest says: that may be damaged, of another's key, or gone in an attempt before.
-        gone = [key for key in tier.list("by-key") if key.endswith(f"/{snapshot_id}")]
-        if tier.has(manifest):
-            gone.append(manifest)
-        for key in gone:
+        found = bool(self._visible(snapshot_id, tier))
+        if not found and self._catalogue.form(snapshot_id) is None and snapshot_id not in self._catalogue.damaged:
+            return False  # no tombstones for what nobody has ever seen
+        bury(tier, snapshot_id, self.signing)
+        self._take_out(snapshot_id, tier)
+        return found
+
+    def _take_out(self, snapshot_id: str, tier: Tier) -> None:
+        for key in self._visible(snapshot_id, tier):
             self._go_on()
             tier.delete(key)
-        return bool(gone)
+
+    @staticmethod
+    def _visible(snapshot_id: str, tier: Tier) -> list[str]:
+        """What makes a snapshot one of a tier's, by name and not as its manifest says: that may be damaged, of
+        another's key, or gone in an attempt before."""
+        keys = [key for key in tier.list("by-key") if key.endswith(f"/{snapshot_id}")]
+        manifest = f"snapshots/{snapshot_id}/manifest.json"
+        return [*keys, manifest] if tier.has(manifest) else keys
+
+    def listing(self, tier: Tier, progress: Progress) -> list[dict[str, Any]]:
+        """What is in a tier; see `snapshot.listing`.
+
+        Raises:
+            StoreError: the tier cannot be asked.
+            IntegrityError: a file of a trusted key is damaged.
+        """
+        own = TrustedKey(fingerprint(self.signing.public), self.signing.public, "this machine")
+        return Lister(
+            tier,
+            small=lambda key, most: self._small(tier, key, most),
+            tombstone=lambda snapshot_id: self.tombstone(snapshot_id, tier),
+            keys=(own, *self.trust.list()),
+            here=self._catalogue.known,
+            go_on=self._go_on,
+        ).rows(progress)
 
     def sweep(self, tier: Tier, *, dry_run: bool = False, progress: Progress | None = None) -> Swept:
         """Remove from a tier what no snapshot there needs; see `snapshot.sweep`.
@@ -395,7 +451,13 @@ class Transport:
 
     def _manifest(self, snapshot_id: str, tier: Tier, function_key: str) -> tuple[Manifest, Manifest]:
         """A snapshot's manifest as it was signed, and as it is here."""
-        manifest = self._signed(snapshot_id, tier)
+        with ThreadPoolExecutor(1) as pool:
+            tombstone = pool.submit(self.tombstone, snapshot_id, tier) if _ID.match(snapshot_id) else None
+            try:
+                manifest = self._signed(snapshot_id, tier)
+            finally:  # before it is said that there is none
+                if tombstone is not None and (found := tombstone.result()) is not None:
+                    raise NotFoundError(_removed(found, tier), code="tier-removed", snapshot=snapshot_id) from None
         if function_key and manifest.function_key != function_key:
             raise IntegrityError(f"snapshot {snapshot_id} in {tier.name} is of another function", code="other-function")
         return manifest, _as_here(manifest)
@@ -406,14 +468,13 @@ class Transport:
             raise NotFoundError(f"{snapshot_id!r} is not a snapshot's id", snapshot=snapshot_id)
         prefix = f"snapshots/{snapshot_id}"
         try:
-            data = self._small(tier, f"{prefix}/manifest.json", _MANIFEST_MAX)
-            signature = _small(tier, f"{prefix}/manifest.sig", _SIGNATURE_MAX)
+            data = self._small(tier, f"{prefix}/manifest.json", MANIFEST_MAX)
+            signature = _small(tier, f"{prefix}/manifest.sig", SIGNATURE_MAX)
         except StoreError as e:
             if e.code == "tier-missing":
                 raise NotFoundError(f"no snapshot {snapshot_id} in {tier.name}", snapshot=snapshot_id) from None
             raise
-        known = (self.signing.public, *self.trust.public_keys())
-        verify_any(data, signature, known, f"snapshot {snapshot_id} from {tier.name}")
+        verify_any(data, signature, self._known(), f"snapshot {snapshot_id} from {tier.name}")
         manifest = decode(data)
         if manifest.id != snapshot_id:
             raise IntegrityError(f"snapshot {snapshot_id}: its manifest is of {manifest.id}", code="bad-manifest")
@@ -625,6 +686,20 @@ def _take_members(tar: tarfile.TarFile, target: Path) -> Iterable[str]:
                 f.write(data)
         if name.startswith("snapshots/"):
             yield name.split("/")[1]
+
+
+def _removed(found: Tombstone, tier: Tier) -> str:
+    by = f" by the machine with key {found.signer}" if found.signer else ""
+    return f"snapshot {found.snapshot} was removed from {tier.name} for all machines{by}"
+
+
+def _not_wanted(found: Tombstone, tier: Tier) -> StoreError:
+    return StoreError(
+        f"{_removed(found, tier)}; `woodfrog snapshot push {found.snapshot} --anyway` takes that back",
+        code="tier-removed",
+        tier=tier.name,
+        snapshot=found.snapshot,
+    )
 
 
 def _owner(what: str, snapshot_id: str) -> str:
