@@ -12,16 +12,18 @@ import argparse
 import hashlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import blake3
 import torch
 from common import console, machine, number, save, summary, table
 
 from woodfrog.settings import load
-from woodfrog.tensors import Away, TensorTracker, Tree, restore
+from woodfrog.tensors import Away, TensorTracker, Tree, link, restore
 from woodfrog.tensors.hashing import Hasher
 
 BLOCKS = (4096, 65536, 1 << 20)
@@ -124,20 +126,35 @@ def trees(nbytes: int) -> dict[str, Any]:
     return {"leaves": count, "reads": one.reads, "ms": round((time.perf_counter() - begin) * 1e3, 3)}
 
 
+class InMemory:
+    """For the CPU, in place of a device's streams and pinned memory: nothing is pinned, and copies are done at once."""
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.int8)
+
+    def copy(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> InMemory:
+        for source, target in pairs:
+            target.copy_(source)
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+
 def away(device: str, nbytes: int, rounds: int) -> dict[str, Any]:
+    """GB/s out, and back: plainly, and through buffers that threads fill, in turn within each round."""
     tensors = [torch.ones(nbytes // 16, dtype=torch.int8, device=device) for _ in range(16)]
-    leaving, coming = [], []
+    staged = "staged, from memory to memory: what buffers and threads cost" if device == "cpu" else "staged"
+    leaving: list[float] = []
+    coming: dict[str, list[float]] = {"plain": [], staged: []}
     for _ in range(rounds):
-        gone = Away(tensors, devices=[device])
-        settle(device)
-        begin = time.perf_counter()
-        gone.leave()
-        middle = time.perf_counter()
-        gone.come_back()
-        settle(device)
-        leaving.append(middle - begin)
-        coming.append(time.perf_counter() - middle)
-    return {"leave": rate(nbytes, leaving), "come_back": rate(nbytes, coming)}
+        for name, taken in coming.items():
+            gone = Away(tensors, devices=[device], **({"staging_bytes": 0} if name == "plain" else {}))
+            leaving.append(timed(device, gone.leave))
+            with mock.patch.object(link, "find", lambda _: InMemory()) if device == "cpu" else nullcontext():
+                taken.append(timed(device, gone.come_back))
+    found = {name: rate(nbytes, taken) for name, taken in coming.items()}
+    return {"leave": rate(nbytes, leaving), "come_back": found}
 
 
 def show(device: str, found: dict[str, Any]) -> None:
@@ -155,6 +172,12 @@ def show(device: str, found: dict[str, Any]) -> None:
             rows += [(width, "first", number(row["first_ms"]), "")]
             rows += [(width, s, number(c["ms"]["median"]), number(c["mib"], 1)) for s, c in row["changed"].items()]
     table(f"{device}: a capture", ("blocks", "changed", "ms", "MiB"), rows)
+    moved = {"out": found["away_gb_s"]["leave"]} | {f"back, {k}": v for k, v in found["away_gb_s"]["come_back"].items()}
+    table(
+        f"{device}: put away and back, GB/s",
+        ("", "min", "median", "max"),
+        [(name, *(number(x, 2) for x in (v["min"], v["median"], max(v["values"])))) for name, v in moved.items()],
+    )
 
 
 def main() -> int:

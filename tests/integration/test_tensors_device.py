@@ -21,7 +21,8 @@ pytestmark = pytest.mark.torch
 SCRIPT = """
 import fake_device, torch
 from fake_device import used
-from woodfrog.tensors import Away, TensorTracker, restore
+from woodfrog.tensors import Away, TensorTracker, link, restore
+from woodfrog.tensors.copying import Arena
 
 def step(model, optimizer, seed):
     x = torch.randn(8, 60, generator=torch.Generator().manual_seed(seed)).to("fake")
@@ -71,6 +72,27 @@ away.come_back()
 assert used() == before and torch.equal(view.cpu(), model[0].weight[3:5].cpu())
 assert all(a is b for a, b in zip(parameters, model.parameters()))
 assert [step(model, optimizer, seed) for seed in (2, 3)] == wanted
+
+# The same through buffers that threads fill.
+class Way:
+    def pinned(self, nbytes):
+        return torch.empty(nbytes, dtype=torch.int8)
+
+    def copy(self, pairs):
+        for source, target in pairs:
+            target.copy_(source)
+        return self
+
+    def synchronize(self):
+        pass
+
+plainly = link.find, Arena.of
+link.find, Arena.of = lambda device: Way(), lambda staging_bytes, nbytes: Arena(5000, 3, 2)
+restore(chain, into=(model, optimizer))
+assert away.leave() == [] and used() == before - away.nbytes
+assert away.come_back() == [] and used() == before and torch.equal(view.cpu(), model[0].weight[3:5].cpu())
+assert [step(model, optimizer, seed) for seed in (2, 3)] == wanted
+link.find, Arena.of = plainly
 
 # Everything there is, and nothing is left.
 everything = Away()

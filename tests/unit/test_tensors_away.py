@@ -131,11 +131,11 @@ def test_a_failure_on_the_way_leaves_everything_in_place(monkeypatch: pytest.Mon
     wanted = [t.clone() for t in tensors]
     real, calls = away.copy_to_host, []
 
-    def failing(data: Any) -> Any:
+    def failing(data: Any, staging_bytes: int) -> Any:
         calls.append(data)
         if len(calls) == 3:
             raise RuntimeError("out of memory")
-        return real(data)
+        return real(data, staging_bytes)
 
     monkeypatch.setattr(away, "copy_to_host", failing)
     with pytest.raises(RuntimeError, match="out of memory"):

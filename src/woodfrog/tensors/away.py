@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 
 from woodfrog.errors import RestoreError
 from woodfrog.tensors import find
-from woodfrog.tensors.copyout import copy_to_host
+from woodfrog.tensors.copying import Arena, CopyIn, copy_to_host
+from woodfrog.tensors.link import free_pinned
 
 __all__ = ["Away", "bring_back", "put_away", "put_away_on_snapshot"]
 
 _registered: list[Away] = []
+_STAGING = 64 << 20
 _NODES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/")
 
 
@@ -31,6 +34,9 @@ class Away:
         objects: modules, optimizers, tensors, containers, objects with attributes; with none, every tensor that
             Python's garbage collector knows and is not kept from (`gc.freeze`, as in a thawed process's first calls).
         devices: kinds of devices that are left: all but the CPU by default.
+        staging_bytes: of pinned host memory, so much at most is used on the way out, and on the way back. It is there
+            only while bytes are on their way, never between `leave` and `come_back`. Back, it is at most a quarter of
+            what comes. With less than 16 MiB, and on devices without streams, copies are plain ones.
 
     Example:
         >>> away = Away(model, optimizer)
@@ -38,15 +44,18 @@ class Away:
         >>> away.come_back()     # the same tensors, the same values
     """
 
-    def __init__(self, *objects: Any, devices: Collection[str] | None = None) -> None:
+    def __init__(self, *objects: Any, devices: Collection[str] | None = None, staging_bytes: int = _STAGING) -> None:
+        if staging_bytes < 0:
+            raise ValueError(f"staging_bytes must not be negative, got {staging_bytes}")
         self._objects = objects
         self._devices = None if devices is None else frozenset(devices)
-        self._held: list[tuple[torch.UntypedStorage, torch.Tensor]] = []
+        self._staging = staging_bytes
+        self._held: dict[int, tuple[torch.UntypedStorage, torch.Tensor]] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes that are away now."""
-        return sum(host.numel() for _, host in self._held)
+        return sum(host.numel() for _, host in self._held.values())
 
     def leave(self) -> list[str]:
         """Move the memory to the host. Tensors must not be used until `come_back`.
@@ -71,45 +80,62 @@ class Away:
                 continue
             if storage.device.type != "meta":  # what compilers trace with has a device, and no memory
                 storages.setdefault(storage._cdata, (str(name), storage))
-        gone = {storage._cdata for storage, _ in self._held}
         try:
             for address, (name, storage) in storages.items():
-                if address in gone or not storage.nbytes():
+                if address in self._held or not storage.nbytes():
                     continue
                 if not storage.resizable() or (storage.is_shared() and storage.device.type == "cpu"):
                     warnings.append(f"tensor {name} stays: its memory is another's (shared, mapped, or not torch's)")
                     continue
-                self._held.append((storage, copy_to_host(find.as_bytes(storage))))
+                self._held[address] = (storage, copy_to_host(find.as_bytes(storage), self._staging))
                 storage.resize_(0)
         except BaseException:
             self.come_back()
+            free_pinned()
             raise
         _empty()
         return warnings + _left(self._devices)
 
-    def come_back(self) -> None:
-        """Put everything back in place.
+    def come_back(self) -> list[str]:
+        """Put everything back in place, what left last first.
+
+        Returns:
+            Warnings: why it was slower than it could be.
 
         Raises:
             RestoreError: there is no room on a device (code "device-memory"); what is back stays, and it can be called
                 again.
         """
-        while self._held:
-            storage, host = self._held[-1]
+        if not self._held:
+            return []
+        copier = CopyIn(Arena.of(self._staging, self.nbytes))
+        failure: Exception | None = None
+        try:
             try:
-                storage.resize_(host.numel())
-                find.as_bytes(storage).copy_(host)
-            except (RuntimeError, MemoryError) as e:
+                for address in reversed(list(self._held)):
+                    storage, host = self._held[address]
+                    storage.resize_(host.numel())
+                    copier.put(host, find.as_bytes(storage), partial(self._held.pop, address))
+                    del host  # its memory is free as soon as it has arrived
+            finally:
+                copier.finish()
+        except (RuntimeError, MemoryError) as e:
+            failure = e
+        finally:
+            copier.close()
+            for storage, _ in self._held.values():
                 storage.resize_(0)
-                reason = str(e).splitlines()[0]
-                raise RestoreError(
-                    f"{self.nbytes} bytes of tensors do not fit back on {storage.device}: {reason}",
-                    code="device-memory",
-                ) from None
-            self._held.pop()
+        if failure is not None:
+            device = next(reversed(self._held.values()))[0].device
+            reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
+            raise RestoreError(
+                f"{self.nbytes} bytes of tensors do not fit back on {device}: {reason}",
+                code="device-memory",
+            ) from None
+        return copier.warnings
 
 
-def put_away_on_snapshot(*objects: Any, devices: Collection[str] | None = None) -> Away:
+def put_away_on_snapshot(*objects: Any, devices: Collection[str] | None = None, staging_bytes: int = _STAGING) -> Away:
     """Have these objects' device memory moved to the host before this process is frozen, and back in every copy.
 
     For drivers without a checkpoint API. It happens after all other before-snapshot functions, and is undone before all
@@ -119,11 +145,12 @@ def put_away_on_snapshot(*objects: Any, devices: Collection[str] | None = None) 
     Args:
         objects: as for `Away`; none means every tensor of the process.
         devices: kinds of devices that are left; all but the CPU by default.
+        staging_bytes: as for `Away`.
 
     Example:
         >>> woodfrog.tensors.put_away_on_snapshot(model)
     """
-    away = Away(*objects, devices=devices)
+    away = Away(*objects, devices=devices, staging_bytes=staging_bytes)
     _registered.append(away)
     return away
 
@@ -139,10 +166,9 @@ def put_away() -> list[str]:
     return warnings
 
 
-def bring_back() -> None:
-    """Called by the worker, after the restore. Raises RestoreError."""
-    for away in reversed(_registered):
-        away.come_back()
+def bring_back() -> list[str]:
+    """Called by the worker, after the restore: warnings. Raises RestoreError."""
+    return [f"tensors: {warning}" for away in reversed(_registered) for warning in away.come_back()]
 
 
 def open_nodes(links: Iterable[str] | None = None) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from woodfrog.tensors import find
-from woodfrog.tensors.copyout import CopyOut
+from woodfrog.tensors.copying import CopyOut
 from woodfrog.tensors.delta import Blocks, Delta, Memory, Placed, leaves, root_of
 from woodfrog.tensors.hashing import Hasher
 from woodfrog.tensors.merkle import Tree

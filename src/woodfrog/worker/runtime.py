@@ -275,17 +275,18 @@ class Runtime:
 
     def _bring_back(self) -> list[str]:
         """Undo `_put_away`, also where no snapshot came of it; warnings."""
+        warnings: list[str] = []
         tensors = sys.modules.get(_TENSORS)
         if tensors is not None:
             with self._timed("bring_back.tensors"):
-                tensors.bring_back()
+                warnings += _tell(tensors.bring_back())
         if self._shrinker is None:
-            return []
+            return warnings
         shrinker, self._shrinker = self._shrinker, None
         shrinker.warnings, shrinker.phases = [], {}
         shrinker.after()
         self.phases.update(shrinker.phases)
-        return _tell(shrinker.warnings)
+        return warnings + _tell(shrinker.warnings)
 
     def settle(self) -> dict[str, float]:
         """The same for a worker that has no program yet.
