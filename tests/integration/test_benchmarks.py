@@ -210,6 +210,14 @@ def test_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_cold_disk(tmp_path: Path) -> None:
+    """Slow for the others: it drops the page cache of the whole machine."""
+    result = run("cold_disk.py", tmp_path / "cold_disk.json", "--mib", "64", "--rounds", "1")
+    assert result["bytes"] >= 64 << 20 and len(result["ms"]) == 5
+    assert all(v["median"] > 0 for v in result["ms"].values())
+
+
+@pytest.mark.slow
 def test_burst(tmp_path: Path) -> None:
     result = run("burst.py", tmp_path / "burst.json", "--calls", "12", "--rounds", "1")
     assert (result["thaws"], result["cold"]) == (12, 0)
