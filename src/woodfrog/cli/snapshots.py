@@ -55,44 +55,39 @@ def list_snapshots(
         _show_here(snapshots)
 
 
+HEADERS = ("snapshot", "app", "function", "state", "memory", "stored", "files", "made")
+
+
+def _cells(s: dict[str, Any]) -> tuple[Any, ...]:
+    """Of one snapshot, what HEADERS say."""
+    sizes = (output.size(s.get(f"{part}_bytes")) for part in ("memory", "stored", "files"))
+    return (s["id"], s.get("app"), s.get("function"), s["state"], *sizes, output.ago(s.get("created")))
+
+
 def _show_here(snapshots: list[dict[str, Any]]) -> None:
     rows = [
         (
-            s["id"],
-            s.get("app"),
-            s.get("function"),
-            s["state"],
-            output.size(s.get("memory_bytes")),
-            output.size(s.get("stored_bytes")),
-            output.size(s.get("files_bytes")),
-            output.ago(s.get("created")),
+            *_cells(s),
             " ".join(mark for mark in ("pinned", "pushed", "withdrawn") if s.get(mark)),
             s.get("why") or ", ".join(s.get("modules") or ()),
         )
         for s in snapshots
     ]
-    headers = ["snapshot", "app", "function", "state", "memory", "stored", "files", "made", "marks", "why"]
+    headers = [*HEADERS, "marks", "why"]
     output.table(headers, rows, empty="no snapshots")
 
 
 def _show_tier(snapshots: list[dict[str, Any]], name: str) -> None:
     rows = [
         (
-            s["id"],
-            s.get("app"),
-            s.get("function"),
-            s["state"],
-            output.size(s.get("memory_bytes")),
-            output.size(s.get("stored_bytes")),
-            output.size(s.get("files_bytes")),
-            output.ago(s.get("created")),
+            *_cells(s),
             f"{(s.get('signer') or '')[:SHORT]} {s.get('signer_comment') or ''}".strip(),
             "here" if s.get("here") else "",
             f"{s.get('why')}, {output.ago(s['removed'])}" if s.get("removed") else s.get("why"),
         )
         for s in snapshots
     ]
-    headers = ["snapshot", "app", "function", "state", "memory", "stored", "files", "made", "signed by", "here", "why"]
+    headers = [*HEADERS, "signed by", "here", "why"]
     output.table(headers, rows, empty=f"no snapshots in {name}")
 
 

@@ -152,7 +152,7 @@ class GpuCapture:
             for process, held in zip(
                 self.processes, await _all([cuda.held(p.pid) for p in self.processes]), strict=True
             ):
-                process.held, process.before = held, procfs.resident(process.pid)
+                process.held, process.before = held, await asyncio.to_thread(procfs.resident, process.pid)
             await _all([self._move(p, "checkpoint", size=p.held or 0) for p in self.processes])
         with phases("gpu.check"):
             # A checkpoint that saved nothing would make an image that restores to garbage.
@@ -162,7 +162,7 @@ class GpuCapture:
                 if state is not State.CHECKPOINTED:
                     got = state.name if state is not None else "gone"
                     raise gpu_error("gpu-illegal-move", f"{process.who} is {got}, not CHECKPOINTED", pid=process.pid)
-                now = procfs.resident(process.pid)
+                now = await asyncio.to_thread(procfs.resident, process.pid)
                 process.saved = added(process.before, now)
                 process.grown = max(
                     sum(r.own + r.shared for r in now) - sum(r.own + r.shared for r in process.before), 0

@@ -175,7 +175,7 @@ async def capture(
                     raise failure
             if result.gpu is not None and result.gpu.memory:
                 # The driver reads all of it at each restore: that has not to be learned.
-                write_atomic(staging.path / WORKING_SET, make_set(result.gpu.memory))
+                await asyncio.to_thread(write_atomic, staging.path / WORKING_SET, make_set(result.gpu.memory))
     except StoreError as e:
         raise CaptureError(e.message, alive=False, phase="files", code=e.code) from e
     sources = await asyncio.to_thread(_unchanged_since, identity.sources)
