@@ -116,7 +116,7 @@ class FakeBackend:
             await asyncio.sleep(0)
         except CaptureError as e:
             self._drop(instance)
-            self.observer.on_capture_failed(request.instance_id, e, alive=False)
+            self.observer.on_capture_failed(request, e, alive=False)
             return
         except RestoreError as e:
             self._drop(instance)
@@ -138,7 +138,7 @@ class FakeBackend:
         except CaptureError as e:
             if not e.alive:
                 raise
-            self.observer.on_capture_failed(instance.request.instance_id, e, alive=True)
+            self.observer.on_capture_failed(instance.request, e, alive=True)
             return None
 
     async def _commit(self, request: StartRequest, snapshot_id: str) -> None:
@@ -363,9 +363,7 @@ class FaultyBackend(FakeBackend):
         if request.instance_id not in self._late:
             return await super()._commit(request, snapshot_id)
         await asyncio.sleep(0.001)
-        if request.instance_id in self.instances:
-            error = CaptureError("the disk is full", alive=True)
-            self.observer.on_capture_failed(request.instance_id, error, alive=True)
+        self.observer.on_capture_failed(request, CaptureError("the disk is full", alive=True), alive=True)
 
     async def _answer(self, instance: Instance, request: CallRequest) -> Answer:
         match self._next(self.calls):

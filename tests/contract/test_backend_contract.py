@@ -83,8 +83,13 @@ class Recorder:
         self.heard.setdefault(request.instance_id, []).append("captured")
         self.changed.set()
 
-    def on_capture_failed(self, instance_id: str, error: WoodfrogError, *, alive: bool) -> None:
-        self._take(instance_id, f"capture_failed {'alive' if alive else 'dead'}")
+    def on_capture_failed(self, request: StartRequest, error: WoodfrogError, *, alive: bool) -> None:
+        assert request.capture  # alive: may come after the end
+        if alive:
+            self.heard.setdefault(request.instance_id, []).append("capture_failed alive")
+            self.changed.set()
+        else:
+            self._take(request.instance_id, "capture_failed dead")
 
     def on_restore_failed(
         self, instance_id: str, snapshot_id: str, error: WoodfrogError, *, at_fault: bool, gpu: bool = False

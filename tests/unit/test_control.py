@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -527,6 +528,37 @@ def test_killed_capture_is_taken_up_again_once_it_is_gone() -> None:
     assert d.call() == [start("i-t-3", capture=True)]
 
 
+def test_no_second_capture_while_the_first_is_on_its_way_to_disk() -> None:
+    d = Driver(function(snapshot=SnapshotPolicy(enabled=True), scaling=ScalingPolicy(single_use=True)))
+    d.call()
+    d.send(ev.InstanceStage, instance_id="i-t-1", stage="capturing")
+    d.ready("i-t-1")
+    d.done("c1", "i-t-1")
+    d.stopped("i-t-1")
+    assert d.call() == [start("i-t-2", capture=False)]
+    d.send(ev.SnapshotCaptured, instance_id="i-t-1", snapshot_id="s1")
+    assert d.call() == [start("i-t-3", mode="restore", snapshot_id="s1")]
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_capture_that_fails_after_its_instance_is_taken_up_again(gone: bool) -> None:
+    d = Driver(
+        function(snapshot=SnapshotPolicy(enabled=True), scaling=ScalingPolicy(single_use=True)), capture_attempts=2
+    )
+    for number in (1, 2):
+        assert d.call() == [start(f"i-t-{number}", capture=True)]
+        d.ready(f"i-t-{number}")
+        d.done(f"c{number}", f"i-t-{number}")
+        if gone:
+            d.stopped(f"i-t-{number}")
+        d.send(ev.CaptureFailed, instance_id=f"i-t-{number}", reason="the disk is full", alive=True)
+        if not gone:
+            d.stopped(f"i-t-{number}")
+    assert d.call() == [start("i-t-3", capture=False)]
+    [service] = d.state.snapshot_view()["services"]
+    assert service["groups"][0]["snapshot"]["state"] == "gave-up"
+
+
 def test_failed_restore_becomes_a_cold_start_and_retires_in_time() -> None:
     d = Driver(function(snapshot=SnapshotPolicy(enabled=True)), snapshot_failures=2)
     d.send(ev.SnapshotAvailable, app="a", tag="f", snapshot_id="s1")
@@ -717,24 +749,31 @@ def test_replay_command_finds_the_difference(tmp_path: Path) -> None:
 
 
 def test_warm_call_is_cheap_beside_many_others() -> None:
-    """Under 50 µs for each event, whatever else there is: the best of several rounds, as the machine is shared."""
-    many = [function(f"g{n}", scaling=ScalingPolicy(min_containers=1)) for n in range(200)]
-    blocked = function("blocked", scaling=ScalingPolicy(max_containers=1))
-    d = Driver(function(), blocked, *many, max_instances=1000, max_starting=1000)
-    for instance in list(d.state.instances):
+    """It takes as long beside 200 other functions and 5000 waiting calls as beside none."""
+
+    def warm(others: int, waiting: int) -> Callable[[], float]:
+        many = [function(f"g{n}", scaling=ScalingPolicy(min_containers=1)) for n in range(others)]
+        blocked = function("blocked", scaling=ScalingPolicy(max_containers=1))
+        d = Driver(function(), blocked, *many, max_instances=1000, max_starting=1000)
+        for instance in list(d.state.instances):
+            d.ready(instance)
+        for _ in range(waiting):
+            d.call("blocked")
+        d.call()
+        instance = f"i-t-{d.state.counter}"
         d.ready(instance)
-    for _ in range(5000):
-        d.call("blocked")
-    d.call()
-    warm = f"i-t-{d.state.counter}"
-    d.ready(warm)
-    d.done(f"c{d.calls}", warm)
-    rounds = []
-    for _ in range(7):
-        begin = time.perf_counter()
-        for _ in range(200):
-            d.call()
-            d.done(f"c{d.calls}", warm)
-        rounds.append((time.perf_counter() - begin) / 400)
-    assert len(d.state.heap) < 1000
-    assert min(rounds) < 50e-6, f"{min(rounds) * 1e6:.0f} µs"
+        d.done(f"c{d.calls}", instance)
+
+        def calls() -> float:
+            begin = time.process_time()
+            for _ in range(200):
+                d.call()
+                d.done(f"c{d.calls}", instance)
+            assert len(d.state.heap) < 1000
+            return time.process_time() - begin
+
+        return calls
+
+    alone, beside = warm(0, 0), warm(200, 5000)
+    times = [(alone(), beside()) for _ in range(9)]
+    assert min(b for _, b in times) < 6 * min(a for a, _ in times), times

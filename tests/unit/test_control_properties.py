@@ -132,6 +132,8 @@ class Backend:
     chips: dict[str, str] = field(default_factory=dict)
     """By snapshot: whose GPU memory it holds."""
     shutdown: bool = False
+    storing: dict[str, Box] = field(default_factory=dict)
+    """What has come up and whose snapshot is still on its way to disk, also of those that are gone."""
 
     def send(self, event: Event) -> tuple[Action, ...]:
         if isinstance(event, CallSubmitted):
@@ -139,6 +141,9 @@ class Backend:
         if isinstance(event, Tick):
             self.wake = float("inf")
         actions = handle(self.state, event)
+        for box in self.storing.values():
+            # Of a service that nothing is left of the machine forgets all, also what is on its way.
+            box.capturing &= box.group[0] in self.state.knowledge
         self.journal.append(journal_line(event, actions))
         for action in actions:
             self.carry_out(action)
@@ -215,7 +220,7 @@ class Backend:
         assert len(cold) <= config.max_starting
         given = [gpu for b in self.boxes.values() for gpu in b.gpus]
         assert len(given) == len(set(given)), "one GPU, two instances"
-        capturing = [b.group for b in self.boxes.values() if b.capturing]
+        capturing = [b.group for b in (self.boxes | self.storing).values() if b.capturing]
         assert len(capturing) == len(set(capturing))
         for service in self.state.services.values():
             limit = service.spec.scaling.max_containers
@@ -333,6 +338,10 @@ class Backend:
             case 7:
                 stage = "capturing" if box.capturing else "restoring" if box.snapshot else "enter"
                 self.send(InstanceStage(now=now, instance_id=box.id, stage=stage))
+            case 3 if box.capturing:
+                self.storing[box.id] = box
+                box.up = True
+                self.send(InstanceReady(now=now, instance_id=box.id))
             case _ if box.capturing:
                 box.capturing = False
                 self.snapshots += 1
@@ -346,6 +355,17 @@ class Backend:
                 box.up = True
                 self.send(InstanceReady(now=now, instance_id=box.id))
 
+    def stored(self, box: Box, well: bool) -> None:
+        """Its snapshot came to the disk, or did not; it may be gone by now."""
+        del self.storing[box.id]
+        box.capturing = False
+        if not well:
+            self.send(CaptureFailed(now=self.now, instance_id=box.id, reason="x", alive=True))
+            return
+        self.snapshots += 1
+        self.chips[f"s{self.snapshots}"] = box.group[2]
+        self.send(SnapshotCaptured(now=self.now, instance_id=box.id, snapshot_id=f"s{self.snapshots}"))
+
     def gone(self, box: Box) -> None:
         del self.boxes[box.id]
 
@@ -355,6 +375,8 @@ class Backend:
             busy = [b for b in self.boxes.values() if b.ending or b.call or not (b.up or b.parked)]
             if busy:
                 self.step(busy[0], 0)
+            elif self.storing:
+                self.stored(next(iter(self.storing.values())), True)
             elif self.wake <= until:
                 self.now = max(self.now, self.wake)
                 self.send(Tick(now=self.now))
@@ -425,6 +447,12 @@ class Life(RuleBasedStateMachine):
             box = self.backend.boxes[data.draw(st.sampled_from(list(self.backend.boxes)))]
             self.backend.step(box, data.draw(st.integers(0, 15)))
             self.backend.check()
+
+    @precondition(lambda self: self.backend.storing)
+    @rule(data=st.data(), well=st.booleans())
+    def store(self, data: st.DataObject, well: bool) -> None:
+        self.backend.stored(self.backend.storing[data.draw(st.sampled_from(list(self.backend.storing)))], well)
+        self.backend.check()
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 10.0, 100.0]))
     def time_passes(self, seconds: float) -> None:

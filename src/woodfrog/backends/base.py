@@ -77,7 +77,9 @@ class Observer(Protocol):
     def on_captured(self, request: StartRequest, snapshot_id: str) -> None:
         """Committed; the instance serves already, and may be gone by now."""
 
-    def on_capture_failed(self, instance_id: str, error: WoodfrogError, *, alive: bool) -> None: ...
+    def on_capture_failed(self, request: StartRequest, error: WoodfrogError, *, alive: bool) -> None:
+        """`alive`: the instance goes on without; or it served already, and may be gone by now."""
+
     def on_restore_failed(
         self, instance_id: str, snapshot_id: str, error: WoodfrogError, *, at_fault: bool, gpu: bool = False
     ) -> None:

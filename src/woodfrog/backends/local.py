@@ -262,7 +262,7 @@ class LocalBackend:
             self._observer.on_start_failed(instance.id, e.error, user_fault=True)
         except _CaptureGaveUp as e:
             await self._discard(instance)
-            self._observer.on_capture_failed(instance.id, e.error, alive=False)
+            self._observer.on_capture_failed(instance.request, e.error, alive=False)
         except _RestoreGaveUp as e:
             counters["restore.failed"] += 1
             await self._discard(instance)
@@ -547,7 +547,7 @@ class LocalBackend:
             if not isinstance(error, StoreError) and not (isinstance(error, CaptureError) and error.alive):
                 raise _CaptureGaveUp(error) from e
             self._abandon(instance)
-            self._observer.on_capture_failed(instance.id, error, alive=True)
+            self._observer.on_capture_failed(instance.request, error, alive=True)
             await self._connect(instance, instance.sandbox)
             return
         draft = replace(draft, phases=tuple(f"{p.name}={p.ms:.1f}" for p in phases.items))
@@ -584,10 +584,9 @@ class LocalBackend:
         except Exception as e:
             counters["capture.failed"] += 1
             error = e if isinstance(e, WoodfrogError) else _unexpected("commit", e)
-            if instance.id in self._instances:
-                self._observer.on_capture_failed(instance.id, error, alive=True)
-            else:
+            if instance.id not in self._instances:
                 self._abandon(instance)
+            self._observer.on_capture_failed(instance.request, error, alive=True)
             return
         instance.staging = None
         counters["capture.done"] += 1

@@ -253,7 +253,7 @@ class InstanceStopRequested(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotCaptured(Event):
-    """The snapshot is committed. The instance goes on through the restore path and may be ready before that."""
+    """The snapshot is committed. The instance goes on to its restore, and may be ready before that, or gone."""
 
     instance_id: str
     snapshot_id: str
@@ -261,7 +261,7 @@ class SnapshotCaptured(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureFailed(Event):
-    """`alive`: the instance goes on and will be ready; otherwise it is gone."""
+    """`alive`: the instance goes on and will be ready, or was and may be gone; otherwise this is its end."""
 
     instance_id: str
     reason: str

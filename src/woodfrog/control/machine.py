@@ -139,11 +139,11 @@ def _app_deployed(st: State, ev: AppDeployed) -> None:
             _drain(st, old)
     for tag, snapshot_id in ev.snapshots.items():
         if tag in app.active:
-            moves.learn(st, app.active[tag], "", snapshot_id)
+            moves.learn(st.knows(app.active[tag], ""), snapshot_id)
     for tag, by_chip in ev.gpu_snapshots.items():
         for chip, snapshot_id in by_chip.items():
             if tag in app.active:
-                moves.learn(st, app.active[tag], "", snapshot_id, chip)
+                moves.learn(st.knows(app.active[tag], "", chip), snapshot_id)
     for service in app.active.values():
         if service.spec.scaling.min_containers:
             moves.schedule(st, service.group(""))
@@ -288,7 +288,8 @@ def _instance_ready(st: State, ev: InstanceReady) -> None:
         raise _invalid(ev, "but it has come up already", inst.id, inst.history)
     group = inst.group
     knowledge = moves.of_instance(st, inst)
-    # With a capture still on its way to disk, `SnapshotCaptured` or `CaptureFailed` follows while it serves already.
+    # With a capture still on its way to disk, `SnapshotCaptured` or `CaptureFailed` follows in any case.
+    inst.storing = inst.capture
     if inst.snapshot_id is not None and knowledge.snapshot_id == inst.snapshot_id:
         knowledge.failures = 0
         if inst.mode == "restore":
@@ -388,13 +389,13 @@ def _instance_stop_requested(st: State, ev: InstanceStopRequested) -> None:
 def _snapshot_captured(st: State, ev: SnapshotCaptured) -> None:
     inst = st.instances.get(ev.instance_id)
     if inst is None:
-        return _stale(st)
+        return _stored_after_loss(st, ev.instance_id, snapshot_id=ev.snapshot_id)
     knowledge = moves.of_instance(st, inst)
     if knowledge.capturer != inst.id:
         raise _invalid(ev, "but it was not to capture", inst.id, inst.history)
     knowledge.capturer = None
-    inst.capture = False
-    moves.learn(st, inst.group.service, inst.group.digest, ev.snapshot_id, inst.chip)
+    inst.capture = inst.storing = False
+    moves.learn(knowledge, ev.snapshot_id)
     if inst.state in ("idle", "running"):
         inst.snapshot_id = ev.snapshot_id
         moves.note_use(st, inst)
@@ -406,16 +407,30 @@ def _snapshot_captured(st: State, ev: SnapshotCaptured) -> None:
     moves.schedule_key(st, inst.group.service.key, inst.group.digest)
 
 
+def _stored_after_loss(st: State, instance_id: str, snapshot_id: str | None = None, reason: str = "") -> None:
+    """What an instance that is gone had captured is on disk now, or failed to get there."""
+    for key, known in st.knowledge.items():
+        for (digest, _), knowledge in known.items():
+            if knowledge.capturer == instance_id:
+                knowledge.capturer = None
+                if snapshot_id is None:
+                    moves.attempt_failed(st, knowledge, reason)
+                elif knowledge.snapshot_id is None:
+                    moves.learn(knowledge, snapshot_id)
+                return moves.schedule_key(st, key, digest)
+    _stale(st)
+
+
 def _capture_failed(st: State, ev: CaptureFailed) -> None:
     inst = st.instances.get(ev.instance_id)
     if inst is None:
-        return _stale(st)
+        return _stored_after_loss(st, ev.instance_id, reason=ev.reason)
     stopping = inst.state == "stopping"
     if not stopping and not inst.capture:
         raise _invalid(ev, "but it was not to capture", inst.id, inst.history)
     if not ev.alive:
         moves.gone(st, inst)
-    if not stopping:
+    if not stopping or inst.storing:
         moves.capture_broke(st, inst, ev.reason)
     if ev.alive and inst.state in ("starting", "capturing"):
         moves.change(st, inst, "starting")
@@ -443,7 +458,7 @@ def _snapshot_available(st: State, ev: SnapshotAvailable) -> None:
     service = st.find_service(ev.app, ev.tag, ev.version)
     if service is None:
         return _stale(st)
-    moves.learn(st, service, ev.params_digest, ev.snapshot_id, ev.chip)
+    moves.learn(st.knows(service, ev.params_digest, ev.chip), ev.snapshot_id)
     moves.schedule_key(st, service.key, ev.params_digest)
 
 

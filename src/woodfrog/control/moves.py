@@ -432,7 +432,7 @@ def after_loss(st: State, inst: Instance) -> None:
     group = inst.group
     service = group.service
     knowledge = of_instance(st, inst)
-    if knowledge.capturer == inst.id:
+    if knowledge.capturer == inst.id and not inst.storing:
         knowledge.capturer = None
         schedule_key(st, service.key, group.digest)
     schedule(st, group)
@@ -499,8 +499,7 @@ def capture_due(knowledge: Knowledge) -> bool:
     return knowledge.snapshot_id is None and knowledge.capturer is None and not knowledge.gave_up
 
 
-def learn(st: State, service: Service, digest: str, snapshot_id: str, chip: str = "") -> None:
-    knowledge = st.knows(service, digest, chip)
+def learn(knowledge: Knowledge, snapshot_id: str) -> None:
     if knowledge.snapshot_id != snapshot_id:
         knowledge.snapshot_id = snapshot_id
         knowledge.failures = 0
@@ -528,7 +527,7 @@ def capture_broke(st: State, inst: Instance, reason: str) -> None:
     knowledge = of_instance(st, inst)
     if knowledge.capturer == inst.id:
         knowledge.capturer = None
-        inst.capture = False
+        inst.capture = inst.storing = False
         attempt_failed(st, knowledge, reason)
         schedule_key(st, service.key, digest)
 

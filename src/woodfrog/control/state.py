@@ -69,7 +69,8 @@ class Knowledge:
     used: bool = False
     """A call was answered by an instance of `snapshot_id`: what such calls need of its memory is known."""
     capturer: str | None = None
-    """Id of the instance that captures, or is to capture; it stays until that is done or the instance gone."""
+    """Id of the instance that captures, or is to capture; it stays until that is done or the instance gone, and of one
+    that is gone until its snapshot is on disk."""
     failures: int = 0
     """Restores of `snapshot_id` that failed in a row."""
     attempts: int = 0
@@ -139,6 +140,7 @@ class Instance:
     snapshot_id: str | None
     """The snapshot it was thawed from, or the one made of it."""
     capture: bool
+    """It captures, or is to capture, or its snapshot is still on its way to disk."""
     started_at: float
     since: float
     """When it came into its present state."""
@@ -154,6 +156,8 @@ class Instance:
     stage: str = ""
     call: Call | None = None
     served: int = 0
+    storing: bool = False
+    """It has come up, and its snapshot is still on its way to disk; how that ends is told also when it is gone."""
     killed: bool = False
     reason: str = ""
     """Why it is being stopped."""

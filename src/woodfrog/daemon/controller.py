@@ -714,25 +714,26 @@ class Controller:
                 text = f"snapshot {snapshot_id}: {warning}"
                 self.logs.note(request.app, text, instance=request.instance_id, function=request.spec.tag)
             self._supersede(request, snapshot_id)
-        if request.instance_id in self.instances:
-            self.emit(ev.SnapshotCaptured(now=self.now(), instance_id=request.instance_id, snapshot_id=snapshot_id))
-            return
-        # The instance went before its snapshot was on disk; what it leaves behind is still good.
+        gone = request.instance_id not in self.instances
+        self.emit(ev.SnapshotCaptured(now=self.now(), instance_id=request.instance_id, snapshot_id=snapshot_id))
         version = self.active.get(request.app)
-        if version is not None:
+        if gone and version is not None:  # by now the app may be another version, with a function of the same key
             self._known_groups.discard((request.app, version, request.spec.tag, request.params_digest))
             self._tell_snapshot(request.app, version, request.spec, request.params_digest)
 
-    def on_capture_failed(self, instance_id: str, error: WoodfrogError, *, alive: bool) -> None:
-        what = "it runs on without a snapshot" if alive else "starting anew"
+    def on_capture_failed(self, request: StartRequest, error: WoodfrogError, *, alive: bool) -> None:
+        instance_id = request.instance_id
+        gone = instance_id not in self.instances
+        what = "it had answered, and is gone" if gone else "it runs on without one" if alive else "starting anew"
         snapshot_id = error.fields.get("snapshot")
         log_of = f"; CRIU's log: woodfrog snapshot inspect {snapshot_id} --log" if snapshot_id else ""
-        self._say(instance_id, f"no snapshot: {error.message} ({what}{log_of})")
-        info = self.instances.get(instance_id)
+        text = f"no snapshot: {error.message} ({what}{log_of})"
+        self.logs.note(request.app, text, instance=instance_id, function=request.spec.tag)
+        log.info("%s: %s", instance_id, text)
         if not alive:
             self._forget(instance_id)
         self.emit(ev.CaptureFailed(now=self.now(), instance_id=instance_id, reason=error.message, alive=alive))
-        self._say_given_up(info)
+        self._say_given_up(request)
 
     def on_restore_failed(
         self, instance_id: str, snapshot_id: str, error: WoodfrogError, *, at_fault: bool, gpu: bool = False
@@ -751,13 +752,13 @@ class Controller:
                 gpu=gpu,
             )
         )
-        self._say_given_up(info)
+        if info is not None:
+            self._say_given_up(info.request)
 
-    def _say_given_up(self, info: InstanceInfo | None) -> None:
+    def _say_given_up(self, request: StartRequest) -> None:
         """Else a function would be cold from now on, and nobody would know why."""
-        request = info.request if info is not None else None
-        service = self.state.find_service(request.app, request.spec.tag) if request is not None else None
-        if request is None or service is None:
+        service = self.state.find_service(request.app, request.spec.tag)
+        if service is None:
             return
         chip = chip_of(request.spec, request.gpus, self.state.config.gpus)
         if not self.state.knows(service, request.params_digest, chip).gave_up:
