@@ -197,6 +197,50 @@ def test_what_is_in_use_pinned_or_elsewhere_stays(here: Machine, tier: Directory
     asyncio.run(main())
 
 
+def test_what_restores_read_is_not_dropped(here: Machine, tier: DirectoryTier) -> None:
+    """Rebuilt packs go for want of room: those of a restore stay, and one that begins meanwhile waits."""
+
+    async def main() -> None:
+        keeper = here.keeper(tier, budget=1)
+        for snapshot in (A, B):
+            here.make(snapshot)
+            here.catalogue.mark(snapshot, PINNED)
+        begun, goes = threading.Event(), threading.Event()
+        kept: list[set[str]] = []
+
+        def trim(budget: int, keep: set[str]) -> int:
+            kept.append(keep)
+            begun.set()
+            goes.wait(5)
+            return 0
+
+        async def restore() -> None:
+            async with keeper.using(B):
+                pass
+
+        here.store.trim_cache = trim  # type: ignore[method-assign,assignment]
+        keeper.pack_later(A)
+        keeper.pack_later(B)
+        goes.set()
+        await until(lambda: settled(keeper))
+        kept.clear()
+        begun.clear()
+        goes.clear()
+        async with keeper.using(A):
+            room = asyncio.create_task(keeper._make_room())
+            await until(begun.is_set)
+            late = asyncio.create_task(restore())
+            await asyncio.sleep(0.05)
+            assert not late.done()
+            assert kept == [set(here.catalogue.get(A).packs)] and kept[0]
+            goes.set()
+            await room
+            await late
+        await keeper.close()
+
+    asyncio.run(main())
+
+
 def test_a_start_that_comes_while_its_snapshot_goes_fetches_it(here: Machine, tier: DirectoryTier) -> None:
     async def main() -> None:
         begun, goes = threading.Event(), threading.Event()

@@ -580,6 +580,34 @@ def test_a_lease_saves_a_pack_that_is_marked_for_removal(root: Path, store: Page
     assert store.ingest([files.run(data)], owner="u").stored_bytes == 0
 
 
+def test_trim_cache_takes_nothing_that_was_leased_meanwhile(
+    root: Path, store: PageStore, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process leases and opens a pack at the moment when its file goes."""
+    old = noise(1, 2)
+    base = store.ingest([files.run(old)], owner="t")
+    run = files.run(altered(old[:PAGE], 1), base=((0, Ref(base.packs[0], 0, 1)),))
+    [pack] = store.ingest([run], owner="child").packs
+    store.open_raw([pack])
+    store.release("child")
+    seen: list[Path] = []
+    unlink = Path.unlink
+
+    def late(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".pages" and not seen:
+            with closing(PageStore(root)) as other:
+                other.lease([pack], "late")
+                seen.extend(other.open_raw([pack]).values())
+                unlink(path, missing_ok)
+                assert seen[0].exists(), "leased, opened, and gone"
+            return
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", late)
+    assert store.trim_cache(0) == PAGE
+    assert seen
+
+
 def test_trim_cache_drops_rebuilt_packs_least_recently_opened_first(root: Path, store: PageStore, files: Files) -> None:
     old = noise(1, 30)
     base = store.ingest([files.run(old)], owner="t")
@@ -593,6 +621,7 @@ def test_trim_cache_drops_rebuilt_packs_least_recently_opened_first(root: Path, 
     assert store.stats().cache_bytes == 3 * PAGE
     store.release("c1")
     store.release("c0")
+    assert store.trim_cache(0, keep=[*children[0][1].packs, *children[1][1].packs]) == 0
     assert store.trim_cache(2 * PAGE) == PAGE and len(list(root.rglob("*.pages"))) == 3
     assert not (root / "packs" / children[1][1].packs[0][:2] / f"{children[1][1].packs[0]}.pages").exists()
     assert store.trim_cache(0) == PAGE  # the third is leased

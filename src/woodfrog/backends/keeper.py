@@ -641,11 +641,23 @@ class Keeper:
                     if await self._evict(manifest.id):
                         break
                 else:
-                    if await asyncio.to_thread(self._store.trim_cache, 0) == 0:
+                    if await self._drop_rebuilt() == 0:
                         log.warning("snapshots take more than snapshots_mib, and none of them can go")
                         return
         except WoodfrogError as e:
             log.warning("snapshots take more than snapshots_mib: %s", e.message)
+
+    async def _drop_rebuilt(self) -> int:
+        """Drop the rebuilt forms of packs but those that a restore has opened; one that comes now waits. The bytes freed."""
+        busy = set(self._used) | set(self._swapping)
+        with contextlib.ExitStack() as quiet:
+            reading: set[str] = set()
+            for manifest in self._catalogue.manifests():
+                if manifest.id in busy:
+                    reading.update(manifest.packs)
+                else:
+                    quiet.enter_context(self._changing(manifest.id))
+            return await asyncio.to_thread(self._store.trim_cache, 0, reading)
 
     async def _evict(self, snapshot_id: str) -> bool:
         """Remove a snapshot that can be had again, or that nobody is to have; False = it stays."""

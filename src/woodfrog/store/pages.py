@@ -585,22 +585,34 @@ class PageStore:
                 found.append((max(used.st_atime, used.st_mtime), size, pack))
         return found
 
-    def trim_cache(self, budget_bytes: int) -> int:
+    def trim_cache(self, budget_bytes: int, keep: Collection[str] = ()) -> int:
         """Drop rebuilt packs, least recently opened first, until they take no more than a budget; the bytes freed.
 
-        Leased packs stay.
+        Leased packs and those of `keep` stay.
         """
         cached = sorted(self._cached())
-        leased = self.index.write(self.index.leased)
         excess = sum(size for _, size, _ in cached) - budget_bytes
-        freed = 0
-        for _, size, pack in cached:
-            if freed >= excess:
-                break
-            if pack not in leased and self.folder.path(pack, "delta").exists():
-                self.folder.path(pack, "pages").unlink(missing_ok=True)
-                self._verified.pop(pack, None)
-                freed += size
+        freed, dropped = 0, []
+
+        def work(connection: sqlite3.Connection) -> None:
+            # Whoever leases after this finds them gone. The disk frees them later, since others wait for this.
+            nonlocal freed
+            leased = self.index.leased(connection) | set(keep)
+            for _, size, pack in cached:
+                if freed >= excess:
+                    break
+                if pack not in leased and self.folder.path(pack, "delta").exists():
+                    self._verified.pop(pack, None)
+                    temporary = self.folder.temporary("pages")
+                    with suppress(FileNotFoundError):
+                        os.rename(self.folder.path(pack, "pages"), temporary)
+                        dropped.append(temporary)
+                        freed += size
+
+        if excess > 0:
+            self.index.write(work)
+        for path in dropped:
+            path.unlink(missing_ok=True)
         return freed
 
     # Removing
