@@ -648,7 +648,7 @@ class Keeper:
             log.warning("snapshots take more than snapshots_mib: %s", e.message)
 
     async def _drop_rebuilt(self) -> int:
-        """Drop the rebuilt forms of packs but those that a restore has opened; one that comes now waits. Bytes freed."""
+        """Drop the rebuilt forms of packs but what a restore has opened; one that comes now waits. Bytes freed."""
         busy = set(self._used) | set(self._swapping)
         with contextlib.ExitStack() as quiet:
             reading: set[str] = set()
