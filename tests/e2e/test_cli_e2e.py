@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import woodfrog
 from e2e.harness import BIN, Daemon, until
 
 pytestmark = [pytest.mark.root, pytest.mark.criu]
@@ -444,6 +446,44 @@ def test_daemon_commands(tmp_path: Path) -> None:
         assert daemon.cli("daemon", "logs", "-n", "5").stdout
         assert f"pid {pid}" in daemon.cli("daemon", "stop").stderr
         assert not alive(pid) and daemon.leaks() == {}
+
+
+SLOW = """
+import time
+import woodfrog
+app = woodfrog.App("slow")
+
+@app.function()
+def nap(seconds):
+    time.sleep(seconds)
+    return seconds
+"""
+
+
+def test_a_daemon_whose_code_was_removed_is_replaced(tmp_path: Path) -> None:
+    """A clone that was deleted while its daemon ran: the next command says so, and goes on with one of its own."""
+    with own_home() as daemon:
+        copy = tmp_path / "clone"
+        shutil.copytree(Path(woodfrog.__file__).parent, copy / "woodfrog")
+        daemon.start(PYTHONPATH=str(copy))
+        old = daemon.json("daemon", "status")["pid"]
+        path = daemon.program(SLOW, "slow.py")
+        daemon.cli("deploy", str(path))
+        long = subprocess.Popen(
+            [BIN / "woodfrog", "call", "slow.nap", "seconds=8"], env=daemon.env, stdout=subprocess.PIPE, text=True
+        )
+        until(lambda: any(c["call"] for c in daemon.get("/containers")["containers"]))
+        shutil.rmtree(copy)
+        gone = f"(pid {old}) runs from {copy / 'woodfrog'}, which is gone"
+        checks = {c["name"]: c for c in json.loads(daemon.cli("doctor", "--json", check=False).stdout)["checks"]}
+        assert not checks["daemon"]["ok"] and str(copy) in checks["daemon"]["found"]
+        refused = daemon.cli("call", "slow.nap", "seconds=0", check=False)
+        assert refused.returncode and f"{gone}, and 1 call is not finished there" in refused.stderr
+        assert long.communicate()[0] == "8\n"
+        done = daemon.cli("call", "slow.nap", "seconds=0")
+        assert done.stdout == "0\n" and f"note: woodfrog's daemon {gone}: another is started" in done.stderr
+        assert daemon.json("daemon", "status")["pid"] != old and not alive(old)
+        assert daemon.cli("call", "slow.nap", "seconds=0").stderr.count("note") == 0
 
 
 class own_home:

@@ -40,11 +40,12 @@ def find_criu(explicit: str) -> CriuState:
 
 
 def probe_host() -> Host:
+    from woodfrog.linux.native import native_path
     from woodfrog.linux.requirements import probe
 
     config = settings.load()
-    native = Path(__file__).resolve().parent.parent / "native" / "bin" / "woodfrog-init"
-    return probe(state_dir=config.home, worker_uid=config.worker_uid, native=(native,), criu=find_criu(config.criu))
+    native = (native_path("woodfrog-init"),)
+    return probe(state_dir=config.home, worker_uid=config.worker_uid, native=native, criu=find_criu(config.criu))
 
 
 def daemon_health() -> dict[str, Any] | None:
@@ -63,6 +64,9 @@ def judge_daemon(health: dict[str, Any] | None, expected: str) -> Check:
     if health is None:
         return Check("daemon", True, False, "not running (started when needed)")
     running = str(health.get("version", "unknown"))
+    if not health.get("intact", True):
+        problem = f"pid {health.get('pid')} runs from {health.get('package')}, which is gone"
+        return Check("daemon", False, False, problem, "the next command replaces it, or `woodfrog daemon stop`")
     if running != expected:
         return Check(
             "daemon",

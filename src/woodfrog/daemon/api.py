@@ -51,6 +51,7 @@ _MAX_BODY = protocol.MAX_BODY
 _MAX_UPLOAD = 1 << 30
 _EXEC_TIMEOUT_S = 60.0
 _PAGE = 200
+_PACKAGE = Path(woodfrog.__file__).parent
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -264,6 +265,9 @@ def build(
             "protocol": protocol.VERSION,
             "pid": os.getpid(),
             "state_dir": str(settings.home),
+            "package": str(_PACKAGE),
+            "intact": _PACKAGE.exists(),
+            "calls": len(controller.state.calls),
             "uptime_s": round(time.monotonic() - begun, 1),
             "worker_class": worker_class.digest,
             "counters": dict(counters),

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from woodfrog.errors import HostError, SandboxError
+from woodfrog.linux.native import cannot_start, native_path
 
 __all__ = [
     "NEVER",
@@ -80,7 +81,7 @@ class Present:
 
 def page_server_path() -> Path:
     """Where the package keeps the compiled page server."""
-    return Path(__file__).parents[1] / "native" / "bin" / "woodfrog-pageserver"
+    return native_path("woodfrog-pageserver")
 
 
 def make_set(ranges: Iterable[tuple[int, int, int]]) -> bytes:
@@ -320,7 +321,7 @@ class PageServer:
             )
         except OSError as e:
             ours.close()
-            raise HostError(f"cannot start {path}: {e.strerror}; build it with `make native`", code="no-native") from e
+            raise HostError(cannot_start(path, e), code="no-native") from e
         finally:
             theirs.close()
         return cls(process, ours, on_death)

@@ -30,6 +30,7 @@ from typing import Literal
 
 from woodfrog.errors import SandboxError
 from woodfrog.linux.cgroups import Cgroup, Cgroups, Limits
+from woodfrog.linux.native import cannot_start, native_path
 from woodfrog.linux.network import NetworkLease
 from woodfrog.linux.rootplan import HostRoot, Op, RootPlan, base_plan
 
@@ -59,12 +60,12 @@ Stdio = int | str | None
 
 def init_binary_path() -> Path:
     """Where the package keeps the compiled init."""
-    return Path(__file__).parents[1] / "native" / "bin" / "woodfrog-init"
+    return native_path("woodfrog-init")
 
 
 def prestart_path() -> Path:
     """Where the package keeps the library that makes a program wait before its main()."""
-    return Path(__file__).parents[1] / "native" / "bin" / "woodfrog-prestart.so"
+    return native_path("woodfrog-prestart.so")
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,9 +397,7 @@ class Sandbox:
                     env={},
                 )
             except OSError as e:
-                raise SandboxError(
-                    f"cannot start {init_binary}: {e.strerror}; build it with `make native`", code="no-init"
-                ) from e
+                raise SandboxError(cannot_start(init_binary, e), code="no-init") from e
         finally:
             theirs.close()
             for fd in cgroup_fds:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +23,7 @@ import httpcore
 
 from woodfrog import errors, protocol
 from woodfrog.errors import DaemonError, HostError, SpecError, WoodfrogError
+from woodfrog.sdk.checks import note
 from woodfrog.settings import Settings, load
 
 __all__ = ["Client", "Reply", "connect", "segment", "start_daemon"]
@@ -33,6 +34,8 @@ PATIENCE_S = 60.0
 """How long the daemon may take over an answer."""
 START_S = 30.0
 """How long a daemon may take from its start to its first answer."""
+END_S = 60.0
+"""How long one may take to its end that has nothing to do any more."""
 _PIECE = 256 << 10
 """A request's body is handed to the connection in pieces of this size."""
 _TEMPORARY = (httpcore.NetworkError, httpcore.TimeoutException, httpcore.RemoteProtocolError)
@@ -443,7 +446,7 @@ _lock = threading.Lock()
 
 
 def connect(settings: Settings | None = None, *, start: bool = True) -> Client:
-    """The client of the daemon named by the settings; starts a local daemon when none runs.
+    """The client of the daemon named by the settings; starts a local daemon when none runs, or one whose code is gone.
 
     Raises:
         HostError: no daemon runs and starting one needs root, or this user may not use its socket.
@@ -453,7 +456,11 @@ def connect(settings: Settings | None = None, *, start: bool = True) -> Client:
     key = (os.getpid(), settings)  # A forked child must not share its parent's connections.
     with _lock:
         client = _clients.get(key) or Client(settings)
-        if client.health() is None:
+        found = client.health()
+        gone = _gone(found)
+        if found is None or (gone and start):
+            if settings.host and gone:
+                raise DaemonError(f"{gone}: stop it there", code="daemon-gone")
             if settings.host:
                 raise DaemonError(f"no woodfrog daemon answers at {settings.host} (WOODFROG_HOST)", code="no-daemon")
             if not start:
@@ -467,8 +474,43 @@ def connect(settings: Settings | None = None, *, start: bool = True) -> Client:
         return client
 
 
+def _gone(found: dict[str, Any] | None) -> str:
+    """Whether a daemon's own code was removed (a clone, a virtual environment), so that it can start nothing more."""
+    if found is None or found.get("intact", True):
+        return ""
+    return f"woodfrog's daemon (pid {found.get('pid')}) runs from {found.get('package')}, which is gone"
+
+
+def _end(client: Client, gone: str, timeout: float = END_S) -> None:
+    """Have a daemon end that can start nothing more.
+
+    Raises:
+        HostError: not root.
+        DaemonError: calls run there, or it does not end.
+    """
+    if os.geteuid() != 0:
+        raise HostError(f"{gone}, and replacing it needs root: run `sudo woodfrog daemon stop`", code="not-root")
+    calls = (client.health() or {}).get("calls", 0)
+    if calls:
+        raise DaemonError(
+            f"{gone}, and {calls} call{'s are' if calls > 1 else ' is'} not finished there: wait for them, or "
+            "`woodfrog daemon stop` (the next daemon runs them again)",
+            code="daemon-gone",
+        )
+    note("daemon-gone", f"{gone}: another is started in its place")
+    with suppress(DaemonError):  # it may be gone before its answer is out
+        client.request("POST", "/shutdown", reconnect_s=0.0)
+    deadline = time.monotonic() + timeout
+    while client.health(timeout=1.0) is not None:
+        if time.monotonic() > deadline:
+            raise DaemonError(f"{gone}, and did not end within {timeout:g} s", code="daemon-stuck")
+        time.sleep(0.05)
+
+
 def start_daemon(client: Client, *, command: list[str] | None = None, timeout: float = START_S) -> None:
     """Start a daemon for the client's settings, and wait until it answers. Several at once start one.
+
+    One whose own code is gone is ended first.
 
     Raises:
         HostError: not root.
@@ -483,7 +525,11 @@ def start_daemon(client: Client, *, command: list[str] | None = None, timeout: f
     log = settings.home / "daemon.log"
     deadline = time.monotonic() + timeout
     with _start_lock(settings.home, deadline):
-        if client.health() is not None:
+        found = client.health()
+        if gone := _gone(found):
+            _end(client, gone)
+            deadline = time.monotonic() + timeout
+        elif found is not None:
             return
         command = command or [sys.executable, "-P", "-m", "woodfrog.daemon"]
         with open(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600), "ab") as out:
