@@ -423,7 +423,10 @@ def test_each_fault_at_each_call(daemon: Daemon, hardware: Hardware, move: str) 
         daemon.scale_to_zero()
         until(lambda: not _live(hardware, 0) and not _live(hardware, 1))
         before = check(daemon)["digest"]
-        snapshot = until(lambda: daemon.snapshots("holder"))[-1]
+        try:
+            snapshot = daemon.wait_snapshot("holder")
+        except AssertionError:
+            raise AssertionError(f"{fault}: no snapshot\n{daemon.app_text('holder')[-4000:]}") from None
         daemon.scale_to_zero()
         assert check(daemon)["digest"] == before, f"{fault}: not thawed"
 
