@@ -724,7 +724,7 @@ class Controller:
     def on_capture_failed(self, request: StartRequest, error: WoodfrogError, *, alive: bool) -> None:
         instance_id = request.instance_id
         gone = instance_id not in self.instances
-        what = "it had answered, and is gone" if gone else "it runs on without one" if alive else "starting anew"
+        what = "it had answered, and is gone" if gone else "it runs on without a snapshot" if alive else "starting anew"
         snapshot_id = error.fields.get("snapshot")
         log_of = f"; CRIU's log: woodfrog snapshot inspect {snapshot_id} --log" if snapshot_id else ""
         text = f"no snapshot: {error.message} ({what}{log_of})"
