@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from s3_server import S3Server, s3_server
+from woodfrog.store.tiers import DirectoryTier
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that runs the tests in the background has its children ignore Ctrl-C, and so would what they test.
@@ -81,3 +82,8 @@ def server() -> Iterator[S3Server]:
     with s3_server() as server:
         server.make_bucket("woodfrog")
         yield server
+
+
+@pytest.fixture
+def tier(tmp_path: Path) -> DirectoryTier:
+    return DirectoryTier(tmp_path / "tier")

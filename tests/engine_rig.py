@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,26 +135,30 @@ class Rig:
         return sandbox
 
     async def start(
-        self, setup: str, *, seccomp: bool = True, no_new_privs: bool = True, gpus: tuple[int, ...] = ()
+        self, setup: str, *, env: Mapping[str, str] | None = None, seccomp: bool = True, gpus: tuple[int, ...] = ()
     ) -> tuple[Sandbox, SandboxProcess]:
         """Run a program: `setup` defines `check()`, whose repr every connection gets."""
         sandbox = await self.sandbox(gpus=gpus)
         library = {"LD_LIBRARY_PATH": str(self.hardware.folder)} if self.hardware is not None else {}
         (self.home / "code" / "program.py").write_text(PROGRAM.replace("{setup}", setup).replace("{socket}", SOCKET))
-        process = await sandbox.spawn(
+        return sandbox, await self.spawn(sandbox, "program.py", env={**library, **(env or {})}, seccomp=seccomp)
+
+    async def spawn(
+        self, sandbox: Sandbox, program: str, *arguments: str, env: Mapping[str, str], seccomp: bool = True
+    ) -> SandboxProcess:
+        """Run a file of `code`, as the worker."""
+        return await sandbox.spawn(
             ProcessSpec(
-                (sys._base_executable, "-B", "/app/program.py"),
-                env={"PATH": os.defpath, "HOME": "/tmp", **library},
+                (sys._base_executable, "-B", f"/app/{program}", *arguments),
+                env={"PATH": os.defpath, "HOME": "/tmp", **env},
                 uid=UID,
                 gid=UID,
                 inner_pid=WORKER_PID,
                 stdout="/run/woodfrog/stdout",
                 stderr="/run/woodfrog/stderr",
                 seccomp=seccomp,
-                no_new_privs=no_new_privs,
             )
         )
-        return sandbox, process
 
     async def ask(self, sandbox: Sandbox, *, patience: float = 10.0) -> str:
         """The program's answer."""

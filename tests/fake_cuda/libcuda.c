@@ -18,7 +18,8 @@
  * A process that is not CHECKPOINTED holds these files open. When it is dumped all the same and comes back, it is not
  * the process that the GPU knew: its memory is gone, and every call says so.
  *
- * The controlling process finds the target's helper thread by a Unix socket in the target's /tmp.
+ * The controlling process finds the target's helper thread by a Unix socket: in the target's /tmp if that is in a
+ * sandbox, which has a network of its own, and else an abstract one, of which nothing is left whoever kills the target.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -90,11 +91,18 @@ static __thread int depth, late;
 
 /* ------------------------------------------------------------------------------------------------- the hardware */
 
+static int in_sandbox(const char *root_path)
+{
+    char path[96];
+    struct stat st;
+    snprintf(path, sizeof path, "%s/dev/nvidiactl", root_path);
+    return !stat(path, &st) && S_ISDIR(st.st_mode);
+}
+
 static const char *root(void)
 {
     static char path[256];
-    struct stat st;
-    if (!stat("/dev/nvidiactl", &st) && S_ISDIR(st.st_mode))
+    if (in_sandbox(""))
         return "/dev";
     if (!path[0]) {
         Dl_info info;
@@ -496,8 +504,11 @@ static int obey(const struct order *o)
 
 static void socket_name(struct sockaddr_un *at, const char *root_path, long pid)
 {
-    at->sun_family = AF_UNIX;
-    snprintf(at->sun_path, sizeof at->sun_path, "%s/tmp/.fake-cuda-%ld", root_path, pid);
+    *at = (struct sockaddr_un){.sun_family = AF_UNIX};
+    if (in_sandbox(root_path))
+        snprintf(at->sun_path, sizeof at->sun_path, "%s/tmp/.fake-cuda-%ld", root_path, pid);
+    else
+        snprintf(at->sun_path + 1, sizeof at->sun_path - 1, "fake-cuda-%ld", pid);
 }
 
 static void *helper(void *argument)

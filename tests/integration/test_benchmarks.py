@@ -42,6 +42,7 @@ def import_module_alone(file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look for it
     path = list(sys.path)
+    sys.path[:0] = [str(file.parent), str(BENCHMARKS)]  # as where it runs
     try:
         spec.loader.exec_module(module)
     finally:
@@ -121,18 +122,18 @@ async def test_a_part_of_gpu_restore_that_fails_is_told_and_the_others_go_on(tmp
 
 
 async def test_gpu_restore_sees_lost_bytes(tmp_path: Path) -> None:
-    restore = import_module_alone(BENCHMARKS / "gpu" / "restore.py")
+    bench = import_module_alone(BENCHMARKS / "gpu" / "restore_bench.py")
     hardware = Hardware(tmp_path / "cuda")
     cuda = Cuda(library=hardware.folder)
-    holder = restore.Holder(tmp_path, 8 << 20, {"LD_LIBRARY_PATH": str(hardware.folder)})
+    holder = bench.Holder(tmp_path, 8 << 20, {"LD_LIBRARY_PATH": str(hardware.folder)})
     try:
         holder.ready()
         holder.check("full")
         hardware.configure("lossy 1")
-        for move in restore.MOVES:
+        for move in bench.MOVES:
             await cuda.move(holder.process.pid, move)
         for how in ("quick", "full"):
-            with pytest.raises(restore.Wrong):
+            with pytest.raises(bench.Wrong):
                 holder.check(how)
     finally:
         holder.end()
@@ -140,10 +141,10 @@ async def test_gpu_restore_sees_lost_bytes(tmp_path: Path) -> None:
 
 
 def test_gpu_restore_sees_leaks() -> None:
-    restore = import_module_alone(BENCHMARKS / "gpu" / "restore.py")
+    cycles = import_module_alone(BENCHMARKS / "gpu" / "restore_cycles.py")
     first = {"descriptors": 10, "processes": 2, "device_mib": 500}
-    assert restore.grown(first, {"descriptors": 12, "processes": 2, "device_mib": 505}) == []
-    assert len(restore.grown(first, {"descriptors": 15, "processes": 3, "device_mib": 600})) == 3
+    assert cycles.grown(first, {"descriptors": 12, "processes": 2, "device_mib": 505}) == []
+    assert len(cycles.grown(first, {"descriptors": 15, "processes": 3, "device_mib": 600})) == 3
 
 
 @pytest.mark.parametrize("name", ["start", "restore"])

@@ -9,17 +9,14 @@ import ast
 import asyncio
 import contextlib
 import importlib.util
-import os
 import struct
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from engine_rig import PROGRAM as RIG_PROGRAM
-from engine_rig import SOCKET, UID, WORKER_PID, Frozen, Rig
+from engine_rig import Frozen, Rig
 from integration.pages_rig import UID as SERVER_UID
 from integration.pages_rig import Victim, compile_c, cpu_s, sanitized_server
 from woodfrog.criu.pagemap import PageIndex, PageTask, read_index, write_index
@@ -27,7 +24,6 @@ from woodfrog.engine.engine import Lazy, restore
 from woodfrog.errors import RestoreError
 from woodfrog.linux import procfs
 from woodfrog.linux.pageserver import NEVER, PageServer, set_pages
-from woodfrog.linux.sandbox import ProcessSpec
 from woodfrog.telemetry import Phases
 
 pytestmark = [pytest.mark.root]
@@ -342,24 +338,9 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
 
 
 async def freeze(rig: Rig, env: dict[str, str], setup: str = PROGRAM, answer: str = FIRST_ANSWER) -> Frozen:
-    sandbox = await rig.sandbox()
-    program = RIG_PROGRAM.replace("{setup}", setup).replace("{socket}", SOCKET)
-    (rig.home / "code" / "program.py").write_text(program)
     numpy = importlib.util.find_spec("numpy")
     path = {"PYTHONPATH": str(Path(numpy.origin).parents[1])} if numpy and numpy.origin else {}
-    await sandbox.spawn(
-        ProcessSpec(
-            (sys._base_executable, "-B", "/app/program.py"),
-            env={"PATH": os.defpath, "HOME": "/tmp", "PYTHONFAULTHANDLER": "1", **path, **env},
-            uid=UID,
-            gid=UID,
-            inner_pid=WORKER_PID,
-            stdout="/run/woodfrog/stdout",
-            stderr="/run/woodfrog/stderr",
-            seccomp=True,
-            no_new_privs=True,
-        )
-    )
+    sandbox, _ = await rig.start(setup, env={"PYTHONFAULTHANDLER": "1", **path, **env})
     assert await rig.ask(sandbox, patience=60) == answer
     return await rig.freeze(sandbox)
 

@@ -70,11 +70,6 @@ def make(machine: Machine, snapshot: str, data: bytes, parent: str = "") -> None
 
 
 @pytest.fixture
-def tier(tmp_path: Path) -> DirectoryTier:
-    return DirectoryTier(tmp_path / "tier")
-
-
-@pytest.fixture
 def here(tmp_path: Path, tier: DirectoryTier) -> Machine:
     machine = Machine(tmp_path / "here")
     make(machine, A, memory("a"))

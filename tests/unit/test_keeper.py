@@ -89,11 +89,6 @@ def here(tmp_path: Path) -> Machine:
     return Machine(tmp_path / "here")
 
 
-@pytest.fixture
-def tier(tmp_path: Path) -> DirectoryTier:
-    return DirectoryTier(tmp_path / "tier")
-
-
 @pytest.fixture(autouse=True)
 def no_faults() -> Iterator[None]:
     yield

@@ -81,11 +81,6 @@ def here(tmp_path: Path) -> Sharing:
     return Sharing(tmp_path / "here")
 
 
-@pytest.fixture
-def tier(tmp_path: Path) -> DirectoryTier:
-    return DirectoryTier(tmp_path / "tier")
-
-
 def inode(path: Path) -> int:
     return os.lstat(path).st_ino
 

@@ -27,11 +27,6 @@ from woodfrog.store.tiers import DirectoryTier, MemoryTier, ObjectTier, Tier
 
 
 @pytest.fixture
-def tier(tmp_path: Path) -> DirectoryTier:
-    return DirectoryTier(tmp_path / "tier")
-
-
-@pytest.fixture
 def here(tmp_path: Path, tier: DirectoryTier) -> Machine:
     machine = Machine(tmp_path / "here")
     machine.make(A)
