@@ -70,12 +70,17 @@ class Daemon:
             )
         deadline = time.monotonic() + 60
         client = Client(self.settings)
-        # A daemon that was killed left its socket behind.
-        while (client.health(timeout=1.0) or {}).get("pid") != self.process.pid:
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(f"the daemon did not start:\n{self.log.read_text()[-4000:]}")
-            time.sleep(0.02)
-        client.close()
+        try:
+            # A daemon that was killed left its socket behind.
+            while (client.health(timeout=1.0) or {}).get("pid") != self.process.pid:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise AssertionError(f"the daemon did not start:\n{self.log.read_text()[-4000:]}")
+                time.sleep(0.02)
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            client.close()
         return self
 
     def kill(self) -> None:
