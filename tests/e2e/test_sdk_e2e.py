@@ -844,6 +844,38 @@ def test_what_a_thawed_copy_still_has(daemon: Daemon) -> None:
     assert len({host[1] for host in hosts}) == 3
 
 
+DEFERRED = """
+import sys
+import woodfrog as modal
+
+image = modal.Image.debian_slim().pip_install("numpy")
+app = modal.App("deferred", image=image)
+
+with image.imports():
+    import numpy as np
+    from numpy.linalg import norm
+
+@app.cls(enable_memory_snapshot=True)
+class Vector:
+    @modal.method()
+    def length(self, values: list) -> "np.floating":
+        return float(norm(np.array(values)))
+
+@app.local_entrypoint()
+def main():
+    print(Vector().length.remote([3, 4]), "numpy" in sys.modules, Vector().length.local([6, 8]), "numpy" in sys.modules)
+"""
+
+
+def test_what_only_a_container_needs_is_not_imported_here(daemon: Daemon) -> None:
+    """Neither to run, to deploy nor to call a program; for what runs here all the same it is there."""
+    path = daemon.program(DEFERRED, "deferred.py")
+    assert daemon.cli("run", str(path)).stdout == "5.0 False 10.0 True\n"
+    program = f"import runpy, sys; runpy.run_path({str(path)!r}, run_name='client'); assert 'numpy' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program], env=daemon.env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 FICKLE = """
 import socket
 import woodfrog

@@ -54,7 +54,7 @@ def apps_of(module: types.ModuleType) -> dict[str, App]:
 
     found: dict[int, tuple[str, App]] = {}
     for name, value in vars(module).items():
-        if isinstance(value, App):
+        if issubclass(type(value), App):  # `isinstance` would ask, and so import, what `image.imports()` put off
             found.setdefault(id(value), (name, value))
     return dict(found.values())
 

@@ -44,6 +44,13 @@ def note(key: str, text: str) -> None:
     print(f"woodfrog: note: {text}", file=sys.stderr)
 
 
+def settle_imports() -> None:
+    """Before code of the container runs here: what `image.imports()` put off."""
+    deferred = sys.modules.get("woodfrog.sdk.deferred")
+    if deferred is not None:
+        deferred.settle()
+
+
 def nearest(word: str, known: Any) -> str:
     """`; did you mean 'x'?`, or nothing."""
     from difflib import get_close_matches

@@ -433,6 +433,7 @@ class Obj:
     def _local(self) -> Any:
         """The instance in this process, made at first need, with its enter hooks run."""
         if self._instance is None:
+            checks.settle_imports()
             user_cls = self._cls._get_user_cls()
             instance = user_cls(*self._args, **self._kwargs)
             for hook in (*hooks(user_cls, "enter", True), *hooks(user_cls, "enter", False)):

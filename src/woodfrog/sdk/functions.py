@@ -196,11 +196,12 @@ class Function(Generic[P, R]):
 
     def local(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run here, in this process."""
+        checks.settle_imports()
         return self.get_raw_f()(*args, **kwargs)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The same as `.local(...)`."""
-        return self.get_raw_f()(*args, **kwargs)
+        return self.local(*args, **kwargs)
 
     def _spawn(self, *args: P.args, **kwargs: P.kwargs) -> FunctionCall:
         from woodfrog.sdk.call import Call, FunctionCall

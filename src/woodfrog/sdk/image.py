@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -172,27 +172,36 @@ class Image:
         """Recorded, not carried out."""
         return self._step(_words("shell", *shell_commands))
 
-    @contextmanager
-    def imports(self) -> Iterator[None]:
-        """Imports that need only succeed inside a container: a missing module is ignored on the client.
+    def imports(self) -> AbstractContextManager[None]:
+        """Imports that are of use inside a container only.
+
+        On the client a missing module is ignored, and an installed package is imported when it is first used there: a
+        program that only deploys, or calls, does not wait for it.
 
         Example:
             >>> image = Image.debian_slim().pip_install("torch")
             >>> with image.imports():
             ...     import torch
         """
-        try:
-            yield
-        except ImportError:
-            if in_worker():
-                raise
-        except Exception as e:
-            if in_worker():
-                raise
-            checks.note(f"imports:{type(e).__name__}:{e}", f"ignored in image.imports() on the client: {e!r}")
+        if in_worker():
+            return nullcontext()
+        return _imports(sys._getframe(1).f_globals)
 
     def __repr__(self) -> str:
         return f"<Image {' | '.join(self.spec.steps)}>"
+
+
+@contextmanager
+def _imports(namespace: dict[str, Any]) -> Iterator[None]:
+    from woodfrog.sdk.deferred import Deferred
+
+    try:
+        with Deferred(namespace):
+            yield
+    except ImportError:
+        pass
+    except Exception as e:
+        checks.note(f"imports:{type(e).__name__}:{e}", f"ignored in image.imports() on the client: {e!r}")
 
 
 def _flat(values: Iterable[Any]) -> list[str]:
