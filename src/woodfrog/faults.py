@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from dataclasses import dataclass
 
 from woodfrog.errors import SpecError
@@ -66,6 +67,7 @@ ACTIONS: dict[str, str] = {
     "enospc": "the disk is full",
     "kill-criu": "CRIU is killed while it works (at dump.criu and restore.criu)",
     "sigkill-self": "the daemon itself is killed",
+    "slow": "it takes two seconds longer",
 }
 
 
@@ -123,6 +125,8 @@ def fault(point: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"(injected at {point})")
         case "sigkill-self":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "slow":
+            time.sleep(2.0)
 
 
 def kills_criu(point: str) -> bool:

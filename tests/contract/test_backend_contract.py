@@ -78,6 +78,9 @@ class Recorder:
         assert not {"parked", "ready"} & set(self.heard[instance_id])
         self._take(instance_id, "parked")
 
+    def on_found(self, instance_id: str, snapshot_id: str) -> None:
+        self._take(instance_id, "found")
+
     def on_captured(self, request: StartRequest, snapshot_id: str) -> None:
         assert request.capture  # may come after the end
         self.heard.setdefault(request.instance_id, []).append("captured")

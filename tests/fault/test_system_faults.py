@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -646,3 +647,67 @@ def test_changed_environment_is_seen(daemon: Daemon) -> None:
         assert daemon.call("env", "mode") == value
         until(lambda: daemon.snapshots("env"))
         assert daemon.call("env", "mode") == value
+
+
+# A snapshot that takes long to get to the disk
+
+SLOWLY = """
+import time
+import woodfrog
+
+app = woodfrog.App("NAME")
+
+@app.cls(enable_memory_snapshot=True, single_use_containers=True)
+class Slowly:
+    @woodfrog.enter(snap=True)
+    def load(self):
+        time.sleep(SECONDS)
+        self.made = time.time()
+
+    @woodfrog.method()
+    def look(self):
+        return self.made
+"""
+
+
+def slowly(daemon: Daemon, app: str, seconds: float) -> Callable[[], float]:
+    text = SLOWLY.replace("NAME", app).replace("SECONDS", str(seconds))
+    daemon.cli("deploy", str(daemon.program(text, f"{app}.py")))
+    return partial(daemon.call, app, "Slowly.look")
+
+
+@pytest.mark.parametrize(("seconds", "thaws"), [(6.0, True), (0.0, False)], ids=["sooner", "later"])
+def test_a_start_waits_for_a_snapshot_if_that_is_sooner_than_to_boot(
+    daemon: Daemon, seconds: float, thaws: bool
+) -> None:
+    """Its container is gone; the next call comes before it is on the disk."""
+    daemon.stop()
+    daemon.start(WOODFROG_FAULTS="commit.before=slow")
+    app = f"slowly-{thaws}"
+    look = slowly(daemon, app, seconds)
+    first = look()
+    until(lambda: app not in [c["app"] for c in daemon.get("/containers")["containers"]], 20)
+    assert not daemon.snapshots(app)
+    second = look()
+    phases, said = daemon.last_phases(), daemon.app_text(app)
+    assert "await-snapshot" in phases
+    assert ("boot" not in phases) == (first == second) == thaws
+    assert ("goes on from snapshot s-" in said and "thawed in" in said) == thaws
+    daemon.wait_snapshot(app)
+    until(lambda: app not in [c["app"] for c in daemon.get("/containers")["containers"]], 20)
+    assert look() == first, "the one snapshot there is"
+    assert daemon.app_text(app).count(" captured") == 1
+
+
+def test_a_snapshot_that_never_gets_to_the_disk_is_told_though_its_container_is_gone(daemon: Daemon) -> None:
+    daemon.stop()
+    daemon.start(WOODFROG_FAULTS="commit.before=slow,commit.data=enospc*1")
+    app = "slowly-never"
+    look = slowly(daemon, app, 0.1)
+    first = look()
+    until(lambda: "no space left at" in daemon.app_text(app))
+    assert "(it had answered, and is gone" in daemon.app_text(app)
+    second = look()
+    daemon.wait_snapshot(app)
+    assert first < second == look(), "the next start captures"
+    nothing_half_made(daemon)

@@ -74,8 +74,11 @@ class Observer(Protocol):
     def on_stage(self, instance_id: str, stage: str) -> None: ...
     def on_ready(self, instance_id: str) -> None: ...
     def on_parked(self, instance_id: str) -> None: ...
+    def on_found(self, instance_id: str, snapshot_id: str) -> None:
+        """It was to boot, and was thawed instead: from what another machine, or another instance just now, captured."""
+
     def on_captured(self, request: StartRequest, snapshot_id: str) -> None:
-        """Committed; the instance serves already, and may be gone by now."""
+        """Committed, or found where one was to be captured; the instance serves already, and may be gone by now."""
 
     def on_capture_failed(self, request: StartRequest, error: WoodfrogError, *, alive: bool) -> None:
         """`alive`: the instance goes on without; or it served already, and may be gone by now."""

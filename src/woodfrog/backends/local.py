@@ -109,6 +109,8 @@ class Instance:
     greeting: asyncio.Task[WorkerConnection | None] | None = None
     """While CRIU is still about to end: a connection over which the worker has its context already."""
     snapshot_id: str | None = None
+    found: bool = False
+    """It was to boot, and was thawed instead."""
     hostname: str = ""
     staging: Staging | None = None
     """Its snapshot, until that is committed; its sandbox's files rest on it."""
@@ -177,6 +179,8 @@ class LocalBackend:
         keeper.in_use = self.snapshots_in_use
         self._instances: dict[str, Instance] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._storing: dict[tuple[str, str], Instance] = {}
+        """Whose snapshot is on its way to disk, by function key and worker class."""
         self._memory = Memory(uid=config.page_server_uid, min_bytes=config.lazy_min_bytes, drain_ms=config.drain_ms)
         self._memory.on_need = keeper.need
         self._zygotes = Zygotes(
@@ -222,7 +226,7 @@ class LocalBackend:
                 instance.watch_task = self._spawn(self._watch(instance))
                 self._observer.on_parked(instance.id)
                 return
-        elif not (request.capture and await self._thaw_fetched(instance)):
+        elif not (await self._thaw_stored_soon(instance) or (request.capture and await self._thaw_fetched(instance))):
             await self._boot(instance)
             if request.capture:
                 await self._freeze_and_thaw(instance)
@@ -571,6 +575,7 @@ class LocalBackend:
         instance.zygote = None
         # The first caller need not wait for the disk: the images are ours and in the page cache.
         instance.commit_task = self._spawn(self._commit(instance, instance.staging, draft))
+        self._storing[draft.function_key, draft.worker_class] = instance
 
     def _abandon(self, instance: Instance) -> None:
         """Drop a snapshot that never was; not while a sandbox rests on its files."""
@@ -579,8 +584,13 @@ class LocalBackend:
             self._catalogue.abandon(staging)
 
     async def _commit(self, instance: Instance, staging: Staging, draft: Manifest) -> None:
+        key = draft.function_key, draft.worker_class
         try:
-            manifest = await asyncio.to_thread(self._catalogue.commit, staging, draft)
+            try:
+                manifest = await asyncio.to_thread(self._catalogue.commit, staging, draft)
+            finally:
+                if self._storing.get(key) is instance:
+                    del self._storing[key]
         except Exception as e:
             counters["capture.failed"] += 1
             error = e if isinstance(e, WoodfrogError) else _unexpected("commit", e)
@@ -612,34 +622,53 @@ class LocalBackend:
         self._catalogue.used(snapshot_id)
         counters["restore.done"] += 1
 
+    async def _thaw_stored_soon(self, instance: Instance) -> bool:
+        """Thaw what another instance has captured, once it is on disk, if that is sooner than to boot; False = boot."""
+        key = instance.request.function_key, self._class(instance.request).digest
+        other = self._storing.get(key)
+        if other is None or other.commit_task is None:
+            return False
+        boot_ms = sum(p.ms for p in other.phases.items if p.name == "boot")
+        with instance.phases("await-snapshot"):
+            await asyncio.wait({other.commit_task}, timeout=boot_ms / 1e3)
+        found = self._catalogue.find(*key)
+        return found is not None and await self._thaw_instead(instance, found.id)
+
     async def _thaw_fetched(self, instance: Instance) -> bool:
         """Thaw what another machine captured and left in the tier; False = boot, there is none that does."""
-        key, worker_class = instance.request.function_key, self._class(instance.request).digest
         with instance.phases("look-up"):
-            found = await self.keeper.look_up(key, worker_class)
-        if found is None:
-            return False
+            found = await self.keeper.look_up(instance.request.function_key, self._class(instance.request).digest)
+        return found is not None and await self._thaw_instead(instance, found, fetch=True)
+
+    async def _thaw_instead(self, instance: Instance, found: str, *, fetch: bool = False) -> bool:
+        """Thaw a snapshot where a boot was asked for; False = boot after all, it does not thaw."""
+        key, worker_class = instance.request.function_key, self._class(instance.request).digest
         self._stage(instance, "restoring")
         instance.snapshot_id = found  # from here on nobody removes it
         try:
             async with self.keeper.using(found):
-                with instance.phases("fetch"):
-                    await self.keeper.fetch(
-                        found, function_key=key, worker_class=worker_class, within=_fetch_s(instance)
-                    )
+                if fetch:
+                    with instance.phases("fetch"):
+                        await self.keeper.fetch(
+                            found, function_key=key, worker_class=worker_class, within=_fetch_s(instance)
+                        )
                 await self._thaw_stored(instance, found)
         except Exception as e:  # whatever it is: one can start without
             error = e.error if isinstance(e, _RestoreGaveUp) else e
             if not isinstance(error, WoodfrogError):
                 error = _unexpected("thaw", error)
-            log.warning("%s: snapshot %s of the tier is not used: %s", instance.id, found, error.message)
-            self.keeper.no_use(key, found, error, worker_class)
-            if isinstance(e, _RestoreGaveUp) and e.at_fault:
-                self._catalogue.retire(found, e.message)
+            log.warning("%s: snapshot %s is not used: %s", instance.id, found, error.message)
+            if fetch:
+                self.keeper.no_use(key, found, error, worker_class)
+                if isinstance(e, _RestoreGaveUp) and e.at_fault:
+                    self._catalogue.retire(found, e.message)
             await self._drop_sandbox(instance)
             instance.snapshot_id = None
             return False
-        self._observer.on_captured(instance.request, found)
+        instance.found = True
+        self._observer.on_found(instance.id, found)
+        if instance.request.capture:
+            self._observer.on_captured(instance.request, found)
         return True
 
     async def _thaw(self, instance: Instance, opened: Opened) -> None:
@@ -943,7 +972,7 @@ class LocalBackend:
             "id": instance.id,
             "app": instance.request.app,
             "function": instance.request.spec.tag,
-            "mode": instance.request.mode,
+            "mode": "restore" if instance.found else instance.request.mode,
             "stage": instance.stage,
             "storing": _running(instance.commit_task),
             "started": instance.started,

@@ -105,6 +105,11 @@ class InstanceInfo:
     call_id: str | None = None
     served: int = 0
     ready: bool = False
+    mode: str = ""
+    """How it starts: what was asked, or "restore" where a snapshot was found."""
+
+    def __post_init__(self) -> None:
+        self.mode = self.mode or self.request.mode
 
 
 class Controller:
@@ -526,7 +531,7 @@ class Controller:
         waited = (self.now() - record.submitted) * 1e3
         record.phases = [Phase("queue", 0.0, round(waited, 3))]
         if info.served == 0 and info.begun >= record.submitted - 0.001:
-            record.mode = "parked" if info.request.parked else info.request.mode
+            record.mode = "parked" if info.request.parked else info.mode
             described = self.backend.describe(action.instance_id) or {}
             offset = (info.begun - record.submitted) * 1e3
             for p in described.get("phases", []):
@@ -697,7 +702,7 @@ class Controller:
     def on_ready(self, instance_id: str) -> None:
         info = self.instances[instance_id]
         info.ready = True
-        how = "woken" if info.request.parked else "thawed" if info.request.mode == "restore" else "started"
+        how = "woken" if info.request.parked else "thawed" if info.mode == "restore" else "started"
         self._say(instance_id, f"{how} in {(self.now() - info.begun) * 1e3:.0f} ms")
         self.emit(ev.InstanceReady(now=self.now(), instance_id=instance_id))
 
@@ -705,19 +710,27 @@ class Controller:
         self._say(instance_id, "parked")
         self.emit(ev.InstanceParked(now=self.now(), instance_id=instance_id))
 
+    def on_found(self, instance_id: str, snapshot_id: str) -> None:
+        info = self.instances.get(instance_id)
+        if info is not None:
+            info.mode = "restore"
+        self._say(instance_id, f"goes on from snapshot {snapshot_id}")
+
     def on_captured(self, request: StartRequest, snapshot_id: str) -> None:
-        self.logs.note(
-            request.app, f"snapshot {snapshot_id} captured", instance=request.instance_id, function=request.spec.tag
-        )
+        info = self.instances.get(request.instance_id)
+        if info is None or info.mode != "restore":  # else it was found
+            text = f"snapshot {snapshot_id} captured"
+            self.logs.note(request.app, text, instance=request.instance_id, function=request.spec.tag)
         if self.catalogue.form(snapshot_id) is not None:  # else most of it is still on its way
             for warning in self.catalogue.get(snapshot_id).warnings:
                 text = f"snapshot {snapshot_id}: {warning}"
                 self.logs.note(request.app, text, instance=request.instance_id, function=request.spec.tag)
             self._supersede(request, snapshot_id)
-        gone = request.instance_id not in self.instances
         self.emit(ev.SnapshotCaptured(now=self.now(), instance_id=request.instance_id, snapshot_id=snapshot_id))
         version = self.active.get(request.app)
-        if gone and version is not None:  # by now the app may be another version, with a function of the same key
+        if (
+            info is None and version is not None
+        ):  # by now the app may be another version, with a function of the same key
             self._known_groups.discard((request.app, version, request.spec.tag, request.params_digest))
             self._tell_snapshot(request.app, version, request.spec, request.params_digest)
 
