@@ -6,8 +6,8 @@ PREFIX ?= /usr/local/lib/woodfrog
 STATE ?= /var/lib/woodfrog
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
-# Most tests wait for processes: three at a time keep two cores busy.
-JOBS ?= 3
+# Most tests wait for processes: four at a time keep two cores busy.
+JOBS ?= 4
 
 VENV := .venv
 BIN := $(VENV)/bin
