@@ -626,7 +626,7 @@ class LocalBackend:
         """Thaw what another instance has captured, once it is on disk, if that is sooner than to boot; False = boot."""
         key = instance.request.function_key, self._class(instance.request).digest
         other = self._storing.get(key)
-        if other is None or other.commit_task is None:
+        if other is None or other.commit_task is None or not instance.request.spec.snapshot.enabled:
             return False
         boot_ms = sum(p.ms for p in other.phases.items if p.name == "boot")
         with instance.phases("await-snapshot"):
