@@ -136,8 +136,20 @@ def zygotes(daemon: Daemon, *modules: str) -> list[dict[str, Any]]:
     return [r for r in ready if {"woodfrog.sdk.app", *modules} <= {m.strip("()") for m in r["modules"]}]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("enable", ["", "enable_memory_snapshot=True"])
+FROZEN = "enable_memory_snapshot=True"
+
+
+@pytest.mark.parametrize(
+    ("case", "enable"),
+    [
+        ("stdlib", ""),
+        ("stdlib", FROZEN),
+        ("arrays", ""),
+        ("torch", FROZEN),
+        pytest.param("arrays", FROZEN, marks=pytest.mark.slow),
+        pytest.param("torch", "", marks=pytest.mark.slow),
+    ],
+)
 def test_a_program_cannot_tell_how_it_was_started(daemon: Daemon, plain: Daemon, case: str, enable: str) -> None:
     imports, draw, extra, needs = CASES[case]
     for module in needs:

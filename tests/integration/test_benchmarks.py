@@ -194,6 +194,7 @@ def test_tier(tmp_path: Path) -> None:
     assert all(column["8"]["median"] > 0 for column in result["parallel_mb_s"].values())
 
 
+@pytest.mark.slow  # the same paths as in tests/e2e, more often
 def test_soak(tmp_path: Path) -> None:
     result = run("soak.py", tmp_path / "soak.json", "--cycles", "6")
     assert (result["differences"], result["leaks"]) == ([], [])
