@@ -95,6 +95,7 @@
 #define WF_ATTR_NOEXEC 0x00000008u
 #define WF_CLOSE_RANGE_CLOEXEC 4u
 #define WF_RESOLVE_NO_MAGICLINKS 0x02u
+#define WF_RESOLVE_NO_SYMLINKS 0x04u
 #define WF_RESOLVE_IN_ROOT 0x10u
 
 struct wf_open_how { uint64_t flags, mode, resolve; };
@@ -250,12 +251,18 @@ static int parse_words(const char *list, const struct word *known, unsigned long
 /* ------------------------------------------------------------------------------------------------ paths */
 
 /* Never leaves `base`, whatever symlinks a snapshot's file layer holds. */
-static int open_in_base(const char *path, uint64_t flags)
+static int open_resolved(const char *path, uint64_t flags, uint64_t resolve)
 {
     while (*path == '/')
         path++;
-    struct wf_open_how how = {.flags = flags | O_CLOEXEC, .resolve = WF_RESOLVE_IN_ROOT | WF_RESOLVE_NO_MAGICLINKS};
+    struct wf_open_how how = {
+        .flags = flags | O_CLOEXEC, .resolve = WF_RESOLVE_IN_ROOT | WF_RESOLVE_NO_MAGICLINKS | resolve};
     return (int)syscall(SYS_openat2, base, *path ? path : ".", &how, sizeof how);
+}
+
+static int open_in_base(const char *path, uint64_t flags)
+{
+    return open_resolved(path, flags, 0);
 }
 
 static void close_keeping_errno(int fd)
@@ -571,6 +578,7 @@ static const struct operation { const char *name; int arguments; } operations[] 
     {"chmod", 2},    /* PATH MODE */
     {"write", 5},    /* PATH MODE UID GID TEXT */
     {"touch", 1},    /* PATH: an empty file to mount on, when there is none */
+    {"straight", 1}, /* PATH: an error when it leads through a symlink; it need not exist */
     {"bind", 3},     /* SOURCE TARGET ATTRIBUTES */
     {"move", 2},     /* SOURCE TARGET */
     {"mount", 4},    /* TYPE TARGET FLAGS OPTIONS */
@@ -676,6 +684,11 @@ static int perform(const struct message *m, const char *name, char **a, struct a
             return 0;
         }
         return errno == ENOENT ? write_file(a[0], 0644, 0, 0, "") : -1;
+    }
+    if (!strcmp(name, "straight")) {
+        if ((fd = open_resolved(a[0], O_PATH, WF_RESOLVE_NO_SYMLINKS)) >= 0)
+            close(fd);
+        return fd < 0 && errno != ENOENT ? -1 : 0;
     }
     if (!strcmp(name, "bind"))
         return bind_mount(m, a[0], a[1], a[2]);

@@ -73,8 +73,8 @@ class Rig:
     @classmethod
     def make(cls, home: Path) -> Rig:
         named = os.environ.get("WOODFROG_CRIU")
-        for name in ("mnt", "code"):
-            (home / name).mkdir()
+        for name in ("mnt", "code/app", "files"):
+            (home / name).mkdir(parents=True)
         # The worker's uid must reach the code below it.
         for path in (home, *home.parents):
             if path != Path("/tmp") and path.is_relative_to("/tmp"):
@@ -90,7 +90,9 @@ class Rig:
     @property
     def prefixes(self) -> tuple[Path, ...]:
         more = (self.hardware.folder,) if self.hardware is not None else ()
-        return tuple({Path(p).resolve() for p in (sys.base_prefix, self.criu.path.parents[1], *more)})
+        return tuple(
+            {Path(p).resolve() for p in (sys.base_prefix, self.criu.path.parents[1], self.home / "files", *more)}
+        )
 
     def devices(self, gpus: tuple[int, ...]) -> tuple[DeviceNode, ...]:
         if self.nodes is not None:
@@ -138,9 +140,9 @@ class Rig:
         self, setup: str, *, env: Mapping[str, str] | None = None, seccomp: bool = True, gpus: tuple[int, ...] = ()
     ) -> tuple[Sandbox, SandboxProcess]:
         """Run a program: `setup` defines `check()`, whose repr every connection gets."""
+        (self.home / "code/app/program.py").write_text(PROGRAM.replace("{setup}", setup).replace("{socket}", SOCKET))
         sandbox = await self.sandbox(gpus=gpus)
         library = {"LD_LIBRARY_PATH": str(self.hardware.folder)} if self.hardware is not None else {}
-        (self.home / "code" / "program.py").write_text(PROGRAM.replace("{setup}", setup).replace("{socket}", SOCKET))
         return sandbox, await self.spawn(sandbox, "program.py", env={**library, **(env or {})}, seccomp=seccomp)
 
     async def spawn(

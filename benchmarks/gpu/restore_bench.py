@@ -148,7 +148,7 @@ class Bench:
     async def start(self, size: int) -> Sandbox:
         """programs/holder.py in a sandbox."""
         for name in ("holder.py", "raw.py"):
-            shutil.copy(PROGRAMS / name, self.home / "code")
+            shutil.copy(PROGRAMS / name, self.home / "code/app")
         sandbox = await self.rig.sandbox(gpus=(0,))
         try:
             await self.rig.spawn(sandbox, "holder.py", SOCKET, str(size), env=self.env)

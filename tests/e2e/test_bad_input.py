@@ -90,7 +90,7 @@ class MemoryInEnter:
 @app.function(ephemeral_disk=24, **quick)
 def fills_disk():
     where = []
-    for path in ("/tmp/big", "/home/woodfrog/big", "/var/tmp/big"):
+    for path in ("/tmp/big", "/root/big", "/var/tmp/big"):
         try:
             with open(path, "wb") as f:
                 for _ in range(4096):

@@ -433,7 +433,7 @@ def test_environment_and_secrets(shop: Any) -> None:
         "TOKEN": "s3cret",
         "SHARED": "by all",
         "KEPT": "here",
-        "HOME": "/home/woodfrog",
+        "HOME": "/root",
         "USER": "woodfrog",
         "WOODFROG_HOME": None,
     }
@@ -824,7 +824,7 @@ def test_what_a_thawed_copy_still_has(daemon: Daemon) -> None:
         assert hosts[-1][1] == found.pop("instance")
         snapshot = found.pop("snapshot")
         assert snapshot in daemon.snapshots("frozen")
-        home = "/home/woodfrog"
+        home = "/root"
         assert found == {
             "order": ORDER,
             "restored": [False, True, False],
@@ -842,6 +842,57 @@ def test_what_a_thawed_copy_still_has(daemon: Daemon) -> None:
         }
     assert len({host[0] for host in hosts}) == 1  # where the snapshot was made
     assert len({host[1] for host in hosts}) == 3
+
+
+WRITER = """
+import os
+import pathlib
+import woodfrog as modal
+
+cache = modal.Volume.from_name("writer-cache", create_if_missing=True)
+tools = modal.Volume.from_name("writer-tools", create_if_missing=True)
+app = modal.App("writer")
+
+
+@app.cls(enable_memory_snapshot=True, volumes={"/root/.cache/hub": cache, "/opt/writer/tools": tools})
+class Writer:
+    @modal.enter(snap=True)
+    def prepare(self):
+        pathlib.Path("before.txt").write_text("frozen")
+        os.makedirs("data/deep")
+        self.log = open("data/log", "a+")
+        pathlib.Path("data/rows.txt").write_text("changed")
+        pathlib.Path("~/.cache/other").expanduser().mkdir()
+        pathlib.Path("~/.cache/hub/weights").expanduser().write_text("kept")
+        pathlib.Path("/opt/writer/tools/tool").write_text("kept")
+
+    @modal.method()
+    def look(self, word):
+        self.log.write(word)
+        self.log.seek(0)
+        return [
+            modal.restored(), os.getcwd(), sorted(os.listdir(".")), pathlib.Path("before.txt").read_text(),
+            pathlib.Path("data/rows.txt").read_text(), self.log.read(), sorted(os.listdir("/root/.cache")),
+            pathlib.Path("/root/.cache/hub/weights").read_text(), os.listdir("/opt/writer/tools"),
+        ]
+"""
+
+
+def test_a_program_writes_beside_itself_and_into_its_caches(daemon: Daemon) -> None:
+    program = daemon.program(WRITER, "writer.py")
+    (program.parent / "data").mkdir()
+    (program.parent / "data/rows.txt").write_text("as deployed")
+    daemon.cli("deploy", str(program))
+    beside = ["before.txt", "data", "writer.py"]
+    for word in ("a", "b", "c"):
+        found = daemon.call("writer", "Writer.look", word=word)
+        assert found == [True, "/app", beside, "frozen", "changed", word, ["hub", "other"], "kept", ["tool"]]
+        daemon.wait_snapshot("writer")
+        daemon.scale_to_zero()
+    assert "boot" not in daemon.last_phases()
+    assert (program.parent / "data/rows.txt").read_text() == "as deployed"
+    assert (daemon.home / "volumes/writer-cache/weights").read_text() == "kept"
+    assert not os.path.exists("/opt/writer")
 
 
 DEFERRED = """

@@ -21,7 +21,7 @@ from woodfrog.linux.skeleton import make_skeleton, read_host_root
 UID = 64646
 PREFIX = Path(sys.base_prefix)
 PYTHON = f"{sys.base_prefix}/bin/python3"
-ENV = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/home/woodfrog", "PYTHONDONTWRITEBYTECODE": "1"}
+ENV = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 @dataclass

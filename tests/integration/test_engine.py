@@ -271,12 +271,12 @@ def check():
 
 
 async def test_external_files_are_named_by_the_hosts_paths(rig: Rig) -> None:
-    (rig.home / "code" / "data.bin").write_bytes(b"x" * 5000)
-    sandbox, _ = await rig.start("f = open('/app/data.bin', 'rb')\ncheck = lambda: f.read(2)")
+    data = rig.home / "files" / "data.bin"
+    data.write_bytes(b"x" * 5000)
+    sandbox, _ = await rig.start(f"f = open('{data}', 'rb')\ncheck = lambda: f.read(2)")
     await rig.ask(sandbox)
     frozen = await rig.freeze(sandbox)
     files = {path: (size, mtime) for path, size, mtime in frozen.result.files}
-    data = rig.home / "code" / "data.bin"
     assert files[str(data)] == (5000, data.stat().st_mtime_ns)
     assert os.path.realpath(sys._base_executable) in files
     for path, (size, mtime) in files.items():
@@ -401,15 +401,15 @@ async def test_a_damaged_snapshot_is_at_fault_and_leaves_nothing(rig: Rig, damag
 
 
 async def test_a_restore_where_a_file_is_missing_names_it(rig: Rig) -> None:
-    data = rig.home / "code" / "data.bin"
+    data = rig.home / "files" / "data.bin"
     data.write_bytes(b"x" * 5000)
-    sandbox, _ = await rig.start("f = open('/app/data.bin', 'rb')\ncheck = lambda: f.read(2)")
+    sandbox, _ = await rig.start(f"f = open('{data}', 'rb')\ncheck = lambda: f.read(2)")
     await rig.ask(sandbox)
     frozen = await rig.freeze(sandbox)
     data.unlink()
     with pytest.raises(RestoreError) as caught:
         await rig.thaw(frozen)
-    assert caught.value.code == "file-missing" and "app/data.bin" in caught.value.message
+    assert caught.value.code == "file-missing" and "files/data.bin" in caught.value.message
     assert not caught.value.snapshot_at_fault
 
 

@@ -24,6 +24,7 @@ from woodfrog.errors import SandboxError
 from woodfrog.linux import capabilities, procfs
 from woodfrog.linux.rootplan import CRIU_KDAT, VolumeMount, root_plan
 from woodfrog.linux.sandbox import Limits, ProcessSpec, Sandbox
+from woodfrog.linux.skeleton import host_above
 
 pytestmark = pytest.mark.root
 
@@ -104,10 +105,10 @@ async def test_what_can_be_read_and_written(yard: Yard) -> None:
         f"""
         set -eu
         refuse() {{ if "$@" 2>/dev/null; then echo "allowed: $*"; exit 1; fi; }}
-        for d in /tmp /var/tmp /dev/shm /run /home/woodfrog; do echo x > $d/file; done
+        for d in /tmp /var/tmp /dev/shm /run /root; do echo x > $d/file; done
         mkdir /data; echo x > /data/file
-        [ "$(ls -A /root | grep -v pyenv || true)" = "" ]
-        [ "$(ls -A /home)" = woodfrog ]
+        [ "$(ls -A /root | grep -v pyenv || true)" = file ]
+        [ "$(ls -A /home)" = "" ]
         refuse ls {yard.base}/secret
         refuse touch /usr/file /etc/file /var/file /opt/file /file/file
         refuse mv /run/woodfrog /run/other
@@ -127,7 +128,7 @@ async def test_what_can_be_read_and_written(yard: Yard) -> None:
     )
     assert (done.status, done.stdout) == (0, b""), done
     upper = sandbox.upper_path()
-    assert {p.name for p in upper.iterdir()} == {"tmp", "run", "home", "data", ".var-tmp"}
+    assert {p.name for p in upper.iterdir()} == {"tmp", "run", "root", "data", ".var-tmp"}
     assert not list(upper.glob("run/woodfrog"))
 
 
@@ -309,12 +310,11 @@ async def test_symlinks_in_a_layer_do_not_lead_init_astray(yard: Yard) -> None:
         directory.mkdir()
     (layer / "data").symlink_to(outside)
     (layer / "up").symlink_to("../../../../../../tmp")
-    with pytest.raises(SandboxError, match="mkdir /data/deep"):
-        await yard.sandbox(layers=(layer,), volumes=(VolumeMount(volume, "/data/deep"),), hidden=())
-    sandbox = await yard.sandbox(layers=(layer,), volumes=(VolumeMount(volume, "/up/there"),), hidden=())
+    for target in ("/data/deep", "/up/there"):
+        with pytest.raises(SandboxError, match=f"straight {target}.*symbolic links"):
+            await yard.sandbox(layers=(layer,), volumes=(VolumeMount(volume, target),), hidden=())
     assert list(outside.iterdir()) == []
     assert not Path("/tmp/there").exists()
-    assert (await shell(sandbox, "cd /tmp/there && ls -d /tmp/there")).status == 0
 
 
 async def test_paths_that_user_code_planted_are_not_followed(yard: Yard) -> None:
@@ -343,14 +343,83 @@ async def test_volume_is_writable_and_persists(yard: Yard) -> None:
     assert (done.status, done.stdout) == (2, b"kept\n")
 
 
-async def test_code_is_read_only_and_bind_comes_and_goes(yard: Yard) -> None:
-    code, images = yard.base / "code", yard.base / "images"
-    code.mkdir()
-    images.mkdir()
-    (code / "app.py").write_text("print('hello')")
-    sandbox = await yard.sandbox(code=code)
-    assert (await shell(sandbox, "cat /app/app.py")).stdout == b"print('hello')"
-    assert (await shell(sandbox, "touch /app/x")).status == 1
+async def test_what_is_written_beside_the_code_stays_in_the_container(yard: Yard) -> None:
+    code = yard.base / "code"
+    (code / "app/data").mkdir(parents=True)
+    for path in (code / "app/app.py", code / "app/data/rows"):
+        path.write_text("as deployed\n")
+        os.chown(path, UID, UID)
+    first = await yard.sandbox(code=code)
+    script = "cat app.py; echo new > app.py; echo more >> data/rows; echo out > result; cat app.py data/rows result"
+    done = await first.run(worker_spec("/bin/sh", "-c", script, cwd="/app"), 10)
+    assert (done.status, done.stdout) == (0, b"as deployed\nnew\nas deployed\nmore\nout\n"), done.stderr
+    assert (await shell(first, "mv /app /elsewhere || mv /app/../root /elsewhere")).status == 1
+    layer = yard.base / "layer"
+    copy_upper(first, layer)
+    assert sorted(str(p.relative_to(code)) for p in code.rglob("*")) == [
+        "app",
+        "app/app.py",
+        "app/data",
+        "app/data/rows",
+    ]
+    second, third = await yard.sandbox(code=code), await yard.sandbox(code=code, layers=(layer,))
+    assert (await shell(second, "cd /app; ls; cat app.py")).stdout == b"app.py\ndata\nas deployed\n"
+    assert (await shell(third, "cd /app; ls; cat app.py data/rows")).stdout == (
+        b"app.py\ndata\nresult\nnew\nas deployed\nmore\n"
+    )
+
+
+async def test_home_and_others_are_the_workers_to_write_in(yard: Yard) -> None:
+    sandbox = await yard.sandbox()
+    script = "for d in / ~ /mnt /media /home /app /tmp /var/tmp /run; do echo x > $d/f && mkdir $d/d || exit 1; done"
+    done = await shell(sandbox, script)
+    assert done.status == 0, done.stderr
+
+
+async def test_a_volume_where_the_host_has_directories(yard: Yard) -> None:
+    (volume := yard.base / "volume").mkdir()
+    os.chown(volume, UID, UID)
+    (volume / "kept").write_text("kept\n")
+    targets = ("/opt/models/big", "/srv/m", "/var/lib/some/where", "/opt", "/root/.cache/hub", "/mnt/a/b")
+    for target in targets:
+        mount = VolumeMount(volume, target, under=host_above(target))
+        done = await shell(await yard.sandbox(volumes=(mount,)), f"cat {target}/kept; echo new > {target}/new")
+        assert (done.status, done.stdout) == (0, b"kept\n"), (target, done.stderr)
+        assert (volume / "new").read_text() == "new\n"
+        (volume / "new").unlink()
+    many = tuple(VolumeMount(volume, t, under=host_above(t)) for t in ("/var/lib/one", "/var/lib/two", "/var/three"))
+    done = await shell(
+        await yard.sandbox(volumes=many), "cat /var/lib/one/kept /var/lib/two/kept /var/three/kept; ls /var/lib"
+    )
+    assert done.stdout.startswith(b"kept\n" * 3) and {b"dpkg", b"one", b"two"} <= set(done.stdout.split())
+    assert not any(os.path.exists(p) for p in ("/opt/models", "/srv/m", "/var/lib/some", "/var/lib/one"))
+
+
+async def test_a_caches_directory_with_a_volume_below_stays_writable(yard: Yard) -> None:
+    (volume := yard.base / "volume").mkdir()
+    sandbox = await yard.sandbox(volumes=(VolumeMount(volume, "/root/.cache/hub"),))
+    done = await shell(sandbox, "mkdir ~/.cache/other /root/.cache/other/deep && ! mv /root/.cache /root/elsewhere")
+    assert done.status == 0, done.stderr
+
+
+async def test_a_link_never_moves_a_volume(yard: Yard) -> None:
+    """A snapshot's layer, or a volume, holds what user code left: the system's files must not be covered through it."""
+    outer, inner, layer = (yard.base / n for n in ("outer", "inner", "layer"))
+    for folder in (outer, inner, layer / "root"):
+        folder.mkdir(parents=True)
+    (outer / "link").symlink_to("/usr/local")
+    (layer / "root/link").symlink_to("/usr/local")
+    for volumes, layers in (
+        ((VolumeMount(outer, "/data"), VolumeMount(inner, "/data/link/bin")), ()),
+        ((VolumeMount(inner, "/root/link/bin"),), (layer,)),
+    ):
+        with pytest.raises(SandboxError, match="symbolic links"):
+            await yard.sandbox(volumes=volumes, layers=layers)
+
+
+async def test_bind_comes_and_goes(yard: Yard) -> None:
+    (images := yard.base / "images").mkdir()
+    sandbox = await yard.sandbox()
     root = ProcessSpec(("/bin/sh", "-c", "echo x > /run/woodfrog/img/x"), env=ENV)
     await sandbox.bind(images, "/run/woodfrog/img", read_only=False)
     assert (await sandbox.run(root, 10)).status == 0
@@ -608,8 +677,8 @@ async def test_freeze_in_one_sandbox_and_thaw_in_three(yard: Yard) -> None:
     prefixes = (PREFIX, Path(criu).parents[1])
     images, layer, shm, code = (yard.base / n for n in ("images", "layer", "shm", "code"))
     images.mkdir(mode=0o700)
-    code.mkdir()
-    (code / "worker.py").write_text(WORKER)
+    (code / "app").mkdir(parents=True)
+    (code / "app/worker.py").write_text(WORKER)
     as_criu = ProcessSpec(
         ("",), env={**ENV, "XDG_RUNTIME_DIR": "/run/criu"}, caps="held", no_new_privs=False, seccomp=False
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from woodfrog.daemon.resources import Resources
-from woodfrog.errors import NotFoundError, SpecError
+from woodfrog.errors import NotFoundError, SandboxError, SpecError
+from woodfrog.linux.skeleton import host_above
 from woodfrog.settings import Settings
 from woodfrog.spec import AppSpec, FunctionSpec, MethodSpec, RuntimeSpec, SecretSpec, SourceSpec, VolumeMount
 from woodfrog.store.content import ContentStore
@@ -35,6 +37,18 @@ def test_clients_that_are_not_root_name_no_closed_directory(tmp_path: Path) -> N
         strict.check(app())
         with pytest.raises(SpecError, match="not open to all users"):
             strict.check(app(sys_path=(str(closed / "lib"),)))
+
+
+def test_where_a_volumes_mount_point_has_to_be_added_to_the_hosts_directory(tmp_path: Path) -> None:
+    within = {"/opt/none/such": "/opt", "/usr/share/none": "/usr/share", "/usr/share": "", "/none/x": ""}
+    own = dict.fromkeys(("/root/.cache/x", "/mnt/x", f"{tmp_path}/x"), "")
+    assert {path: host_above(path) for path in (*within, *own)} == {**within, **own}
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        (link := Path(folder) / "link").symlink_to("/usr")
+        with pytest.raises(SandboxError, match=f"below {link}, which is a symlink"):
+            host_above(f"{link}/x")
+        with pytest.raises(SpecError, match=f"below {link}, which is a symlink"):
+            resources(tmp_path).check(app(volumes=(VolumeMount("v", f"{link}/x"),)))
 
 
 @pytest.mark.parametrize("path", ["/", "relative", "/proc/x", "/app", "/usr/lib/x", "/data/../etc"])

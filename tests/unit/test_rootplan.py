@@ -121,12 +121,29 @@ def test_layers_come_above_the_skeleton_and_odd_characters_are_escaped() -> None
     assert options.startswith(r"lowerdir=/s/new\:er:/s/old\,er:/var/lib/woodfrog/skeletons/ab,upperdir=")
 
 
+def test_code_is_the_lowest_layer() -> None:
+    request = replace(REQUEST, layers=(Path("/s/new"),), code=Path("/code/ab"))
+    overlay = next(op for op in root_plan(request, HOST).ops if op.args[:1] == ("overlay",))
+    assert overlay.args[3].startswith("lowerdir=/s/new:/var/lib/woodfrog/skeletons/ab:/code/ab,upperdir=")
+
+
+def test_a_host_directory_with_a_volume_inside_is_laid_over_and_its_mask_stays_on_top() -> None:
+    volumes = (VolumeMount(Path("/v"), "/var/lib/models", under="/var/lib"),)
+    ops = root_plan(replace(REQUEST, volumes=volumes), HOST).ops
+    laid = next(i for i, op in enumerate(ops) if op.name == "mount" and op.args[1] == "/var/lib")
+    assert f"{REQUEST.scratch}/mask/under-0:/var/lib" in ops[laid].args[3] and "ro" in ops[laid].args[2].split(",")
+    assert position(ops, "bind", "/var") < laid < position(ops, "bind", "/var/lib/woodfrog")
+    assert laid < position(ops, "straight", "/var/lib/models") < position(ops, "bind", "/var/lib/models")
+
+
 def test_too_many_layers_is_an_error_not_a_truncated_mount() -> None:
     with pytest.raises(SandboxError, match="too many"):
         root_plan(replace(REQUEST, layers=tuple(Path(f"/snapshots/{'x' * 60}/{i}") for i in range(60))), HOST)
 
 
-@pytest.mark.parametrize("target", ["/proc", "/dev/shm", "/etc/x", "/run/woodfrog", "data", "/", "/data/../etc"])
+@pytest.mark.parametrize(
+    "target", ["/proc", "/dev/shm", "/etc/x", "/run/woodfrog", "/app/x", "data", "/", "/data/../etc"]
+)
 def test_volume_where_the_sandbox_has_its_own(target: str) -> None:
     with pytest.raises(SandboxError):
         root_plan(replace(REQUEST, volumes=(VolumeMount(Path("/v"), target),)), HOST)
@@ -144,11 +161,10 @@ def test_block_network_takes_the_device_away() -> None:
 
 def test_user_code_cannot_replace_what_init_trusts() -> None:
     entries = {e.path: e for e in skeleton_entries(HOST, (), UID)}
-    for path in ("/", "/run"):
+    for path in ("/", "/app", "/mnt", "/root", "/run"):
         assert (entries[path].uid, entries[path].gid, entries[path].mode) == (0, UID, 0o1775)
-    for path in ("/run/woodfrog", "/run/criu", "/etc", "/proc", "/root"):
+    for path in ("/run/woodfrog", "/run/criu", "/etc", "/proc", "/boot"):
         assert (entries[path].uid, entries[path].mode & 0o022) == (0, 0)
-    assert entries["/home/woodfrog"].uid == UID
     assert entries["/bin"].link == "usr/bin"
 
 

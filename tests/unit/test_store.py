@@ -153,7 +153,7 @@ def test_leftovers_are_swept_at_the_start(tmp_path: Path) -> None:
     (store.code / ".loop").symlink_to(".")
     (store.blobs / f".{sha(b'y')}.99").write_bytes(b"half")
     again = ContentStore(tmp_path)
-    assert [p.name for p in again.code.iterdir()] == [sha(GOOD)]
+    assert [p.name for p in again.code.iterdir()] == [f"{sha(GOOD)}.layer"]
     assert list(again.blobs.iterdir()) == []
 
 
@@ -176,7 +176,7 @@ def test_many_threads_put_the_same_tree(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert failures == []
-    assert [p.name for p in store.code.iterdir()] == [sha(GOOD)]
+    assert [p.name for p in store.code.iterdir()] == [f"{sha(GOOD)}.layer"]
     assert (store.code_path(sha(GOOD)) / "app.py").read_text() == "import pkg\n"
 
 

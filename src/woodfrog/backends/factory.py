@@ -14,7 +14,7 @@ from woodfrog import protocol
 from woodfrog.errors import SandboxError, WoodfrogError
 from woodfrog.linux import cgroups
 from woodfrog.linux.network import Network
-from woodfrog.linux.rootplan import DeviceNode, RootRequest, VolumeMount, etc_files, root_plan
+from woodfrog.linux.rootplan import APP, HOME, DeviceNode, RootRequest, VolumeMount, etc_files, root_plan
 from woodfrog.linux.sandbox import Limits, ProcessSpec, Sandbox, SandboxProcess, init_binary_path
 from woodfrog.linux.skeleton import make_skeleton, read_host_root
 from woodfrog.settings import Settings
@@ -42,6 +42,7 @@ class SandboxFactory:
         settings.kdat_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self._disk_bytes = (settings.disk_mib << 20) or memory // 4
+        self._disk_limit = max(self._disk_bytes, memory * 3 // 4)
         self._ready: list[Sandbox] = []
         self._filling: asyncio.Task[None] | None = None
         self._wanted = asyncio.Event()
@@ -158,12 +159,14 @@ class SandboxFactory:
         request = RootRequest(
             scratch=self._scratch,
             skeleton=lowest,
-            disk_bytes=(spec.resources.disk_mib << 20) if spec.resources.disk_mib else self._disk_bytes,
+            disk_bytes=min(spec.resources.disk_mib << 20, self._disk_limit)
+            if spec.resources.disk_mib
+            else self._disk_bytes,
             hostname=hostname,
             worker_uid=settings.worker_uid,
             layers=layers,
             shm_layer=shm,
-            code=code,
+            code=code.parent if code is not None else None,
             prefixes=prefixes,
             volumes=volumes,
             hidden=(settings.home,),
@@ -215,10 +218,10 @@ class SandboxFactory:
         await sandbox.drop_prestarted()  # a capture would take it for a process that strayed
         return await sandbox.spawn(
             ProcessSpec(
-                (runtime.executable, "-P", "-m", "woodfrog.worker"),
+                (runtime.executable, "-P", "-B", "-m", "woodfrog.worker"),
                 env={
                     "PATH": "/usr/bin:/bin",
-                    "HOME": "/home/woodfrog",
+                    "HOME": HOME,
                     "LANG": "C.UTF-8",
                     "PYTHONPATH": str(self.package_root),
                     **self.library_env(),
@@ -237,7 +240,7 @@ class SandboxFactory:
         uid = self._settings.worker_uid
         try:
             done = await sandbox.run(
-                ProcessSpec(tuple(argv), env=env, uid=uid, gid=uid, cwd="/app"), timeout, limit=_EXEC_LIMIT
+                ProcessSpec(tuple(argv), env=env, uid=uid, gid=uid, cwd=APP), timeout, limit=_EXEC_LIMIT
             )
         except SandboxError as e:
             if "errno" not in e.fields:

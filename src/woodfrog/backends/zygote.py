@@ -29,6 +29,7 @@ from woodfrog.backends.factory import SandboxFactory
 from woodfrog.backends.imports import OURS, installed, local_source, scan, serves
 from woodfrog.criu.binary import Criu
 from woodfrog.errors import IncompatibleSnapshot, IntegrityError, StoreError, WoodfrogError
+from woodfrog.linux.rootplan import APP, HOME
 from woodfrog.linux.sandbox import Sandbox
 from woodfrog.snapshot.capture import SnapshotIdentity, capture
 from woodfrog.snapshot.catalogue import Catalogue, Staging
@@ -38,13 +39,12 @@ from woodfrog.spec import RuntimeSpec, to_dict
 from woodfrog.store.files import write_atomic
 from woodfrog.telemetry import Phases, counters
 
-__all__ = ["HOME", "PER_INSTANCE", "Plan", "ZygoteConfig", "Zygotes", "basic_env", "load_key", "make_plan", "overlap"]
+__all__ = ["PER_INSTANCE", "Plan", "ZygoteConfig", "Zygotes", "basic_env", "load_key", "make_plan", "overlap"]
 
 log = logging.getLogger("woodfrog")
 
 PER_INSTANCE = frozenset({"WOODFROG_APP", "WOODFROG_FUNCTION", "WOODFROG_INSTANCE"})
 """Variables that a zygote's imports do not see; they are set when it is told what it serves."""
-HOME = "/home/woodfrog"
 _ATTEMPTS = 2
 _CONFIG = (".cfg", ".conf", ".env", ".ini", ".json", ".toml", ".yaml", ".yml", "rc")
 """Ends of the names of files that a library may read from the working directory while it is imported."""
@@ -274,7 +274,7 @@ class Zygotes:
             or self._failures[request.function_key] >= _ATTEMPTS
         ):
             return None
-        fixed = (*request.runtime.sys_path, HOME, "/app")
+        fixed = (*request.runtime.sys_path, HOME, APP)
         for volume in spec.volumes:
             # What the libraries are, or find, would depend on what the volume holds.
             if any(overlap(volume.path, inner) for inner in fixed) or any(volume.path in v for v in env.values()):

@@ -207,7 +207,7 @@ async def serve(settings: Settings) -> None:
         log.info("no performance counters here: each restore waits some 15 ms for the kernel to switch breakpoints on")
     run_id = uuid.uuid4().hex[:6]
     journal = Journal(settings.home)
-    content = ContentStore(settings.home)
+    content = ContentStore(settings.home, settings.worker_uid)
     logs = LogBook(settings.home / "logs", settings.log_mib << 20)
     resources = Resources(settings, content)
     settings.hot.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -8,8 +8,9 @@ import re
 import sys
 from pathlib import Path
 
-from woodfrog.errors import NotFoundError, SpecError
+from woodfrog.errors import NotFoundError, SandboxError, SpecError
 from woodfrog.linux import rootplan
+from woodfrog.linux.skeleton import host_above
 from woodfrog.settings import Settings
 from woodfrog.spec import AppSpec, FunctionSpec, SecretSpec, VolumeMount
 from woodfrog.store.content import ContentStore
@@ -111,7 +112,10 @@ class Resources:
 
     def mounts(self, function: FunctionSpec) -> tuple[rootplan.VolumeMount, ...]:
         """What a sandbox of this function gets mounted."""
-        return tuple(rootplan.VolumeMount(self.volume_path(v), v.path, v.read_only) for v in function.volumes)
+        return tuple(
+            rootplan.VolumeMount(self.volume_path(v), v.path, v.read_only, host_above(os.path.normpath(v.path)))
+            for v in function.volumes
+        )
 
     # Specs
 
@@ -155,4 +159,8 @@ class Resources:
                     raise SpecError(
                         f"{where}: volume path {mount.path!r} is the system's; mount it elsewhere", code="bad-volume"
                     )
+                try:
+                    host_above(path)
+                except SandboxError as e:
+                    raise SpecError(f"{where}: volume path {e.message}", code="bad-volume") from None
                 self.volume_path(mount)

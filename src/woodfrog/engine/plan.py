@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 from woodfrog.criu.options import Dump, Restore, Tcp
 from woodfrog.engine.inspect import AMD_NODES, Descriptor, Task, Tree
+from woodfrog.linux.rootplan import APP, HOME
 
 __all__ = [
     "FACTS",
@@ -35,7 +36,7 @@ CACHE = "/run/criu"
 """CRIU's kernel-feature cache, shared by all sandboxes."""
 FACTS = "engine.json"
 """What a restore must know of the dump, beside the images."""
-IRMAP_PATHS = ("/tmp", "/home/woodfrog", "/var/tmp", "/run", "/dev/shm", "/app")
+IRMAP_PATHS = ("/tmp", "/var/tmp", "/run", "/dev/shm", APP, HOME)
 """Where the watched files of inotify are looked for: an overlay cannot open a file by its handle."""
 
 ANON_INODES = frozenset(

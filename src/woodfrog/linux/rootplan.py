@@ -18,7 +18,9 @@ from typing import Literal
 from woodfrog.errors import SandboxError
 
 __all__ = [
+    "APP",
     "CRIU_KDAT",
+    "HOME",
     "MASKED",
     "DeviceNode",
     "HostEntry",
@@ -39,6 +41,8 @@ OWN = frozenset({"proc", "sys", "dev", "run", "tmp", "etc"})
 """Top-level directories every sandbox has of its own."""
 MASKED = frozenset({"home", "root", "boot", "media", "mnt", "lost+found"})
 """Top-level directories of the host that stay empty inside: homes and secrets."""
+OPEN = ("app", "home", "media", "mnt", "root", "run")
+"""Those in which user code may make what it likes, as in `/`."""
 PROC_MASKS = (
     "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
     "/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats", "/proc/vmallocinfo",
@@ -49,7 +53,10 @@ PROC_READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysr
 NS_LAST_PID = "/proc/sys/kernel/ns_last_pid"
 VAR_TMP = "/.var-tmp"
 """Where /var/tmp's files live: /var itself is the host's, read-only."""
-HOME = "/home/woodfrog"
+APP = "/app"
+"""Where the user's code is, and where it starts."""
+HOME = "/root"
+"""As on Modal: programs name it, their caches' volumes lie below it."""
 CRIU_KDAT = "/run/criu.kdat"
 """Where CRIU, as root, looks for what it knows of the kernel. It would itself write it there on a tmpfs only."""
 DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0))
@@ -97,6 +104,8 @@ class VolumeMount:
     source: Path
     target: str
     read_only: bool = False
+    under: str = ""
+    """The host's directory that has to be laid over because it lacks the mount point; see `skeleton.host_above`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +138,7 @@ class RootRequest:
         skeleton: the lowest layer, from `woodfrog.linux.skeleton.make_skeleton`.
         layers: file system layers of snapshots, the topmost first.
         shm_layer: what /dev/shm holds at first; copied.
-        code: host directory of the user's code, mounted read-only at `code_mount`.
+        code: layer with the user's code in its directory `app`. What the code writes there stays its own.
         prefixes: directories needed at their own path, read-only (interpreter, virtual environment, woodfrog itself);
             where a part of a path is a symlink, give the resolved path too.
         hidden: host directories that appear empty inside (woodfrog's state).
@@ -150,7 +159,6 @@ class RootRequest:
     layers: tuple[Path, ...] = ()
     shm_layer: Path | None = None
     code: Path | None = None
-    code_mount: str = "/app"
     prefixes: tuple[Path, ...] = ()
     volumes: tuple[VolumeMount, ...] = ()
     hidden: tuple[Path, ...] = ()
@@ -206,21 +214,20 @@ def is_visible(path: PurePosixPath, host: HostRoot, hidden: tuple[PurePosixPath,
 def skeleton_entries(host: HostRoot, prefixes: tuple[Path, ...], worker_uid: int) -> tuple[SkeletonEntry, ...]:
     """The lowest layer: mount points, masked directories, and the writable places, all empty.
 
-    User code may make directories in `/` and `/run` (they are its group's, sticky) but cannot rename or
-    replace what is there: init and CRIU, which have capabilities, resolve paths below them.
+    User code may make files and directories in `/`, `/run`, its home and others (they are its group's, sticky) but
+    cannot rename or replace what is there: init and CRIU, which have capabilities, resolve paths below them.
     """
     gid = worker_uid
     entries = {
         "/": SkeletonEntry("/", 0o1775, 0, gid),
-        **{f"/{n}": SkeletonEntry(f"/{n}") for n in ("proc", "sys", "dev", "etc", "home", "root", "app")},
-        "/run": SkeletonEntry("/run", 0o1775, 0, gid),
+        **{f"/{n}": SkeletonEntry(f"/{n}") for n in ("proc", "sys", "dev", "etc")},
+        **{f"/{n}": SkeletonEntry(f"/{n}", 0o1775, 0, gid) for n in OPEN},
         "/run/lock": SkeletonEntry("/run/lock", 0o1777),
         "/run/woodfrog": SkeletonEntry("/run/woodfrog"),
         "/run/criu": SkeletonEntry("/run/criu"),
         CRIU_KDAT: SkeletonEntry(CRIU_KDAT, 0o600, file=True),
         "/tmp": SkeletonEntry("/tmp", 0o1777),
         VAR_TMP: SkeletonEntry(VAR_TMP, 0o1777),
-        HOME: SkeletonEntry(HOME, 0o755, worker_uid, gid),
     }
     for entry in host.entries:
         path = f"/{entry.name}"
@@ -363,7 +370,8 @@ def root_plan(request: RootRequest, host: HostRoot) -> RootPlan:
         _mkdir(disk / "work"),
         _overlay(
             s / "root",
-            [*request.layers, request.skeleton],
+            # The code's layer is the lowest: the directory it is in has the skeleton's owner and mode.
+            [*request.layers, request.skeleton, *([request.code] if request.code is not None else [])],
             "nosuid,nodev",
             f",upperdir={_overlay_path(disk / 'upper')},workdir={_overlay_path(disk / 'work')}",
         ),
@@ -372,10 +380,17 @@ def root_plan(request: RootRequest, host: HostRoot) -> RootPlan:
     ops += [Op("write", (str(s / "etc" / name), "644", "0", "0", text)) for name, text in sorted(request.etc)]
     masking, binding = _own_paths(s, request.prefixes, request.hidden, host)
     ops += masking
+    laying = []
+    for index, under in enumerate(sorted({v.under for v in request.volumes if v.under})):
+        points = s / "mask" / f"under-{index}"
+        inside = [_user_target(v.target, "volume").relative_to(under) for v in request.volumes if v.under == under]
+        ops += [_mkdir(points), *(_mkdir(points / p) for p in inside)]
+        laying.append(_overlay(_absolute(under, "directory"), [points, PurePosixPath(under)], "ro,nosuid,nodev", ""))
     ops.append(Op("enter", (str(s / "root"),)))
     for entry in host.entries:
         if entry.kind == "directory" and entry.name not in OWN and entry.name not in MASKED:
             ops.append(_bind(f"/{entry.name}", f"/{entry.name}", "ro,nosuid,nodev,rec"))
+    ops += laying
     if request.etc:
         # Laid over, not bound over: /etc/resolv.conf is often a symlink into /run.
         ops.append(_overlay(PurePosixPath("/etc"), [s / "etc", PurePosixPath("/etc")], "ro,nosuid,nodev", ""))
@@ -397,12 +412,12 @@ def root_plan(request: RootRequest, host: HostRoot) -> RootPlan:
         ops.append(_bind(_absolute(request.kdat_file, "kdat file"), CRIU_KDAT, "ro,nosuid,nodev,noexec"))
 
     ops += binding
-    if request.code is not None:
-        target = _user_target(request.code_mount, "code")
-        ops += [_mkdir(target), _bind(_absolute(request.code, "code"), target, "ro,nosuid,nodev")]
     for volume in sorted(request.volumes, key=lambda v: v.target):
         target = _user_target(volume.target, "volume")
         attributes = "nosuid,nodev" + (",ro" if volume.read_only else "")
+        # Else a link that was made in a directory of the worker's would have it lie over the system's own files.
+        ops.append(Op("straight", (str(target),)))
+        ops += [_mkdir(p, 0o1775, 0, gid) for p in reversed(target.parents) if len(p.parts) > 1]
         ops += [_mkdir(target), _bind(_absolute(volume.source, "volume source"), target, attributes)]
     ops.append(Op("pivot"))
     if not request.network:
@@ -418,6 +433,6 @@ def _between(path: PurePosixPath, above: PurePosixPath, hidden: tuple[PurePosixP
 
 def _user_target(path: str, what: str) -> PurePosixPath:
     pure = _absolute(path, what)
-    if len(pure.parts) < 2 or pure.parts[1] in {"proc", "sys", "dev", "etc", "run"}:
+    if len(pure.parts) < 2 or pure.parts[1] in {"app", "proc", "sys", "dev", "etc", "run"}:
         raise SandboxError(f"{what} cannot be mounted at {path}; choose a path such as /data", code="bad-mount-path")
     return pure

@@ -7,9 +7,19 @@ import shutil
 from hashlib import sha256
 from pathlib import Path
 
-from woodfrog.linux.rootplan import NS_LAST_PID, PROC_MASKS, PROC_READ_ONLY, HostEntry, HostRoot, skeleton_entries
+from woodfrog.errors import SandboxError
+from woodfrog.linux.rootplan import (
+    MASKED,
+    NS_LAST_PID,
+    OWN,
+    PROC_MASKS,
+    PROC_READ_ONLY,
+    HostEntry,
+    HostRoot,
+    skeleton_entries,
+)
 
-__all__ = ["make_skeleton", "read_host_root"]
+__all__ = ["host_above", "make_skeleton", "read_host_root"]
 
 
 def read_host_root(root: Path = Path("/")) -> HostRoot:
@@ -30,6 +40,30 @@ def read_host_root(root: Path = Path("/")) -> HostRoot:
         passwd=(root / "etc/passwd").read_text(errors="replace"),
         group=(root / "etc/group").read_text(errors="replace"),
     )
+
+
+def host_above(target: str) -> str:
+    """The host's directory that a mount point inside has to be added to: the nearest one above that exists.
+
+    "" where none has to be: the sandbox has a directory of its own there, or the host has the very directory.
+
+    Raises:
+        SandboxError: a symlink of the host's is on the way.
+    """
+    path = Path(target)
+    if len(path.parts) < 2 or path.parts[1] in OWN | MASKED:
+        return ""
+    nearest = ""
+    for part in (*reversed(path.parents[:-1]), path):
+        if part.is_symlink():
+            raise SandboxError(
+                f"{target} is below {part}, which is a symlink on this machine: choose another path",
+                code="bad-mount-path",
+            )
+        if not part.is_dir():
+            return nearest
+        nearest = str(part)
+    return ""
 
 
 def make_skeleton(parent: Path, host: HostRoot, prefixes: tuple[Path, ...], worker_uid: int) -> Path:

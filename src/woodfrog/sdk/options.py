@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -225,6 +226,18 @@ def _name(value: Any) -> str:
     return checks.name(value, "name")
 
 
+def _disk(value: Any) -> int:
+    asked = _some(value)
+    here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 3 // 4 >> 20
+    if asked > here:
+        checks.note(
+            "ephemeral_disk",
+            f"ephemeral_disk={asked}: a container's disk is memory, and gets at most three quarters of the machine's "
+            f"({here} MiB of this one's); put large data in a Volume",
+        )
+    return asked
+
+
 @dataclass(frozen=True)
 class Parameter:
     parse: Callable[[Any], Any]
@@ -243,7 +256,7 @@ PARAMETERS: dict[str, Parameter] = {
     "gpu": Parameter(parse_gpu, "resources.gpu"),
     "cpu": Parameter(_cpu, "resources.cpu"),
     "memory": Parameter(_memory, "resources.memory_mib"),
-    "ephemeral_disk": Parameter(_some, "resources.disk_mib"),
+    "ephemeral_disk": Parameter(_disk, "resources.disk_mib"),
     "min_containers": Parameter(_count, "scaling.min_containers"),
     "max_containers": Parameter(_some, "scaling.max_containers"),
     "buffer_containers": Parameter(_count, "scaling.buffer_containers"),

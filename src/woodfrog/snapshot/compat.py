@@ -68,9 +68,14 @@ def cpu_features(cpuinfo: str) -> tuple[str, ...]:
 
 
 def runtime_digest(package: Path, init_binary: Path) -> str:
-    """Digest of the code of woodfrog's own that is frozen into a snapshot, or that a thawed worker talks to."""
+    """Digest of woodfrog's own code that is frozen into a snapshot, talks to a thawed worker, or makes its root."""
     digest = hashlib.sha256()
-    for path in (*sorted((package / "worker").glob("*.py")), package / "protocol.py", init_binary):
+    for path in (
+        *sorted((package / "worker").glob("*.py")),
+        package / "protocol.py",
+        package / "linux/rootplan.py",
+        init_binary,
+    ):
         try:
             content = path.read_bytes()
         except FileNotFoundError:

@@ -20,6 +20,9 @@ from woodfrog.store.files import fsync_dir, fsync_tree, remove_tree, store_error
 
 __all__ = ["ContentStore"]
 
+APP = "app"
+"""The one directory of a layer with code."""
+_LAYER = ".layer"
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 _BAD_NAME = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
@@ -72,6 +75,13 @@ def _unpack(tar: bytes, root: Path) -> None:
         os.chmod(folder, 0o755)  # whatever the daemon's umask
 
 
+def _give(tree: Path, owner: int) -> None:
+    """Whoever runs a copy of it may change the copy."""
+    for folder, _, files in os.walk(tree):
+        for path in (folder, *(os.path.join(folder, name) for name in files)):
+            os.chown(path, owner, owner, follow_symlinks=False)
+
+
 def _check(digest: str, data: bytes) -> None:
     if not _DIGEST.match(digest):
         raise SpecError(f"{digest!r} is not a sha256 digest", code="bad-digest")
@@ -80,9 +90,14 @@ def _check(digest: str, data: bytes) -> None:
 
 
 class ContentStore:
-    """Blobs in `<root>/blobs`, unpacked source trees in `<root>/code`."""
+    """Blobs in `<root>/blobs`, unpacked source trees in `<root>/code`.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        owner: user and group of the source trees; the caller's own unless given.
+    """
+
+    def __init__(self, root: Path, owner: int | None = None) -> None:
+        self._owner = owner
         self.blobs = root / "blobs"
         self.code = root / "code"
         for folder in (self.blobs, self.code):
@@ -112,10 +127,10 @@ class ContentStore:
         return (self.blobs / digest).read_bytes()
 
     def has_code(self, digest: str) -> bool:
-        return bool(_DIGEST.match(digest)) and (self.code / digest).is_dir()
+        return bool(_DIGEST.match(digest)) and self._layer(digest).is_dir()
 
     def put_code(self, digest: str, tar: bytes) -> None:
-        """Unpack a source tree; readable by the worker, writable by nobody else.
+        """Unpack a source tree.
 
         Raises:
             SpecError: wrong digest, not a tar, or members that leave the tree.
@@ -127,10 +142,13 @@ class ContentStore:
         staging = self.code / f".{digest}.{uuid.uuid4().hex}"
         try:
             try:
-                staging.mkdir()
-                _unpack(tar, staging)
+                tree = staging / APP
+                tree.mkdir(parents=True)
+                _unpack(tar, tree)
+                if self._owner is not None:
+                    _give(tree, self._owner)
                 fsync_tree(staging)
-                os.rename(staging, self.code / digest)
+                os.rename(staging, self._layer(digest))
                 fsync_dir(self.code)
             except OSError as e:
                 if self.has_code(digest):  # another deploy of the same tree was first
@@ -138,14 +156,18 @@ class ContentStore:
                     return
                 if e.errno in _BAD_NAME:
                     raise _unusable(e) from e
-                raise store_error("cannot store the source", self.code / digest, e) from e
+                raise store_error("cannot store the source", self._layer(digest), e) from e
             except (tarfile.TarError, ValueError, OverflowError, EOFError) as e:
                 raise _unusable(e) from e
         except BaseException:
             remove_tree(staging)
             raise
 
+    def _layer(self, digest: str) -> Path:
+        return self.code / f"{digest}{_LAYER}"
+
     def code_path(self, digest: str) -> Path:
+        """Where the source tree is; its parent is a layer of a sandbox's root, with the tree as its only directory."""
         if not self.has_code(digest):
             raise NotFoundError(f"no source {digest[:12]}…: deploy the app again", digest=digest)
-        return self.code / digest
+        return self._layer(digest) / APP
