@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import pickle
 import subprocess
@@ -17,8 +18,19 @@ from typing import Any
 import pytest
 
 import woodfrog
+import woodfrog as modal
 from unit.fake_daemon import FakeDaemon
-from woodfrog.errors import CallCancelled, ExecutionError, InstanceCrashed, NotFoundError, SerializationError, SpecError
+from woodfrog.errors import (
+    CallCancelled,
+    ExecutionError,
+    FunctionTimeoutError,
+    InstanceCrashed,
+    NotFoundError,
+    OutputExpired,
+    SerializationError,
+    SpecError,
+    WoodfrogError,
+)
 from woodfrog.sdk import call as calls
 from woodfrog.sdk import payload
 from woodfrog.sdk.source import import_program
@@ -71,6 +83,13 @@ def chained():
 @app.function()
 def odd_error():
     raise Unpicklable(1, 2)
+
+class Ours(woodfrog.Error):
+    pass
+
+@app.function()
+def raises_modals(name):
+    raise Ours("own") if name == "Ours" else getattr(woodfrog.exception, name)("made there")
 
 @app.function()
 def leaves():
@@ -298,6 +317,44 @@ def test_spawn(program: Any) -> None:
         slow.get()
     with pytest.raises(NotFoundError):
         woodfrog.FunctionCall.from_id("nothing").get()
+
+
+def test_modals_names_of_exceptions_catch_what_is_raised(program: Any, daemon: FakeDaemon) -> None:
+    slow = program.slow.spawn(1, seconds=30)
+    for kind in (modal.exception.TimeoutError, TimeoutError, modal.Error, modal.exception.Error):
+        with pytest.raises(kind):
+            slow.get(timeout=0)
+    daemon.calls[slow.object_id].finish("failure", _failure(FunctionTimeoutError("slow: ran past its timeout of 1 s")))
+    for kind in (modal.exception.FunctionTimeoutError, modal.exception.TimeoutError, TimeoutError):
+        with pytest.raises(kind, match="1 s"):
+            slow.get()
+    expired = program.slow.spawn(1, seconds=30)
+    daemon.calls[expired.object_id].finish("failure", _failure(OutputExpired("the result is gone")))
+    for call in (expired, woodfrog.FunctionCall.from_id("nothing")):
+        for kind in (modal.exception.OutputExpiredError, modal.exception.TimeoutError):
+            with pytest.raises(kind) as caught:
+                call.get(timeout=0)
+        assert not isinstance(caught.value, TimeoutError)  # which says that the call goes on
+    with pytest.raises(modal.exception.NotFoundError):
+        call.get()
+    slow.cancel()
+    with pytest.raises(modal.exception.RemoteError):
+        program.leaves.remote()
+    for kind in (modal.exception.SerializationError, modal.exception.DeserializationError):
+        with pytest.raises(kind):
+            program.square.remote(threading.Lock())
+    with pytest.raises(modal.exception.InvalidError):
+        modal.App("not a name")
+    with pytest.raises(modal.exception.ImageBuildError, match="made there") as made:
+        program.raises_modals.remote("ImageBuildError")
+    assert type(made.value) is modal.exception.ImageBuildError and made.value.__cause__ is not None
+    with pytest.raises(program.Ours, match="own") as own:
+        program.raises_modals.remote("Ours")
+    assert isinstance(own.value, modal.Error)
+
+
+def _failure(error: WoodfrogError) -> bytes:
+    return json.dumps({"error": error.to_dict()}).encode()
 
 
 def test_generators(program: Any, daemon: FakeDaemon) -> None:

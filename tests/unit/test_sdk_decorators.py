@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -340,13 +342,42 @@ def test_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names_that_are_missing() -> None:
-    with pytest.raises(AttributeError, match="Modal has 'Sandbox'; woodfrog does not have it yet"):
+    with pytest.raises(AttributeError, match="Modal has 'Sandbox'; woodfrog does not have it yet") as caught:
         _ = modal.Sandbox
-    with pytest.raises(AttributeError, match="Modal has 'concurrent'"):
-        _ = modal.concurrent
+    assert isinstance(caught.value, SpecError) and caught.value.code == "not-yet"
+    assert str(caught.value).endswith(f"({checks.short(__file__)}:{caught.tb.tb_lineno})")
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         _ = modal.nonsense
-    assert {"App", "Volume", "__version__"} <= set(dir(modal))
+    for name in ("Queue", "nonsense", "__wrapped__", "__file__x"):
+        assert not hasattr(modal, name) and getattr(modal, name, 3) == 3
+    assert {"App", "Volume", "Error", "__version__"} <= set(dir(modal))
+    assert not set(dir(modal)) & set(modal._NOT_YET)
+    inspect.getmembers(modal)
+    with pytest.raises(AttributeError), mock.patch("woodfrog.Queue"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("from woodfrog import App, concurrent", "'concurrent'; .*one input at a time"),
+        ("from woodfrog import gpu", 'gpu="A100:2"'),
+        ("from woodfrog.gpu import A100", 'gpu="A100:2"'),
+        ("import woodfrog.gpu", 'gpu="A100:2"'),
+        ("import woodfrog.experimental", "'experimental'"),
+        ("from woodfrog import Period", "cron"),
+    ],
+)
+def test_importing_names_that_are_missing(line: str, words: str) -> None:
+    with pytest.raises(SpecError, match=words) as caught:
+        exec(compile("\n" + line, "program.py", "exec"), {})
+    assert caught.value.code == "not-yet" and str(caught.value).endswith("(program.py:2)")
+
+
+def test_importing_names_that_nobody_has() -> None:
+    with pytest.raises(ImportError, match="nonsense"):
+        exec("from woodfrog import nonsense", {})
+    exec("from woodfrog import *", {})
 
 
 def test_packages_are_checked() -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from woodfrog.errors import CallCancelled, DaemonError, NotFoundError, SpecError
+from woodfrog.errors import CallCancelled, CallNotFound, DaemonError, NotFoundError, NotOverYet, SpecError
 from woodfrog.protocol import unpack_items
 from woodfrog.sdk import payload
 from woodfrog.sdk.client import Client, Reply, connect, error_from_answer, segment
@@ -163,15 +163,19 @@ def wait_for(client: Client, call_id: str, reply: Reply | None, deadline: float 
     """Poll until the call is over, however often the daemon is restarted meanwhile.
 
     Raises:
-        TimeoutError: `deadline` (monotonic seconds) has passed.
+        NotOverYet: `deadline` (monotonic seconds) has passed.
+        CallNotFound: the daemon knows no such call (any more).
     """
     while reply is None or reply.status == 202 or reply.headers.get("woodfrog-status") == "pending":
         wait = WAIT_S
         if deadline is not None:
             wait = max(0.0, min(WAIT_S, deadline - time.monotonic()))
             if wait == 0.0 and reply is not None:
-                raise TimeoutError(f"call {call_id} is not over yet")
-        reply = client.request("GET", f"/calls/{call_id}", wait=wait, kept=_kept(call_id))
+                raise NotOverYet(f"call {call_id} is not over yet")
+        try:
+            reply = client.request("GET", f"/calls/{call_id}", wait=wait, kept=_kept(call_id))
+        except NotFoundError as e:
+            raise CallNotFound(e.message, code=e.code, **e.fields) from None
     return reply
 
 
@@ -239,7 +243,8 @@ class FunctionCall:
         """`get(timeout=None)`: the result. `timeout` in seconds; 0 asks once.
 
         Raises:
-            TimeoutError: no result within `timeout`; the call goes on.
+            NotOverYet: no result within `timeout`; the call goes on. It is a TimeoutError.
+            CallNotFound: the result is no longer kept, or there never was such a call.
             Exception: what the call raised.
         """
         return Dual(self._get, in_thread(self._get))
