@@ -319,6 +319,11 @@ def test_spawn(program: Any) -> None:
         woodfrog.FunctionCall.from_id("nothing").get()
 
 
+async def test_gather_without_blocking(program: Any) -> None:
+    started = [await program.square.spawn.aio(n) for n in (1, 2)]
+    assert await woodfrog.FunctionCall.gather.aio(*started) == [1, 4]
+
+
 def test_modals_names_of_exceptions_catch_what_is_raised(program: Any, daemon: FakeDaemon) -> None:
     slow = program.slow.spawn(1, seconds=30)
     for kind in (modal.exception.TimeoutError, TimeoutError, modal.Error, modal.exception.Error):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 from woodfrog.errors import DaemonError, NotFoundError, SpecError, WoodfrogError
 from woodfrog.sdk import checks, options, source
 from woodfrog.sdk.cls import Cls, Method, make_cls
-from woodfrog.sdk.dual import Dual
+from woodfrog.sdk.dual import ClassDual, Dual
 from woodfrog.sdk.functions import Deployed, Function, inside, method_spec
 from woodfrog.sdk.hooks import in_worker
 from woodfrog.sdk.image import Image
@@ -342,6 +342,7 @@ class App:
 
         return Dual(self._deploy, aio)
 
+    @ClassDual
     @classmethod
     def lookup(cls, name: str, *, create_if_missing: bool = False, **ignored: Any) -> App:
         """A handle of the deployed app `name`; `app["square"]` is its function. Asks nothing of the daemon yet."""

@@ -20,7 +20,7 @@ from woodfrog.errors import CallCancelled, CallNotFound, DaemonError, NotFoundEr
 from woodfrog.protocol import unpack_items
 from woodfrog.sdk import payload
 from woodfrog.sdk.client import Client, Reply, connect, error_from_answer, segment
-from woodfrog.sdk.dual import Dual
+from woodfrog.sdk.dual import ClassDual, Dual
 
 __all__ = ["Call", "FunctionCall", "Target", "aio_iterate", "in_thread", "map_calls"]
 
@@ -204,6 +204,32 @@ def outcome(reply: Reply, tag: str) -> Any:
     )
 
 
+# Waiting without blocking an event loop: threads of our own, since the loop's default pool has a handful only.
+
+_aio_pool: ThreadPoolExecutor | None = None
+
+
+def _threads() -> ThreadPoolExecutor:
+    global _aio_pool
+    if _aio_pool is None:
+        _aio_pool = ThreadPoolExecutor(256, thread_name_prefix="woodfrog-aio")
+    return _aio_pool
+
+
+async def _run_in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    context = contextvars.copy_context()
+    return await asyncio.get_running_loop().run_in_executor(_threads(), lambda: context.run(function, *args, **kwargs))
+
+
+def in_thread(function: Callable[..., T]) -> Callable[..., Awaitable[T]]:
+    """`function` as one that can be awaited."""
+
+    def start(*args: Any, **kwargs: Any) -> Awaitable[T]:
+        return _run_in_thread(function, *args, **kwargs)
+
+    return start
+
+
 class FunctionCall:
     """A call that was started with `.spawn`.
 
@@ -218,6 +244,7 @@ class FunctionCall:
         self._known_client = client
         self._tag = tag
 
+    @ClassDual
     @classmethod
     def from_id(cls, function_call_id: str, client: Any = None) -> FunctionCall:
         """The call of that id (`object_id`), also from another program. Asks nothing of the daemon yet."""
@@ -255,41 +282,17 @@ class FunctionCall:
         return Dual(self._cancel, in_thread(self._cancel))
 
     @staticmethod
-    def gather(*function_calls: FunctionCall) -> list[Any]:
-        """The results of several calls, in their order; the first exception is raised."""
+    def _gather(*function_calls: FunctionCall) -> list[Any]:
         return [call._get() for call in function_calls]
+
+    gather = Dual(_gather, in_thread(_gather))
+    """`gather(*function_calls)`: the results of several calls, in their order; the first exception is raised."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FunctionCall, (self.object_id, None, self._tag)
 
     def __repr__(self) -> str:
         return f"FunctionCall.from_id({self.object_id!r})"
-
-
-# Waiting without blocking an event loop: threads of our own, since the loop's default pool has a handful only.
-
-_aio_pool: ThreadPoolExecutor | None = None
-
-
-def _threads() -> ThreadPoolExecutor:
-    global _aio_pool
-    if _aio_pool is None:
-        _aio_pool = ThreadPoolExecutor(256, thread_name_prefix="woodfrog-aio")
-    return _aio_pool
-
-
-async def _run_in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    context = contextvars.copy_context()
-    return await asyncio.get_running_loop().run_in_executor(_threads(), lambda: context.run(function, *args, **kwargs))
-
-
-def in_thread(function: Callable[..., T]) -> Callable[..., Awaitable[T]]:
-    """`function` as one that can be awaited."""
-
-    def start(*args: Any, **kwargs: Any) -> Awaitable[T]:
-        return _run_in_thread(function, *args, **kwargs)
-
-    return start
 
 
 async def run_aio(call: Callable[[], Call]) -> Any:
