@@ -266,6 +266,58 @@ def test_class_parameters() -> None:
         modal.App("a").cls(serialized=True)(Untyped)
 
 
+def test_attributes_of_a_handle_start_nothing() -> None:
+    log: list[str] = []
+
+    class Model:
+        size: int = modal.parameter(default=3)
+        KIND = "small"
+
+        @modal.enter(snap=True)
+        def load(self) -> None:
+            log.append("load")
+            self.weights = [self.size]
+
+        @property
+        def double(self) -> int:
+            return self.size * 2
+
+        @modal.method()
+        def run(self) -> Any:
+            return self.weights
+
+    m: Any = modal.App("a").cls(serialized=True, enable_memory_snapshot=True)(Model)(size=4)
+    assert (m.size, m.double, m.KIND, m._cls.tag) == (4, 8, "small", "Model")
+    assert not hasattr(m, "foo") and not hasattr(m, "_foo") and not hasattr(m, "weights")
+    with pytest.raises(AttributeError, match="no method or attribute 'rn'; did you mean 'run'"):
+        m.rn.remote()
+    assert log == []
+    assert m.run.local() == m.run.local() == [4]
+    assert m.weights == [4]
+    assert log == ["load"]
+
+    class Own:
+        def __init__(self, size: int) -> None:
+            log.append("init")
+            self.size = size
+
+        @modal.enter()
+        def load(self) -> None:
+            log.append("load")
+
+        @modal.method()
+        def run(self) -> int:
+            return self.size
+
+    del log[:]
+    own: Any = modal.App("a").cls(serialized=True)(Own)(5)
+    assert log == []
+    assert own.size == 5 and not hasattr(own, "foo")
+    assert log == ["init"]
+    assert own.run.local() == 5
+    assert log == ["init", "load"]
+
+
 def test_parameters_pickle_alike() -> None:
     handle = modal.Cls.from_name("a", "C")
     text = "".join(["a", "b"])

@@ -399,11 +399,12 @@ class Obj:
     def __init__(self, cls: Cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._cls, self._args, self._kwargs = cls, args, kwargs
         self._instance: Any = None
+        self._entered = False
         self._params: bytes | None = None
         user_cls = cls._user_cls
         if user_cls is None:
             return
-        fields = _fields(user_cls, cls._where)
+        self._fields = fields = _fields(user_cls, cls._where)
         if fields:
             if args:
                 raise TypeError(
@@ -430,16 +431,35 @@ class Obj:
             self._params = dumps_parameters(self._args, self._kwargs, f"{self._cls.tag}(...)")
         return self._params
 
-    def _local(self) -> Any:
-        """The instance in this process, made at first need, with its enter hooks run."""
+    def _constructed(self) -> Any:
+        """The instance in this process, made at first need. Its enter hooks may not have run."""
         if self._instance is None:
             checks.settle_imports()
+            self._instance = self._cls._get_user_cls()(*self._args, **self._kwargs)
+        return self._instance
+
+    def _local(self) -> Any:
+        """The instance in this process, with its enter hooks run."""
+        instance = self._constructed()
+        if not self._entered:
             user_cls = self._cls._get_user_cls()
-            instance = user_cls(*self._args, **self._kwargs)
             for hook in (*hooks(user_cls, "enter", True), *hooks(user_cls, "enter", False)):
                 _settle(hook.__get__(instance)())
-            self._instance = instance
-        return self._instance
+            self._entered = True
+        return instance
+
+    def _attribute(self, user_cls: type, name: str) -> Any:
+        """What is no method: nothing of a container's start happens here for it."""
+        field = self._fields.get(name)
+        if field is not None and self._instance is None:
+            return self._kwargs.get(name, field.parameter.default)
+        # A constructor made of parameters sets nothing else: no need to make an instance to know.
+        of_instance = not name.startswith("_") and (not self._fields or self._instance is not None)
+        if hasattr(user_cls, name) or (of_instance and name in vars(self._constructed())):
+            return getattr(self._constructed(), name)
+        raise AttributeError(
+            f"{self._cls.tag} has no method or attribute {name!r}{checks.nearest(name, _methods(user_cls))}"
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_cls" not in self.__dict__:
@@ -451,11 +471,7 @@ class Obj:
             return Function(cls._owner, f"{cls.tag}.{name}", params=self._pickled)
         known = _methods(cls._user_cls)
         if name not in known:
-            if name.startswith("_") and not hasattr(cls._user_cls, name):
-                raise AttributeError(f"{cls.tag} has no attribute {name!r}")
-            if not hasattr(cls._user_cls, name) and name not in vars(self._local()):
-                raise AttributeError(f"{cls.tag} has no method or attribute {name!r}{checks.nearest(name, known)}")
-            return getattr(self._local(), name)
+            return self._attribute(cls._user_cls, name)
 
         def local(*args: Any, **kwargs: Any) -> Any:
             return known[name].raw_f.__get__(self._local())(*args, **kwargs)
