@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -376,6 +377,13 @@ def test_calls_without_an_app_running(monkeypatch: pytest.MonkeyPatch) -> None:
     for call in (handle.remote, modal.Function.from_name("x", "y").remote):
         with pytest.raises(SpecError, match="from inside a container is not in woodfrog yet"):
             call(1)
+    waiting = pickle.loads(pickle.dumps(modal.FunctionCall.from_id("c1")))
+    for use in (waiting.get, waiting.cancel, lambda: modal.FunctionCall.gather(waiting)):
+        with pytest.raises(
+            SpecError, match=r"'c1'.*from inside a container is not in woodfrog yet.*on the client"
+        ) as no:
+            use()
+        assert no.value.code == "not-yet"
     assert woodfrog.is_local() is False
 
 

@@ -21,6 +21,8 @@ from woodfrog.protocol import unpack_items
 from woodfrog.sdk import payload
 from woodfrog.sdk.client import Client, Reply, connect, error_from_answer, segment
 from woodfrog.sdk.dual import ClassDual, Dual
+from woodfrog.sdk.functions import inside
+from woodfrog.sdk.hooks import in_worker
 
 __all__ = ["Call", "FunctionCall", "Target", "aio_iterate", "in_thread", "map_calls"]
 
@@ -254,6 +256,8 @@ class FunctionCall:
 
     def _client(self) -> Client:
         if self._known_client is None:
+            if in_worker():
+                raise inside(f"FunctionCall {self.object_id!r}", "wait for it on the client, and pass on its result")
             self._known_client = connect()
         return self._known_client
 

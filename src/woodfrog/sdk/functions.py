@@ -54,11 +54,9 @@ class Deployed:
         return Deployed, (self.app_name,)
 
 
-def inside(tag: str) -> SpecError:
+def inside(what: str, remedy: str = "call it with .local(), or from the client") -> SpecError:
     return SpecError(
-        f"{tag}: calling other functions from inside a container is not in woodfrog yet: "
-        "call it with .local(), or from the client",
-        code="not-yet",
+        f"{what}: calling other functions from inside a container is not in woodfrog yet: {remedy}", code="not-yet"
     )
 
 
