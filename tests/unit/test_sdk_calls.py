@@ -477,6 +477,39 @@ def test_deployed_handles(program: Any, daemon: FakeDaemon) -> None:
     assert daemon.apps["kept"]["ephemeral"] is False
 
 
+def test_hydrate_asks_whether_it_is_there(program: Any, daemon: FakeDaemon) -> None:
+    app = woodfrog.App("hydrated")
+
+    class Model:
+        @woodfrog.method()
+        def run(self) -> int:
+            return 1
+
+    def triple(x: int) -> int:
+        return 3 * x
+
+    app.function(serialized=True)(triple)
+    app.cls(serialized=True)(Model)
+    with pytest.raises(SpecError, match="needs a running app"):
+        app.registered_functions["triple"].hydrate()
+    app.deploy()
+    found = woodfrog.Function.from_name("hydrated", "triple")
+    assert found.hydrate() is found and asyncio.run(found.hydrate.aio(client=None)) is found
+    assert app.registered_functions["triple"].hydrate().tag == "triple"
+    assert woodfrog.Function.from_name("hydrated", "Model.run").hydrate().tag == "Model.run"
+    model = woodfrog.Cls.from_name("hydrated", "Model")
+    assert model.hydrate() is model and asyncio.run(model.hydrate.aio()) is model
+    obj = model()
+    assert obj.hydrate() is obj and asyncio.run(obj.hydrate.aio()) is obj
+    for handle, words in (
+        (woodfrog.Function.from_name("hydrated", "tripel"), "app hydrated has no 'tripel'; did you mean 'triple'"),
+        (woodfrog.Cls.from_name("hydrated", "Modell")(), "app hydrated has no 'Modell'; did you mean 'Model"),
+        (woodfrog.Cls.from_name("nowhere", "Model"), "nowhere"),
+    ):
+        with pytest.raises(NotFoundError, match=words):
+            handle.hydrate()
+
+
 def test_names_ask_nothing_of_the_daemon(daemon: FakeDaemon) -> None:
     before = len(daemon.requests)
     woodfrog.Function.from_name("nowhere", "f")

@@ -234,6 +234,40 @@ def test_markers_outside_a_class() -> None:
         modal.method(plain)
 
 
+def test_names_of_modals_handles_are_no_methods_of_the_user() -> None:
+    class Model:
+        @modal.method()
+        def keep_warm(self) -> str:
+            return "mine"
+
+    here: Any = modal.App("a").cls(serialized=True)(Model)
+    assert here().keep_warm.local() == "mine"
+    function = modal.Function.from_name("a", "f", client=None, version=None)
+    cls = modal.Cls.from_name("a", "Model", client=None, version=None)
+    for handle, names in (
+        (function, ["update_autoscaler", "keep_warm", "get_web_url", "web_url", "stats", "with_options"]),
+        (cls, ["with_options", "with_concurrency", "with_batching"]),
+        (cls(), ["update_autoscaler", "keep_warm", "get_web_url", "get_dashboard_url", "with_options"]),
+        (here(), ["update_autoscaler"]),
+    ):
+        for name in names:
+            with pytest.raises(SpecError, match=rf"\.{name}: not in woodfrog yet: .*{HERE}:\d+") as no:
+                getattr(handle, name)
+            assert no.value.code == "not-yet" and not hasattr(handle, name)
+    for name in ("stats", "run", "logs"):
+        assert getattr(cls(), name).tag == f"Model.{name}"
+
+
+def test_names_take_modals_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(checks, "_noted", set())
+    modal.Secret.from_name("s", client=None, environment_name="main")
+    modal.Volume.from_name("v", client=None, version=2)
+    assert capsys.readouterr().err == ""
+    modal.Cls.from_name("a", "C", version=3)
+    modal.Function.from_name("a", "f", version=3)
+    assert capsys.readouterr().err.count("ignores version=: the newest deploy is called") == 2
+
+
 def test_class_parameters() -> None:
     class Sized:
         size: int = modal.parameter()

@@ -11,7 +11,8 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar, dataclass_transfor
 
 from woodfrog.errors import SpecError
 from woodfrog.sdk import checks, source
-from woodfrog.sdk.functions import Deployed, Function, Owner, method_spec
+from woodfrog.sdk.dual import Dual
+from woodfrog.sdk.functions import NOT_YET, Deployed, Function, Owner, ask, method_spec, missing, note_version
 from woodfrog.sdk.options import Built, Defaults, build_spec
 from woodfrog.spec import FunctionSpec, MethodSpec
 
@@ -22,6 +23,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
+_RESERVED = NOT_YET.keys() - {"autoscaler", "logs", "metrics", "stats", "web_url"}
+"""Names of Modal's own, of which a handle makes no method of the user's. Modal's classes lack the rest."""
 _TYPES: tuple[type, ...] = (str, int, bool, float, bytes)
 
 
@@ -312,13 +315,22 @@ class Cls:
             self.__module__ = user_cls.__module__
 
     @classmethod
-    def from_name(cls, app_name: str, name: str, *, environment_name: str | None = None) -> Cls:
-        """The class `name` of a deployed app. Asks nothing of the daemon before the first call.
+    def from_name(
+        cls,
+        app_name: str,
+        name: str,
+        *,
+        version: int | None = None,
+        environment_name: str | None = None,
+        client: Any = None,
+    ) -> Cls:
+        """The class `name` of a deployed app. Asks nothing of the daemon before the first call, or `hydrate()`.
 
         Raises:
             SpecError: not names.
         """
-        del environment_name
+        del environment_name, client
+        note_version(version, "Cls.from_name")
         return cls(Deployed(app_name), checks.name(name, "Cls.from_name"))
 
     @classmethod
@@ -352,21 +364,26 @@ class Cls:
         """
         return Obj(self, args, kwargs)
 
-    def with_options(self, **options: Any) -> Cls:
-        """Not in woodfrog yet.
+    def _hydrate(self, client: Any = None) -> Cls:
+        ask(self._owner, self._tag)
+        return self
+
+    @property
+    def hydrate(self) -> Dual[..., Cls, Awaitable[Cls]]:
+        """`hydrate()`: ask the daemon whether the class is there; gives this handle.
 
         Raises:
-            SpecError: always.
+            NotFoundError: no such app or class.
+            SpecError: the app neither runs nor is deployed.
         """
-        raise SpecError(
-            f"{self._tag}.with_options({', '.join(options)}): not in woodfrog yet: set the options in @app.cls(...)",
-            code="not-yet",
-        )
+        from woodfrog.sdk.call import in_thread
 
-    with_concurrency = with_batching = with_options
+        return Dual(self._hydrate, in_thread(self._hydrate))
 
     def __getattr__(self, name: str) -> Any:
         user_cls = self.__dict__.get("_user_cls")
+        if name in _RESERVED and not hasattr(user_cls, name):
+            raise missing(self._tag, name)
         if user_cls is not None and not name.startswith("__"):
             value = getattr(user_cls, name)
             if isinstance(value, Method):
@@ -422,6 +439,15 @@ class Obj:
                 except TypeError as e:
                     raise TypeError(f"{cls.tag}: {e} ({checks.caller()})") from None
 
+    def _hydration(self) -> Dual[..., Obj, Awaitable[Obj]]:
+        from woodfrog.sdk.call import in_thread
+
+        def hydrate(client: Any = None) -> Obj:
+            self._cls._hydrate()
+            return self
+
+        return Dual(hydrate, in_thread(hydrate))
+
     def _pickled(self) -> bytes | None:
         if not self._args and not self._kwargs:
             return None
@@ -465,6 +491,11 @@ class Obj:
         if name.startswith("__") or "_cls" not in self.__dict__:
             raise AttributeError(name)
         cls = self._cls
+        if cls._user_cls is None or not hasattr(cls._user_cls, name):
+            if name == "hydrate":
+                return self._hydration()
+            if name in _RESERVED:
+                raise missing(cls.tag, name)
         if cls._user_cls is None:
             if name.startswith("_"):
                 raise AttributeError(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from woodfrog.errors import SpecError
 from woodfrog.sdk.checks import environment
@@ -35,9 +36,16 @@ class Secret:
         return cls(SecretSpec(values=environment(values, "Secret.from_dict")))
 
     @classmethod
-    def from_name(cls, name: str, *, environment_name: str | None = None, required_keys: Iterable[str] = ()) -> Secret:
+    def from_name(
+        cls,
+        name: str,
+        *,
+        environment_name: str | None = None,
+        required_keys: Iterable[str] = (),
+        client: Any = None,
+    ) -> Secret:
         """The secret that the daemon keeps under `name`; it is looked up when a container starts."""
-        del environment_name
+        del environment_name, client
         if not isinstance(name, str) or not name:
             raise SpecError(f"Secret.from_name needs a name, got {name!r}")
         return cls(SecretSpec(name=name, required_keys=tuple(required_keys)))
@@ -60,7 +68,7 @@ class Secret:
         return cls(SecretSpec(values={k: os.environ[k] for k in keys}))
 
     @classmethod
-    def from_dotenv(cls, path: str | Path | None = None, *, filename: str = ".env") -> Secret:
+    def from_dotenv(cls, path: str | Path | None = None, *, filename: str = ".env", client: Any = None) -> Secret:
         """A secret with the values of the nearest `.env` file at or above `path` (default: the working directory).
 
         The file is read by python-dotenv, as Modal's is: quotes, comments, values of several lines, `${NAME}`.

@@ -36,14 +36,21 @@ class Volume:
 
     @classmethod
     def from_name(
-        cls, name: str, *, create_if_missing: bool = False, environment_name: str | None = None, version: Any = None
+        cls,
+        name: str,
+        *,
+        create_if_missing: bool = False,
+        environment_name: str | None = None,
+        version: Any = None,
+        create_options: Any = None,
+        client: Any = None,
     ) -> Volume:
         """The volume called `name`; without `create_if_missing` it must exist when a container starts.
 
         Raises:
             SpecError: not a name.
         """
-        del environment_name, version
+        del environment_name, version, create_options, client
         return cls(checks.name(name, "Volume.from_name"), create=bool(create_if_missing))
 
     @classmethod
