@@ -17,9 +17,10 @@ import pytest
 import woodfrog
 import woodfrog as modal
 from woodfrog.errors import SpecError
-from woodfrog.sdk import checks, hooks, options
+from woodfrog.sdk import checks, hooks, options, payload
 from woodfrog.sdk.deploy import build, check_packages
 from woodfrog.spec import ImageSpec, RetryPolicy, VolumeMount, from_dict, to_dict
+from woodfrog.worker.runtime import Runtime, _hooks
 
 HERE = "test_sdk_decorators.py"
 
@@ -299,6 +300,72 @@ def test_class_parameters() -> None:
 
     with pytest.raises(SpecError, match="needs a type annotation"):
         modal.App("a").cls(serialized=True)(Untyped)
+
+
+def test_context_managers_of_older_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Base:
+        def __enter__(self) -> None:
+            log.append("enter")
+
+        async def __aenter__(self) -> None:
+            log.append("aenter")
+
+        def __exit__(self, kind: Any, error: Any, at: Any) -> None:
+            log.append(f"exit {kind}")
+
+    class Old(Base):
+        @modal.method()
+        def run(self) -> int:
+            return 1
+
+    with pytest.warns(DeprecationWarning) as warned:
+        handle: Any = modal.App("a").cls(serialized=True)(Old)
+    assert [str(w.message).split(" (")[0] for w in warned] == [
+        "__enter__ runs at a container's start: write @woodfrog.enter()",
+        "__exit__ runs at a container's end: write @woodfrog.exit()",
+    ]
+    assert {w.filename for w in warned} == {__file__}
+    assert handle().run.local() == 1
+    assert log == ["enter", "aenter"]
+    # As the worker sees it, of a class that came by value.
+    target = pickle.loads(payload.dumps_by_value(Old, "Old"))
+    runtime = Runtime()
+    runtime._instance = target()
+    for kind, wanted in (("enter", {"snap": True}), ("enter", {"snap": False}), ("exit", {})):
+        runtime._run_hooks(kind, **wanted)
+    runtime._end_loop()
+    assert [f.__name__ for f in _hooks(target, "exit", {})] == ["<lambda>"]
+
+    class Child(Old): ...
+
+    with pytest.warns(DeprecationWarning):
+        modal.Stub("b").cls(serialized=True)(Child)
+    assert len(_hooks(Child, "enter", {"snap": False})) == 2
+
+    class Marked(Base):
+        @modal.enter()
+        def load(self) -> None: ...
+
+        @modal.exit()
+        def leave(self) -> None: ...
+
+        @modal.method()
+        def run(self) -> int:
+            return 2
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        modal.App("c").cls(serialized=True)(Marked)
+    assert [f.__name__ for f in _hooks(Marked, "enter", {"snap": False})] == ["load"]
+    with pytest.warns(DeprecationWarning, match="Stub"):
+        stub = modal.Stub("d")
+    with pytest.warns(DeprecationWarning, match="is_local"):
+        assert stub.is_inside() is False
+    monkeypatch.setitem(sys.modules, "woodfrog.worker.state", sys)
+    with pytest.warns(DeprecationWarning, match="is_local"):
+        assert stub.is_inside(modal.Image.debian_slim()) is True
 
 
 def test_attributes_of_a_handle_start_nothing() -> None:

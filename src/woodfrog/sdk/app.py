@@ -465,3 +465,9 @@ class Stub(App):
     def __init__(self, name: str | None = None, **parameters: Any) -> None:
         warnings.warn("Stub is now called App", DeprecationWarning, stacklevel=2)
         super().__init__(name, **parameters)
+
+    def is_inside(self, image: Image | None = None) -> bool:
+        """True inside a container; `woodfrog.is_local()` says the opposite."""
+        del image
+        warnings.warn("Stub.is_inside() is now called `not woodfrog.is_local()`", DeprecationWarning, stacklevel=2)
+        return in_worker()

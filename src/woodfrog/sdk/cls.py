@@ -538,6 +538,37 @@ def _settle(value: Any) -> None:
     raise SpecError("an asynchronous enter hook cannot run in .local() inside a running event loop")
 
 
+def _hook(kind: Literal["enter", "exit"], function: F) -> F:
+    function.__woodfrog_role__ = {"kind": kind, "snap": False}  # type: ignore[attr-defined]
+    return function
+
+
+_OLD_HOOKS: dict[str, Any] = {
+    "__enter__": _hook("enter", lambda self: self.__enter__()),
+    "__aenter__": _hook("enter", lambda self: self.__aenter__()),
+    "__exit__": _hook("exit", lambda self: self.__exit__(None, None, None)),
+    "__aexit__": _hook("exit", lambda self: self.__aexit__(None, None, None)),
+}
+
+
+def _adopt_old_hooks(user_cls: type, where: str) -> None:
+    """Programs older than `@enter` and `@exit` have the methods of a context manager in their place."""
+    kinds: tuple[Literal["enter", "exit"], ...] = ("enter", "exit")
+    for kind in kinds:
+        names = [n for n, hook in _OLD_HOOKS.items() if hook.__woodfrog_role__["kind"] == kind and hasattr(user_cls, n)]
+        # Beside hooks that are marked, they are the class's own affair.
+        if not names or hooks(user_cls, kind) or hooks(user_cls, kind, True):
+            continue
+        for name in names:
+            setattr(user_cls, f"_woodfrog{name}", _OLD_HOOKS[name])
+        warnings.warn(
+            f"{names[0]} runs at a container's {'start' if kind == 'enter' else 'end'}: "
+            f"write @woodfrog.{kind}() ({where})",
+            DeprecationWarning,
+            stacklevel=4,
+        )
+
+
 @dataclass_transform(field_specifiers=(parameter,), kw_only_default=True)
 def make_cls(owner: Owner, user_cls: Any, options: Mapping[str, Any], defaults: Defaults, where: str) -> Cls:
     """The handle for a decorated class.
@@ -555,6 +586,7 @@ def make_cls(owner: Owner, user_cls: Any, options: Mapping[str, Any], defaults: 
     methods = _methods(user_cls)
     if not methods:
         raise SpecError(f"{name} has no method to call: mark one with @woodfrog.method() ({where})", code="no-methods")
+    _adopt_old_hooks(user_cls, where)
     built: Built = build_spec(
         "class",
         name=name,
