@@ -67,3 +67,10 @@ async def test_forms_that_wait_for_nothing() -> None:
     with modal.Volume.ephemeral() as one:
         async with modal.Volume.ephemeral() as other:
             assert one.is_ephemeral and other.is_ephemeral and one.name != other.name
+
+
+async def test_older_names_of_from_name() -> None:
+    with pytest.warns(DeprecationWarning) as warned:
+        assert modal.Function.lookup("a", "f").tag == (await modal.Function.lookup.aio("a", "f")).tag == "f"
+        assert modal.Cls.lookup("a", "C").tag == (await modal.Cls.lookup.aio("a", "C")).tag == "C"
+    assert {w.filename for w in warned} == {__file__}

@@ -11,7 +11,7 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar, dataclass_transfor
 
 from woodfrog.errors import SpecError
 from woodfrog.sdk import checks, source
-from woodfrog.sdk.dual import Dual
+from woodfrog.sdk.dual import ClassDual, Dual
 from woodfrog.sdk.functions import NOT_YET, Deployed, Function, Owner, ask, method_spec, missing, note_version
 from woodfrog.sdk.options import Built, Defaults, build_spec
 from woodfrog.spec import FunctionSpec, MethodSpec
@@ -333,11 +333,12 @@ class Cls:
         note_version(version, "Cls.from_name")
         return cls(Deployed(app_name), checks.name(name, "Cls.from_name"))
 
+    @ClassDual
     @classmethod
     def lookup(cls, app_name: str, name: str, **options: Any) -> Cls:
         """An older name of `from_name`."""
         del options
-        warnings.warn("Cls.lookup is now called Cls.from_name", DeprecationWarning, stacklevel=2)
+        warnings.warn("Cls.lookup is now called Cls.from_name", DeprecationWarning, stacklevel=3)
         return cls.from_name(app_name, name)
 
     @property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
 
 from woodfrog.errors import MissingNameError, NotFoundError, SpecError
 from woodfrog.sdk import checks
-from woodfrog.sdk.dual import Dual
+from woodfrog.sdk.dual import ClassDual, Dual
 from woodfrog.sdk.hooks import in_worker
 from woodfrog.spec import FunctionSpec, MethodSpec
 
@@ -176,11 +176,12 @@ class Function(Generic[P, R]):
             raise SpecError(f"Function.from_name: {name!r} is not the name of a function or of a class's method")
         return Function(Deployed(app_name), name)
 
+    @ClassDual
     @classmethod
     def lookup(cls, app_name: str, name: str, **options: Any) -> Function[..., Any]:
         """An older name of `from_name`."""
         del options
-        warnings.warn("Function.lookup is now called Function.from_name", DeprecationWarning, stacklevel=2)
+        warnings.warn("Function.lookup is now called Function.from_name", DeprecationWarning, stacklevel=3)
         return cls.from_name(app_name, name)
 
     @property
