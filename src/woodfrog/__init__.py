@@ -18,6 +18,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from woodfrog import exception as exception
+    from woodfrog.errors import SpecError
+    from woodfrog.exception import Error as Error
     from woodfrog.sdk.app import App as App
     from woodfrog.sdk.app import Stub as Stub
     from woodfrog.sdk.app import enable_output as enable_output
@@ -44,40 +47,80 @@ if TYPE_CHECKING:
 
 # Every name loads its module at first use: this package is imported by every worker and every user program.
 _HOME = {
-    "App": "app",
-    "Cls": "cls",
-    "Function": "functions",
-    "FunctionCall": "call",
-    "Image": "image",
-    "Obj": "cls",
-    "Retries": "options",
-    "Secret": "secret",
-    "Stub": "app",
-    "Volume": "volume",
-    "enable_output": "app",
-    "enter": "cls",
-    "exit": "cls",
-    "is_local": "hooks",
-    "method": "cls",
-    "parameter": "cls",
-    "register_after_restore": "hooks",
-    "register_before_snapshot": "hooks",
-    "restored": "hooks",
-    "shrink_before_snapshot": "hooks",
-    "snapshot_id": "hooks",
+    "App": "sdk.app",
+    "Cls": "sdk.cls",
+    "Error": "exception",
+    "Function": "sdk.functions",
+    "FunctionCall": "sdk.call",
+    "Image": "sdk.image",
+    "Obj": "sdk.cls",
+    "Retries": "sdk.options",
+    "Secret": "sdk.secret",
+    "Stub": "sdk.app",
+    "Volume": "sdk.volume",
+    "enable_output": "sdk.app",
+    "enter": "sdk.cls",
+    "exit": "sdk.cls",
+    "is_local": "sdk.hooks",
+    "method": "sdk.cls",
+    "parameter": "sdk.cls",
+    "register_after_restore": "sdk.hooks",
+    "register_before_snapshot": "sdk.hooks",
+    "restored": "sdk.hooks",
+    "shrink_before_snapshot": "sdk.hooks",
+    "snapshot_id": "sdk.hooks",
 }
 
-# fmt: off
-_NOT_YET = frozenset((
-    "Client", "CloudBucketMount", "ClusterInfo", "ContainerProcess", "Cron", "Dict", "Environment", "Error",
-    "FilePatternMatcher", "Mount", "NetworkFileSystem", "Period", "Probe", "Proxy", "Queue", "Sandbox",
-    "SandboxSnapshot", "SchedulerPlacement", "Server", "Tunnel", "Workspace", "asgi_app", "batched", "billing", "build",
-    "clustered", "concurrent", "config", "current_function_call_id", "current_input_id", "exception", "experimental",
-    "fastapi_endpoint", "forward", "get_cluster_info", "gpu", "interact", "io_streams", "web_endpoint", "web_server",
-    "wsgi_app",
-))
-# fmt: on
-"""Names that Modal has."""
+_SCHEDULE = "drop it, and have cron run `woodfrog call`"
+_WEB = "call it with .remote(), with `woodfrog call`, or over woodfrog's HTTP API"
+_SHARED = "keep shared data in a Volume, or in a service of your own"
+_NO_SANDBOX = "run the program with subprocess inside a function"
+_ONE_MACHINE = "drop it: there is one machine"
+_NOT_YET = {
+    "Client": "drop it: the daemon is found by WOODFROG_HOST",
+    "CloudBucketMount": "mount the bucket on the host, or read it with its own client",
+    "Cluster": _ONE_MACHINE,
+    "ClusterInfo": _ONE_MACHINE,
+    "ContainerProcess": _NO_SANDBOX,
+    "Cron": _SCHEDULE,
+    "Dict": _SHARED,
+    "Environment": "drop it: apps have names only",
+    "FilePatternMatcher": "name what is not to be sent in .woodfrogignore",
+    "Mount": "files beside the program are sent with it",
+    "NetworkFileSystem": "use a Volume",
+    "Period": _SCHEDULE,
+    "Probe": _NO_SANDBOX,
+    "Proxy": "drop it: containers reach the network through the host",
+    "Queue": _SHARED,
+    "Sandbox": _NO_SANDBOX,
+    "SandboxSnapshot": _NO_SANDBOX,
+    "SchedulerPlacement": _ONE_MACHINE,
+    "Server": _WEB,
+    "Tunnel": _WEB,
+    "Workspace": _ONE_MACHINE,
+    "asgi_app": _WEB,
+    "batched": "take a list of inputs in one call",
+    "billing": "drop it: nothing is billed",
+    "build": "install what it installs on the host, or do its work in @enter(snap=True)",
+    "clustered": _ONE_MACHINE,
+    "concurrent": "drop it: a container takes one input at a time, and more containers are started",
+    "config": "settings are environment variables: docs/settings.md",
+    "current_function_call_id": "pass an id of your own as an argument",
+    "current_input_id": "pass an id of your own as an argument",
+    "experimental": "drop it",
+    "fastapi_endpoint": _WEB,
+    "forward": _WEB,
+    "get_cluster_info": _ONE_MACHINE,
+    "gpu": 'name GPUs by text, as in gpu="A100:2"',
+    "interact": "use `woodfrog container exec`",
+    "io_streams": _NO_SANDBOX,
+    "sessioned": _WEB,
+    "types": "drop it",
+    "web_endpoint": _WEB,
+    "web_server": _WEB,
+    "wsgi_app": _WEB,
+}
+"""Names that Modal has, and what to do without them."""
 
 __all__ = list(_HOME)
 
@@ -87,17 +130,37 @@ def __getattr__(name: str) -> Any:
     if home is not None:
         from importlib import import_module
 
-        value = getattr(import_module("woodfrog.sdk." + home), name)
+        value = getattr(import_module("woodfrog." + home), name)
+    elif name == "exception":
+        import woodfrog.exception as value
     elif name == "__version__":
         from importlib.metadata import version
 
         value = version("woodfrog")
     elif name in _NOT_YET:
-        raise AttributeError(f"Modal has {name!r}; woodfrog does not have it yet")
+        raise _not_yet(name)
     else:
         raise AttributeError(f"module 'woodfrog' has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def _not_yet(name: str) -> SpecError:
+    """The error for one of Modal's names, with a remedy.
+
+    In a `from` import Python would replace an AttributeError by its own "cannot import name". Elsewhere it is one, so
+    that `hasattr` goes on saying no.
+    """
+    import sys
+    from importlib import import_module
+
+    from woodfrog.errors import MissingNameError, SpecError
+
+    where = import_module("woodfrog.sdk.checks").caller()
+    kind = SpecError if sys._getframe(2).f_code.co_name == "_handle_fromlist" else MissingNameError
+    return kind(
+        f"Modal has {name!r}; woodfrog does not have it yet: {_NOT_YET[name]} ({where})", code="not-yet", name=name
+    )
 
 
 def __dir__() -> list[str]:

@@ -3,9 +3,11 @@
     WoodfrogError
     ├── SpecError               the program's own: a decorator, a deploy, an argument
     │   ├── SerializationError  an argument or a result cannot be pickled
+    │   ├── MissingNameError    Modal has that name, woodfrog does not (an AttributeError, too)
     │   └── NotFoundError       no such app, function, call, container or snapshot
     ├── HostError               the machine lacks something (root, CRIU, a kernel feature)
     ├── DaemonError             the daemon cannot be reached, or broke off
+    │   └── AuthError           it wants a token, or another one
     ├── SandboxError            a sandbox could not be set up or died
     ├── SnapshotError
     │   ├── IncompatibleSnapshot   made on a host that differs: cold start
@@ -14,13 +16,16 @@
     │   └── IntegrityError         altered, truncated or unsigned: never restored
     ├── GpuError                a GPU or its driver did not do what it was asked
     ├── StoreError              reading or writing state on disk
-    └── ExecutionError          the call did not come to an answer
-        ├── FunctionTimeoutError   it ran past its timeout
-        ├── StartupError           import or enter() failed or ran past startup_timeout
-        ├── OutOfMemoryError       the sandbox hit its memory limit
-        ├── InstanceCrashed        the process ended in the middle of a call
-        ├── CallCancelled          cancelled by the user, or its app stopped
-        └── OutputExpired          the result is no longer kept
+    ├── ExecutionError          the call did not come to an answer
+    │   ├── FunctionTimeoutError   it ran past its timeout
+    │   ├── StartupError           import or enter() failed or ran past startup_timeout
+    │   ├── OutOfMemoryError       the sandbox hit its memory limit
+    │   ├── InstanceCrashed        the process ended in the middle of a call
+    │   ├── CallCancelled          cancelled by the user, or its app stopped
+    │   └── OutputExpired          the result is no longer kept
+    │       └── CallNotFound       or there never was such a call (a NotFoundError, too)
+    └── TimedOut                FunctionTimeoutError and OutputExpired, too
+        └── NotOverYet          the call has no answer within the timeout of `get`
 
 `code` is stable and safe to test for; `fields` holds plain JSON values; `retryable` says whether the same
 request may succeed when it is simply tried again.
@@ -31,7 +36,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 __all__ = [
+    "AuthError",
     "CallCancelled",
+    "CallNotFound",
     "CaptureError",
     "DaemonError",
     "ExecutionError",
@@ -41,7 +48,9 @@ __all__ = [
     "IncompatibleSnapshot",
     "InstanceCrashed",
     "IntegrityError",
+    "MissingNameError",
     "NotFoundError",
+    "NotOverYet",
     "OutOfMemoryError",
     "OutputExpired",
     "RestoreError",
@@ -51,6 +60,7 @@ __all__ = [
     "SpecError",
     "StartupError",
     "StoreError",
+    "TimedOut",
     "WoodfrogError",
     "error_from_dict",
 ]
@@ -70,7 +80,9 @@ class WoodfrogError(Exception):
     retryable: bool = False
     _registry: ClassVar[dict[str, type[WoodfrogError]]] = {}
 
-    def __init__(self, message: str, *, code: str | None = None, retryable: bool | None = None, **fields: Any) -> None:
+    def __init__(
+        self, message: str = "", *, code: str | None = None, retryable: bool | None = None, **fields: Any
+    ) -> None:
         super().__init__(message)
         self.message = message
         if code is not None:
@@ -87,7 +99,7 @@ class WoodfrogError(Exception):
         return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (error_from_dict, (self.to_dict(),))
+        return (_rebuild, (type(self), self.to_dict()))
 
     def to_dict(self) -> dict[str, Any]:
         """The form that travels as JSON: type, code, message, retryable, fields."""
@@ -102,7 +114,10 @@ class WoodfrogError(Exception):
 
 def error_from_dict(data: dict[str, Any]) -> WoodfrogError:
     """Rebuild an error from `to_dict`'s form; an unknown type becomes a plain `WoodfrogError`."""
-    cls = WoodfrogError._registry.get(str(data.get("type")), WoodfrogError)
+    return _rebuild(WoodfrogError._registry.get(str(data.get("type")), WoodfrogError), data)
+
+
+def _rebuild(cls: type[WoodfrogError], data: dict[str, Any]) -> WoodfrogError:
     error = cls(str(data.get("message", "unknown error")), code=data.get("code"), retryable=data.get("retryable"))
     error.fields = dict(data.get("fields") or {})
     return error
@@ -118,6 +133,12 @@ class SerializationError(SpecError):
     """An argument or a result could not be pickled or unpickled."""
 
     code = "serialization"
+
+
+class MissingNameError(SpecError, AttributeError):
+    """Modal has a name of that kind; woodfrog does not."""
+
+    code = "missing-name"
 
 
 class NotFoundError(SpecError):
@@ -136,6 +157,12 @@ class DaemonError(WoodfrogError):
     """The daemon cannot be reached, could not be started, or broke off."""
 
     code = "daemon"
+
+
+class AuthError(DaemonError):
+    """The daemon wants a token, or another one."""
+
+    code = "unauthorized"
 
 
 class SandboxError(WoodfrogError):
@@ -232,7 +259,19 @@ class ExecutionError(WoodfrogError):
     code = "execution"
 
 
-class FunctionTimeoutError(ExecutionError, TimeoutError):
+class TimedOut(WoodfrogError):
+    """Base of what took, or was left, too long."""
+
+    code = "timed-out"
+
+
+class NotOverYet(TimedOut, TimeoutError):
+    """The call has no answer within the `timeout` of `get`; it goes on."""
+
+    code = "not-over-yet"
+
+
+class FunctionTimeoutError(ExecutionError, TimedOut, TimeoutError):
     """The call ran past the function's `timeout`."""
 
     code = "timeout"
@@ -262,7 +301,13 @@ class CallCancelled(ExecutionError):
     code = "cancelled"
 
 
-class OutputExpired(ExecutionError):
+class OutputExpired(ExecutionError, TimedOut):
     """The result existed but is no longer kept."""
 
     code = "expired"
+
+
+class CallNotFound(NotFoundError, OutputExpired):
+    """No call of that id: its result is no longer kept, or there never was one."""
+
+    code = "call-not-found"

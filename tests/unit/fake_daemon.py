@@ -224,6 +224,8 @@ class FakeDaemon:
             case "POST", ["apps", app, "deploy"]:
                 self.apps[app] = json.loads(body)
                 return self.json({"app": app, "version": 1, "functions": []})
+            case "GET", ["apps", app]:
+                return self.json({"app": app, "functions": self.apps[app]["spec"]["functions"]})
             case "POST", ["apps", app, "stop"]:
                 del self.apps[app]
                 return self.json({})

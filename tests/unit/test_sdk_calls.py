@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import pickle
 import subprocess
@@ -17,8 +18,19 @@ from typing import Any
 import pytest
 
 import woodfrog
+import woodfrog as modal
 from unit.fake_daemon import FakeDaemon
-from woodfrog.errors import CallCancelled, ExecutionError, InstanceCrashed, NotFoundError, SerializationError, SpecError
+from woodfrog.errors import (
+    CallCancelled,
+    ExecutionError,
+    FunctionTimeoutError,
+    InstanceCrashed,
+    NotFoundError,
+    OutputExpired,
+    SerializationError,
+    SpecError,
+    WoodfrogError,
+)
 from woodfrog.sdk import call as calls
 from woodfrog.sdk import payload
 from woodfrog.sdk.source import import_program
@@ -71,6 +83,13 @@ def chained():
 @app.function()
 def odd_error():
     raise Unpicklable(1, 2)
+
+class Ours(woodfrog.Error):
+    pass
+
+@app.function()
+def raises_modals(name):
+    raise Ours("own") if name == "Ours" else getattr(woodfrog.exception, name)("made there")
 
 @app.function()
 def leaves():
@@ -300,6 +319,49 @@ def test_spawn(program: Any) -> None:
         woodfrog.FunctionCall.from_id("nothing").get()
 
 
+async def test_gather_without_blocking(program: Any) -> None:
+    started = [await program.square.spawn.aio(n) for n in (1, 2)]
+    assert await woodfrog.FunctionCall.gather.aio(*started) == [1, 4]
+
+
+def test_modals_names_of_exceptions_catch_what_is_raised(program: Any, daemon: FakeDaemon) -> None:
+    slow = program.slow.spawn(1, seconds=30)
+    for kind in (modal.exception.TimeoutError, TimeoutError, modal.Error, modal.exception.Error):
+        with pytest.raises(kind):
+            slow.get(timeout=0)
+    daemon.calls[slow.object_id].finish("failure", _failure(FunctionTimeoutError("slow: ran past its timeout of 1 s")))
+    for kind in (modal.exception.FunctionTimeoutError, modal.exception.TimeoutError, TimeoutError):
+        with pytest.raises(kind, match="1 s"):
+            slow.get()
+    expired = program.slow.spawn(1, seconds=30)
+    daemon.calls[expired.object_id].finish("failure", _failure(OutputExpired("the result is gone")))
+    for call in (expired, woodfrog.FunctionCall.from_id("nothing")):
+        for kind in (modal.exception.OutputExpiredError, modal.exception.TimeoutError):
+            with pytest.raises(kind) as caught:
+                call.get(timeout=0)
+        assert not isinstance(caught.value, TimeoutError)  # which says that the call goes on
+    with pytest.raises(modal.exception.NotFoundError):
+        call.get()
+    slow.cancel()
+    with pytest.raises(modal.exception.RemoteError):
+        program.leaves.remote()
+    for kind in (modal.exception.SerializationError, modal.exception.DeserializationError):
+        with pytest.raises(kind):
+            program.square.remote(threading.Lock())
+    with pytest.raises(modal.exception.InvalidError):
+        modal.App("not a name")
+    with pytest.raises(modal.exception.ImageBuildError, match="made there") as made:
+        program.raises_modals.remote("ImageBuildError")
+    assert type(made.value) is modal.exception.ImageBuildError and made.value.__cause__ is not None
+    with pytest.raises(program.Ours, match="own") as own:
+        program.raises_modals.remote("Ours")
+    assert isinstance(own.value, modal.Error)
+
+
+def _failure(error: WoodfrogError) -> bytes:
+    return json.dumps({"error": error.to_dict()}).encode()
+
+
 def test_generators(program: Any, daemon: FakeDaemon) -> None:
     assert list(program.numbers.remote_gen(5)) == [0, 1, 2, 3, 4]
     assert list(program.numbers.remote_gen(0)) == []
@@ -413,6 +475,39 @@ def test_deployed_handles(program: Any, daemon: FakeDaemon) -> None:
     assert payload.loads(payload.dumps(triple)).remote(5) == 15
     asyncio.run(app.deploy.aio())
     assert daemon.apps["kept"]["ephemeral"] is False
+
+
+def test_hydrate_asks_whether_it_is_there(program: Any, daemon: FakeDaemon) -> None:
+    app = woodfrog.App("hydrated")
+
+    class Model:
+        @woodfrog.method()
+        def run(self) -> int:
+            return 1
+
+    def triple(x: int) -> int:
+        return 3 * x
+
+    app.function(serialized=True)(triple)
+    app.cls(serialized=True)(Model)
+    with pytest.raises(SpecError, match="needs a running app"):
+        app.registered_functions["triple"].hydrate()
+    app.deploy()
+    found = woodfrog.Function.from_name("hydrated", "triple")
+    assert found.hydrate() is found and asyncio.run(found.hydrate.aio(client=None)) is found
+    assert app.registered_functions["triple"].hydrate().tag == "triple"
+    assert woodfrog.Function.from_name("hydrated", "Model.run").hydrate().tag == "Model.run"
+    model = woodfrog.Cls.from_name("hydrated", "Model")
+    assert model.hydrate() is model and asyncio.run(model.hydrate.aio()) is model
+    obj = model()
+    assert obj.hydrate() is obj and asyncio.run(obj.hydrate.aio()) is obj
+    for handle, words in (
+        (woodfrog.Function.from_name("hydrated", "tripel"), "app hydrated has no 'tripel'; did you mean 'triple'"),
+        (woodfrog.Cls.from_name("hydrated", "Modell")(), "app hydrated has no 'Modell'; did you mean 'Model"),
+        (woodfrog.Cls.from_name("nowhere", "Model"), "nowhere"),
+    ):
+        with pytest.raises(NotFoundError, match=words):
+            handle.hydrate()
 
 
 def test_names_ask_nothing_of_the_daemon(daemon: FakeDaemon) -> None:

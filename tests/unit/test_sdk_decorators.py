@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+import pickle
 import subprocess
 import sys
 import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 import woodfrog
 import woodfrog as modal
 from woodfrog.errors import SpecError
-from woodfrog.sdk import checks, hooks, options
+from woodfrog.sdk import checks, hooks, options, payload
 from woodfrog.sdk.deploy import build, check_packages
 from woodfrog.spec import ImageSpec, RetryPolicy, VolumeMount, from_dict, to_dict
+from woodfrog.worker.runtime import Runtime, _hooks
 
 HERE = "test_sdk_decorators.py"
 
@@ -231,6 +235,40 @@ def test_markers_outside_a_class() -> None:
         modal.method(plain)
 
 
+def test_names_of_modals_handles_are_no_methods_of_the_user() -> None:
+    class Model:
+        @modal.method()
+        def keep_warm(self) -> str:
+            return "mine"
+
+    here: Any = modal.App("a").cls(serialized=True)(Model)
+    assert here().keep_warm.local() == "mine"
+    function = modal.Function.from_name("a", "f", client=None, version=None)
+    cls = modal.Cls.from_name("a", "Model", client=None, version=None)
+    for handle, names in (
+        (function, ["update_autoscaler", "keep_warm", "get_web_url", "web_url", "stats", "with_options"]),
+        (cls, ["with_options", "with_concurrency", "with_batching"]),
+        (cls(), ["update_autoscaler", "keep_warm", "get_web_url", "get_dashboard_url", "with_options"]),
+        (here(), ["update_autoscaler"]),
+    ):
+        for name in names:
+            with pytest.raises(SpecError, match=rf"\.{name}: not in woodfrog yet: .*{HERE}:\d+") as no:
+                getattr(handle, name)
+            assert no.value.code == "not-yet" and not hasattr(handle, name)
+    for name in ("stats", "run", "logs"):
+        assert getattr(cls(), name).tag == f"Model.{name}"
+
+
+def test_names_take_modals_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(checks, "_noted", set())
+    modal.Secret.from_name("s", client=None, environment_name="main")
+    modal.Volume.from_name("v", client=None, version=2)
+    assert capsys.readouterr().err == ""
+    modal.Cls.from_name("a", "C", version=3)
+    modal.Function.from_name("a", "f", version=3)
+    assert capsys.readouterr().err.count("ignores version=: the newest deploy is called") == 2
+
+
 def test_class_parameters() -> None:
     class Sized:
         size: int = modal.parameter()
@@ -262,6 +300,124 @@ def test_class_parameters() -> None:
 
     with pytest.raises(SpecError, match="needs a type annotation"):
         modal.App("a").cls(serialized=True)(Untyped)
+
+
+def test_context_managers_of_older_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Base:
+        def __enter__(self) -> None:
+            log.append("enter")
+
+        async def __aenter__(self) -> None:
+            log.append("aenter")
+
+        def __exit__(self, kind: Any, error: Any, at: Any) -> None:
+            log.append(f"exit {kind}")
+
+    class Old(Base):
+        @modal.method()
+        def run(self) -> int:
+            return 1
+
+    with pytest.warns(DeprecationWarning) as warned:
+        handle: Any = modal.App("a").cls(serialized=True)(Old)
+    assert [str(w.message).split(" (")[0] for w in warned] == [
+        "__enter__ runs at a container's start: write @woodfrog.enter()",
+        "__exit__ runs at a container's end: write @woodfrog.exit()",
+    ]
+    assert {w.filename for w in warned} == {__file__}
+    assert handle().run.local() == 1
+    assert log == ["enter", "aenter"]
+    # As the worker sees it, of a class that came by value.
+    target = pickle.loads(payload.dumps_by_value(Old, "Old"))
+    runtime = Runtime()
+    runtime._instance = target()
+    for kind, wanted in (("enter", {"snap": True}), ("enter", {"snap": False}), ("exit", {})):
+        runtime._run_hooks(kind, **wanted)
+    runtime._end_loop()
+    assert [f.__name__ for f in _hooks(target, "exit", {})] == ["<lambda>"]
+
+    class Child(Old): ...
+
+    with pytest.warns(DeprecationWarning):
+        modal.Stub("b").cls(serialized=True)(Child)
+    assert len(_hooks(Child, "enter", {"snap": False})) == 2
+
+    class Marked(Base):
+        @modal.enter()
+        def load(self) -> None: ...
+
+        @modal.exit()
+        def leave(self) -> None: ...
+
+        @modal.method()
+        def run(self) -> int:
+            return 2
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        modal.App("c").cls(serialized=True)(Marked)
+    assert [f.__name__ for f in _hooks(Marked, "enter", {"snap": False})] == ["load"]
+    with pytest.warns(DeprecationWarning, match="Stub"):
+        stub = modal.Stub("d")
+    with pytest.warns(DeprecationWarning, match="is_local"):
+        assert stub.is_inside() is False
+    monkeypatch.setitem(sys.modules, "woodfrog.worker.state", sys)
+    with pytest.warns(DeprecationWarning, match="is_local"):
+        assert stub.is_inside(modal.Image.debian_slim()) is True
+
+
+def test_attributes_of_a_handle_start_nothing() -> None:
+    log: list[str] = []
+
+    class Model:
+        size: int = modal.parameter(default=3)
+        KIND = "small"
+
+        @modal.enter(snap=True)
+        def load(self) -> None:
+            log.append("load")
+            self.weights = [self.size]
+
+        @property
+        def double(self) -> int:
+            return self.size * 2
+
+        @modal.method()
+        def run(self) -> Any:
+            return self.weights
+
+    m: Any = modal.App("a").cls(serialized=True, enable_memory_snapshot=True)(Model)(size=4)
+    assert (m.size, m.double, m.KIND, m._cls.tag) == (4, 8, "small", "Model")
+    assert not hasattr(m, "foo") and not hasattr(m, "_foo") and not hasattr(m, "weights")
+    with pytest.raises(AttributeError, match="no method or attribute 'rn'; did you mean 'run'"):
+        m.rn.remote()
+    assert log == []
+    assert m.run.local() == m.run.local() == [4]
+    assert m.weights == [4]
+    assert log == ["load"]
+
+    class Own:
+        def __init__(self, size: int) -> None:
+            log.append("init")
+            self.size = size
+
+        @modal.enter()
+        def load(self) -> None:
+            log.append("load")
+
+        @modal.method()
+        def run(self) -> int:
+            return self.size
+
+    del log[:]
+    own: Any = modal.App("a").cls(serialized=True)(Own)(5)
+    assert log == []
+    assert own.size == 5 and not hasattr(own, "foo")
+    assert log == ["init"]
+    assert own.run.local() == 5
+    assert log == ["init", "load"]
 
 
 def test_parameters_pickle_alike() -> None:
@@ -322,6 +478,13 @@ def test_calls_without_an_app_running(monkeypatch: pytest.MonkeyPatch) -> None:
     for call in (handle.remote, modal.Function.from_name("x", "y").remote):
         with pytest.raises(SpecError, match="from inside a container is not in woodfrog yet"):
             call(1)
+    waiting = pickle.loads(pickle.dumps(modal.FunctionCall.from_id("c1")))
+    for use in (waiting.get, waiting.cancel, lambda: modal.FunctionCall.gather(waiting)):
+        with pytest.raises(
+            SpecError, match=r"'c1'.*from inside a container is not in woodfrog yet.*on the client"
+        ) as no:
+            use()
+        assert no.value.code == "not-yet"
     assert woodfrog.is_local() is False
 
 
@@ -340,13 +503,42 @@ def test_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names_that_are_missing() -> None:
-    with pytest.raises(AttributeError, match="Modal has 'Sandbox'; woodfrog does not have it yet"):
+    with pytest.raises(AttributeError, match="Modal has 'Sandbox'; woodfrog does not have it yet") as caught:
         _ = modal.Sandbox
-    with pytest.raises(AttributeError, match="Modal has 'concurrent'"):
-        _ = modal.concurrent
+    assert isinstance(caught.value, SpecError) and caught.value.code == "not-yet"
+    assert str(caught.value).endswith(f"({checks.short(__file__)}:{caught.tb.tb_lineno})")
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         _ = modal.nonsense
-    assert {"App", "Volume", "__version__"} <= set(dir(modal))
+    for name in ("Queue", "nonsense", "__wrapped__", "__file__x"):
+        assert not hasattr(modal, name) and getattr(modal, name, 3) == 3
+    assert {"App", "Volume", "Error", "__version__"} <= set(dir(modal))
+    assert not set(dir(modal)) & set(modal._NOT_YET)
+    inspect.getmembers(modal)
+    with pytest.raises(AttributeError), mock.patch("woodfrog.Queue"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("from woodfrog import App, concurrent", "'concurrent'; .*one input at a time"),
+        ("from woodfrog import gpu", 'gpu="A100:2"'),
+        ("from woodfrog.gpu import A100", 'gpu="A100:2"'),
+        ("import woodfrog.gpu", 'gpu="A100:2"'),
+        ("import woodfrog.experimental", "'experimental'"),
+        ("from woodfrog import Period", "cron"),
+    ],
+)
+def test_importing_names_that_are_missing(line: str, words: str) -> None:
+    with pytest.raises(SpecError, match=words) as caught:
+        exec(compile("\n" + line, "program.py", "exec"), {})
+    assert caught.value.code == "not-yet" and str(caught.value).endswith("(program.py:2)")
+
+
+def test_importing_names_that_nobody_has() -> None:
+    with pytest.raises(ImportError, match="nonsense"):
+        exec("from woodfrog import nonsense", {})
+    exec("from woodfrog import *", {})
 
 
 def test_packages_are_checked() -> None:

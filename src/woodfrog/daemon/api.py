@@ -27,6 +27,7 @@ from woodfrog.backends.connection import Payload
 from woodfrog.daemon import keeping, looking
 from woodfrog.daemon.controller import CallRecord, Controller, failure_of
 from woodfrog.errors import (
+    AuthError,
     DaemonError,
     HostError,
     IncompatibleSnapshot,
@@ -90,7 +91,7 @@ class TokenAuth:
         if scope["type"] != "lifespan":
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
-                error = DaemonError("wrong or missing token; set WOODFROG_TOKEN", code="unauthorized").to_dict()
+                error = AuthError("wrong or missing token; set WOODFROG_TOKEN").to_dict()
                 await _Json({"error": error}, status_code=401)(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 from woodfrog.errors import DaemonError, NotFoundError, SpecError, WoodfrogError
 from woodfrog.sdk import checks, options, source
 from woodfrog.sdk.cls import Cls, Method, make_cls
-from woodfrog.sdk.dual import Dual
+from woodfrog.sdk.dual import ClassDual, Dual
 from woodfrog.sdk.functions import Deployed, Function, inside, method_spec
 from woodfrog.sdk.hooks import in_worker
 from woodfrog.sdk.image import Image
@@ -342,6 +342,7 @@ class App:
 
         return Dual(self._deploy, aio)
 
+    @ClassDual
     @classmethod
     def lookup(cls, name: str, *, create_if_missing: bool = False, **ignored: Any) -> App:
         """A handle of the deployed app `name`; `app["square"]` is its function. Asks nothing of the daemon yet."""
@@ -464,3 +465,9 @@ class Stub(App):
     def __init__(self, name: str | None = None, **parameters: Any) -> None:
         warnings.warn("Stub is now called App", DeprecationWarning, stacklevel=2)
         super().__init__(name, **parameters)
+
+    def is_inside(self, image: Image | None = None) -> bool:
+        """True inside a container; `woodfrog.is_local()` says the opposite."""
+        del image
+        warnings.warn("Stub.is_inside() is now called `not woodfrog.is_local()`", DeprecationWarning, stacklevel=2)
+        return in_worker()

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from woodfrog.errors import CallCancelled, DaemonError, NotFoundError, SpecError
+from woodfrog.errors import CallCancelled, CallNotFound, DaemonError, NotFoundError, NotOverYet, SpecError
 from woodfrog.protocol import unpack_items
 from woodfrog.sdk import payload
 from woodfrog.sdk.client import Client, Reply, connect, error_from_answer, segment
-from woodfrog.sdk.dual import Dual
+from woodfrog.sdk.dual import ClassDual, Dual
+from woodfrog.sdk.functions import inside
+from woodfrog.sdk.hooks import in_worker
 
 __all__ = ["Call", "FunctionCall", "Target", "aio_iterate", "in_thread", "map_calls"]
 
@@ -163,15 +165,19 @@ def wait_for(client: Client, call_id: str, reply: Reply | None, deadline: float 
     """Poll until the call is over, however often the daemon is restarted meanwhile.
 
     Raises:
-        TimeoutError: `deadline` (monotonic seconds) has passed.
+        NotOverYet: `deadline` (monotonic seconds) has passed.
+        CallNotFound: the daemon knows no such call (any more).
     """
     while reply is None or reply.status == 202 or reply.headers.get("woodfrog-status") == "pending":
         wait = WAIT_S
         if deadline is not None:
             wait = max(0.0, min(WAIT_S, deadline - time.monotonic()))
             if wait == 0.0 and reply is not None:
-                raise TimeoutError(f"call {call_id} is not over yet")
-        reply = client.request("GET", f"/calls/{call_id}", wait=wait, kept=_kept(call_id))
+                raise NotOverYet(f"call {call_id} is not over yet")
+        try:
+            reply = client.request("GET", f"/calls/{call_id}", wait=wait, kept=_kept(call_id))
+        except NotFoundError as e:
+            raise CallNotFound(e.message, code=e.code, **e.fields) from None
     return reply
 
 
@@ -200,67 +206,6 @@ def outcome(reply: Reply, tag: str) -> Any:
     )
 
 
-class FunctionCall:
-    """A call that was started with `.spawn`.
-
-    Example:
-        >>> call = square.spawn(3)  # doctest: +SKIP
-        >>> call.get(timeout=10)  # doctest: +SKIP
-        9
-    """
-
-    def __init__(self, object_id: str, client: Client | None = None, tag: str = "the call") -> None:
-        self.object_id = object_id
-        self._known_client = client
-        self._tag = tag
-
-    @classmethod
-    def from_id(cls, function_call_id: str, client: Any = None) -> FunctionCall:
-        """The call of that id (`object_id`), also from another program. Asks nothing of the daemon yet."""
-        if not isinstance(function_call_id, str) or not function_call_id:
-            raise SpecError(f"FunctionCall.from_id needs the id of a call, got {function_call_id!r}")
-        return cls(function_call_id, client if isinstance(client, Client) else None)
-
-    def _client(self) -> Client:
-        if self._known_client is None:
-            self._known_client = connect()
-        return self._known_client
-
-    def _get(self, timeout: float | None = None) -> Any:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        return outcome(wait_for(self._client(), self.object_id, None, deadline), self._tag)
-
-    def _cancel(self, terminate_containers: bool = False) -> None:
-        del terminate_containers
-        cancel(self._client(), self.object_id)
-
-    @property
-    def get(self) -> Dual[..., Any, Awaitable[Any]]:
-        """`get(timeout=None)`: the result. `timeout` in seconds; 0 asks once.
-
-        Raises:
-            TimeoutError: no result within `timeout`; the call goes on.
-            Exception: what the call raised.
-        """
-        return Dual(self._get, in_thread(self._get))
-
-    @property
-    def cancel(self) -> Dual[..., None, Awaitable[None]]:
-        """`cancel()`: stop the call; its `get` raises CallCancelled."""
-        return Dual(self._cancel, in_thread(self._cancel))
-
-    @staticmethod
-    def gather(*function_calls: FunctionCall) -> list[Any]:
-        """The results of several calls, in their order; the first exception is raised."""
-        return [call._get() for call in function_calls]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return FunctionCall, (self.object_id, None, self._tag)
-
-    def __repr__(self) -> str:
-        return f"FunctionCall.from_id({self.object_id!r})"
-
-
 # Waiting without blocking an event loop: threads of our own, since the loop's default pool has a handful only.
 
 _aio_pool: ThreadPoolExecutor | None = None
@@ -285,6 +230,73 @@ def in_thread(function: Callable[..., T]) -> Callable[..., Awaitable[T]]:
         return _run_in_thread(function, *args, **kwargs)
 
     return start
+
+
+class FunctionCall:
+    """A call that was started with `.spawn`.
+
+    Example:
+        >>> call = square.spawn(3)  # doctest: +SKIP
+        >>> call.get(timeout=10)  # doctest: +SKIP
+        9
+    """
+
+    def __init__(self, object_id: str, client: Client | None = None, tag: str = "the call") -> None:
+        self.object_id = object_id
+        self._known_client = client
+        self._tag = tag
+
+    @ClassDual
+    @classmethod
+    def from_id(cls, function_call_id: str, client: Any = None) -> FunctionCall:
+        """The call of that id (`object_id`), also from another program. Asks nothing of the daemon yet."""
+        if not isinstance(function_call_id, str) or not function_call_id:
+            raise SpecError(f"FunctionCall.from_id needs the id of a call, got {function_call_id!r}")
+        return cls(function_call_id, client if isinstance(client, Client) else None)
+
+    def _client(self) -> Client:
+        if self._known_client is None:
+            if in_worker():
+                raise inside(f"FunctionCall {self.object_id!r}", "wait for it on the client, and pass on its result")
+            self._known_client = connect()
+        return self._known_client
+
+    def _get(self, timeout: float | None = None) -> Any:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        return outcome(wait_for(self._client(), self.object_id, None, deadline), self._tag)
+
+    def _cancel(self, terminate_containers: bool = False) -> None:
+        del terminate_containers
+        cancel(self._client(), self.object_id)
+
+    @property
+    def get(self) -> Dual[..., Any, Awaitable[Any]]:
+        """`get(timeout=None)`: the result. `timeout` in seconds; 0 asks once.
+
+        Raises:
+            NotOverYet: no result within `timeout`; the call goes on. It is a TimeoutError.
+            CallNotFound: the result is no longer kept, or there never was such a call.
+            Exception: what the call raised.
+        """
+        return Dual(self._get, in_thread(self._get))
+
+    @property
+    def cancel(self) -> Dual[..., None, Awaitable[None]]:
+        """`cancel()`: stop the call; its `get` raises CallCancelled."""
+        return Dual(self._cancel, in_thread(self._cancel))
+
+    @staticmethod
+    def _gather(*function_calls: FunctionCall) -> list[Any]:
+        return [call._get() for call in function_calls]
+
+    gather = Dual(_gather, in_thread(_gather))
+    """`gather(*function_calls)`: the results of several calls, in their order; the first exception is raised."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FunctionCall, (self.object_id, None, self._tag)
+
+    def __repr__(self) -> str:
+        return f"FunctionCall.from_id({self.object_id!r})"
 
 
 async def run_aio(call: Callable[[], Call]) -> Any:

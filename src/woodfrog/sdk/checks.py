@@ -15,6 +15,7 @@ from woodfrog.sdk.hooks import in_worker
 __all__ = ["caller", "environment", "name", "nearest", "note", "number", "text_dict", "whole"]
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_NOT_CALLERS = (_PACKAGE, "<frozen importlib.")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _noted: set[str] = set()
 
@@ -22,7 +23,7 @@ _noted: set[str] = set()
 def caller() -> str:
     """`file:line` of the nearest frame outside woodfrog."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_CALLERS):
         frame = frame.f_back
     return f"{short(frame.f_code.co_filename)}:{frame.f_lineno}"
 

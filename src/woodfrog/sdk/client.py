@@ -125,7 +125,8 @@ class Reply:
 def _code_table() -> dict[str, type[WoodfrogError]]:
     table: dict[str, type[WoodfrogError]] = {}
     for cls in WoodfrogError._registry.values():
-        table.setdefault(cls.code, cls)
+        if "code" in vars(cls):
+            table.setdefault(cls.code, cls)
     return table
 
 

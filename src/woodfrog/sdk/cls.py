@@ -11,7 +11,8 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar, dataclass_transfor
 
 from woodfrog.errors import SpecError
 from woodfrog.sdk import checks, source
-from woodfrog.sdk.functions import Deployed, Function, Owner, method_spec
+from woodfrog.sdk.dual import ClassDual, Dual
+from woodfrog.sdk.functions import NOT_YET, Deployed, Function, Owner, ask, method_spec, missing, note_version
 from woodfrog.sdk.options import Built, Defaults, build_spec
 from woodfrog.spec import FunctionSpec, MethodSpec
 
@@ -22,6 +23,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
+_RESERVED = NOT_YET.keys() - {"autoscaler", "logs", "metrics", "stats", "web_url"}
+"""Names of Modal's own, of which a handle makes no method of the user's. Modal's classes lack the rest."""
 _TYPES: tuple[type, ...] = (str, int, bool, float, bytes)
 
 
@@ -312,20 +315,30 @@ class Cls:
             self.__module__ = user_cls.__module__
 
     @classmethod
-    def from_name(cls, app_name: str, name: str, *, environment_name: str | None = None) -> Cls:
-        """The class `name` of a deployed app. Asks nothing of the daemon before the first call.
+    def from_name(
+        cls,
+        app_name: str,
+        name: str,
+        *,
+        version: int | None = None,
+        environment_name: str | None = None,
+        client: Any = None,
+    ) -> Cls:
+        """The class `name` of a deployed app. Asks nothing of the daemon before the first call, or `hydrate()`.
 
         Raises:
             SpecError: not names.
         """
-        del environment_name
+        del environment_name, client
+        note_version(version, "Cls.from_name")
         return cls(Deployed(app_name), checks.name(name, "Cls.from_name"))
 
+    @ClassDual
     @classmethod
     def lookup(cls, app_name: str, name: str, **options: Any) -> Cls:
         """An older name of `from_name`."""
         del options
-        warnings.warn("Cls.lookup is now called Cls.from_name", DeprecationWarning, stacklevel=2)
+        warnings.warn("Cls.lookup is now called Cls.from_name", DeprecationWarning, stacklevel=3)
         return cls.from_name(app_name, name)
 
     @property
@@ -352,21 +365,26 @@ class Cls:
         """
         return Obj(self, args, kwargs)
 
-    def with_options(self, **options: Any) -> Cls:
-        """Not in woodfrog yet.
+    def _hydrate(self, client: Any = None) -> Cls:
+        ask(self._owner, self._tag)
+        return self
+
+    @property
+    def hydrate(self) -> Dual[..., Cls, Awaitable[Cls]]:
+        """`hydrate()`: ask the daemon whether the class is there; gives this handle.
 
         Raises:
-            SpecError: always.
+            NotFoundError: no such app or class.
+            SpecError: the app neither runs nor is deployed.
         """
-        raise SpecError(
-            f"{self._tag}.with_options({', '.join(options)}): not in woodfrog yet: set the options in @app.cls(...)",
-            code="not-yet",
-        )
+        from woodfrog.sdk.call import in_thread
 
-    with_concurrency = with_batching = with_options
+        return Dual(self._hydrate, in_thread(self._hydrate))
 
     def __getattr__(self, name: str) -> Any:
         user_cls = self.__dict__.get("_user_cls")
+        if name in _RESERVED and not hasattr(user_cls, name):
+            raise missing(self._tag, name)
         if user_cls is not None and not name.startswith("__"):
             value = getattr(user_cls, name)
             if isinstance(value, Method):
@@ -399,11 +417,12 @@ class Obj:
     def __init__(self, cls: Cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._cls, self._args, self._kwargs = cls, args, kwargs
         self._instance: Any = None
+        self._entered = False
         self._params: bytes | None = None
         user_cls = cls._user_cls
         if user_cls is None:
             return
-        fields = _fields(user_cls, cls._where)
+        self._fields = fields = _fields(user_cls, cls._where)
         if fields:
             if args:
                 raise TypeError(
@@ -421,6 +440,15 @@ class Obj:
                 except TypeError as e:
                     raise TypeError(f"{cls.tag}: {e} ({checks.caller()})") from None
 
+    def _hydration(self) -> Dual[..., Obj, Awaitable[Obj]]:
+        from woodfrog.sdk.call import in_thread
+
+        def hydrate(client: Any = None) -> Obj:
+            self._cls._hydrate()
+            return self
+
+        return Dual(hydrate, in_thread(hydrate))
+
     def _pickled(self) -> bytes | None:
         if not self._args and not self._kwargs:
             return None
@@ -430,32 +458,52 @@ class Obj:
             self._params = dumps_parameters(self._args, self._kwargs, f"{self._cls.tag}(...)")
         return self._params
 
-    def _local(self) -> Any:
-        """The instance in this process, made at first need, with its enter hooks run."""
+    def _constructed(self) -> Any:
+        """The instance in this process, made at first need. Its enter hooks may not have run."""
         if self._instance is None:
             checks.settle_imports()
+            self._instance = self._cls._get_user_cls()(*self._args, **self._kwargs)
+        return self._instance
+
+    def _local(self) -> Any:
+        """The instance in this process, with its enter hooks run."""
+        instance = self._constructed()
+        if not self._entered:
             user_cls = self._cls._get_user_cls()
-            instance = user_cls(*self._args, **self._kwargs)
             for hook in (*hooks(user_cls, "enter", True), *hooks(user_cls, "enter", False)):
                 _settle(hook.__get__(instance)())
-            self._instance = instance
-        return self._instance
+            self._entered = True
+        return instance
+
+    def _attribute(self, user_cls: type, name: str) -> Any:
+        """What is no method: nothing of a container's start happens here for it."""
+        field = self._fields.get(name)
+        if field is not None and self._instance is None:
+            return self._kwargs.get(name, field.parameter.default)
+        # A constructor made of parameters sets nothing else: no need to make an instance to know.
+        of_instance = not name.startswith("_") and (not self._fields or self._instance is not None)
+        if hasattr(user_cls, name) or (of_instance and name in vars(self._constructed())):
+            return getattr(self._constructed(), name)
+        raise AttributeError(
+            f"{self._cls.tag} has no method or attribute {name!r}{checks.nearest(name, _methods(user_cls))}"
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_cls" not in self.__dict__:
             raise AttributeError(name)
         cls = self._cls
+        if cls._user_cls is None or not hasattr(cls._user_cls, name):
+            if name == "hydrate":
+                return self._hydration()
+            if name in _RESERVED:
+                raise missing(cls.tag, name)
         if cls._user_cls is None:
             if name.startswith("_"):
                 raise AttributeError(name)
             return Function(cls._owner, f"{cls.tag}.{name}", params=self._pickled)
         known = _methods(cls._user_cls)
         if name not in known:
-            if name.startswith("_") and not hasattr(cls._user_cls, name):
-                raise AttributeError(f"{cls.tag} has no attribute {name!r}")
-            if not hasattr(cls._user_cls, name) and name not in vars(self._local()):
-                raise AttributeError(f"{cls.tag} has no method or attribute {name!r}{checks.nearest(name, known)}")
-            return getattr(self._local(), name)
+            return self._attribute(cls._user_cls, name)
 
         def local(*args: Any, **kwargs: Any) -> Any:
             return known[name].raw_f.__get__(self._local())(*args, **kwargs)
@@ -491,6 +539,37 @@ def _settle(value: Any) -> None:
     raise SpecError("an asynchronous enter hook cannot run in .local() inside a running event loop")
 
 
+def _hook(kind: Literal["enter", "exit"], function: F) -> F:
+    function.__woodfrog_role__ = {"kind": kind, "snap": False}  # type: ignore[attr-defined]
+    return function
+
+
+_OLD_HOOKS: dict[str, Any] = {
+    "__enter__": _hook("enter", lambda self: self.__enter__()),
+    "__aenter__": _hook("enter", lambda self: self.__aenter__()),
+    "__exit__": _hook("exit", lambda self: self.__exit__(None, None, None)),
+    "__aexit__": _hook("exit", lambda self: self.__aexit__(None, None, None)),
+}
+
+
+def _adopt_old_hooks(user_cls: type, where: str) -> None:
+    """Programs older than `@enter` and `@exit` have the methods of a context manager in their place."""
+    kinds: tuple[Literal["enter", "exit"], ...] = ("enter", "exit")
+    for kind in kinds:
+        names = [n for n, hook in _OLD_HOOKS.items() if hook.__woodfrog_role__["kind"] == kind and hasattr(user_cls, n)]
+        # Beside hooks that are marked, they are the class's own affair.
+        if not names or hooks(user_cls, kind) or hooks(user_cls, kind, True):
+            continue
+        for name in names:
+            setattr(user_cls, f"_woodfrog{name}", _OLD_HOOKS[name])
+        warnings.warn(
+            f"{names[0]} runs at a container's {'start' if kind == 'enter' else 'end'}: "
+            f"write @woodfrog.{kind}() ({where})",
+            DeprecationWarning,
+            stacklevel=4,
+        )
+
+
 @dataclass_transform(field_specifiers=(parameter,), kw_only_default=True)
 def make_cls(owner: Owner, user_cls: Any, options: Mapping[str, Any], defaults: Defaults, where: str) -> Cls:
     """The handle for a decorated class.
@@ -508,6 +587,7 @@ def make_cls(owner: Owner, user_cls: Any, options: Mapping[str, Any], defaults: 
     methods = _methods(user_cls)
     if not methods:
         raise SpecError(f"{name} has no method to call: mark one with @woodfrog.method() ({where})", code="no-methods")
+    _adopt_old_hooks(user_cls, where)
     built: Built = build_spec(
         "class",
         name=name,

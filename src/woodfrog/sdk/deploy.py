@@ -24,7 +24,8 @@ Handle = Function[..., Any] | Cls
 _UNRUN = frozenset(
     (
         *("add_local_dir", "add_local_file", "apt_install", "cmd", "dockerfile_commands", "entrypoint"),
-        *("from_dockerfile", "micromamba_install", "run_commands", "run_function", "shell", "workdir"),
+        *("from_dockerfile", "from_id", "micromamba_install", "pip_install_private_repos", "run_commands"),
+        *("run_function", "shell", "workdir"),
     )
 )
 """Steps that would have changed the image."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
-__all__ = ["Dual"]
+__all__ = ["ClassDual", "Dual", "at_once"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -22,3 +22,23 @@ class Dual(Generic[P, R, A]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.sync(*args, **kwargs)
+
+
+def at_once(function: Callable[P, R]) -> Dual[P, R, Awaitable[R]]:
+    """Both forms of a function that waits for nothing."""
+
+    async def aio(*args: P.args, **kwargs: P.kwargs) -> R:
+        return function(*args, **kwargs)
+
+    return Dual(function, aio)
+
+
+class ClassDual(Generic[R]):
+    """Both forms of a class method that waits for nothing; decorates what `@classmethod` gave."""
+
+    def __init__(self, method: Callable[..., R]) -> None:
+        self._method: Any = method
+        self.__doc__ = method.__doc__
+
+    def __get__(self, instance: Any, owner: type) -> Dual[..., R, Awaitable[R]]:
+        return at_once(self._method.__get__(None, owner))

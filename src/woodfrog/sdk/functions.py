@@ -7,9 +7,9 @@ import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
 
-from woodfrog.errors import SpecError
+from woodfrog.errors import MissingNameError, NotFoundError, SpecError
 from woodfrog.sdk import checks
-from woodfrog.sdk.dual import Dual
+from woodfrog.sdk.dual import ClassDual, Dual
 from woodfrog.sdk.hooks import in_worker
 from woodfrog.spec import FunctionSpec, MethodSpec
 
@@ -54,12 +54,60 @@ class Deployed:
         return Deployed, (self.app_name,)
 
 
-def inside(tag: str) -> SpecError:
+def inside(what: str, remedy: str = "call it with .local(), or from the client") -> SpecError:
     return SpecError(
-        f"{tag}: calling other functions from inside a container is not in woodfrog yet: "
-        "call it with .local(), or from the client",
-        code="not-yet",
+        f"{what}: calling other functions from inside a container is not in woodfrog yet: {remedy}", code="not-yet"
     )
+
+
+_SCALING = "set min_containers=, max_containers=, buffer_containers= and scaledown_window= in the decorator"
+_NO_WEB = "there are no web endpoints"
+_LOOK = "look with `woodfrog app list`, `woodfrog container list` and `woodfrog app logs`"
+NOT_YET = {
+    "autoscaler": _SCALING,
+    "experimental_spawn_map": "use spawn_map",
+    "get_current_stats": _LOOK,
+    "get_dashboard_url": _LOOK,
+    "get_web_url": _NO_WEB,
+    "keep_warm": _SCALING,
+    "logs": _LOOK,
+    "metrics": _LOOK,
+    "stats": _LOOK,
+    "update_autoscaler": _SCALING,
+    "web_url": _NO_WEB,
+    "with_batching": "take a list of inputs in one call",
+    "with_concurrency": "a container takes one input at a time",
+    "with_options": "set the options in the decorator",
+}
+"""What Modal's handles have, and what to do without it."""
+
+
+def missing(tag: str, name: str) -> MissingNameError:
+    return MissingNameError(f"{tag}.{name}: not in woodfrog yet: {NOT_YET[name]} ({checks.caller()})", code="not-yet")
+
+
+def ask(owner: Owner, tag: str) -> None:
+    """Ask the daemon whether `tag` is there.
+
+    Raises:
+        NotFoundError: no such app, or nothing of that name in it.
+        SpecError: the app neither runs nor is deployed, or this is a container.
+    """
+    from woodfrog.sdk.client import segment
+
+    client, app = owner.reach(tag)
+    found = client.request("GET", f"/apps/{segment(app)}").json()
+    tags = {f["tag"]: f["kind"] for f in found["functions"]}
+    tags |= {
+        f"{f['tag']}.{m['name']}": "method" for f in found["functions"] if f["kind"] == "class" for m in f["methods"]
+    }
+    if tag not in tags:
+        raise NotFoundError(f"app {app} has no {tag!r}{checks.nearest(tag, tags)}", app=app)
+
+
+def note_version(version: Any, what: str) -> None:
+    if version is not None:
+        checks.note(f"version:{what}", f"{what} ignores version=: the newest deploy is called ({checks.caller()})")
 
 
 def method_spec(function: Callable[..., Any], name: str) -> MethodSpec:
@@ -106,24 +154,34 @@ class Function(Generic[P, R]):
             self.__module__ = getattr(raw, "__module__", __name__)
 
     @classmethod
-    def from_name(cls, app_name: str, name: str, *, environment_name: str | None = None) -> Function[..., Any]:
-        """The function `name` of a deployed app. Asks nothing of the daemon before the first call.
+    def from_name(
+        cls,
+        app_name: str,
+        name: str,
+        *,
+        version: int | None = None,
+        environment_name: str | None = None,
+        client: Any = None,
+    ) -> Function[..., Any]:
+        """The function `name` of a deployed app. Asks nothing of the daemon before the first call, or `hydrate()`.
 
         Raises:
             SpecError: not names.
         """
-        del environment_name
+        del environment_name, client
+        note_version(version, "Function.from_name")
         service, dot, method = str(name).partition(".")
         checks.name(service, "Function.from_name")
         if dot and not method.isidentifier():
             raise SpecError(f"Function.from_name: {name!r} is not the name of a function or of a class's method")
         return Function(Deployed(app_name), name)
 
+    @ClassDual
     @classmethod
     def lookup(cls, app_name: str, name: str, **options: Any) -> Function[..., Any]:
         """An older name of `from_name`."""
         del options
-        warnings.warn("Function.lookup is now called Function.from_name", DeprecationWarning, stacklevel=2)
+        warnings.warn("Function.lookup is now called Function.from_name", DeprecationWarning, stacklevel=3)
         return cls.from_name(app_name, name)
 
     @property
@@ -156,6 +214,29 @@ class Function(Generic[P, R]):
     @property
     def __woodfrog_wrapped__(self) -> Callable[..., Any]:
         return self.get_raw_f()
+
+    def _hydrate(self, client: Any = None) -> Function[P, R]:
+        ask(self._owner, self._tag)
+        return self
+
+    @property
+    def hydrate(self) -> Dual[..., Function[P, R], Awaitable[Function[P, R]]]:
+        """`hydrate()`: ask the daemon whether the function is there; gives this handle.
+
+        Raises:
+            NotFoundError: no such app or function.
+            SpecError: the app neither runs nor is deployed.
+        """
+        from woodfrog.sdk.call import in_thread
+
+        return Dual(self._hydrate, in_thread(self._hydrate))
+
+    if not TYPE_CHECKING:  # to a type checker every name would be there
+
+        def __getattr__(self, name: str) -> Any:
+            if name in NOT_YET:
+                raise missing(self._tag, name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # Calls.
 
@@ -371,19 +452,6 @@ class Function(Generic[P, R]):
     def spawn_map(self) -> Dual[..., list[FunctionCall], Awaitable[list[FunctionCall]]]:
         """`spawn_map(*iterables, kwargs={})`: `spawn` for each input; the FunctionCalls in order."""
         return Dual(self._spawn_map, self._spawn_map_aio)
-
-    def with_options(self, **options: Any) -> Function[P, R]:
-        """Not in woodfrog yet.
-
-        Raises:
-            SpecError: always.
-        """
-        raise SpecError(
-            f"{self._tag}.with_options({', '.join(options)}): not in woodfrog yet: set the options in the decorator",
-            code="not-yet",
-        )
-
-    with_concurrency = with_batching = with_options
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By name: code travels with the deploy. A serialized function's deploy has no other code, so its comes along.

@@ -7,14 +7,17 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 from woodfrog.errors import SpecError
 from woodfrog.sdk import checks
+from woodfrog.sdk.dual import ClassDual
 from woodfrog.sdk.hooks import in_worker
 from woodfrog.spec import ImageSpec
 
 __all__ = ["Image"]
+
+P = ParamSpec("P")
 
 
 class Image:
@@ -66,6 +69,35 @@ class Image:
         return cls()._step(f"from_registry {tag}")
 
     @classmethod
+    def from_aws_ecr(cls, tag: str, secret: Any = None, *, add_python: str | None = None, **options: Any) -> Image:
+        """As `from_registry`."""
+        del secret, options
+        _check_python(add_python, "Image.from_aws_ecr")
+        return cls()._step(f"from_aws_ecr {tag}")
+
+    @classmethod
+    def from_gcp_artifact_registry(
+        cls, tag: str, secret: Any = None, *, add_python: str | None = None, **options: Any
+    ) -> Image:
+        """As `from_registry`."""
+        del secret, options
+        _check_python(add_python, "Image.from_gcp_artifact_registry")
+        return cls()._step(f"from_gcp_artifact_registry {tag}")
+
+    @classmethod
+    def from_scratch(cls, force_build: bool = False) -> Image:
+        """Recorded; functions run on the host's own files."""
+        del force_build
+        return cls()._step("from_scratch")
+
+    @ClassDual
+    @classmethod
+    def from_id(cls, image_id: str, client: Any = None) -> Image:
+        """Recorded; images of Modal's are not here."""
+        del client
+        return cls()._step(f"from_id {image_id}")
+
+    @classmethod
     def from_dockerfile(cls, path: str | Path, **options: Any) -> Image:
         """Recorded; functions run on the host's own files."""
         del options
@@ -82,9 +114,19 @@ class Image:
         names = _requirements(packages, "pip_install")
         return self._step(_words("pip_install", *names, env=options.pop("env", None)), names)
 
-    def uv_pip_install(self, *packages: str | list[str], **options: Any) -> Image:
-        """As `pip_install`."""
-        return self.pip_install(*packages, **options)
+    def uv_pip_install(
+        self, *packages: str | list[str], requirements: Iterable[str | Path] | None = None, **options: Any
+    ) -> Image:
+        """As `pip_install`; and as `pip_install_from_requirements` for each file of `requirements`.
+
+        Raises:
+            SpecError: something that is not a requirement, or a file that cannot be read.
+        """
+        files = [requirements] if isinstance(requirements, (str, Path)) else list(requirements or ())
+        names = _requirements(packages, "uv_pip_install")
+        for file in files:
+            names += _requirements_file(file, "uv_pip_install")
+        return self._step(_words("uv_pip_install", *_flat([*packages, *files]), env=options.pop("env", None)), names)
 
     def pip_install_from_requirements(self, requirements_txt: str | Path, **options: Any) -> Image:
         """The packages of a requirements file, as `pip_install`.
@@ -93,17 +135,65 @@ class Image:
             SpecError: the file cannot be read.
         """
         del options
-        if in_worker():  # The file is the client's.
-            return self._step(f"pip_install_from_requirements {requirements_txt}")
-        try:
-            lines = Path(requirements_txt).read_text().splitlines()
-        except OSError as e:
-            raise SpecError(f"Image.pip_install_from_requirements: {requirements_txt}: {e.strerror}") from None
-        names = [line.split(" #")[0].strip() for line in lines]
-        names = [n for n in names if n and not n.startswith(("#", "-"))]
-        return self._step(
-            f"pip_install_from_requirements {requirements_txt}", _requirements(names, str(requirements_txt))
-        )
+        names = _requirements_file(requirements_txt, "pip_install_from_requirements")
+        return self._step(f"pip_install_from_requirements {requirements_txt}", names)
+
+    def pip_install_from_pyproject(
+        self, pyproject_toml: str | Path, optional_dependencies: Iterable[str] = (), **options: Any
+    ) -> Image:
+        """The `[project] dependencies` of a pyproject.toml, and the optional ones of these names, as `pip_install`.
+
+        Raises:
+            SpecError: the file cannot be read, or has no such dependencies.
+        """
+        del options
+        what = "pip_install_from_pyproject"
+        names = _pyproject(pyproject_toml, what, extras=tuple(optional_dependencies))
+        return self._step(f"{what} {pyproject_toml}", names)
+
+    def uv_sync(
+        self,
+        uv_project_dir: str | Path = "./",
+        *,
+        groups: Iterable[str] | None = None,
+        extras: Iterable[str] | None = None,
+        **options: Any,
+    ) -> Image:
+        """The dependencies in a uv project's pyproject.toml, with these groups and extras, as `pip_install`.
+
+        The versions of uv.lock are not asked for.
+
+        Raises:
+            SpecError: the file cannot be read, or has no such dependencies.
+        """
+        del options
+        file = Path(uv_project_dir) / "pyproject.toml"
+        names = _pyproject(file, "uv_sync", extras=tuple(extras or ()), groups=tuple(groups or ()))
+        return self._step(f"uv_sync {uv_project_dir}", names)
+
+    def poetry_install_from_file(
+        self,
+        poetry_pyproject_toml: str | Path,
+        poetry_lockfile: str | Path | None = None,
+        *,
+        with_: Iterable[str] = (),
+        **options: Any,
+    ) -> Image:
+        """The dependencies in a Poetry project's pyproject.toml, with the groups of `with_`, as `pip_install`.
+
+        Of Poetry's own table (`[tool.poetry.dependencies]`) the names are checked, and no versions.
+
+        Raises:
+            SpecError: the file cannot be read.
+        """
+        del options, poetry_lockfile
+        names = _poetry(poetry_pyproject_toml, tuple(with_))
+        return self._step(f"poetry_install_from_file {poetry_pyproject_toml}", names)
+
+    def pip_install_private_repos(self, *repositories: str, git_user: str, **options: Any) -> Image:
+        """Recorded, not run: install these packages in the environment that deploys."""
+        del git_user, options
+        return self._step(_words("pip_install_private_repos", *repositories))
 
     # Everything else: recorded.
 
@@ -172,6 +262,17 @@ class Image:
         """Recorded, not carried out."""
         return self._step(_words("shell", *shell_commands))
 
+    def pipe(self, func: Callable[Concatenate[Image, P], Image], *args: P.args, **kwargs: P.kwargs) -> Image:
+        """`func(image, *args, **kwargs)`: a recipe of one's own among the steps.
+
+        Example:
+            >>> def science(image, *more):
+            ...     return image.pip_install("numpy", *more)
+            >>> Image.debian_slim().pipe(science, "scipy").spec.packages
+            ('numpy', 'scipy')
+        """
+        return func(self, *args, **kwargs)
+
     def imports(self) -> AbstractContextManager[None]:
         """Imports that are of use inside a container only.
 
@@ -225,6 +326,80 @@ def _requirements(values: Iterable[Any], where: str) -> list[str]:
         else:
             found.append(value.strip())
     return found
+
+
+def _requirements_file(path: str | Path, where: str) -> list[str]:
+    if in_worker():  # The file is the client's.
+        return []
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError as e:
+        raise SpecError(f"Image.{where}: {path}: {e.strerror}") from None
+    names = [line.split(" #")[0].strip() for line in lines]
+    return _requirements((n for n in names if n and not n.startswith(("#", "-"))), str(path))
+
+
+def _toml(path: str | Path, where: str) -> dict[str, Any]:
+    import tomllib
+
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as e:
+        raise SpecError(f"Image.{where}: {path}: {e.strerror}") from None
+    except ValueError as e:
+        raise SpecError(f"Image.{where}: {path}: {e}") from None
+
+
+def _pyproject(
+    path: str | Path, where: str, *, extras: tuple[str, ...] = (), groups: tuple[str, ...] = ()
+) -> list[str]:
+    """The dependencies of a project, with some of its extras and dependency groups."""
+    if in_worker():  # The file is the client's.
+        return []
+    data = _toml(path, where)
+    project = data.get("project", {})
+    if "dependencies" not in project:
+        raise SpecError(f"Image.{where}: {path} has no [project] dependencies")
+    names = list(project["dependencies"])
+    for extra in extras:
+        names += _table(
+            project.get("optional-dependencies", {}), extra, f"Image.{where}: {path}: optional dependencies"
+        )
+    todo, seen = list(groups), set()
+    while todo:
+        group = todo.pop()
+        if group not in seen:
+            seen.add(group)
+            for entry in _table(data.get("dependency-groups", {}), group, f"Image.{where}: {path}: dependency group"):
+                if isinstance(entry, Mapping) and "include-group" in entry:
+                    todo.append(entry["include-group"])
+                else:
+                    names.append(entry)
+    return _requirements(names, where)
+
+
+def _poetry(path: str | Path, groups: tuple[str, ...]) -> list[str]:
+    where = "poetry_install_from_file"
+    if in_worker():  # The file is the client's.
+        return []
+    data = _toml(path, where)
+    own = data.get("tool", {}).get("poetry", {})
+    names = list(data.get("project", {}).get("dependencies", ()))
+    tables = [own.get("dependencies", {})]
+    for group in groups:
+        tables.append(_table(own.get("group", {}), group, f"Image.{where}: {path}: group").get("dependencies", {}))
+    for table in tables:
+        for name, wanted in table.items():
+            if name != "python" and not (isinstance(wanted, Mapping) and wanted.get("optional")):
+                names.append(name)
+    return _requirements(names, where)
+
+
+def _table(tables: Mapping[str, Any], name: str, what: str) -> Any:
+    if name not in tables:
+        raise SpecError(f"{what} {name!r} is not there{checks.nearest(name, tables)}")
+    return tables[name]
 
 
 def _check_python(wanted: str | None, where: str) -> None:

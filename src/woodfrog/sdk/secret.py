@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from woodfrog.errors import SpecError
 from woodfrog.sdk.checks import environment
 from woodfrog.spec import SecretSpec
 
 __all__ = ["Secret"]
-
-_LINE = re.compile(
-    r"""\s*(?:export\s+)?(?P<key>[A-Za-z_]\w*)\s*=\s*
-        (?: '(?P<single>[^']*)' | "(?P<double>(?:\\.|[^"\\])*)" | (?P<bare>[^#\n]*?) ) \s*(?:\#.*)?$""",
-    re.VERBOSE,
-)
-_ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
 
 
 class Secret:
@@ -43,9 +36,16 @@ class Secret:
         return cls(SecretSpec(values=environment(values, "Secret.from_dict")))
 
     @classmethod
-    def from_name(cls, name: str, *, environment_name: str | None = None, required_keys: Iterable[str] = ()) -> Secret:
+    def from_name(
+        cls,
+        name: str,
+        *,
+        environment_name: str | None = None,
+        required_keys: Iterable[str] = (),
+        client: Any = None,
+    ) -> Secret:
         """The secret that the daemon keeps under `name`; it is looked up when a container starts."""
-        del environment_name
+        del environment_name, client
         if not isinstance(name, str) or not name:
             raise SpecError(f"Secret.from_name needs a name, got {name!r}")
         return cls(SecretSpec(name=name, required_keys=tuple(required_keys)))
@@ -68,8 +68,10 @@ class Secret:
         return cls(SecretSpec(values={k: os.environ[k] for k in keys}))
 
     @classmethod
-    def from_dotenv(cls, path: str | Path | None = None, *, filename: str = ".env") -> Secret:
+    def from_dotenv(cls, path: str | Path | None = None, *, filename: str = ".env", client: Any = None) -> Secret:
         """A secret with the values of the nearest `.env` file at or above `path` (default: the working directory).
+
+        The file is read by python-dotenv, as Modal's is: quotes, comments, values of several lines, `${NAME}`.
 
         Raises:
             SpecError: no such file, or a line that is not `NAME=value`.
@@ -97,16 +99,14 @@ class Secret:
 
 
 def _parse_dotenv(path: Path) -> dict[str, str]:
-    values: dict[str, str] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        found = _LINE.match(line)
-        if not found:
-            raise SpecError(f"{path}:{number}: not a line of the form NAME=value")
-        if found["double"] is not None:
-            value = re.sub(r"\\(.)", lambda m: _ESCAPES.get(m[1], m[1]), found["double"])
-        else:
-            value = found["single"] if found["single"] is not None else found["bare"]
-        values[found["key"]] = value
-    return values
+    from dotenv import dotenv_values
+    from dotenv.parser import parse_stream
+
+    try:
+        with path.open(encoding="utf-8") as file:
+            wrong = [line.original.line for line in parse_stream(file) if line.error]
+    except (OSError, ValueError) as e:
+        raise SpecError(f"Secret.from_dotenv: {path} cannot be read: {e}") from None
+    if wrong:
+        raise SpecError(f"{path}:{wrong[0]}: not a line of the form NAME=value")
+    return {name: value or "" for name, value in dotenv_values(path).items()}

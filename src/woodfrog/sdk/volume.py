@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from woodfrog.sdk import checks
+from woodfrog.sdk.dual import Dual, at_once
 from woodfrog.spec import VolumeMount
 
 __all__ = ["Volume", "mounts"]
@@ -36,31 +36,61 @@ class Volume:
 
     @classmethod
     def from_name(
-        cls, name: str, *, create_if_missing: bool = False, environment_name: str | None = None, version: Any = None
+        cls,
+        name: str,
+        *,
+        create_if_missing: bool = False,
+        environment_name: str | None = None,
+        version: Any = None,
+        create_options: Any = None,
+        client: Any = None,
     ) -> Volume:
         """The volume called `name`; without `create_if_missing` it must exist when a container starts.
 
         Raises:
             SpecError: not a name.
         """
-        del environment_name, version
+        del environment_name, version, create_options, client
         return cls(checks.name(name, "Volume.from_name"), create=bool(create_if_missing))
 
     @classmethod
-    @contextmanager
-    def ephemeral(cls) -> Iterator[Volume]:
-        """A volume for the time of a `with` block, removed with the app that used it."""
-        yield cls(f"ephemeral-{os.urandom(6).hex()}", create=True, is_ephemeral=True)
+    def ephemeral(cls) -> _Ephemeral:
+        """A volume for the time of a `with` or `async with` block, removed with the app that used it."""
+        return _Ephemeral(cls(f"ephemeral-{os.urandom(6).hex()}", create=True, is_ephemeral=True))
 
     def with_mount_options(self, *, read_only: bool = False) -> Volume:
         """The same volume, mounted read-only or not."""
         return replace(self, read_only=bool(read_only))
 
-    def commit(self) -> None:
-        """Does nothing: writes are shared as they happen. Here for programs written for Modal."""
+    @property
+    def commit(self) -> Dual[[], None, Awaitable[None]]:
+        """`commit()`: does nothing: writes are shared as they happen. Here for programs written for Modal."""
+        return at_once(_nothing)
 
-    def reload(self) -> None:
-        """Does nothing: writes are seen as they happen. Here for programs written for Modal."""
+    @property
+    def reload(self) -> Dual[[], None, Awaitable[None]]:
+        """`reload()`: does nothing: writes are seen as they happen. Here for programs written for Modal."""
+        return at_once(_nothing)
+
+
+def _nothing() -> None: ...
+
+
+class _Ephemeral:
+    """The block of `Volume.ephemeral()`."""
+
+    def __init__(self, volume: Volume) -> None:
+        self._volume = volume
+
+    def __enter__(self) -> Volume:
+        return self._volume
+
+    def __exit__(self, *error: object) -> None: ...
+
+    async def __aenter__(self) -> Volume:
+        return self._volume
+
+    async def __aexit__(self, *error: object) -> None: ...
 
 
 def mounts(value: Any) -> tuple[VolumeMount, ...]:

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import AsyncGeneratorType, GeneratorType
+from types import GeneratorType
 from typing import Any
 
 from woodfrog.errors import NotFoundError, SpecError
-from woodfrog.worker import codec, maps, nogpu, renew, state
+from woodfrog.worker import codec, generators, maps, nogpu, renew, state
 
 __all__ = ["Runtime", "StageError"]
 
@@ -404,30 +404,24 @@ class Runtime:
         if isinstance(value, GeneratorType) or not hasattr(value, "__anext__"):
             yield from value
             return
-        try:
-            while True:
-                try:
-                    item = self._settle(value.__anext__())
-                except StopAsyncIteration:
-                    return
-                yield item
-        finally:
-            if isinstance(value, AsyncGeneratorType):
-                self._settle(value.aclose())
+        yield from generators.items(value, self._event_loop())
 
     def _settle(self, value: Any) -> Any:
         """Await what is awaitable, on the one event loop that lives as long as the worker."""
         if not hasattr(value, "__await__"):
             return value
-        if self._loop is None:
-            import asyncio
-
-            self._loop = asyncio.new_event_loop()
 
         async def settle() -> Any:
             return await value
 
-        return self._loop.run_until_complete(settle())
+        return self._event_loop().run_until_complete(settle())
+
+    def _event_loop(self) -> Any:
+        if self._loop is None:
+            import asyncio
+
+            self._loop = asyncio.new_event_loop()
+        return self._loop
 
     def _end_loop(self) -> None:
         if self._loop is None or self._loop.is_closed():
