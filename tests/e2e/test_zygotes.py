@@ -144,9 +144,8 @@ FROZEN = "enable_memory_snapshot=True"
     [
         ("stdlib", ""),
         ("stdlib", FROZEN),
-        ("arrays", ""),
         ("torch", FROZEN),
-        pytest.param("arrays", FROZEN, marks=pytest.mark.slow),
+        *(pytest.param("arrays", enable, marks=pytest.mark.slow) for enable in ("", FROZEN)),
         pytest.param("torch", "", marks=pytest.mark.slow),
     ],
 )

@@ -65,6 +65,7 @@ def test_parked(tmp_path: Path) -> None:
     assert small["parked_pss_mb"]["median"] > 0 and "unpark" in small["phases_ms"]["parked"]
 
 
+@pytest.mark.slow
 def test_gpu_start_on_the_fake_driver(tmp_path: Path) -> None:
     result = run("gpu/start.py", tmp_path / "gpu.json", "--fake", "--rounds", "1", "--sizes", "0.03125")
     (found,) = result["workloads"].values()
@@ -201,6 +202,7 @@ def test_soak(tmp_path: Path) -> None:
     assert result["freezes"] >= 5 and result["thaws"] >= 11
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_tensors(tmp_path: Path) -> None:
     result = run("tensors.py", tmp_path / "tensors.json", "--mib", "32", "--rounds", "1")

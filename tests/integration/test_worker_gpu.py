@@ -75,6 +75,7 @@ def environment(gpus: Path, **more: str) -> dict[str, str]:
 
 
 @pytest.mark.model
+@pytest.mark.slow  # of the libraries, not of ours
 def test_without_hiding_it_well_a_gpu_is_never_seen_again(model: Worker, gpus: Path) -> None:
     """What the stand-ins stand for: an empty CUDA_VISIBLE_DEVICES alone leaves a process without GPUs for good."""
     text = (
@@ -94,7 +95,7 @@ def test_without_hiding_it_well_a_gpu_is_never_seen_again(model: Worker, gpus: P
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("restored", [True, False])
+@pytest.mark.parametrize("restored", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_hidden_before_and_seen_after(model: Worker, gpus: Path, restored: bool) -> None:
     env = environment(gpus)
     booted = model.boot("Model", kind="class", methods=("seen",), env=env, snapshot=True, hide_gpu=True)
