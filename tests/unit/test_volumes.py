@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 import socket
 import stat
@@ -14,9 +15,11 @@ from typing import Any
 
 import pytest
 import uvicorn
+from typer.testing import CliRunner
 
 import woodfrog
 from unit.test_api import Daemon, FaultyBackend, error_of, function, gates
+from woodfrog.cli import commands
 from woodfrog.daemon.volumes import VolumeFiles
 from woodfrog.errors import DaemonError, FileMissing, FileTaken, NotFoundError, SpecError
 from woodfrog.sdk import client as client_module
@@ -274,7 +277,7 @@ async def served(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     while not server.started:
         await asyncio.sleep(0.01)
     client = Client(Settings(home=daemon.settings.home))
-    monkeypatch.setattr(client_module, "connect", lambda: client)
+    monkeypatch.setattr(client_module, "connect", lambda **_: client)
     yield daemon
     client.close()
     server.should_exit = True
@@ -360,6 +363,62 @@ async def test_a_file_that_becomes_shorter(served: Daemon, monkeypatch: pytest.M
         os.truncate(top / "x", 1 << 20)
         with pytest.raises(DaemonError, match="broke off"):
             list(pieces)
+
+    await asyncio.to_thread(use)
+
+
+# The command line
+
+
+def run(*argv: str, stdin: str | None = None) -> tuple[int, str, str]:
+    done = CliRunner().invoke(commands.app, ["volume", *argv], input=stdin)
+    return done.exit_code, done.stdout, done.stderr
+
+
+async def test_commands(served: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here" / "src" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    Path("src/one").write_text("1")
+    Path("src/sub/two").write_text("2")
+
+    def use() -> None:
+        assert run("list") == (0, "", "no volumes\n")
+        assert run("create", "v") == (0, "", "made volume v\n")
+        assert run("create", "v") == (2, "", "error: volume 'v' exists already\n")
+        assert json.loads(run("list", "--json")[1]) == [{"name": "v", "containers": 0}]
+        assert run("ls", "v") == (0, "", "nothing in it\n")
+        assert run("put", "v", "src/one") == (0, "", "sent src/one to one in v\n")
+        assert run("put", "v", "src/one")[2].startswith("error: volume 'v': one exists already: force=True (--force)")
+        assert run("put", "v", "src/one", "-f")[0] == 0
+        assert run("put", "v", "src", "/data") == (0, "", "sent src: 2 files to data in v\n")
+        assert "data is a directory: end the path with /" in run("put", "v", "src/one", "data")[2]
+        assert run("put", "v", "src/one", "data/")[2].startswith("error: volume 'v': data/one exists already")
+        assert run("put", "v", "nowhere") == (2, "", "error: nowhere: No such file or directory\n")
+        assert run("put", "w", "src/one")[2].startswith("error: no volume 'w'")
+        (served.settings.home / "volumes" / "v" / "\x1b[2J").touch()
+        listed = run("ls", "v")[1].splitlines()
+        assert [line.split()[0] for line in listed] == ["PATH", "\\x1b[2J", "data", "one"]
+        found = json.loads(run("ls", "v", "data", "--json")[1])
+        assert [(e["path"], e["type"]) for e in found] == [("data/one", "file"), ("data/sub", "directory")]
+        assert run("ls", "v", "none") == (2, "", "error: volume 'v': none: no such file or directory\n")
+        assert run("get", "v", "one", "-") == (0, "1", "")
+        assert run("get", "v", "one", "new/")[0] == 0 and Path("new/one").read_text() == "1"
+        assert run("get", "v", "one", "new") == (2, "", "error: new/one exists already: --force replaces it\n")
+        assert run("get", "v", "one", "new", "--force")[0] == 0
+        assert run("get", "v", "data", "all") == (0, "", "fetched all: 2 files\n")
+        assert run("get", "v", "data")[0] == 0 and Path("data/sub/two").read_text() == Path("all/sub/two").read_text()
+        assert run("get", "v", "none") == (2, "", "error: volume 'v': none: no such file or directory\n")
+        assert not list(Path().rglob(".woodfrog-*"))
+        assert run("cp", "v", "one", "data", "copies/", "-r")[0] == 0
+        assert run("get", "v", "copies/data/sub/two", "-")[1] == "2"
+        assert run("cp", "v", "one")[2].startswith("error: volume cp wants SOURCE and TARGET")
+        assert "is a directory: recursive=True (--recursive)" in run("rm", "v", "data")[2]
+        assert run("rm", "v", "data", "-r") == (0, "", "removed data from v\n")
+        assert "volume delete v" in run("rm", "v", "/", "-r")[2]
+        assert run("delete", "v", stdin="n\n")[0] == 1 and run("list")[1]
+        assert run("delete", "w")[2] == "error: no volume 'w'; `woodfrog volume list` shows them\n"
+        assert run("delete", "w", "--yes", "--allow-missing") == (0, "", "no volume w\n")
+        assert run("delete", "v", "-y") == (0, "", "removed volume v\n") and not run("list")[1]
 
     await asyncio.to_thread(use)
 

@@ -23,6 +23,7 @@ _GROUPS = {
     "snapshot": "snapshots",
     "store": "store",
     "secret": "secrets",
+    "volume": "volumes",
     "daemon": "daemon",
 }
 _ORDER = (*_COMMANDS, *_GROUPS)

@@ -91,9 +91,9 @@ def pieces(client: Client, name: str, path: str) -> Iterator[bytes]:
 
     from woodfrog.sdk.client import error_from_answer
 
-    sent = {"params": _params(path), "read": _STALLED_S, "write": _STALLED_S}
+    route = "/v1" + _route(name, "file")
     try:
-        with client._stream("GET", "/v1" + _route(name, "file"), **sent) as answer:
+        with client._stream("GET", route, params=_params(path), read=_STALLED_S, write=_STALLED_S) as answer:
             if answer.status >= 400:
                 raise error_from_answer(_json(answer.read()), f"the daemon answered {answer.status}")
             yield from answer.pieces()
@@ -221,6 +221,10 @@ class BatchUpload:
                     remote = PurePosixPath(str(remote_path)) / source.relative_to(local).as_posix()
                     self.put_file(source, str(remote))
 
+    def __len__(self) -> int:
+        """How many files it has."""
+        return len(self._items)
+
     def __enter__(self) -> BatchUpload:
         self._client = self._connect()
         return self
@@ -272,10 +276,11 @@ class BatchUpload:
                 count += len(piece)
                 self._progress(item.remote, count)
 
-        sent = {"params": _params(item.remote, force=self._force, mode=item.mode)}
+        route = "/v1" + _route(self._name, "file")
+        params = _params(item.remote, force=self._force, mode=item.mode)
         try:
             with client._stream(
-                "PUT", "/v1" + _route(self._name, "file"), **sent, content=content(), read=_STALLED_S, write=_STALLED_S
+                "PUT", route, params=params, content=content(), read=_STALLED_S, write=_STALLED_S
             ) as answer:
                 body = answer.read()
         except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.RemoteProtocolError) as e:
