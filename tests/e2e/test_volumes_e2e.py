@@ -1,4 +1,4 @@
-"""Volumes through the command line: what a client puts a function may change, and what a function makes a client gets."""
+"""Volumes through the command line: a function changes what a client puts, and a client gets what a function makes."""
 
 from __future__ import annotations
 
