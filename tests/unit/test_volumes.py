@@ -405,6 +405,11 @@ async def test_commands(served: Daemon, tmp_path: Path, monkeypatch: pytest.Monk
         assert run("get", "v", "one", "new/")[0] == 0 and Path("new/one").read_text() == "1"
         assert run("get", "v", "one", "new") == (2, "", "error: new/one exists already: --force replaces it\n")
         assert run("get", "v", "one", "new", "--force")[0] == 0
+        Path("part/sub/two").mkdir(parents=True)
+        assert run("get", "v", "data/", "part/sub/..")[0] == 0 and Path("part/data/sub/two").is_file()
+        Path("part/data/one").unlink()
+        assert run("get", "v", "data", "part")[2] == "error: part/data/sub/two exists already: --force replaces it\n"
+        assert not Path("part/data/one").exists()
         assert run("get", "v", "data", "all") == (0, "", "fetched all: 2 files\n")
         assert run("get", "v", "data")[0] == 0 and Path("data/sub/two").read_text() == Path("all/sub/two").read_text()
         assert run("get", "v", "none") == (2, "", "error: volume 'v': none: no such file or directory\n")

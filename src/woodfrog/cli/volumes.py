@@ -167,16 +167,20 @@ def get_(
         goal = target / Path(top).name if into else target
         if not single:
             goal.mkdir(parents=True, exist_ok=True)
-        for entry in found:
-            below = [] if single else entry.path.split("/")[len(top.split("/")) if top else 0 :]
-            path = goal.joinpath(*_safe(below))
+        skip = 0 if single or not top else len(top.split("/"))
+        wanted = [(e, goal if single else goal.joinpath(*_safe(e.path.split("/")[skip:]))) for e in found]
+        for entry, path in wanted:  # before the first byte: nobody wants half of them
+            if entry.type == FileEntryType.FILE:
+                _check_free(path, force=force)
+        for entry, path in wanted:
             if entry.type == FileEntryType.DIRECTORY:
                 path.mkdir(parents=True, exist_ok=True)
             elif entry.type == FileEntryType.FILE:
-                _fetch(client, volume, entry.path, path, progress, force=force)
+                _fetch(client, volume, entry.path, path, progress)
                 count += 1
             elif single:
-                raise SpecError(f"volume {volume!r}: {_shown(top)} is not a regular file: a {_row(entry)['type']}")
+                what = f"{_shown(top)} is not a regular file: a {_row(entry)['type']}"
+                raise SpecError(f"volume {volume!r}: {what}", code="not-a-file")
             else:
                 output.note(f"left out {_shown(entry.path)}: a {_row(entry)['type']}")
     output.note(f"fetched {goal}{'' if single else f': {_files(count)}'}")
@@ -189,16 +193,23 @@ def _safe(parts: list[str]) -> list[str]:
     return parts
 
 
-def _fetch(client: Client, volume: str, remote: str, path: Path, progress: Any, *, force: bool) -> None:
-    """Write one file: whole, or not at all."""
-    from woodfrog.sdk.volume_files import read_into
-
+def _check_free(path: Path, *, force: bool) -> None:
     if path.is_dir():
         raise SpecError(f"{path} is a directory", code="is-directory")
     if os.path.lexists(path) and not force:
         raise SpecError(f"{path} exists already: --force replaces it", code="exists")
+
+
+def _fetch(client: Client, volume: str, remote: str, path: Path, progress: Any) -> None:
+    """Write one file: whole, or not at all."""
+    from woodfrog.sdk.volume_files import read_into
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".woodfrog-", delete=False) as file:
+    try:
+        file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=".woodfrog-", delete=False)  # noqa: SIM115
+    except OSError as e:
+        raise SpecError(f"{path}: {e.strerror}", code="local-file") from None
+    with file:
         try:
             read_into(client, volume, remote, file, lambda count: progress(remote, count))
             mask = os.umask(0)

@@ -89,7 +89,7 @@ def _telling(where: str) -> Iterator[None]:
         raise SpecError(f"{where} is a directory", code="is-directory") from None
     except OSError as e:
         if e.errno in (errno.ENOTDIR, errno.ELOOP):
-            message = f"{where}: a component is not a directory (symbolic links are not followed)"
+            message = f"{where} is not a directory (symbolic links are not followed)"
             raise SpecError(message, code="not-directory") from None
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(f"{where}: no space left on the volume's disk", code="disk-full") from None

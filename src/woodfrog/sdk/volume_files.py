@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchUpload", "FileEntry", "FileEntryType", "copy", "entries", "pieces", "read_into", "remove"]
 
-_PIECE = 1 << 20
+_PIECE = 256 << 10
+"""httpcore copies what is left of a piece after every write: larger ones are slower."""
 _STALLED_S = 120.0
 """How long either side may send nothing."""
 _COPY_S = 3600.0
