@@ -358,6 +358,7 @@ def test_parameters_of_a_class_are_options_too(tmp_path: Path, daemon: RunDaemon
     assert sent_parameters(daemon) == ((), {"fast": True, "name": "a"})
     assert run("run", f"{file}::Plain.run", "--path", "p", "--prompt", "b").exit_code == 0
     assert sent_parameters(daemon) == ((), {"path": "p"})
+    assert "  woodfrog call demo.Model.run name=..." in run("deploy", file).stderr.splitlines()
     asked = run("run", f"{file}::Model.run", "--help").stdout
     assert "of the class, required" in asked and "of the class, default: 3" in asked
     for argv, message in (

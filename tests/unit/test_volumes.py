@@ -201,12 +201,22 @@ def test_hostile_depth(files: VolumeFiles, top: Path) -> None:
         fd = deeper
     os.close(fd)
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(SpecError, match="nested deeper than 256"):
+    with pytest.raises(SpecError, match="too deep ones, to list all"):
         list(files.entries("v", "", recursive=True))
     files.delete("v")
     assert files.names() == []
     until(lambda: not os.listdir(top.parent))
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_directories_larger_than_what_is_held(files: VolumeFiles, top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("woodfrog.daemon.volumes._AT_ONCE", 7)
+    made = {f"d{i}/f{j}" for i in range(9) for j in range(20)}
+    for path in made:
+        put(files, path)
+    assert set(listed(files)) == made | {f"d{i}" for i in range(9)}
+    files.delete("v")
+    until(lambda: not os.listdir(top.parent))
 
 
 def test_copy(files: VolumeFiles, top: Path) -> None:

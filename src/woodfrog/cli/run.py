@@ -408,5 +408,6 @@ def deploy(
     output.note(f"deployed {deployed}, version {found['version']}")
     for f in functions:
         tags = [f["tag"]] if f["kind"] == "function" else [f"{f['tag']}.{m['name']}" for m in f["methods"]]
+        needed = [f" {key}=..." for key, text in (f.get("parameters") or {}).items() if " = " not in text]
         for tag in tags:
-            output.note(f"  woodfrog call {deployed}.{tag}")
+            output.note(f"  woodfrog call {deployed}.{tag}{''.join(needed)}")

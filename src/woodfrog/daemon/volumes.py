@@ -39,7 +39,10 @@ _OWN = re.compile(r"\.woodfrog-tmp-[0-9a-f]{16}")
 """What is on its way into a volume, or out of it, has such a name at its top. Listings leave it out."""
 _PIECE = 1 << 20
 _DEEPEST = 256
-"""Directories nested deeper than this are not listed: each is looked up from the volume's top on."""
+_MOST = 1_000_000
+"""Directories nested deeper, or more of them, are not listed all: each is looked up from the volume's top on."""
+_AT_ONCE = 10_000
+"""So many entries of a directory are held in memory, however many somebody makes."""
 _BATCH = 500
 """So many entries of a listing are sent at a time."""
 _KINDS = {
@@ -172,31 +175,30 @@ class VolumeFiles:
         todo = [parts]
         while todo:
             folder = todo.pop()
-            try:
-                inside = self._entries(name, folder)
-            except SpecError:
-                if folder == parts:
-                    raise
-                continue
             below = []
-            for child, found in inside:
-                yield _entry((*folder, child), found)
-                if recursive and stat.S_ISDIR(found.st_mode):
-                    if len(folder) >= _DEEPEST:
-                        where = _shown(name, parts)
-                        raise SpecError(f"{where}: nested deeper than {_DEEPEST} directories", code="bad-path")
-                    below.append((*folder, child))
+            try:
+                for child, found in self._inside(name, folder):
+                    yield _entry((*folder, child), found)
+                    if recursive and stat.S_ISDIR(found.st_mode):
+                        below.append((*folder, child))
+                        if len(folder) >= _DEEPEST or len(below) + len(todo) > _MOST:
+                            message = f"{_shown(name, parts)} holds too many directories, or too deep ones, to list all"
+                            raise SpecError(message, code="too-large")
+            except SpecError as e:
+                # What was removed or replaced since it was seen is left out.
+                if folder == parts or e.code not in (FileMissing.code, "not-directory"):
+                    raise
             todo += reversed(below)
 
-    def _entries(self, name: str, parts: Sequence[str]) -> list[tuple[str, os.stat_result]]:
-        found = []
-        # From the volume's top each time: however deep somebody nests directories, few are open at once.
+    def _inside(self, name: str, parts: Sequence[str]) -> Iterator[tuple[str, os.stat_result]]:
+        """What is in one directory, by name as far as it is taken at once."""
+        # From the volume's top each time: however deep somebody nests directories, one is open at a time.
         with self._directory(name, parts) as fd, _telling(_shown(name, parts)), os.scandir(fd) as entries:
-            for entry in entries:
-                if parts or not _OWN.fullmatch(entry.name):
-                    with contextlib.suppress(FileNotFoundError):
-                        found.append((entry.name, entry.stat(follow_symlinks=False)))
-        return sorted(found)
+            while some := list(itertools.islice(entries, _AT_ONCE)):
+                for entry in sorted(some, key=lambda e: e.name):
+                    if parts or not _OWN.fullmatch(entry.name):
+                        with contextlib.suppress(FileNotFoundError):
+                            yield entry.name, entry.stat(follow_symlinks=False)
 
     def open_file(self, name: str, path: str) -> tuple[BinaryIO, int]:
         """A regular file for reading, and its size now.
@@ -464,18 +466,20 @@ def _remove_all(top: int, names: Sequence[str]) -> None:
             continue
         try:
             with os.scandir(fd) as entries:
-                found = list(entries)
-                for entry in found:
-                    with contextlib.suppress(FileNotFoundError):
-                        if entry.is_dir(follow_symlinks=False):
-                            own = _own_name()
-                            os.rename(entry.name, own, src_dir_fd=fd, dst_dir_fd=top)
-                            todo.append(own)
-                        else:
-                            os.unlink(entry.name, dir_fd=fd)
+                some = list(itertools.islice(entries, _AT_ONCE))
+            todo += [name] if len(some) == _AT_ONCE else []
+            for entry in some:
+                with contextlib.suppress(FileNotFoundError):
+                    if stat.S_ISDIR(os.stat(entry.name, dir_fd=fd, follow_symlinks=False).st_mode):
+                        own = _own_name()
+                        os.rename(entry.name, own, src_dir_fd=fd, dst_dir_fd=top)
+                        todo.append(own)
+                    else:
+                        os.unlink(entry.name, dir_fd=fd)
         finally:
             os.close(fd)
-        os.rmdir(name, dir_fd=top)
+        if len(some) < _AT_ONCE:
+            os.rmdir(name, dir_fd=top)
 
 
 def _users(controller: Controller, name: str) -> Counter[str]:
