@@ -8,9 +8,11 @@ import json
 import os
 import socket
 import stat
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -462,3 +464,6 @@ def test_read_only_and_mount_options(monkeypatch: pytest.MonkeyPatch) -> None:
     def f() -> None: ...
 
     assert f.spec.volumes == (VolumeMount("v", "/v", read_only=True, create=False),)
+    monkeypatch.setitem(sys.modules, "woodfrog.worker.state", ModuleType("state"))
+    with pytest.raises(SpecError, match=r"Volume.iterdir works outside of containers: in one, use the files"):
+        volume.listdir("/")
