@@ -4,7 +4,9 @@
     ├── SpecError               the program's own: a decorator, a deploy, an argument
     │   ├── SerializationError  an argument or a result cannot be pickled
     │   ├── MissingNameError    Modal has that name, woodfrog does not (an AttributeError, too)
-    │   └── NotFoundError       no such app, function, call, container or snapshot
+    │   ├── FileTaken           a volume has a file of that name already
+    │   └── NotFoundError       no such app, function, call, container, snapshot or volume
+    │       └── FileMissing     no such file in a volume
     ├── HostError               the machine lacks something (root, CRIU, a kernel feature)
     ├── DaemonError             the daemon cannot be reached, or broke off
     │   └── AuthError           it wants a token, or another one
@@ -42,6 +44,8 @@ __all__ = [
     "CaptureError",
     "DaemonError",
     "ExecutionError",
+    "FileMissing",
+    "FileTaken",
     "FunctionTimeoutError",
     "GpuError",
     "HostError",
@@ -142,9 +146,21 @@ class MissingNameError(SpecError, AttributeError):
 
 
 class NotFoundError(SpecError):
-    """No app, function, call, container or snapshot of that name."""
+    """No app, function, call, container, snapshot or volume of that name."""
 
     code = "not-found"
+
+
+class FileMissing(NotFoundError, FileNotFoundError):
+    """A volume has no file or directory of that name."""
+
+    code = "file-missing"
+
+
+class FileTaken(SpecError, FileExistsError):
+    """A volume has something of that name already."""
+
+    code = "file-exists"
 
 
 class HostError(WoodfrogError):

@@ -105,11 +105,30 @@ def test_run(daemon: Daemon, program: Path) -> None:
     done = daemon.cli("run", "--json", f"{program}::add", "--a", "3", "--b", "4")
     assert json.loads(done.stdout.splitlines()[-1]) == 7
     assert daemon.cli("run", f"{program}::Box.volume", "--factor", "2").stdout.strip() == "54.0"
+    assert daemon.cli("run", "-q", f"{program}::app.Box.volume", "--size", "2").stdout.strip() == "8.0"
     assert daemon.cli("run", f"{program}::count", "--n", "3").stdout.split() == ["0", "1", "2"]
     help_text = daemon.cli("run", f"{program}::add", "--help").stdout
     assert "--a" in help_text and "--loud" in help_text and "Add two numbers" in help_text
 
     assert "total 4" in daemon.cli("run", "-m", "tool", cwd=program.parent).stdout
+
+
+def test_modules_of_the_working_directory(daemon: Daemon, tmp_path: Path) -> None:
+    (tmp_path / "deploy").mkdir()
+    (tmp_path / "imported").mkdir()
+    (tmp_path / "imported" / "__init__.py").write_text("word = 'imported'\n")
+    (tmp_path / "named.py").write_text("word = 'named'\n")
+    (tmp_path / "deploy" / "prog.py").write_text(
+        "import imported, woodfrog\n"
+        "app = woodfrog.App('modules')\n"
+        "@app.function(image=woodfrog.Image.debian_slim().add_local_python_source('named'))\n"
+        "def words():\n    import named\n    return imported.word, named.word\n"
+    )
+    done = daemon.cli("run", "--json", "deploy/prog.py", cwd=tmp_path)
+    assert json.loads(done.stdout) == ["imported", "named"]
+    (tmp_path / "named.py").unlink()
+    refused = daemon.cli("run", "deploy/prog.py", cwd=tmp_path, check=False)
+    assert refused.returncode == 2 and "add_local_python_source('named')" in error_line(refused)
 
 
 LINES = """
@@ -216,6 +235,7 @@ def test_call(daemon: Daemon, program: Path) -> None:
     assert daemon.cli("call", "tool.add", "--arg", "5").stdout == "6\n"
     assert daemon.cli("call", "tool.add", input='{"a": 7, "b": 1}').stdout == "8\n"
     assert daemon.cli("call", "tool.Box.volume", "factor=0.5").stdout == "13.5\n"
+    assert daemon.cli("call", "tool.Box.volume", "size=2", "--arg", "[0.5]").stdout == "4.0\n"
     assert daemon.cli("call", "tool.count", "n=3").stdout == "0\n1\n2\n"
     assert daemon.json("call", "tool.count", "n=2")["result"] == [0, 1]
 

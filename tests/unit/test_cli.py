@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from woodfrog.cli import commands
 from woodfrog.cli.call import parse_value, payload_from
 from woodfrog.errors import OutOfMemoryError, SpecError
 from woodfrog.protocol import pack_items
+from woodfrog.sdk.payload import dumps_parameters
 
 
 @pytest.fixture
@@ -238,6 +240,32 @@ def test_call_with_arguments_of_each_form(daemon: Daemon) -> None:
         request = daemon.seen("POST /apps/demo/calls/square")[-1]
         assert request.json() == sent
         assert request.headers["woodfrog-encoding"] == "json"
+
+
+def test_parameters_of_a_class_in_a_call(daemon: Daemon) -> None:
+    method = {"name": "run", "generator": False, "is_async": False}
+    parameters = {"name": "str", "size": "int = 3", "rate": "float = inf", "fast": "bool = False"}
+    model = {"tag": "Model", "methods": [method], "key": "k", "parameters": parameters}
+    daemon.routes["GET /apps/demo"] = {"app": "demo", "functions": [model]}
+    daemon.routes["GET /apps"] = {"apps": [APP]}
+    daemon.routes["POST /apps/demo/calls/Model.run"] = called("done")
+    for argv, sent, params in (
+        (["name=3", "size=3", "prompt=b"], {"prompt": "b"}, {"name": "3"}),
+        (["name=a", "rate=2", "fast=true", "--arg", '["b"]'], ["b"], {"name": "a", "rate": 2.0, "fast": True}),
+    ):
+        shown = run("call", "demo.Model.run", *argv)
+        assert (shown.exit_code, shown.stdout) == (0, '"done"\n'), shown.output
+        request = daemon.seen("POST /apps/demo/calls/Model.run")[-1]
+        assert request.json() == sent
+        # As the SDK sends them: both share containers and snapshots.
+        assert base64.b64decode(request.headers["woodfrog-params"]) == dumps_parameters((), params, "")
+    for argv, message in (
+        (["prompt=b"], "Model needs name: woodfrog call demo.Model.run name=..."),
+        (["name=a", "size=x"], "'size=x': the parameter size is of type int"),
+        (["name=a", "fast=1"], "'fast=1': the parameter fast is of type bool"),
+    ):
+        shown = run("call", "demo.Model.run", *argv)
+        assert (shown.exit_code, shown.stderr) == (2, f"error: {message}\n")
 
 
 def test_arguments_that_cannot_be_meant() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 import textwrap
@@ -69,6 +70,7 @@ class RunDaemon:
         self.fake = fake
         self.reply: Callable[..., tuple[str, Any]] = lambda tag, args, kwargs: ("success", None)
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.params: list[str] = []
         self.deploys: list[dict[str, Any]] = []
         self.stopped: list[str] = []
         self.lines: list[dict[str, Any]] = []
@@ -97,6 +99,7 @@ class RunDaemon:
             case ("POST", "apps", _, "calls", tag):
                 args, kwargs = cloudpickle.loads(request.body)
                 self.calls.append((tag, args, kwargs))
+                self.params.append(request.headers.get("woodfrog-params", ""))
                 for stream in ("stdout", "stderr", "system"):
                     line = {"t": 1.0, "instance": "i1", "function": tag, "stream": stream, "line": f"to {stream}"}
                     self.lines.append(line)
@@ -307,3 +310,97 @@ def test_ctrl_c_cancels_the_call_and_stops_the_app(tmp_path: Path, daemon: RunDa
     assert shown.exit_code == 130
     assert shown.stderr.splitlines()[-1] == "interrupted"
     assert len(daemon.stopped) == 1
+
+
+CLASSES = """\
+import woodfrog
+
+app = woodfrog.App("demo")
+
+@app.cls()
+class Model:
+    name: str = woodfrog.parameter()
+    size: int = woodfrog.parameter(default=3)
+    fast: bool = woodfrog.parameter(default=False)
+
+    @woodfrog.method()
+    def run(self, prompt: str = "x"):
+        return prompt
+
+@app.cls()
+class Plain:
+    def __init__(self, path: str, count: int = 1):
+        self.path, self.count = path, count
+
+    @woodfrog.method()
+    def run(self, prompt: str):
+        return prompt
+
+@app.cls()
+class Clash:
+    name: str = woodfrog.parameter()
+
+    @woodfrog.method()
+    def run(self, name: str):
+        return name
+"""
+
+
+def sent_parameters(daemon: RunDaemon) -> Any:
+    return cloudpickle.loads(base64.b64decode(daemon.params[-1]))
+
+
+def test_parameters_of_a_class_are_options_too(tmp_path: Path, daemon: RunDaemon) -> None:
+    file = program(tmp_path, CLASSES)
+    shown = run("run", f"{file}::Model.run", "--name", "a", "--prompt", "b", "--size", "3", "--fast")
+    assert shown.exit_code == 0, shown.output
+    assert daemon.calls[-1] == ("Model.run", (), {"prompt": "b"})
+    assert sent_parameters(daemon) == ((), {"fast": True, "name": "a"})
+    assert run("run", f"{file}::Plain.run", "--path", "p", "--prompt", "b").exit_code == 0
+    assert sent_parameters(daemon) == ((), {"path": "p"})
+    assert "  woodfrog call demo.Model.run name=..." in run("deploy", file).stderr.splitlines()
+    asked = run("run", f"{file}::Model.run", "--help").stdout
+    assert "of the class, required" in asked and "of the class, default: 3" in asked
+    for argv, message in (
+        (["Model.run"], "the following arguments are required: --name"),
+        (["Model.run", "--name", "a", "--size", "b"], "argument --size: invalid int value: 'b'"),
+        (["Clash.run", "--name", "a"], "'name' is a parameter of the class and of the method: rename one"),
+    ):
+        refused = run("run", f"{file}::{argv[0]}", *argv[1:])
+        assert refused.exit_code == 2 and message in refused.stderr
+
+
+def test_options_of_run(tmp_path: Path, daemon: RunDaemon) -> None:
+    file = program(tmp_path, PROGRAM)
+    shown = run("run", "--quiet", "--name", "mine", "-e", "main", f"{file}::app.square", "--x", "1")
+    assert shown.exit_code == 0, shown.output
+    assert shown.stderr.splitlines() == [
+        "woodfrog: note: --env has no meaning on your own machine and is ignored",
+        "to stderr",
+    ]
+    assert daemon.deploys[-1]["spec"]["name"].startswith("mine-") and len(daemon.stopped) == 1
+    shown = run("run", "-d", f"{file}::square", "--x", "1")
+    left = daemon.deploys[-1]["spec"]["name"]
+    assert shown.exit_code == 0 and len(daemon.stopped) == 1
+    assert f"{left} is left running: `woodfrog app logs {left} -f`" in shown.stderr
+    for argv in (["--interactive", file], ["-x", f"{file}::square"]):
+        refused = run("run", *argv)
+        assert refused.exit_code == 2 and f"No such option: {argv[0]}" in refused.stderr
+    assert "error: no such option: --what" in run("run", "--", "--what").stderr
+    refused = run("run", f"{file}::square", "--x", "1", "--detach")
+    assert refused.stderr.splitlines()[-1] == (
+        "error: a_program.py::square: unrecognized arguments: --detach (see its --help); options of `woodfrog run` "
+        "such as --detach go before FILE"
+    )
+    assert "--name: 'a b' is not a name" in run("run", "--name", "a b", f"{file}::square", "--x", "1").stderr
+
+
+def test_the_apps_variable_before_the_name(tmp_path: Path, daemon: RunDaemon) -> None:
+    file = program(tmp_path, PROGRAM)
+    for name in ("app.square", "app.Embedder.run", "app.Embedder"):
+        option = ["--x", "1"] if "square" in name else ["--text", "t"]
+        shown = run("run", f"{file}::{name}", *option)
+        assert shown.exit_code == 0, shown.output
+    assert [tag for tag, _, _ in daemon.calls] == ["square", "Embedder.run", "Embedder.run"]
+    assert "no function named 'other.square'" in run("run", f"{file}::other.square").stderr
+    assert "no function named 'app.cube'" in run("run", f"{file}::app.cube").stderr

@@ -219,3 +219,60 @@ def test_installed_packages_are_those_of_their_metadata(tmp_path: Path, monkeypa
     (tmp_path / "older.egg-info").write_text("Metadata-Version: 1.0\nName: older\nVersion: 2\nDescription: x\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert source.installed_packages() == {"odd-name": "1.0+cpu", "old": "3", "older": "2"}
+
+
+def test_modules_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """repo/deploy/app.py, started from repo/, with its library beside `deploy`."""
+    from woodfrog.sdk.deploy import build
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    repo = tmp_path / "repo"
+    make(repo, "wf_lib/__init__.py", "wf_lib/sub/part.py", "wf_lib/data.txt", "wf_lib/.env", "wf_never/__init__.py")
+    make(repo, "wf_plain.py", "deploy/wf_beside.py", "elsewhere/wf_far.py", "big/data.bin", "wf_beside.py")
+    (repo / "deploy" / "wf_app.py").write_text(
+        "import woodfrog, wf_beside, wf_lib.sub.part\n"
+        "app = woodfrog.App('a')\n"
+        "image = woodfrog.Image.debian_slim()\n"
+        "@app.function()\ndef f(): ...\n"
+        "@app.function(image=image.add_local_python_source('wf_plain', 'wf_lib', 'json', 'numpy'))\ndef g(): ...\n"
+        "@app.function(image=image.add_local_python_source('wf_far'), include_source=False)\ndef h(): ...\n"
+        "@app.function(image=image.add_local_python_source('wf_far'), serialized=True)\ndef s(): ...\n"
+    )
+    monkeypatch.chdir(repo)
+    monkeypatch.syspath_prepend(str(repo / "elsewhere"))
+    module = import_program("deploy/wf_app.py")
+    assert module.wf_beside.__file__ == str(repo / "deploy" / "wf_beside.py")
+    bundle = build("a", list(module.app._handles.values()), module.app._program)
+    sent = {f.tag: names(source.Archive(bundle.code[f.source.code_digest or ""], "", 0)) for f in bundle.spec.functions}
+    library = ["wf_lib", "wf_lib/__init__.py", "wf_lib/data.txt", "wf_lib/sub", "wf_lib/sub/part.py"]
+    assert sent["f"] == ["wf_app.py", "wf_beside.py", *library]
+    assert sent["g"] == [*sent["f"], "wf_plain.py"]
+    assert sent["h"] == sent["s"] == ["wf_far.py"]
+    (repo / ".woodfrogignore").write_text("wf_lib/\n")
+    assert source.imported_roots() == []
+    # What was sent from there only in part stays on the import path.
+    assert str(repo / "elsewhere") in bundle.spec.runtime.sys_path and str(repo) not in bundle.spec.runtime.sys_path
+
+
+def test_a_named_module_that_is_nowhere(tmp_path: Path) -> None:
+    import woodfrog
+    from woodfrog.sdk.deploy import build
+
+    app = woodfrog.App("a")
+    image = woodfrog.Image.debian_slim().add_local_python_source("json", "wf_nowhere.part")
+
+    @app.function(image=image, serialized=True)
+    def f() -> None: ...
+
+    with pytest.raises(
+        SpecError, match=r"the image of f: add_local_python_source\('wf_nowhere.part'\).*no module"
+    ) as e:
+        build("a", [f])
+    assert e.value.code == "no-such-module"
+
+
+def test_the_programs_directory_comes_first(tmp_path: Path) -> None:
+    make(tmp_path, "a/lib/__init__.py", "b/lib/__init__.py", "b/lib/other.py", "c/lib/third.py")
+    assert names(pack(Root(tmp_path / "a"), Root(tmp_path / "b", "lib"))) == ["lib", "lib/__init__.py"]
+    both = pack(Root(tmp_path / "b", "lib"), Root(tmp_path / "c", "lib"))  # two parts of a namespace
+    assert names(both) == ["lib", "lib/__init__.py", "lib/other.py", "lib/third.py"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import inspect
 import json
 import os
 import stat
@@ -96,7 +98,10 @@ def raise_failure(status: str, body: bytes) -> None:
 def call(
     target: Annotated[str, typer.Argument(metavar="APP.FUNC", help="Deployed function, or APP.CLASS.METHOD.")],
     pairs: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Named arguments; a value is JSON, else text.")
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Named arguments, and the parameters of the class; a value is JSON, else text."
+        ),
     ] = None,
     arg: Annotated[
         str | None,
@@ -111,13 +116,17 @@ def call(
 
     Exit status: 0, 1 when the function raised (its traceback is printed), 2 when woodfrog could not carry the call out.
     """
-    content = payload_from(arg, pairs or [], stdin_text)
+    if arg is not None:
+        payload_from(arg, [], stdin_text)  # what is wrong with it needs no daemon
     client = connect()
     app, tag = split_target(client, target)
-    run = _Run(client, uuid.uuid4().hex, app, tag, content)
+    function = _function(client, app, tag)
+    params, rest = class_arguments(function, pairs or [], target)
+    content = payload_from(arg, rest, stdin_text)
+    run = _Run(client, uuid.uuid4().hex, app, tag, content, params)
     phases: list[Any] = []
     try:
-        result = run.items(show=not as_json) if _is_generator(client, app, tag) else run.value()
+        result = run.items(show=not as_json) if _is_generator(function, tag) else run.value()
     except KeyboardInterrupt:
         from woodfrog.sdk.call import cancel
 
@@ -139,25 +148,69 @@ class _Printed(list[Any]):
     """Items of a generator that have been printed as they came."""
 
 
-def _is_generator(client: Client, app: str, tag: str) -> bool:
-    service, _, method = tag.partition(".")
-    for function in get(client, f"/apps/{segment(app)}")["functions"]:
-        if function["tag"] == service:
-            return any(m["generator"] for m in function["methods"] if m["name"] == (method or m["name"]))
-    return False
+def _function(client: Client, app: str, tag: str) -> dict[str, Any]:
+    """What the daemon knows of it; nothing if there is none, which the call itself will tell."""
+    functions = get(client, f"/apps/{segment(app)}")["functions"]
+    return next((f for f in functions if f["tag"] == tag.partition(".")[0]), {})
+
+
+def _is_generator(function: dict[str, Any], tag: str) -> bool:
+    method = tag.partition(".")[2]
+    return any(m["generator"] for m in function.get("methods", ()) if m["name"] == (method or m["name"]))
+
+
+def class_arguments(function: dict[str, Any], pairs: Sequence[str], target: str) -> tuple[bytes, list[str]]:
+    """The parameters of a class among `key=value`, as they travel, and the other pairs.
+
+    Raises:
+        SpecError: one is missing, or has the wrong type.
+    """
+    from woodfrog.cli.program import class_parameters
+
+    known = class_parameters(function.get("parameters") or {})
+    values: dict[str, Any] = {}
+    rest: list[str] = []
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or key not in known:
+            rest.append(pair)
+            continue
+        kind, _ = known[key]
+        value: Any = text if kind is str else text.encode() if kind is bytes else parse_value(text)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise SpecError(f"{pair!r}: the parameter {key} is of type {kind.__name__}", code="bad-arguments")
+        values[key] = value
+    missing = [key for key, (_, default) in known.items() if default is inspect.Parameter.empty and key not in values]
+    if missing:
+        wanted = " ".join(f"{key}=..." for key in missing)
+        raise SpecError(
+            f"{function['tag']} needs {', '.join(missing)}: woodfrog call {target} {wanted}", code="bad-arguments"
+        )
+    # As the SDK does, so that both share containers and snapshots.
+    values = {key: value for key, value in values.items() if value != known[key][1]}
+    if not values:
+        return b"", rest
+    from woodfrog.sdk.payload import dumps_parameters
+
+    return dumps_parameters((), values, target), rest
 
 
 class _Run:
     """One call on its way. Its id is made here, so that it can be cancelled before its first answer."""
 
-    def __init__(self, client: Client, call_id: str, app: str, tag: str, content: bytes) -> None:
+    def __init__(self, client: Client, call_id: str, app: str, tag: str, content: bytes, params: bytes = b"") -> None:
         self.id = call_id
         self._client = client
         self._path = f"/apps/{segment(app)}/calls/{segment(tag)}"
         self._content = content
+        self._headers = {"woodfrog-encoding": "json", "content-type": "application/json"}
+        if params:
+            self._headers["woodfrog-params"] = base64.b64encode(params).decode()
 
     def _send(self, wait: float = 0.0) -> Reply:
-        headers = {"woodfrog-call": self.id, "woodfrog-encoding": "json", "content-type": "application/json"}
+        headers = {**self._headers, "woodfrog-call": self.id}
         return self._client.request("POST", self._path, headers=headers, content=self._content, wait=wait)
 
     def value(self) -> Any:

@@ -23,12 +23,13 @@ _GROUPS = {
     "snapshot": "snapshots",
     "store": "store",
     "secret": "secrets",
+    "volume": "volumes",
     "daemon": "daemon",
 }
 _ORDER = (*_COMMANDS, *_GROUPS)
 # What follows FILE belongs to the function.
 _SETTINGS = {
-    "run": {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+    "run": {"allow_extra_args": True, "allow_interspersed_args": False},
 }
 
 

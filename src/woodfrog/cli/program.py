@@ -6,6 +6,7 @@ Everything that can be wrong with it is a `SpecError` of one line.
 from __future__ import annotations
 
 import argparse
+import ast
 import enum
 import inspect
 import os
@@ -14,7 +15,7 @@ import sysconfig
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -23,7 +24,7 @@ from typing import Any, Literal, NoReturn
 
 from woodfrog.errors import SpecError, WoodfrogError
 
-__all__ = ["Reference", "arguments_from", "load", "parse_reference", "pick"]
+__all__ = ["Reference", "arguments_from", "class_parameters", "load", "parse_reference", "pick"]
 
 OWN = Path(__file__).resolve().parent.parent
 LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
@@ -42,9 +43,11 @@ def parse_reference(text: str, *, module: bool = False) -> Reference:
     """Split `FILE::NAME`.
 
     Raises:
-        SpecError: nothing before or after the `::`.
+        SpecError: nothing before or after the `::`, or an option in its place.
     """
     source, colons, name = text.partition("::")
+    if source.startswith("-"):
+        raise SpecError(f"no such option: {text} (see --help)", code="bad-reference")
     if not source or (colons and not name):
         raise SpecError(f"{text!r}: expected {'MODULE' if module else 'FILE'} or FILE::NAME", code="bad-reference")
     return Reference(source, name or None, module)
@@ -206,14 +209,54 @@ def _option(hint: Any, where: str) -> dict[str, Any]:
     raise SpecError(f"{where} has the type {shown}, which no option can give", code="bad-parameter-type")
 
 
+def class_parameters(texts: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
+    """A class's parameters by name, each with its type and default, from what its spec says: `{"size": "int = 3"}`."""
+    kinds: dict[str, type] = {kind.__name__: kind for kind in (str, int, bool, float, bytes)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for name, text in texts.items():
+        kind, equals, default = text.partition(" = ")
+        value: Any = inspect.Parameter.empty
+        if equals:
+            try:
+                value = ast.literal_eval(default)
+            except (ValueError, SyntaxError):  # such as `inf`
+                value = kinds.get(kind, str)(default)
+        found[name] = kinds.get(kind, str), value
+    return found
+
+
+def _add(parser: _Parser, name: str, hint: Any, default: Any, label: str, *, of: str = "") -> None:
+    """An option for one parameter, unless it has a type that none can give and a default instead."""
+    missing = default is inspect.Parameter.empty
+    if hint is None:
+        hint = type(default) if not missing and type(default) in (*CONVERTERS, bool) else str
+    try:
+        option = _option(hint, f"{label}: parameter {name!r}")
+    except SpecError:
+        if missing:
+            raise
+        return
+    option["help"] = of + ("required" if missing else f"default: {default!r}".replace("%", "%%"))
+    flag = "--" + name.replace("_", "-")
+    parser.add_argument(flag, dest=name, required=missing, default=argparse.SUPPRESS, **option)
+
+
 def arguments_from(
-    function: Callable[..., Any], argv: Sequence[str], *, label: str, skip_self: bool = False
+    function: Callable[..., Any],
+    argv: Sequence[str],
+    *,
+    label: str,
+    skip_self: bool = False,
+    constructor: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Turn `--name value` options into the function's arguments, by its annotations.
 
     `str`, `int`, `float`, `bool` (`--x` and `--no-x`), `Path`, `datetime`, `date`, `Enum`, `Literal`, `list[...]`
     (repeat the option) and `Optional` of these; without an annotation the type of the default, else text. Underscores
     in names become dashes. A `*args` parameter takes all that is left over.
+
+    Args:
+        constructor: further options by name, each with its annotation and default: those of the method's class.
 
     Raises:
         SpecError: an unknown or missing option, a value of the wrong type, or a type that has no form as an option.
@@ -233,22 +276,12 @@ def arguments_from(
         if parameter.kind is parameter.VAR_POSITIONAL:
             rest = parameter.name
             continue
-        default = parameter.default
-        missing = default is parameter.empty
-        hint = hints.get(parameter.name)
-        where = f"{label}: parameter {parameter.name!r}"
-        if hint is None:
-            hint = type(default) if not missing and type(default) in (*CONVERTERS, bool) else str
-        try:
-            option = _option(hint, where)
-        except SpecError:
-            # A default stands in for what cannot be written down.
-            if missing:
-                raise
-            continue
-        option["help"] = "required" if missing else f"default: {default!r}".replace("%", "%%")
-        flag = "--" + parameter.name.replace("_", "-")
-        parser.add_argument(flag, dest=parameter.name, required=missing, default=argparse.SUPPRESS, **option)
+        if parameter.name in (constructor or ()):
+            message = f"{label}: {parameter.name!r} is a parameter of the class and of the method: rename one"
+            raise SpecError(message, code="bad-parameter")
+        _add(parser, parameter.name, hints.get(parameter.name), parameter.default, label)
+    for name, (hint, default) in (constructor or {}).items():
+        _add(parser, name, hint, default, label, of="of the class, ")
     if rest is not None:
         known, extra = parser.parse_known_args(list(argv))
         extra = [a for a in extra if a != "--"]

@@ -10,7 +10,7 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,9 +24,14 @@ if TYPE_CHECKING:
     from woodfrog.sdk.app import App
     from woodfrog.sdk.client import Client
 
+Env = Annotated[
+    str | None, typer.Option("--env", "-e", metavar="NAME", help="Ignored: for commands written for Modal.")
+]
 Module = Annotated[bool, typer.Option("-m", help="TARGET is a module's dotted name instead of a file.")]
 DRAIN_S = 10.0
 """How long the last output is waited for once the app has been stopped."""
+DETACHED_DRAIN_S = 1.0
+"""The same of an app that goes on running: its containers do not end."""
 INTERRUPTED_DRAIN_S = 2.0
 """The same after Ctrl-C, which is to end the program soon whatever the daemon does."""
 POLL_S = 0.25
@@ -46,6 +51,8 @@ class Runnable:
     """A local entrypoint: runs here, not in a container."""
     generator: bool = False
     method: bool = False
+    constructor: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    """What the method's class takes: annotation and default by name. Given to `start` among the named arguments."""
 
 
 def apps_of(module: types.ModuleType) -> dict[str, App]:
@@ -83,16 +90,38 @@ def _of_one(app: App) -> list[Runnable]:
 
 
 def _of_method(app: App, cls: Any, name: str, generator: bool) -> Runnable:
+    constructor = _constructor(cls)
+
     def start(*args: Any, **kwargs: Any) -> Any:
-        handle = getattr(cls(), name)
+        own = {key: kwargs.pop(key) for key in constructor if key in kwargs}
+        handle = getattr(cls(**own), name)
         return (handle.remote_gen if generator else handle.remote)(*args, **kwargs)
 
     raw = inspect.getattr_static(cls.__woodfrog_wrapped__, name)
-    return Runnable(app, f"{cls.tag}.{name}", getattr(raw, "raw_f", raw), start, False, generator, method=True)
+    raw_f = getattr(raw, "raw_f", raw)
+    return Runnable(app, f"{cls.tag}.{name}", raw_f, start, False, generator, method=True, constructor=constructor)
+
+
+def _constructor(cls: Any) -> dict[str, tuple[Any, Any]]:
+    """What is needed for an instance: the class's `parameter()` fields, else what its `__init__` takes by name."""
+    from woodfrog.cli.program import class_parameters
+
+    if cls.spec and cls.spec.parameters:
+        return class_parameters(cls.spec.parameters)
+    try:
+        init = cls.__woodfrog_wrapped__.__init__
+        parameters = list(inspect.signature(init).parameters.values())[1:]
+        hints = inspect.get_annotations(init, eval_str=True)
+    except Exception:  # of C code, or annotated with what is not there
+        return {}
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {p.name: (hints.get(p.name), p.default) for p in parameters if p.kind in named}
 
 
 def choose(module: types.ModuleType, source: str, name: str | None) -> Runnable:
     """What `FILE::NAME` means; without a name the only local entrypoint, else the only function.
+
+    As in Modal the app's variable may stand before the name: `FILE::app.square`.
 
     Raises:
         SpecError: no app, no such name, or several and none named.
@@ -103,6 +132,11 @@ def choose(module: types.ModuleType, source: str, name: str | None) -> Runnable:
     if not apps:
         raise SpecError(f"{source}: no app in it: it needs a global `app = woodfrog.App(...)`", code="no-app")
     found = runnables(apps)
+    variable, _, rest = (name or "").partition(".")
+    if name not in found and rest and variable in apps:
+        own = {n: r for n, r in found.items() if r.app is apps[variable]}
+        if rest in own or any(n.startswith(rest + ".") for n in own):
+            name = rest
     if name is not None and name not in found:
         # A class with one method stands for that method.
         methods = [n for n in found if n.startswith(name + ".")]
@@ -116,7 +150,15 @@ def run(
     context: typer.Context,
     target: Annotated[str, typer.Argument(metavar="FILE[::NAME]", help="Program, and the function or method in it.")],
     module: Module = False,
+    name: Annotated[str, typer.Option("--name", "-n", help="Name of this run's app instead of the app's own.")] = "",
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Leave the app running at the end: until 5 minutes without a call.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show only what the program and functions print.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    env: Env = None,
 ) -> None:
     """Run a function of a program, with the program's app running meanwhile.
 
@@ -127,14 +169,27 @@ def run(
     from woodfrog.cli.program import arguments_from, load, parse_reference
 
     reference = parse_reference(target, module=module)
+    _note_env(env)
     chosen = choose(load(reference), reference.source, reference.name)
     label = f"{reference.source}::{chosen.tag}"
-    args, kwargs = arguments_from(chosen.raw, context.args, label=label, skip_self=chosen.method)
+    try:
+        args, kwargs = arguments_from(
+            chosen.raw, context.args, label=label, skip_self=chosen.method, constructor=chosen.constructor
+        )
+    except SpecError as e:
+        misplaced = [a for a in context.args if a in _own_options(context)]
+        if e.code == "bad-arguments" and "unrecognized" in e.message and misplaced:
+            e.message += f"; options of `woodfrog run` such as {misplaced[0]} go before FILE"
+        raise
+    if name:
+        from woodfrog.sdk.checks import name as checked
+
+        chosen.app.name = checked(name, "--name")
     if chosen.local:
         # What the program reads of its own command line is what was meant for it.
         sys.argv = [reference.source, *context.args]
     try:
-        with _running(chosen.app) as progress:
+        with _running(chosen.app, detach=detach, quiet=quiet) as progress:
             result = _start(chosen, args, kwargs, progress, as_json=as_json)
     except (Exception, SystemExit) as e:
         if isinstance(e, SystemExit) or (isinstance(e, WoodfrogError) and not _from_container(e)):
@@ -145,6 +200,17 @@ def run(
         print(_json(result, label))
     elif result is not None and not chosen.local:
         print(result)
+
+
+def _own_options(context: typer.Context) -> set[str]:
+    return {text for parameter in context.command.params for text in parameter.opts}
+
+
+def _note_env(env: str | None) -> None:
+    if env is not None:
+        from woodfrog.sdk.checks import note
+
+        note("parameter:--env", "--env has no meaning on your own machine and is ignored")
 
 
 def _start(
@@ -174,17 +240,27 @@ def _json(value: Any, label: str) -> str:
 
 
 @contextmanager
-def _running(app: App) -> Iterator[output.Progress]:
-    """The app runs within this block, and what its containers print appears."""
+def _running(app: App, *, detach: bool = False, quiet: bool = False) -> Iterator[output.Progress]:
+    """The app runs within this block, and what its containers print appears.
+
+    Args:
+        detach: it goes on running after the block, and its containers with it.
+        quiet: what is going on is not shown.
+    """
     output.whole_lines()
-    with output.Progress() as progress:
+    with output.Progress(quiet=quiet) as progress:
         progress.say("deploying")
         follower = None
-        seconds = DRAIN_S
+        seconds = DETACHED_DRAIN_S if detach else DRAIN_S
         try:
-            with app.run():
+            with app.run(detach=detach):
                 progress.clear()
-                follower = Follower(*app.reach("run"), progress)
+                client, running = app.reach("run")
+                if detach and not quiet:
+                    output.note(
+                        f"{running} is left running: `woodfrog app logs {running} -f`, `woodfrog app stop {running}`"
+                    )
+                follower = Follower(client, running, progress, quiet=quiet)
                 follower.start()
                 yield progress
         except KeyboardInterrupt:
@@ -198,8 +274,8 @@ def _running(app: App) -> Iterator[output.Progress]:
 class Follower:
     """Shows an app's output as it comes, and on a terminal what its containers are at."""
 
-    def __init__(self, client: Client, app: str, progress: output.Progress) -> None:
-        self._client, self._app, self._progress = client, app, progress
+    def __init__(self, client: Client, app: str, progress: output.Progress, *, quiet: bool = False) -> None:
+        self._client, self._app, self._progress, self._quiet = client, app, progress, quiet
         self._lock = threading.Lock()
         self._shown = 0
         self._over = threading.Event()
@@ -237,7 +313,7 @@ class Follower:
     def _show(self, entry: dict[str, Any]) -> None:
         self._shown += 1
         # Lines of no container tell of the app's own beginning and end.
-        if entry.get("stream") != "system" or entry.get("instance"):
+        if entry.get("stream") != "system" or (entry.get("instance") and not self._quiet):
             self._progress.write(line_text(entry), error=entry.get("stream") != "stdout")
 
     def finish(self, seconds: float) -> None:
@@ -298,8 +374,10 @@ def deploy(
     name: Annotated[str, typer.Option("--name", help="Name to deploy under instead of the app's own.")] = "",
     snapshot: Annotated[bool, typer.Option("--snapshot", help="Take the snapshots now and wait for them.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    env: Env = None,
 ) -> None:
     """Deploy a program's app, so that its functions can be called from anywhere on this machine."""
+    _note_env(env)
     from woodfrog.cli.program import load, parse_reference, pick
     from woodfrog.cli.snapshots import wait_for
 
@@ -330,5 +408,6 @@ def deploy(
     output.note(f"deployed {deployed}, version {found['version']}")
     for f in functions:
         tags = [f["tag"]] if f["kind"] == "function" else [f"{f['tag']}.{m['name']}" for m in f["methods"]]
+        needed = [f" {key}=..." for key, text in (f.get("parameters") or {}).items() if " = " not in text]
         for tag in tags:
-            output.note(f"  woodfrog call {deployed}.{tag}")
+            output.note(f"  woodfrog call {deployed}.{tag}{''.join(needed)}")

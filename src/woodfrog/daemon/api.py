@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 import woodfrog
 from woodfrog import protocol
 from woodfrog.backends.connection import Payload
-from woodfrog.daemon import keeping, looking
+from woodfrog.daemon import keeping, looking, volumes
 from woodfrog.daemon.controller import CallRecord, Controller, failure_of
 from woodfrog.errors import (
     AuthError,
@@ -599,4 +599,5 @@ def build(
 
     keeping.add_routes(api, controller, catalogue, spool, _Json)
     looking.add_routes(api, controller, catalogue)
+    volumes.add_routes(api, controller)
     return api

@@ -23,7 +23,7 @@ _TAKEN_MOUNTS = ("/app", "/proc", "/sys", "/dev", "/run", "/usr", "/bin", "/sbin
 
 
 def check_name(kind: str, name: str) -> str:
-    if not _NAME.match(name):
+    if not _NAME.fullmatch(name):
         raise SpecError(f"{kind} name {name!r}: letters, digits, '.', '_' and '-' only, at most 64", code="bad-name")
     return name
 

@@ -67,21 +67,25 @@ def build(name: str, handles: Sequence[Handle], program: tuple[str, str] | None 
     if program is not None and os.path.isfile(program[1]):
         wanted.append(source.root_of(*program))
     shipped = source.merge_roots(wanted)
-    archives = {root: source.pack(root) for root in {shipped[r] for r in roots.values()}}
+    imported = source.imported_roots() if roots else []
+    contents: dict[int, tuple[source.Root, ...]] = {}
+    for i, spec in enumerate(specs):
+        own = [shipped[roots[i]], *imported] if i in roots else []
+        parts = dict.fromkeys((*own, *source.named_roots(_local_modules(spec.image), f"the image of {spec.tag}")))
+        if parts:
+            contents[i] = tuple(parts)
+    archives = {parts: source.pack(*parts) for parts in set(contents.values())}
     blobs: dict[str, bytes] = {}
     functions: list[FunctionSpec] = []
     for i, (handle, spec) in enumerate(zip(handles, specs, strict=True)):
+        made = replace(spec.source, code_digest=archives[contents[i]].digest) if i in contents else spec.source
         if spec.source.kind == "serialized":
             from woodfrog.sdk.payload import dumps_by_value
 
             blob = dumps_by_value(_raw(handle), f"{spec.tag} (serialized=True)")
             digest = sha256(blob).hexdigest()
             blobs[digest] = blob
-            made = replace(spec.source, blob_digest=digest)
-        elif i in roots:
-            made = replace(spec.source, code_digest=archives[shipped[roots[i]]].digest)
-        else:
-            made = spec.source
+            made = replace(made, blob_digest=digest)
         functions.append(replace(spec, source=made))
     return Bundle(
         AppSpec(name=name, runtime=source.runtime(shipped.values(), installed), functions=tuple(functions)),
@@ -213,6 +217,12 @@ def _check(requirement: str, installed: dict[str, str]) -> str | None:
 
 def _note_unchecked(requirement: str) -> None:
     checks.note(f"requirement:{requirement}", f"{requirement!r} is not a package of a known name and was not checked")
+
+
+def _local_modules(image: ImageSpec) -> list[str]:
+    """What `add_local_python_source` names."""
+    steps = [s.split() for s in image.steps]
+    return [name for step in steps if step[:1] == ["add_local_python_source"] for name in step[1:]]
 
 
 def _note_steps(spec: FunctionSpec) -> None:

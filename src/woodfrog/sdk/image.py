@@ -242,7 +242,11 @@ class Image:
         return self._step(_words("add_local_dir", str(local_path), remote_path))
 
     def add_local_python_source(self, *modules: str, copy: bool = False, ignore: Any = ()) -> Image:
-        """Recorded. Modules beside the program reach the function with its code; installed ones are there anyway."""
+        """Have modules or packages sent with the code, by name (`"mylib"`): from the program's directory, the working
+        directory, or wherever this Python finds them. Installed ones are there anyway.
+
+        One that exists nowhere is a `SpecError` when the app is deployed.
+        """
         del copy, ignore
         return self._step(_words("add_local_python_source", *modules))
 

@@ -1,6 +1,7 @@
 """Finds the program's code and packs it, so that a container imports the same modules as the client.
 
-A module of a package is shipped with its top package; a plain module or script with the directory that holds it.
+A module of a package is shipped with its top package; a plain module or script with the directory that holds it. With
+them go the modules that the program imported from the working directory, and those that an image names.
 """
 
 from __future__ import annotations
@@ -18,7 +19,19 @@ from types import ModuleType
 from woodfrog.errors import SpecError
 from woodfrog.spec import RuntimeSpec
 
-__all__ = ["IGNORE_FILE", "Archive", "Root", "import_program", "main_name", "merge_roots", "pack", "root_of", "runtime"]
+__all__ = [
+    "IGNORE_FILE",
+    "Archive",
+    "Root",
+    "import_program",
+    "imported_roots",
+    "main_name",
+    "merge_roots",
+    "named_roots",
+    "pack",
+    "root_of",
+    "runtime",
+]
 
 IGNORE_FILE = ".woodfrogignore"
 MAX_BYTES = 256 << 20
@@ -73,6 +86,10 @@ def loaded(name: str) -> ModuleType | None:
     return sys.modules.get(name)
 
 
+_imported_from: set[Path] = set()
+"""Working directories that `import_program` had on the import path."""
+
+
 def import_program(target: str) -> ModuleType:
     """Import the program `target` (`path/app.py`, or a dotted module name) under its real module name.
 
@@ -100,6 +117,11 @@ def import_program(target: str) -> ModuleType:
         path, directory, name = None, Path.cwd(), target
     if str(directory) not in sys.path:
         sys.path.insert(0, str(directory))
+    working = _working_directory()
+    if working is not None:
+        _imported_from.add(working)
+        if str(working) not in sys.path:
+            sys.path.insert(sys.path.index(str(directory)) + 1, str(working))
     try:
         module = importlib.import_module(name)
     except SyntaxError as e:
@@ -134,6 +156,86 @@ def merge_roots(roots: Iterable[Root]) -> dict[Root, Root]:
     return {r: Root(r.directory) if r.directory in whole else r for r in wanted}
 
 
+def _working_directory() -> Path | None:
+    """None where it is a library's, or was removed."""
+    try:
+        here = Path.cwd()
+    except OSError:
+        return None
+    return None if _installed(here) else here
+
+
+def _installed(path: Path) -> bool:
+    """Whether it belongs to the Python environment, which containers see anyway."""
+    return any(p in ("site-packages", "dist-packages") for p in path.parts) or path.is_relative_to(
+        Path(os.__file__).parent
+    )
+
+
+def imported_roots() -> list[Root]:
+    """What a program has imported from the working directory.
+
+    Only where `import_program` or the user put that on the import path: what a test runner or a notebook has imported
+    from there is not the program's.
+    """
+    here = _working_directory()
+    named = [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    if here is None or (here not in _imported_from and str(here) not in named):
+        return []
+    ignored = _ignore_rules(here / IGNORE_FILE)
+    found = set()
+    for name, module in list(sys.modules.items()):
+        # Not by `getattr`, at which lazy modules import what they stand for.
+        file = vars(module).get("__file__") if issubclass(type(module), ModuleType) else None
+        if not isinstance(file, str) or not Path(file).is_relative_to(here):
+            continue
+        first = Path(file).relative_to(here).parts[0]
+        same = first.partition(".")[0] == name.partition(".")[0]
+        if same and not ignored(first, (here / first).is_dir()):
+            found.add(Root(here, first))
+    return sorted(found)
+
+
+def named_roots(names: Iterable[str], where: str) -> list[Root]:
+    """Where modules are that an image names; nothing for those of the Python environment.
+
+    Args:
+        where: words for the error: whose image it is.
+
+    Raises:
+        SpecError: there is no module of that name.
+    """
+    found: dict[Root, None] = {}
+    for name in names:
+        top = name.partition(".")[0]
+        places = _places(top)
+        if places is None:
+            raise SpecError(
+                f"{where}: add_local_python_source({name!r}): there is no module {top!r} beside the program, in the "
+                f"working directory {os.getcwd()}, or in the Python environment",
+                code="no-such-module",
+            )
+        found.update((Root(p.parent, p.name), None) for p in places if not _installed(p))
+    return list(found)
+
+
+def _places(top: str) -> list[Path] | None:
+    """The file or directories of a module of that name, which is not imported; None if there is none."""
+    from importlib.machinery import PathFinder
+    from importlib.util import find_spec
+
+    try:
+        spec = find_spec(top) or PathFinder.find_spec(top, [os.getcwd()])
+    except (ImportError, ValueError):  # it is imported, and has no specification
+        file = vars(sys.modules[top]).get("__file__") if top in sys.modules else None
+        return [Path(file)] if file else None
+    if spec is None:
+        return None
+    if spec.submodule_search_locations is not None:
+        return [Path(p) for p in spec.submodule_search_locations]
+    return [Path(spec.origin)] if spec.has_location and spec.origin else []
+
+
 def _shared(directory: Path) -> bool:
     """A directory that holds more than one program's files."""
     homes = {Path("/root"), Path("/home")}
@@ -148,8 +250,10 @@ def _shared(directory: Path) -> bool:
     )
 
 
-def pack(root: Root) -> Archive:
+def pack(root: Root, *more: Root) -> Archive:
     """The files of `root` as a tar that is the same byte for byte whenever the files are.
+
+    What `more` holds goes in beside them; where it has the same name, `root` comes first, as on the import path.
 
     Left out: hidden files, caches, virtual environments, node_modules, build artefacts, and what `.woodfrogignore`
     names (patterns as in .gitignore).
@@ -161,15 +265,19 @@ def pack(root: Root) -> Archive:
     import tarfile
     from hashlib import sha256
 
-    entries = _scan(root)
+    entries = {relative: (root, kind) for relative, kind in _scan(root).items()}
+    for other in more:
+        if root.only is not None or other.only not in entries:
+            for relative, kind in _scan(other).items():
+                entries.setdefault(relative, (other, kind))
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for relative in sorted(entries):
-            path = root.directory / relative
+            origin, kind = entries[relative]
+            path = origin.directory / relative
             info = tarfile.TarInfo(relative)
-            kind = entries[relative]
             if kind == "link":
-                info.type, info.mode, info.linkname = tarfile.SYMTYPE, 0o777, _link(root, path)
+                info.type, info.mode, info.linkname = tarfile.SYMTYPE, 0o777, _link(origin, path)
                 tar.addfile(info)
             elif kind == "dir":
                 info.type, info.mode = tarfile.DIRTYPE, 0o755
@@ -185,7 +293,7 @@ def pack(root: Root) -> Archive:
                 info.size, info.mode = len(data), 0o755 if executable else 0o644
                 tar.addfile(info, io.BytesIO(data))
     data = buffer.getvalue()
-    return Archive(data, sha256(data).hexdigest(), sum(1 for k in entries.values() if k == "file"))
+    return Archive(data, sha256(data).hexdigest(), sum(1 for _, k in entries.values() if k == "file"))
 
 
 def _link(root: Root, path: Path) -> str:

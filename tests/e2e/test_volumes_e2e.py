@@ -1,0 +1,77 @@
+"""Volumes through the command line: a function changes what a client puts, and a client gets what a function makes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e.harness import Daemon, until
+
+pytestmark = [pytest.mark.root, pytest.mark.criu]
+
+PROGRAM = """
+import os
+import woodfrog as modal
+
+app = modal.App("shelves")
+shelf = modal.Volume.from_name("shelf", create_if_missing=True)
+
+@app.function(volumes={"/shelf": shelf}, scaledown_window=300)
+def work():
+    with open("/shelf/in/put.txt", "a") as f:
+        f.write(" and more")
+    with open("/shelf/in/beside.txt", "w") as f:
+        f.write("beside")
+    os.symlink("/etc", "/shelf/out")
+    os.symlink("../../../keys/admin", "/shelf/key")
+    os.mkfifo("/shelf/fifo")
+    return open("/shelf/in/put.txt").read()
+
+@app.function(volumes={"/shelf": shelf.read_only()})
+def spoil():
+    open("/shelf/in/put.txt", "w")
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture
+def daemon() -> Iterator[Daemon]:
+    port = free_port()
+    with Daemon(WOODFROG_LISTEN=f"127.0.0.1:{port}", WOODFROG_TOKEN="t") as daemon:
+        # The client speaks TCP: it need not see the daemon's files.
+        daemon.env.update(WOODFROG_HOST=f"http://127.0.0.1:{port}", WOODFROG_TOKEN="t")
+        yield daemon
+
+
+def test_there_and_back(daemon: Daemon, tmp_path: Path) -> None:
+    program = tmp_path / "prog" / "shelves.py"
+    program.parent.mkdir()
+    program.write_text(PROGRAM)
+    (tmp_path / "put.txt").write_text("put")
+    daemon.cli("volume", "create", "shelf")
+    daemon.cli("volume", "put", "shelf", str(tmp_path / "put.txt"), "/in/")
+    daemon.cli("deploy", str(program))
+    assert daemon.cli("call", "shelves.work").stdout == '"put and more"\n'
+    assert "Read-only file system" in daemon.cli("call", "shelves.spoil", check=False).stderr
+    daemon.cli("volume", "get", "shelf", "/", str(tmp_path / "got"))
+    got = tmp_path / "got"
+    assert {p.relative_to(got).as_posix() for p in got.rglob("*")} == {"in", "in/put.txt", "in/beside.txt"}
+    assert (got / "in" / "put.txt").read_text() == "put and more"
+    for path, why in (("out/passwd", "symbolic links"), ("key", "a symlink"), ("fifo", "a fifo")):
+        assert why in daemon.cli("volume", "get", "shelf", path, "-", check=False).stderr
+    assert "in use by" in daemon.cli("volume", "delete", "shelf", "--yes", check=False).stderr
+    daemon.cli("app", "stop", "shelves")
+    until(lambda: "0" in daemon.cli("volume", "list").stdout)
+    daemon.cli("volume", "rm", "shelf", "out")
+    daemon.cli("volume", "delete", "shelf", "--yes")
+    until(lambda: not os.listdir(daemon.home / "volumes"))
+    assert Path("/etc/passwd").exists()
