@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import os
 import socket
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import woodfrog
 from e2e.harness import Daemon, until
 
 pytestmark = [pytest.mark.root, pytest.mark.criu]
@@ -75,3 +78,24 @@ def test_there_and_back(daemon: Daemon, tmp_path: Path) -> None:
     daemon.cli("volume", "delete", "shelf", "--yes")
     until(lambda: not os.listdir(daemon.home / "volumes"))
     assert Path("/etc/passwd").exists()
+
+
+def test_an_ephemeral_volume_is_gone_at_the_end_of_its_block(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WOODFROG_HOST", "WOODFROG_TOKEN", "WOODFROG_HOME"):
+        monkeypatch.setenv(name, daemon.env[name])
+    volumes = daemon.home / "volumes"
+    with woodfrog.Volume.ephemeral() as volume:
+        with volume.batch_upload() as batch:
+            batch.put_file(io.BytesIO(b"for a while"), "/note")
+        assert (volumes / volume.name / "note").read_bytes() == b"for a while"
+        assert b"".join(volume.read_file("note")) == b"for a while"
+    until(lambda: not os.listdir(volumes))
+
+    async def at_once() -> None:
+        async with woodfrog.Volume.ephemeral() as volume:
+            async with volume.batch_upload.aio() as batch:
+                batch.put_file(io.BytesIO(b"for a while"), "/note")
+            assert [e.path async for e in volume.iterdir.aio("/")] == ["note"]
+
+    asyncio.run(at_once())
+    until(lambda: not os.listdir(volumes))
