@@ -105,6 +105,22 @@ class SecretSpec:
     required_keys: tuple[str, ...] = ()
 
 
+CODE = "app"
+"""Where code is in what a client sends, and in the container."""
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """A file or directory of the client's that an image adds."""
+
+    local: str
+    """Path on the client; relative to its working directory at the deploy."""
+    remote: str
+    """Absolute path in the container."""
+    ignore: tuple[str, ...] = ()
+    """Patterns as in .gitignore, below `local`."""
+
+
 @dataclass(frozen=True)
 class ImageSpec:
     """What the program asked of its environment. Until images are built it is checked against the host's."""
@@ -114,6 +130,7 @@ class ImageSpec:
     env: dict[str, str] = field(default_factory=dict)
     steps: tuple[str, ...] = ()
     """Every build step as recorded, for people to read."""
+    files: tuple[LocalFiles, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -895,6 +895,49 @@ def test_a_program_writes_beside_itself_and_into_its_caches(daemon: Daemon) -> N
     assert not os.path.exists("/opt/writer")
 
 
+ADDER = """
+import pathlib
+import woodfrog as modal
+
+image = (
+    modal.Image.debian_slim()
+    .add_local_dir("assets", "/root/assets", ignore=["*.tmp"])
+    .add_local_file("assets/one.txt", "/srv-of-its-own/deep/one.txt")
+)
+app = modal.App("adder", image=image)
+
+
+@app.function(enable_memory_snapshot=True, include_source=True)
+def look():
+    root = pathlib.Path("/root/assets")
+    (root / "made").write_text("here")
+    (root / "one.txt").write_text(root.joinpath("one.txt").read_text() + "+")
+    other = pathlib.Path("/srv-of-its-own/deep/one.txt").read_text()
+    return [sorted(p.name for p in root.iterdir()), (root / "one.txt").read_text(), other]
+
+
+@app.function(serialized=True)
+def by_value():
+    return sorted(p.name for p in __import__("pathlib").Path("/root/assets").iterdir())
+"""
+
+
+def test_files_that_an_image_adds(daemon: Daemon) -> None:
+    program = daemon.program(ADDER, "adder.py")
+    (assets := program.parent / "assets").mkdir()
+    for name in ("one.txt", "two.txt", "left.tmp"):
+        (assets / name).write_text(name)
+    daemon.cli("deploy", str(program), cwd=program.parent)
+    assert daemon.call("adder", "look") == [["made", "one.txt", "two.txt"], "one.txt+", "one.txt"]
+    assert daemon.call("adder", "by_value") == ["one.txt", "two.txt"]
+    (assets / "one.txt").write_text("anew")
+    daemon.cli("deploy", str(program), cwd=program.parent)
+    assert daemon.call("adder", "look") == [["made", "one.txt", "two.txt"], "anew+", "anew"]
+    program.write_text(ADDER.replace("/srv-of-its-own", "/usr/share"))
+    refused = daemon.cli("deploy", str(program), cwd=program.parent, check=False)
+    assert refused.returncode == 2 and "adds files at /usr/share/deep/one.txt, where functions see" in refused.stderr
+
+
 DEFERRED = """
 import sys
 import woodfrog as modal

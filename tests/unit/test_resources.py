@@ -12,7 +12,17 @@ from woodfrog.daemon.resources import Resources
 from woodfrog.errors import NotFoundError, SandboxError, SpecError
 from woodfrog.linux.skeleton import host_above
 from woodfrog.settings import Settings
-from woodfrog.spec import AppSpec, FunctionSpec, MethodSpec, RuntimeSpec, SecretSpec, SourceSpec, VolumeMount
+from woodfrog.spec import (
+    AppSpec,
+    FunctionSpec,
+    ImageSpec,
+    LocalFiles,
+    MethodSpec,
+    RuntimeSpec,
+    SecretSpec,
+    SourceSpec,
+    VolumeMount,
+)
 from woodfrog.store.content import ContentStore
 
 
@@ -49,6 +59,17 @@ def test_where_a_volumes_mount_point_has_to_be_added_to_the_hosts_directory(tmp_
             host_above(f"{link}/x")
         with pytest.raises(SpecError, match=f"below {link}, which is a symlink"):
             resources(tmp_path).check(app(volumes=(VolumeMount("v", f"{link}/x"),)))
+
+
+@pytest.mark.parametrize("path", ["/usr/x", "/etc/x", "/proc/x", "/bin/x", "relative", "/run/woodfrog/x"])
+def test_files_of_an_image_that_nobody_would_see_are_refused(tmp_path: Path, path: str) -> None:
+    with pytest.raises(SpecError, match="where functions see the machine's own"):
+        resources(tmp_path).check(app(image=ImageSpec(files=(LocalFiles("x", path),))))
+
+
+def test_files_of_an_image_elsewhere(tmp_path: Path) -> None:
+    files = tuple(LocalFiles("x", path) for path in ("/root/x", "/tmp/x", "/mnt/x", "/app/x", "/never-made/x"))
+    resources(tmp_path).check(app(image=ImageSpec(files=files)))
 
 
 @pytest.mark.parametrize("path", ["/", "relative", "/proc/x", "/app", "/usr/lib/x", "/data/../etc"])

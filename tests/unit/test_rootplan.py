@@ -121,6 +121,13 @@ def test_layers_come_above_the_skeleton_and_odd_characters_are_escaped() -> None
     assert options.startswith(r"lowerdir=/s/new\:er:/s/old\,er:/var/lib/woodfrog/skeletons/ab,upperdir=")
 
 
+def test_a_directory_app_of_the_hosts_does_not_hide_the_code() -> None:
+    """As in many a Docker image, with the environment inside."""
+    host = replace(HOST, entries=(*HOST.entries, HostEntry("app", "directory")))
+    bound = binds(root_plan(replace(REQUEST, prefixes=(Path("/app/.venv"),), code=Path("/code/ab")), host).ops)
+    assert "/app" not in bound and bound["/app/.venv"][0] == "/app/.venv"
+
+
 def test_code_is_the_lowest_layer() -> None:
     request = replace(REQUEST, layers=(Path("/s/new"),), code=Path("/code/ab"))
     overlay = next(op for op in root_plan(request, HOST).ops if op.args[:1] == ("overlay",))

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import woodfrog
 from woodfrog.errors import SpecError
 from woodfrog.sdk import source
 from woodfrog.sdk.source import Root, import_program, merge_roots, pack, root_of
@@ -28,8 +29,9 @@ def make(folder: Path, *files: str) -> None:
 
 
 def names(archive: source.Archive) -> list[str]:
+    """Of the code's files."""
     with tarfile.open(fileobj=io.BytesIO(archive.data)) as tar:
-        return tar.getnames()
+        return [n.removeprefix("app/") for n in tar.getnames() if n.startswith("app/")]
 
 
 def test_what_is_left_out(tmp_path: Path) -> None:
@@ -49,12 +51,12 @@ def test_what_is_left_out(tmp_path: Path) -> None:
     (tmp_path / ".woodfrogignore").write_text("# what is not code\ndata/*\n!data/keep.txt\nlogs/\n/deep/**/c.txt\n")
     make(tmp_path, "deep/c.txt", "deep/er/c.txt", "deep/d.txt")
     os.mkfifo(tmp_path / "fifo")
-    assert names(pack(Root(tmp_path))) == [
+    assert names(pack([Root(tmp_path)])) == [
         *("app.py", "data", "data/keep.txt", "deep", "deep/d.txt", "deep/er", "pkg", "pkg/__init__.py"),
         *("pkg/build", "pkg/build/__init__.py", "pkg/build/tool.py", "pkg/data.txt"),
     ]
-    assert names(pack(Root(tmp_path, "pkg")))[:2] == ["pkg", "pkg/__init__.py"]
-    assert names(pack(Root(tmp_path, "app.py"))) == ["app.py"]
+    assert names(pack([Root(tmp_path, "pkg")]))[:2] == ["pkg", "pkg/__init__.py"]
+    assert names(pack([Root(tmp_path, "app.py")])) == ["app.py"]
 
 
 def test_the_archive_depends_on_the_files_only(tmp_path: Path) -> None:
@@ -62,10 +64,10 @@ def test_the_archive_depends_on_the_files_only(tmp_path: Path) -> None:
         make(tmp_path / name, *order)
     (tmp_path / "two" / "a.py").chmod(0o600)
     os.utime(tmp_path / "two" / "a.py", (1, 1))
-    one, two = pack(Root(tmp_path / "one")), pack(Root(tmp_path / "two"))
+    one, two = pack([Root(tmp_path / "one")]), pack([Root(tmp_path / "two")])
     assert one.data == two.data and one.digest == hashlib.sha256(one.data).hexdigest()
     (tmp_path / "two" / "a.py").chmod(0o755)
-    assert pack(Root(tmp_path / "two")).digest != one.digest
+    assert pack([Root(tmp_path / "two")]).digest != one.digest
     with tarfile.open(fileobj=io.BytesIO(one.data)) as tar:
         assert {(m.mtime, m.uid, m.gid, m.uname) for m in tar} == {(0, 0, 0, "")}
         assert {m.mode for m in tar} == {0o644, 0o755}
@@ -76,17 +78,17 @@ def test_links(tmp_path: Path) -> None:
     (tmp_path / "p/link.py").symlink_to("a.py")
     (tmp_path / "p/sub/up.py").symlink_to(tmp_path / "p" / "a.py")
     (tmp_path / "p/dir").symlink_to("sub")
-    with tarfile.open(fileobj=io.BytesIO(pack(Root(tmp_path / "p")).data)) as tar:
+    with tarfile.open(fileobj=io.BytesIO(pack([Root(tmp_path / "p")]).data)) as tar:
         assert {m.name: m.linkname for m in tar if m.issym()} == {
-            "link.py": "a.py",
-            "sub/up.py": "../a.py",
-            "dir": "sub",
+            "app/link.py": "a.py",
+            "app/sub/up.py": "../a.py",
+            "app/dir": "sub",
         }
     (tmp_path / "p/out").symlink_to("/etc/hostname")
     with pytest.raises(
         SpecError, match=r"p/out: the symbolic link leads out of the program's directory, to /etc/hostname"
     ):
-        pack(Root(tmp_path / "p"))
+        pack([Root(tmp_path / "p")])
 
 
 def test_limits_name_the_largest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,16 +98,16 @@ def test_limits_name_the_largest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (tmp_path / name).write_bytes(bytes(size << 10))
     monkeypatch.setattr(source, "MAX_BYTES", 1 << 20)
     with pytest.raises(SpecError) as caught:
-        pack(Root(tmp_path))
+        pack([Root(tmp_path)])
     assert "largest: weights.bin (2.9 MiB), more (2.0 MiB), x.bin (1.0 MiB); name what is not code in" in str(
         caught.value
     )
     assert str(tmp_path / ".woodfrogignore") in str(caught.value)
     (tmp_path / ".woodfrogignore").write_text("*.bin\n")
-    assert names(pack(Root(tmp_path))) == ["app.py", "more"]
+    assert names(pack([Root(tmp_path)])) == ["app.py", "more"]
     monkeypatch.setattr(source, "MAX_FILES", 0)
     with pytest.raises(SpecError, match="holds 1 files"):
-        pack(Root(tmp_path))
+        pack([Root(tmp_path)])
 
 
 def test_roots(tmp_path: Path) -> None:
@@ -182,7 +184,7 @@ def test_any_ignore_line_is_harmless(line: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), "a.py", "b/a.py")
         (Path(folder) / ".woodfrogignore").write_text(line + "\n")
-        assert set(names(pack(Root(Path(folder))))) <= {"a.py", "b", "b/a.py"}
+        assert set(names(pack([Root(Path(folder))]))) <= {"a.py", "b", "b/a.py"}
 
 
 def test_the_examples_pack(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,6 +275,45 @@ def test_a_named_module_that_is_nowhere(tmp_path: Path) -> None:
 
 def test_the_programs_directory_comes_first(tmp_path: Path) -> None:
     make(tmp_path, "a/lib/__init__.py", "b/lib/__init__.py", "b/lib/other.py", "c/lib/third.py")
-    assert names(pack(Root(tmp_path / "a"), Root(tmp_path / "b", "lib"))) == ["lib", "lib/__init__.py"]
-    both = pack(Root(tmp_path / "b", "lib"), Root(tmp_path / "c", "lib"))  # two parts of a namespace
+    assert names(pack([Root(tmp_path / "a"), Root(tmp_path / "b", "lib")])) == ["lib", "lib/__init__.py"]
+    both = pack([Root(tmp_path / "b", "lib"), Root(tmp_path / "c", "lib")])  # two parts of a namespace
     assert names(both) == ["lib", "lib/__init__.py", "lib/other.py", "lib/third.py"]
+
+
+def test_files_that_an_image_adds(tmp_path: Path) -> None:
+    make(tmp_path / "p", "app.py")
+    make(tmp_path / "d", "a.txt", ".hidden", "b/c.log", "b/d.txt", "x[1].txt")
+    (tmp_path / "d/link").symlink_to("b/d.txt")
+    image = (
+        woodfrog.Image.debian_slim()
+        .add_local_file(tmp_path / "p/app.py", "/root/in/")
+        .add_local_file(tmp_path / "p/app.py", "/root/as.py")
+        .add_local_dir(tmp_path / "d", "/root/d", ignore=["*.log"])
+        .add_local_dir(tmp_path / "d", "/root/e", ignore=lambda path: path.name in ("a.txt", "x[1].txt"))
+    )
+    archive = pack([Root(tmp_path / "p")], image.spec.files)
+    with tarfile.open(fileobj=io.BytesIO(archive.data)) as tar:
+        found = {m.name: m.linkname for m in tar if not m.isdir()}
+    assert found == {
+        **dict.fromkeys(("app/app.py", "root/as.py", "root/in/app.py"), ""),
+        **dict.fromkeys((f"root/d/{n}" for n in ("a.txt", ".hidden", "b/d.txt", "x[1].txt")), ""),
+        **dict.fromkeys((f"root/e/{n}" for n in (".hidden", "b/c.log", "b/d.txt")), ""),
+        "root/d/link": "b/d.txt",
+        "root/e/link": "b/d.txt",
+    }
+    assert pack([Root(tmp_path / "p")], image.spec.files).digest == archive.digest
+
+
+def test_files_that_an_image_cannot_add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = woodfrog.Image.debian_slim()
+    for remote in ("relative", "/", "//x"):
+        with pytest.raises(SpecError, match=r"is not an absolute path below / \(.*test_source.py"):
+            image.add_local_dir(tmp_path, remote)
+    with pytest.raises(SpecError, match="nowhere: no such file or directory"):
+        pack([], image.add_local_file(tmp_path / "nowhere", "/root/x").spec.files)
+    (tmp_path / "large").write_bytes(bytes(3 << 20))
+    monkeypatch.setattr(source, "MAX_BYTES", 2 << 20)
+    with pytest.raises(
+        SpecError, match=r"largest: large \(3.0 MiB\); leave some out with ignore=, or keep them in a Volume"
+    ):
+        pack([], image.add_local_dir(tmp_path, "/root/x").spec.files)

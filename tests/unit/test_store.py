@@ -46,13 +46,14 @@ def everything(root: Path) -> set[str]:
 
 
 GOOD = make_tar(
-    (info("app.py", mode=0o600), b"import pkg\n"),
-    (info("pkg", tarfile.DIRTYPE, mode=0o700), b""),
-    (info("pkg/__init__.py"), b"x = 1\n"),
-    (info("pkg/run.sh", mode=0o4777), b"#!/bin/sh\n"),
-    (info("deep/er/data.bin"), bytes(100_000)),
-    (info("pkg/again.py", tarfile.SYMTYPE, link="__init__.py"), b""),
-    (info("up", tarfile.SYMTYPE, link="deep/../pkg"), b""),
+    (info("app/app.py", mode=0o600), b"import pkg\n"),
+    (info("app/pkg", tarfile.DIRTYPE, mode=0o700), b""),
+    (info("app/pkg/__init__.py"), b"x = 1\n"),
+    (info("app/pkg/run.sh", mode=0o4777), b"#!/bin/sh\n"),
+    (info("app/deep/er/data.bin"), bytes(100_000)),
+    (info("app/pkg/again.py", tarfile.SYMTYPE, link="__init__.py"), b""),
+    (info("app/up", tarfile.SYMTYPE, link="deep/../pkg"), b""),
+    (info("root/beside"), b"not code"),
 )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from woodfrog.errors import NotFoundError, SandboxError, SpecError
 from woodfrog.linux import rootplan
-from woodfrog.linux.skeleton import host_above
+from woodfrog.linux.skeleton import host_above, is_the_systems
 from woodfrog.settings import Settings
 from woodfrog.spec import AppSpec, FunctionSpec, SecretSpec, VolumeMount
 from woodfrog.store.content import ContentStore
@@ -147,6 +147,13 @@ class Resources:
                 raise SpecError(f"{where}: its source was not sent; deploy again", code="missing-code")
             if source.blob_digest and not self._content.has_blob(source.blob_digest):
                 raise SpecError(f"{where}: its pickled object was not sent; deploy again", code="missing-blob")
+            for name in (f.remote for f in function.image.files):
+                if not name.startswith("/") or is_the_systems(name):
+                    raise SpecError(
+                        f"{where}: the image adds files at {name}, where functions see the machine's own: add them "
+                        "elsewhere, such as at /root/...",
+                        code="bad-path",
+                    )
             for secret in function.secrets:
                 self._secret(secret)
             for mount in function.volumes:

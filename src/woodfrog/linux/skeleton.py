@@ -19,7 +19,7 @@ from woodfrog.linux.rootplan import (
     skeleton_entries,
 )
 
-__all__ = ["host_above", "make_skeleton", "read_host_root"]
+__all__ = ["host_above", "is_the_systems", "make_skeleton", "read_host_root"]
 
 
 def read_host_root(root: Path = Path("/")) -> HostRoot:
@@ -64,6 +64,12 @@ def host_above(target: str) -> str:
             return nearest
         nearest = str(part)
     return ""
+
+
+def is_the_systems(path: str) -> bool:
+    """Whether what a sandbox's own layers hold at a path is hidden by the host's files, or by a file system's."""
+    top = Path(path).parts[1]
+    return top in OWN - {"tmp"} or (top not in MASKED | {"tmp"} and os.path.lexists(f"/{top}"))
 
 
 def make_skeleton(parent: Path, host: HostRoot, prefixes: tuple[Path, ...], worker_uid: int) -> Path:

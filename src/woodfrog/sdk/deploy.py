@@ -15,7 +15,7 @@ from woodfrog.sdk import checks, source
 from woodfrog.sdk.client import Client, segment
 from woodfrog.sdk.cls import Cls
 from woodfrog.sdk.functions import Function
-from woodfrog.spec import AppSpec, FunctionSpec, ImageSpec, to_dict
+from woodfrog.spec import AppSpec, FunctionSpec, ImageSpec, LocalFiles, to_dict
 
 __all__ = ["Bundle", "build", "check_packages", "send"]
 
@@ -23,8 +23,8 @@ Handle = Function[..., Any] | Cls
 
 _UNRUN = frozenset(
     (
-        *("add_local_dir", "add_local_file", "apt_install", "cmd", "dockerfile_commands", "entrypoint"),
-        *("from_dockerfile", "from_id", "micromamba_install", "pip_install_private_repos", "run_commands"),
+        *("apt_install", "cmd", "dockerfile_commands", "entrypoint", "from_dockerfile", "from_id"),
+        *("micromamba_install", "pip_install_private_repos", "run_commands"),
         *("run_function", "shell", "workdir"),
     )
 )
@@ -68,13 +68,13 @@ def build(name: str, handles: Sequence[Handle], program: tuple[str, str] | None 
         wanted.append(source.root_of(*program))
     shipped = source.merge_roots(wanted)
     imported = source.imported_roots() if roots else []
-    contents: dict[int, tuple[source.Root, ...]] = {}
+    contents: dict[int, tuple[tuple[source.Root, ...], tuple[LocalFiles, ...]]] = {}
     for i, spec in enumerate(specs):
         own = [shipped[roots[i]], *imported] if i in roots else []
         parts = dict.fromkeys((*own, *source.named_roots(_local_modules(spec.image), f"the image of {spec.tag}")))
-        if parts:
-            contents[i] = tuple(parts)
-    archives = {parts: source.pack(*parts) for parts in set(contents.values())}
+        if parts or spec.image.files:
+            contents[i] = (tuple(parts), spec.image.files)
+    archives = {content: source.pack(*content) for content in set(contents.values())}
     blobs: dict[str, bytes] = {}
     functions: list[FunctionSpec] = []
     for i, (handle, spec) in enumerate(zip(handles, specs, strict=True)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,7 +14,7 @@ from woodfrog.errors import SpecError
 from woodfrog.sdk import checks
 from woodfrog.sdk.dual import ClassDual
 from woodfrog.sdk.hooks import in_worker
-from woodfrog.spec import ImageSpec
+from woodfrog.spec import ImageSpec, LocalFiles
 
 __all__ = ["Image"]
 
@@ -36,12 +37,19 @@ class Image:
     def __init__(self, spec: ImageSpec | None = None) -> None:
         self.spec = spec or ImageSpec()
 
-    def _step(self, text: str, packages: Iterable[str] = (), env: Mapping[str, str] | None = None) -> Image:
+    def _step(
+        self,
+        text: str,
+        packages: Iterable[str] = (),
+        env: Mapping[str, str] | None = None,
+        files: Iterable[LocalFiles] = (),
+    ) -> Image:
         return Image(
             ImageSpec(
                 packages=(*self.spec.packages, *packages),
                 env={**self.spec.env, **(env or {})},
                 steps=(*self.spec.steps, text),
+                files=(*self.spec.files, *files),
             )
         )
 
@@ -232,14 +240,34 @@ class Image:
         return self._step(_words("run_function", getattr(raw_f, "__qualname__", repr(raw_f))))
 
     def add_local_file(self, local_path: str | Path, remote_path: str, *, copy: bool = False) -> Image:
-        """Recorded, not carried out: files beside the program reach the function with its code, at /app."""
+        """Have a file sent with the code, to `remote_path` in the container (below it, where that ends in `/`).
+
+        It is read when the app is deployed. Files beside the program are sent without being named, to /app.
+
+        Raises:
+            SpecError: no absolute path.
+        """
         del copy
-        return self._step(_words("add_local_file", str(local_path), remote_path))
+        remote = _remote(remote_path, "add_local_file")
+        if str(remote_path).endswith("/"):
+            remote = posixpath.join(remote, Path(local_path).name)
+        files = LocalFiles(str(local_path), remote)
+        return self._step(_words("add_local_file", str(local_path), remote), files=[files])
 
     def add_local_dir(self, local_path: str | Path, remote_path: str, *, copy: bool = False, ignore: Any = ()) -> Image:
-        """Recorded, not carried out: directories beside the program reach the function with its code, at /app."""
-        del copy, ignore
-        return self._step(_words("add_local_dir", str(local_path), remote_path))
+        """Have a directory sent with the code, as `remote_path` in the container.
+
+        It is read when the app is deployed. Directories beside the program are sent without being named, to /app.
+
+        Args:
+            ignore: what to leave out: patterns as in .gitignore, or a function of a relative path.
+
+        Raises:
+            SpecError: no absolute path.
+        """
+        del copy
+        files = LocalFiles(str(local_path), _remote(remote_path, "add_local_dir"), _ignored(local_path, ignore))
+        return self._step(_words("add_local_dir", str(local_path), files.remote), files=[files])
 
     def add_local_python_source(self, *modules: str, copy: bool = False, ignore: Any = ()) -> Image:
         """Have modules or packages sent with the code, by name (`"mylib"`): from the program's directory, the working
@@ -318,6 +346,26 @@ def _flat(values: Iterable[Any]) -> list[str]:
 
 def _words(*words: str, env: Any = None) -> str:
     return " ".join(str(w) for w in words) + (f" (env {', '.join(sorted(env))})" if env else "")
+
+
+def _remote(path: Any, where: str) -> str:
+    text = posixpath.normpath(str(path))
+    if not text.startswith("/") or text.startswith("//") or text == "/":
+        raise SpecError(f"Image.{where}: {str(path)!r} is not an absolute path below / ({checks.caller()})")
+    return text
+
+
+def _ignored(local_path: str | Path, ignore: Any) -> tuple[str, ...]:
+    """`ignore=` as patterns."""
+    if isinstance(ignore, str):
+        return (ignore,)
+    if not callable(ignore):
+        return tuple(map(str, ignore))
+    if in_worker():  # The files are the client's.
+        return ()
+    root = Path(local_path)
+    found = (p.relative_to(root) for p in root.rglob("*") if not p.is_dir())
+    return tuple("/" + re.sub(r"([*?\[\\])", r"[\1]", p.as_posix()) for p in sorted(found) if ignore(p))
 
 
 def _requirements(values: Iterable[Any], where: str) -> list[str]:

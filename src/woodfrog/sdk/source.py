@@ -11,13 +11,13 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from woodfrog.errors import SpecError
-from woodfrog.spec import RuntimeSpec
+from woodfrog.spec import CODE, LocalFiles, RuntimeSpec
 
 __all__ = [
     "IGNORE_FILE",
@@ -250,13 +250,13 @@ def _shared(directory: Path) -> bool:
     )
 
 
-def pack(root: Root, *more: Root) -> Archive:
-    """The files of `root` as a tar that is the same byte for byte whenever the files are.
+def pack(roots: Sequence[Root], files: Sequence[LocalFiles] = ()) -> Archive:
+    """A container's files as a tar that is the same byte for byte whenever they are: code in `app`, `files` elsewhere.
 
-    What `more` holds goes in beside them; where it has the same name, `root` comes first, as on the import path.
+    Where several roots hold the same name the first counts, as on the import path; of `files` the last.
 
     Left out: hidden files, caches, virtual environments, node_modules, build artefacts, and what `.woodfrogignore`
-    names (patterns as in .gitignore).
+    names (patterns as in .gitignore); of `files` what their own patterns name only.
 
     Raises:
         SpecError: too many or too large files, an unreadable one, or a symbolic link that leaves the directory.
@@ -265,19 +265,22 @@ def pack(root: Root, *more: Root) -> Archive:
     import tarfile
     from hashlib import sha256
 
-    entries = {relative: (root, kind) for relative, kind in _scan(root).items()}
-    for other in more:
-        if root.only is not None or other.only not in entries:
-            for relative, kind in _scan(other).items():
-                entries.setdefault(relative, (other, kind))
+    code: dict[str, tuple[Path, str, Path]] = {}
+    whole = next(iter(roots), Root(Path()))
+    for root in roots:
+        if root is whole or whole.only is not None or root.only not in code:
+            for relative, kind in _scan(root).items():
+                code.setdefault(relative, (root.directory / relative, kind, root.directory))
+    entries = {f"{CODE}/{relative}": entry for relative, entry in code.items()}
+    for added in files:
+        entries.update(_added(added))
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for relative in sorted(entries):
-            origin, kind = entries[relative]
-            path = origin.directory / relative
-            info = tarfile.TarInfo(relative)
+        for name in sorted(entries):
+            path, kind, base = entries[name]
+            info = tarfile.TarInfo(name)
             if kind == "link":
-                info.type, info.mode, info.linkname = tarfile.SYMTYPE, 0o777, _link(origin, path)
+                info.type, info.mode, info.linkname = tarfile.SYMTYPE, 0o777, _link(base, path)
                 tar.addfile(info)
             elif kind == "dir":
                 info.type, info.mode = tarfile.DIRTYPE, 0o755
@@ -293,11 +296,23 @@ def pack(root: Root, *more: Root) -> Archive:
                 info.size, info.mode = len(data), 0o755 if executable else 0o644
                 tar.addfile(info, io.BytesIO(data))
     data = buffer.getvalue()
-    return Archive(data, sha256(data).hexdigest(), sum(1 for _, k in entries.values() if k == "file"))
+    return Archive(data, sha256(data).hexdigest(), sum(1 for _, k, _ in entries.values() if k == "file"))
 
 
-def _link(root: Root, path: Path) -> str:
-    base = root.directory.resolve()
+def _added(files: LocalFiles) -> dict[str, tuple[Path, str, Path]]:
+    """What an image's `add_local_file` or `add_local_dir` adds: name in the tar to path, kind and top directory."""
+    local = Path(files.local).expanduser().absolute()
+    name = files.remote.lstrip("/")
+    if local.is_file():
+        return {name: (local, "file", local.parent)}
+    if not local.is_dir():
+        raise SpecError(f"Image.add_local_…: {files.local}: no such file or directory", code="no-such-file")
+    found = _scan(Root(local), _rules(files.ignore, f"ignore= of {files.local}"), everything=True)
+    return {name: (local, "dir", local), **{f"{name}/{r}": (local / r, kind, local) for r, kind in found.items()}}
+
+
+def _link(base: Path, path: Path) -> str:
+    base = base.resolve()
     target = Path(os.path.normpath(path.parent.resolve() / os.readlink(path)))
     if not target.is_relative_to(base) or not Path(os.path.realpath(target)).is_relative_to(base):
         raise SpecError(
@@ -308,9 +323,16 @@ def _link(root: Root, path: Path) -> str:
     return os.path.relpath(target, path.parent.resolve())
 
 
-def _scan(root: Root) -> dict[str, str]:
-    """Relative path to "file", "dir" or "link"."""
-    ignored = _ignore_rules(root.directory / IGNORE_FILE)
+def _scan(
+    root: Root, ignored: Callable[[str, bool], bool] | None = None, *, everything: bool = False
+) -> dict[str, str]:
+    """Relative path to "file", "dir" or "link".
+
+    Args:
+        ignored: the rules; those of the directory's own file unless given.
+        everything: hidden files, caches and so on, too.
+    """
+    ignored = ignored or _ignore_rules(root.directory / IGNORE_FILE)
     found: dict[str, str] = {}
     sizes: Counter[str] = Counter()
     files = 0
@@ -328,7 +350,7 @@ def _scan(root: Root) -> dict[str, str]:
         for child in children:
             relative = f"{folder}/{child.name}" if folder else child.name
             is_dir = child.is_dir(follow_symlinks=False)
-            if _never(child, is_dir) or ignored(relative, is_dir):
+            if (not everything and _never(child, is_dir)) or ignored(relative, is_dir):
                 continue
             if child.is_symlink():
                 found[relative] = "link"
@@ -342,11 +364,16 @@ def _scan(root: Root) -> dict[str, str]:
     total = sum(sizes.values())
     if total > MAX_BYTES or files > MAX_FILES:
         largest = ", ".join(f"{name} ({size / (1 << 20):.1f} MiB)" for name, size in sizes.most_common(3))
+        whose = "it" if everything else "the program's directory"
+        remedy = (
+            "leave some out with ignore=, or keep them in a Volume (`woodfrog volume put`)"
+            if everything
+            else f"name what is not code in {root.directory / IGNORE_FILE}, or move the program into one of its own"
+        )
         raise SpecError(
-            f"{root.directory}: the program's directory holds {files}{'+' if files > _SCAN_FILES else ''} files of "
-            f"{total / (1 << 20):.0f} MiB, over the limit of {MAX_FILES} files or {MAX_BYTES >> 20} MiB; "
-            f"largest: {largest}; name what is not code in {root.directory / IGNORE_FILE}, or move the program into a "
-            "directory of its own",
+            f"{root.directory}: {whose} holds {files}"
+            f"{'+' if files > _SCAN_FILES else ''} files of {total / (1 << 20):.0f} MiB, over the limit of {MAX_FILES} "
+            f"files or {MAX_BYTES >> 20} MiB; largest: {largest}; {remedy}",
             code="source-too-large",
         )
     return found
@@ -367,11 +394,14 @@ def _never(entry: os.DirEntry[str], is_dir: bool) -> bool:
 
 def _ignore_rules(path: Path) -> Callable[[str, bool], bool]:
     """The last matching pattern decides, `!` takes back; a directory left out takes all below with it."""
-    rules: list[tuple[re.Pattern[str], bool, bool]] = []
     try:
-        lines = path.read_text().splitlines() if path.is_file() else []
+        return _rules(path.read_text().splitlines() if path.is_file() else (), str(path))
     except (OSError, UnicodeDecodeError) as e:
         raise SpecError(f"{path}: {e}") from None
+
+
+def _rules(lines: Iterable[str], where: str) -> Callable[[str, bool], bool]:
+    rules: list[tuple[re.Pattern[str], bool, bool]] = []
     for line in lines:
         pattern = line.strip()
         if not pattern or pattern.startswith("#"):
@@ -385,7 +415,7 @@ def _ignore_rules(path: Path) -> Callable[[str, bool], bool]:
         try:
             rules.append((re.compile(body if anchored else rf"(?:.*/)?{body}"), negated, only_dirs))
         except re.error as e:
-            raise SpecError(f"{path}: {line.strip()!r} is not a pattern: {e}") from None
+            raise SpecError(f"{where}: {line.strip()!r} is not a pattern: {e}") from None
 
     def ignored(relative: str, is_dir: bool) -> bool:
         verdict = False

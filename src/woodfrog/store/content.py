@@ -16,12 +16,11 @@ import uuid
 from pathlib import Path
 
 from woodfrog.errors import NotFoundError, SpecError
+from woodfrog.spec import CODE
 from woodfrog.store.files import fsync_dir, fsync_tree, remove_tree, store_error, write_atomic
 
 __all__ = ["ContentStore"]
 
-APP = "app"
-"""The one directory of a layer with code."""
 _LAYER = ".layer"
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 _BAD_NAME = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
@@ -90,7 +89,7 @@ def _check(digest: str, data: bytes) -> None:
 
 
 class ContentStore:
-    """Blobs in `<root>/blobs`, unpacked source trees in `<root>/code`.
+    """Blobs in `<root>/blobs`, what clients send with their code in `<root>/code`: layers of sandboxes' roots.
 
     Args:
         owner: user and group of the source trees; the caller's own unless given.
@@ -142,11 +141,10 @@ class ContentStore:
         staging = self.code / f".{digest}.{uuid.uuid4().hex}"
         try:
             try:
-                tree = staging / APP
-                tree.mkdir(parents=True)
-                _unpack(tar, tree)
+                (staging / CODE).mkdir(parents=True)
+                _unpack(tar, staging)
                 if self._owner is not None:
-                    _give(tree, self._owner)
+                    _give(staging, self._owner)
                 fsync_tree(staging)
                 os.rename(staging, self._layer(digest))
                 fsync_dir(self.code)
@@ -167,7 +165,7 @@ class ContentStore:
         return self.code / f"{digest}{_LAYER}"
 
     def code_path(self, digest: str) -> Path:
-        """Where the source tree is; its parent is a layer of a sandbox's root, with the tree as its only directory."""
+        """Where the source tree is; its parent is the layer of a sandbox's root that it was sent in."""
         if not self.has_code(digest):
             raise NotFoundError(f"no source {digest[:12]}…: deploy the app again", digest=digest)
-        return self._layer(digest) / APP
+        return self._layer(digest) / CODE
