@@ -227,6 +227,9 @@ class FakeDaemon:
             case "POST", ["apps", app, "stop"]:
                 del self.apps[app]
                 return self.json({})
+            case "POST", ["apps", app, "touch"]:
+                self.apps[app]
+                return self.json({})
             case "GET", ["apps", app, "logs"]:
                 line = {"stream": "stdout", "line": f"logs of {app}"}
                 return 200, {}, json.dumps(line).encode() + b"\n"

@@ -778,6 +778,35 @@ async def test_tidy_forgets_nothing_that_is_wanted(daemon: Daemon, monkeypatch: 
     assert (await daemon.http.get("/apps")).json() == {"apps": []}
 
 
+async def test_an_app_whose_client_is_there_is_not_idle(daemon: Daemon) -> None:
+    """Its end, a question for the answer, and the client's own word count; then comes an end that says why it came."""
+    await daemon.deploy(function("wait"), app="demo", ephemeral=True)
+    touched = daemon.controller.touched
+    call = (await daemon.submit("wait")).headers["woodfrog-call"]
+    touched["demo"] -= 3600
+    await asyncio.sleep(0.02)
+    gates["gate"].set()
+    while not daemon.controller.calls[call].done.is_set():
+        await asyncio.sleep(0.01)
+    daemon.controller.tidy()
+    for path in (f"/calls/{call}", f"/calls/{call}"):
+        assert set(touched) == {"demo"}
+        touched["demo"] -= 3600
+        assert (await daemon.http.get(path)).status_code == 200
+        daemon.controller.tidy()
+        daemon.controller.calls.clear()  # the second time it is the journal's
+    touched["demo"] -= 3600
+    assert (await daemon.http.post("/apps/demo/touch")).json() == {"app": "demo"}
+    daemon.controller.tidy()
+    assert set(touched) == {"demo"}
+    touched["demo"] -= 301
+    daemon.controller.tidy()
+    answer = await daemon.submit("wait")
+    assert answer.status_code == 404 and error_of(answer)["code"] == "app-abandoned"
+    assert "stopped after 5 minutes without its client" in error_of(answer)["message"]
+    assert (await daemon.http.post("/apps/demo/touch")).status_code == 404
+
+
 async def test_tidy_forgets_versions_that_have_drained(daemon: Daemon) -> None:
     await daemon.deploy(function("wait"), app="demo")
     waiting = (await daemon.submit("wait")).headers["woodfrog-call"]

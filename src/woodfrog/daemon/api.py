@@ -375,6 +375,12 @@ def build(
         controller.stop_app(app)
         return {"app": app, "stopped": True}
 
+    @api.post("/v1/apps/{app}/touch")
+    async def touch_app(app: str) -> dict[str, Any]:
+        """Its client is there: an ephemeral app is not idle."""
+        controller.app(app)
+        return {"app": app}
+
     @api.get("/v1/apps/{app}/history")
     async def history(app: str) -> dict[str, Any]:
         rows = controller.journal.deploys(app)

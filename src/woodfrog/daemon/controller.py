@@ -149,6 +149,9 @@ class Controller:
         self.apps: dict[tuple[str, int], tuple[DeployRow, AppSpec]] = {}
         self.active: dict[str, int] = {}
         self.touched: dict[str, float] = {}
+        """When something was last heard of each active app's clients."""
+        self._abandoned: deque[str] = deque(maxlen=1000)
+        """Ephemeral apps that were stopped since nothing was heard of their clients."""
         self._known_groups: set[tuple[str, int, str, str]] = set()
         self._events: deque[ev.Event] = deque()
         self._running = False
@@ -390,10 +393,22 @@ class Controller:
         """
         version = self.active.get(name)
         if version is None:
+            if name in self._abandoned:
+                raise NotFoundError(
+                    f"this app.run() was stopped after {_EPHEMERAL_TTL_S / 60:.0f} minutes without its client: {name}; "
+                    "run it again, or deploy the app so that it stays",
+                    code="app-abandoned",
+                    app=name,
+                )
             names = ", ".join(sorted(n for n, v in self.active.items() if not self.apps[n, v][0].ephemeral)) or "none"
             raise NotFoundError(f"no app {name!r} is deployed; deployed: {names}", app=name)
-        self.touched[name] = self.now()
+        self.touch(name)
         return self.apps[name, version]
+
+    def touch(self, name: str) -> None:
+        """A client of the app is there: an ephemeral one is not idle."""
+        if name in self.touched:
+            self.touched[name] = self.now()
 
     def _function(self, app: str, tag: str) -> tuple[DeployRow, FunctionSpec]:
         """A function of an app's active version.
@@ -500,10 +515,12 @@ class Controller:
         """A call in memory, or a finished one from the journal."""
         record = self.calls.get(call_id)
         if record is not None:
+            self.touch(record.row.app)
             return record
         row = self.journal.call(call_id)
         if row is None or row.outcome is None:
             return None
+        self.touch(row.app)
         record = CallRecord(row, Payload(data=b""))
         record.outcome, record.error = row.outcome, row.error
         record.from_journal = True
@@ -591,6 +608,7 @@ class Controller:
         record = self.calls.get(action.call_id)
         if record is None or record.outcome is not None:
             return
+        self.touch(record.row.app)  # its client may have nothing to ask before it has looked at the answer
         record.outcome = action.outcome
         answer = record.answer
         if action.outcome in ("success", "exception") and answer is not None:
@@ -898,6 +916,7 @@ class Controller:
             row, _ = self.apps[name, self.active[name]]
             if row.ephemeral and name not in busy and self.now() - touched > _EPHEMERAL_TTL_S:
                 self.stop_app(name)
+                self._abandoned.append(name)
         wanted = {(s.app, s.version) for s in self.state.services.values()} | set(self.active.items())
         for key in self.apps.keys() - wanted:
             del self.apps[key]
