@@ -7,6 +7,7 @@ import base64
 import errno
 import hashlib
 import json
+import os
 import pickle
 import sys
 import uuid
@@ -805,6 +806,31 @@ async def test_an_app_whose_client_is_there_is_not_idle(daemon: Daemon) -> None:
     assert answer.status_code == 404 and error_of(answer)["code"] == "app-abandoned"
     assert "stopped after 5 minutes without its client" in error_of(answer)["message"]
     assert (await daemon.http.post("/apps/demo/touch")).status_code == 404
+
+
+async def test_apps_that_were_run_leave_no_descriptor(daemon: Daemon) -> None:
+    """Whoever follows the log of one gets its end."""
+    await daemon.deploy(function("square"), app="kept")
+    for number in range(20):
+        app = f"run-{number}"
+        await daemon.deploy(function("square"), app=app, ephemeral=True)
+        assert await daemon.call("square", 2, app=app) == 4
+    following = asyncio.ensure_future(daemon.http.get("/apps/run-7/logs", params={"follow": True}))
+    await asyncio.sleep(0.05)
+    for number in range(20):
+        await daemon.http.post(f"/apps/run-{number}/stop")
+    while daemon.controller.instances:
+        await asyncio.sleep(0.01)
+    daemon.controller.tidy()
+    log = (await asyncio.wait_for(following, 5)).text
+    assert [json.loads(line)["line"] for line in log.splitlines()][-1] == "stopped"
+    daemon.controller.tidy()
+    paths = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    names = {Path(os.readlink(p)) for p in paths if os.path.islink(p)}
+    logs = daemon.settings.home / "logs"
+    assert [n.name for n in names if n.parent == logs] == ["kept.ndjson"]
+    again = await asyncio.wait_for(daemon.http.get("/apps/run-7/logs", params={"follow": True}), 5)
+    assert again.text == log
 
 
 async def test_tidy_forgets_versions_that_have_drained(daemon: Daemon) -> None:

@@ -40,7 +40,7 @@ from woodfrog.daemon.journal import Journal
 from woodfrog.daemon.logs import LogBook
 from woodfrog.daemon.resources import Resources
 from woodfrog.errors import DaemonError, HostError, SpecError, WoodfrogError
-from woodfrog.linux import heap, requirements
+from woodfrog.linux import descriptors, heap, requirements
 from woodfrog.linux.breakpoints import keep_quick
 from woodfrog.linux.pageserver import page_server_path
 from woodfrog.linux.sandbox import init_binary_path
@@ -200,6 +200,7 @@ def _keeper(settings: Settings, catalogue: Catalogue, store: PageStore, key: Sig
 async def serve(settings: Settings) -> None:
     """Run until asked to stop."""
     heap.confine()
+    descriptors.raise_limit()
     _prepare_home(settings)
     faults.configure(settings.faults)
     criu, settings = _check_host(settings)

@@ -405,9 +405,8 @@ def build(
 
     @api.get("/v1/apps/{app}/logs")
     async def app_logs(app: str, follow: bool = False, since: float = 0.0) -> StreamingResponse:
-        if app not in controller.active and not controller.journal.deploys(app):
-            raise NotFoundError(f"no app {app!r} was ever deployed here", app=app)
-        lines = controller.logs.app(app).read(since=since, follow=follow)
+        over = controller.is_over(app)
+        lines = controller.logs.app(app).read(since=since, follow=follow and not over)
         return StreamingResponse(lines, media_type="application/x-ndjson")
 
     # Calls

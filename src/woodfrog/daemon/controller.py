@@ -152,6 +152,8 @@ class Controller:
         """When something was last heard of each active app's clients."""
         self._abandoned: deque[str] = deque(maxlen=1000)
         """Ephemeral apps that were stopped since nothing was heard of their clients."""
+        self._leaving: set[str] = set()
+        """Ephemeral apps that were stopped and may still have containers."""
         self._known_groups: set[tuple[str, int, str, str]] = set()
         self._events: deque[ev.Event] = deque()
         self._running = False
@@ -424,8 +426,10 @@ class Controller:
         return row, function
 
     def stop_app(self, name: str) -> None:
-        self.app(name)
+        row, _ = self.app(name)
         self.journal.stop_app(name)
+        if row.ephemeral:
+            self._leaving.add(name)
         self.emit(ev.AppStopped(now=self.now(), app=name))
         self.active.pop(name, None)
         self.touched.pop(name, None)
@@ -433,6 +437,19 @@ class Controller:
             del self.apps[key]
         self._known_groups = {g for g in self._known_groups if g[0] != name}
         self.logs.note(name, "stopped")
+
+    def is_over(self, name: str) -> bool:
+        """Whether nothing is written of an app any more: it was ephemeral, was stopped, and has no container.
+
+        Raises:
+            NotFoundError: there was never such an app.
+        """
+        if name in self.active:
+            return False
+        rows = self.journal.deploys(name)
+        if not rows:
+            raise NotFoundError(f"no app {name!r} was ever deployed here", app=name)
+        return rows[-1].ephemeral and not any(i.request.app == name for i in self.instances.values())
 
     def request_snapshot(self, app: str, tag: str) -> None:
         """Capture without waiting for a call.
@@ -921,6 +938,10 @@ class Controller:
         for key in self.apps.keys() - wanted:
             del self.apps[key]
         self._known_groups = {g for g in self._known_groups if g[:2] in self.apps}
+        with_containers = {i.request.app for i in self.instances.values()}
+        over = self._leaving - with_containers
+        self.logs.settle(with_containers | set(self.active), over)
+        self._leaving -= over
         if self._record_path is not None:
             try:
                 self._record.flush()
