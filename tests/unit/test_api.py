@@ -26,7 +26,7 @@ from woodfrog.daemon.controller import Controller
 from woodfrog.daemon.journal import Journal
 from woodfrog.daemon.logs import LogBook
 from woodfrog.daemon.resources import Resources
-from woodfrog.errors import error_from_dict
+from woodfrog.errors import StoreError, error_from_dict
 from woodfrog.protocol import unpack_items
 from woodfrog.settings import Settings
 from woodfrog.snapshot.catalogue import Catalogue
@@ -831,6 +831,56 @@ async def test_apps_that_were_run_leave_no_descriptor(daemon: Daemon) -> None:
     assert [n.name for n in names if n.parent == logs] == ["kept.ndjson"]
     again = await asyncio.wait_for(daemon.http.get("/apps/run-7/logs", params={"follow": True}), 5)
     assert again.text == log
+
+
+@pytest.mark.parametrize("room", ["for-a-row", "after-a-while", "at-the-end"])
+async def test_a_call_that_was_said_to_have_failed_is_not_run_again(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, room: str
+) -> None:
+    """The disk has no room for its answer; at first perhaps not even for a word about it."""
+    ran: list[int] = []
+    daemon.backend.functions = {**FUNCTIONS, "square": lambda x: ran.append(x) or "x" * (1 << 20)}
+    await daemon.deploy(function("square"))
+    finish = daemon.journal.finish_call
+    full = True
+
+    def finish_call(call_id: str, **answer: Any) -> None:
+        if full and (answer["result"].size or room != "for-a-row"):
+            raise StoreError("cannot keep a call's out: No space left on device", code="disk-full")
+        finish(call_id, **answer)
+
+    monkeypatch.setattr(daemon.journal, "finish_call", finish_call)
+    call = uuid.uuid4().hex
+    for _ in range(2):
+        answer = await daemon.submit("square", 5, wait=10, Woodfrog_Call=call)
+        assert answer.headers["woodfrog-status"] == "failure" and error_of(answer)["code"] == "disk-full"
+        for record in daemon.controller.calls.values():
+            record.submitted -= 3600
+        daemon.controller.tidy()  # it may forget the call only if the journal knows of it
+    full = False
+    if room == "after-a-while":
+        daemon.controller.tidy()
+        await daemon.die()
+    else:
+        await daemon.close()
+    again = Daemon(daemon.settings.home)
+    assert again.controller.calls == {}
+    answer = await again.submit("square", 5, wait=10, Woodfrog_Call=call)
+    assert answer.headers["woodfrog-status"] == "failure" and error_of(answer)["code"] == "disk-full" and ran == [5]
+    await again.close()
+    daemon.__dict__.update(Daemon(daemon.settings.home).__dict__)
+
+
+async def test_housekeeping_goes_on_after_a_step_that_fails(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(before: float) -> list[str]:
+        raise StoreError("the daemon's journal cannot be used: database or disk is full", code="journal")
+
+    monkeypatch.setattr(daemon.journal, "prune", broken)
+    await daemon.deploy(function("square"), app="demo", ephemeral=True)
+    assert await daemon.call("square", 3) == 9
+    daemon.controller.touched["demo"] -= 3600
+    daemon.controller.tidy()
+    assert daemon.controller.active == {}
 
 
 async def test_tidy_forgets_versions_that_have_drained(daemon: Daemon) -> None:

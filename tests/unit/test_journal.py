@@ -257,6 +257,30 @@ def test_a_full_disk(tmp_path: Path) -> None:
         subprocess.run(["umount", str(home)], check=True)
 
 
+def test_bodies_go_where_the_disk_has_no_room_to_delete_a_row(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for call in ("c1", "c2"):
+        add(journal, call)
+        finish(journal, call, Payload(data=BIG))
+    journal._db.execute("PRAGMA query_only=1")
+    with pytest.raises(StoreError):
+        journal.prune(time.time() + 1)
+    assert bodies(tmp_path) == set()
+    with pytest.raises(OutputExpired):
+        journal.result("c1")
+    journal._db.execute("PRAGMA query_only=0")
+    assert set(journal.prune(time.time() + 1)) == {"c1", "c2"}
+
+
+def test_an_answer_that_was_not_recorded_leaves_no_body(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    add(journal, "c1")
+    journal._db.execute("PRAGMA query_only=1")
+    with pytest.raises(StoreError):
+        finish(journal, "c1", spooled(tmp_path, BIG))
+    assert bodies(tmp_path) == set()
+
+
 async def test_payloads() -> None:
     assert Payload(data=b"").size == 0 and Payload().read() == b""
     assert b"".join([c async for c in Payload(data=b"x").chunks()]) == b"x"

@@ -325,12 +325,7 @@ def _leave_in(seconds: float) -> None:
 async def _tidy(controller: Controller) -> None:
     while True:
         await asyncio.sleep(_TIDY_S)
-        try:
-            controller.tidy()
-        except WoodfrogError as e:
-            log.error("housekeeping: %s", e.message)
-        except Exception:  # what is left undone now is done the next time
-            log.exception("housekeeping")
+        controller.tidy()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -72,6 +72,8 @@ class CallRecord:
     submitted: float = field(default_factory=time.monotonic)
     instance_id: str | None = None
     mode: str = ""
+    unwritten: bool = False
+    """It is over, and the journal could not be told: the next daemon would run it again."""
     from_journal: bool = False
     """A finished call read back: a generator's items are not kept there."""
 
@@ -642,11 +644,23 @@ class Controller:
         except StoreError as e:
             # Without a durable answer the caller gets the truth rather than a result that a restart would lose.
             log.error("call %s: %s", action.call_id, e.message)
-            record.outcome, record.error = "failure", e.to_dict()
+            record.outcome, record.error, record.result = "failure", e.to_dict(), Payload(data=b"")
+            self._write_failure(record)
         record.payload = Payload(data=b"")
         record.done.set()
         record.changed.set()
         record.read.set()
+
+    def _write_failure(self, record: CallRecord) -> None:
+        """Tell the journal of a call whose answer it had no room for."""
+        assert record.outcome is not None
+        try:
+            self.journal.finish_call(
+                record.row.id, outcome=record.outcome, error=record.error, result=record.result, trace=[]
+            )
+            record.unwritten = False
+        except StoreError:  # tidy tries again
+            record.unwritten = True
 
     # Instances
 
@@ -918,30 +932,59 @@ class Controller:
     # Housekeeping
 
     def tidy(self) -> None:
-        """Forget old answers, ephemeral apps whose client is gone, and versions that have drained. Called every so
-        often."""
+        """Forget what is over, and let go of what it took. Called every so often."""
+        for step in (
+            self._forget_results,
+            self._forget_calls,
+            self._stop_abandoned,
+            self._forget_versions,
+            self._settle_logs,
+            self._flush_record,
+        ):
+            try:
+                step()
+            except WoodfrogError as e:
+                log.error("housekeeping: %s", e.message)
+            except Exception:  # what is left undone now is done the next time
+                log.exception("housekeeping")
+
+    def _forget_results(self) -> None:
         for call_id in self.journal.prune(time.time() - self.settings.keep_results_s):
             record = self.calls.pop(call_id, None)
             if record is not None:
                 record.drop_items()
+
+    def _forget_calls(self) -> None:
+        """The journal has them: memory is for what somebody may be waiting for."""
         for call_id, record in list(self.calls.items()):
-            # The journal has it: memory is for what somebody may be waiting for.
-            if record.done.is_set() and not record.items and self.now() - record.submitted > 60:
+            if record.unwritten:
+                self._write_failure(record)
+            elif record.done.is_set() and not record.items and self.now() - record.submitted > 60:
                 del self.calls[call_id]
+
+    def _stop_abandoned(self) -> None:
+        """Ephemeral apps whose client is gone."""
         busy = {r.row.app for r in self.calls.values() if not r.done.is_set()}
         for name, touched in list(self.touched.items()):
             row, _ = self.apps[name, self.active[name]]
             if row.ephemeral and name not in busy and self.now() - touched > _EPHEMERAL_TTL_S:
                 self.stop_app(name)
                 self._abandoned.append(name)
+
+    def _forget_versions(self) -> None:
+        """Those that have drained."""
         wanted = {(s.app, s.version) for s in self.state.services.values()} | set(self.active.items())
         for key in self.apps.keys() - wanted:
             del self.apps[key]
         self._known_groups = {g for g in self._known_groups if g[:2] in self.apps}
+
+    def _settle_logs(self) -> None:
         with_containers = {i.request.app for i in self.instances.values()}
         over = self._leaving - with_containers
         self.logs.settle(with_containers | set(self.active), over)
         self._leaving -= over
+
+    def _flush_record(self) -> None:
         if self._record_path is not None:
             try:
                 self._record.flush()
@@ -960,6 +1003,9 @@ class Controller:
         if self._wake is not None:
             self._wake.cancel()
         await self.backend.close()
+        for record in self.calls.values():
+            if record.unwritten:
+                self._write_failure(record)
         for task in list(self._tasks):
             task.cancel()
         self._end_record()

@@ -213,10 +213,16 @@ class Journal:
     ) -> None:
         """Record the answer; the arguments are dropped, since nothing can ask for them any more."""
         data = self._keep(call_id, "out", result)
-        self._execute(
-            "UPDATE calls SET finished = ?, outcome = ?, error = ?, result = ?, trace = ?, payload = NULL WHERE id = ?",
-            *(time.time(), outcome, json.dumps(error) if error else None, data, json.dumps(trace), call_id),
-        )
+        try:
+            self._execute(
+                "UPDATE calls SET finished = ?, outcome = ?, error = ?, result = ?, trace = ?, payload = NULL"
+                " WHERE id = ?",
+                *(time.time(), outcome, json.dumps(error) if error else None, data, json.dumps(trace), call_id),
+            )
+        except StoreError:
+            if data is None:
+                self._drop(self.bodies / f"{call_id}.out")
+            raise
         self._drop(self.bodies / f"{call_id}.in")
 
     def call(self, call_id: str) -> CallRow | None:
@@ -241,10 +247,12 @@ class Journal:
     def prune(self, before: float) -> list[str]:
         """Forget calls finished before `before` (Unix time); returns their ids."""
         ids = [r[0] for r in self._execute("SELECT id FROM calls WHERE finished < ?", before)]
+        # Bodies first: on a full disk there is no room to delete a row in until something has gone.
         for call_id in ids:
-            self._execute("DELETE FROM calls WHERE id = ?", call_id)
             for kind in ("in", "out"):
                 self._drop(self.bodies / f"{call_id}.{kind}")
+        for call_id in ids:
+            self._execute("DELETE FROM calls WHERE id = ?", call_id)
         if ids:
             self._execute("DELETE FROM params WHERE digest NOT IN (SELECT params_digest FROM calls)")
         return ids
