@@ -340,6 +340,47 @@ async def test_generators(daemon: Daemon) -> None:
     assert kind == b"f" and json.loads(body)["code"] == "crashed"
 
 
+@pytest.mark.parametrize(
+    ("read", "after", "kept"),
+    [
+        ("all", 50, True),
+        ("all", 70, False),
+        ("none", 250, True),
+        ("none", 310, False),
+        ("some", 3500, True),
+        ("some", 3700, False),
+        ("cancelled", 70, False),
+    ],
+)
+async def test_items_are_kept_for_who_may_still_read_them(daemon: Daemon, read: str, after: int, kept: bool) -> None:
+    def count(n: int) -> Iterator[Any]:
+        yield b"x" * (5 << 20)  # on disk
+        yield from range(1, n)
+
+    daemon.backend.functions = {**FUNCTIONS, "count": count}
+    await daemon.deploy(function("count"))
+    call = (await daemon.submit("count", 450)).headers["woodfrog-call"]
+    record = daemon.controller.calls[call]
+    if read == "cancelled":
+        while not record.items:
+            await asyncio.sleep(0)
+        await daemon.http.post(f"/calls/{call}/cancel")
+    await asyncio.wait_for(record.done.wait(), 10)
+    got = {"all": 400, "some": 200}.get(read, 0)
+    if got:
+        await daemon.http.get(f"/calls/{call}/items", params={"after": got})
+        assert len(record.items) == 450 - got and record.count == 450
+        again = await daemon.http.get(f"/calls/{call}/items", params={"after": got - 1})
+        assert error_of(again)["code"] == "expired"
+    for name in ("submitted", "finished", "asked", "closed"):
+        if getattr(record, name) is not None:
+            setattr(record, name, getattr(record, name) - after)
+    daemon.controller.tidy()
+    assert (call in daemon.controller.calls) is kept
+    if not kept:
+        assert not record.items and daemon.spooled() == []
+
+
 async def test_a_generator_whose_items_are_gone_says_so(daemon: Daemon) -> None:
     await daemon.deploy(function("count"))
     call = (await daemon.submit("count", 5, wait=10)).headers["woodfrog-call"]

@@ -7,6 +7,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import itertools
 import json
 import os
 import tempfile
@@ -458,17 +459,20 @@ def build(
     async def items(call_id: str, after: int = Query(0, ge=0), wait: float = 0.0) -> Response:
         """A generator's items from number `after` on, at least one unless the wait runs out."""
         record = call_of(call_id)
-        if after < record.taken:
+        record.asked = time.monotonic()
+        record.acknowledge(after)
+        deadline = time.monotonic() + min(wait, _MAX_WAIT_S)
+        while record.count <= after and not record.done.is_set() and time.monotonic() < deadline:
+            record.changed.clear()
+            await _wait(record.changed, deadline - time.monotonic())
+        first = after - record.taken
+        if first < 0:
             raise OutputExpired(
                 f"items of call {call_id} before number {record.taken} were taken already", call=call_id
             )
-        record.acknowledge(after)
-        deadline = time.monotonic() + min(wait, _MAX_WAIT_S)
-        while len(record.items) <= after and not record.done.is_set() and time.monotonic() < deadline:
-            record.changed.clear()
-            await _wait(record.changed, deadline - time.monotonic())
-        out = [(kind, payload.read()) for kind, payload in record.items[after : after + _PAGE]]
-        if record.done.is_set() and after + len(out) >= len(record.items):
+        out = [(kind, payload.read()) for kind, payload in itertools.islice(record.items, first, first + _PAGE)]
+        if record.done.is_set() and after + len(out) >= record.count:
+            record.closed = time.monotonic()
             if record.outcome == "success" and record.from_journal:
                 gone = OutputExpired(f"the items of call {call_id} are no longer kept", call=call_id)
                 out.append((b"f", json.dumps(gone.to_dict()).encode()))

@@ -48,6 +48,12 @@ _JOURNAL_LIMIT = 64 << 20
 _EPHEMERAL_TTL_S = 300.0
 _ITEM_LIMIT = 64 << 20
 """Bytes of unread generator items; beyond it the generator waits for its reader."""
+_ANSWER_S = 60.0
+"""How long an answer stays in memory that may have been lost on its way."""
+_UNREAD_S = 300.0
+"""How long the items of a generator that is over wait for somebody to ask for the first."""
+_READER_S = 3600.0
+"""How long a reader may take over one page of items."""
 
 
 @dataclass(eq=False)
@@ -58,9 +64,10 @@ class CallRecord:
     payload: Payload
     done: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    items: list[tuple[bytes, Payload]] = field(default_factory=list)
+    items: deque[tuple[bytes, Payload]] = field(default_factory=deque)
+    """A generator's, without those that the client has."""
     taken: int = 0
-    """Items the client has."""
+    """Items the client has: the number of the first that is kept."""
     unread: int = 0
     """Bytes of items that the client has not said it has."""
     read: asyncio.Event = field(default_factory=asyncio.Event)
@@ -70,6 +77,11 @@ class CallRecord:
     result: Payload = field(default_factory=lambda: Payload(data=b""))
     phases: list[Phase] = field(default_factory=list)
     submitted: float = field(default_factory=time.monotonic)
+    finished: float = 0.0
+    asked: float | None = None
+    """When somebody asked for items last."""
+    closed: float | None = None
+    """When somebody was told last that there are no more items."""
     instance_id: str | None = None
     mode: str = ""
     unwritten: bool = False
@@ -77,22 +89,41 @@ class CallRecord:
     from_journal: bool = False
     """A finished call read back: a generator's items are not kept there."""
 
+    @property
+    def count(self) -> int:
+        """Items there were so far."""
+        return self.taken + len(self.items)
+
     def acknowledge(self, count: int) -> None:
         """The client has the first `count` items: they need not be kept."""
-        for i in range(self.taken, min(count, len(self.items))):
-            kind, payload = self.items[i]
+        while self.items and self.taken < count:
+            _, payload = self.items.popleft()
             self.unread -= payload.size
             if payload.path is not None:
                 payload.path.unlink(missing_ok=True)
-            self.items[i] = (kind, Payload(data=b""))
-            self.taken = i + 1
+            self.taken += 1
         self.read.set()
+
+    def wanted(self, now: float) -> bool:
+        """Whether somebody may still come for what is in memory; the answer itself is in the journal."""
+        if not self.done.is_set():
+            return True
+        if not self.count:
+            return now - self.submitted <= _ANSWER_S
+        if self.closed is not None:
+            return now - self.closed <= _ANSWER_S
+        if self.outcome == "cancelled":
+            return now - self.finished <= _ANSWER_S
+        if self.asked is None:
+            return now - self.finished <= _UNREAD_S
+        return now - max(self.asked, self.finished) <= _READER_S
 
     def drop_items(self) -> None:
         for _, payload in self.items:
             if payload.path is not None:
                 payload.path.unlink(missing_ok=True)
         self.items.clear()
+        self.unread = 0
 
     def trace(self) -> list[dict[str, Any]]:
         return [{"name": p.name, "start_ms": p.start_ms, "ms": p.ms, "parent": p.parent} for p in self.phases]
@@ -627,6 +658,7 @@ class Controller:
         record = self.calls.get(action.call_id)
         if record is None or record.outcome is not None:
             return
+        record.finished = self.now()
         self.touch(record.row.app)  # its client may have nothing to ask before it has looked at the answer
         record.outcome = action.outcome
         answer = record.answer
@@ -955,11 +987,11 @@ class Controller:
                 record.drop_items()
 
     def _forget_calls(self) -> None:
-        """The journal has them: memory is for what somebody may be waiting for."""
         for call_id, record in list(self.calls.items()):
             if record.unwritten:
                 self._write_failure(record)
-            elif record.done.is_set() and not record.items and self.now() - record.submitted > 60:
+            elif not record.wanted(self.now()):
+                record.drop_items()
                 del self.calls[call_id]
 
     def _stop_abandoned(self) -> None:
