@@ -257,6 +257,28 @@ def test_a_full_disk(tmp_path: Path) -> None:
         subprocess.run(["umount", str(home)], check=True)
 
 
+def test_nothing_goes_through_all_calls(tmp_path: Path) -> None:
+    """The event loop waits for each of these; also in a database that an earlier version made."""
+    journal = Journal(tmp_path)
+    for index in ("calls_submitted", "calls_params"):
+        journal._db.execute(f"DROP INDEX {index}")
+    journal.close()
+    journal = Journal(tmp_path)
+    said: list[str] = []
+    journal._db.set_trace_callback(said.append)
+    journal.add_params("p", b"params")
+    add(journal, "c1", params_digest="p")
+    finish(journal, "c1")
+    journal.recent(50)
+    journal.unfinished()
+    journal.result("c1")
+    journal.prune(time.time() + 1)
+    journal._db.set_trace_callback(None)
+    plans = [(sql, row[3]) for sql in set(said) for row in journal._db.execute(f"EXPLAIN QUERY PLAN {sql}")]
+    assert any("calls_params" in step for _, step in plans) and any("calls_submitted" in step for _, step in plans)
+    assert [(sql, step) for sql, step in plans if step.startswith("SCAN calls") and "USING" not in step] == []
+
+
 def test_bodies_go_where_the_disk_has_no_room_to_delete_a_row(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     for call in ("c1", "c2"):

@@ -36,6 +36,8 @@ CREATE TABLE IF NOT EXISTS calls (
 );
 CREATE INDEX IF NOT EXISTS calls_open ON calls (finished) WHERE finished IS NULL;
 CREATE INDEX IF NOT EXISTS calls_finished ON calls (finished) WHERE finished IS NOT NULL;
+CREATE INDEX IF NOT EXISTS calls_submitted ON calls (submitted);
+CREATE INDEX IF NOT EXISTS calls_params ON calls (params_digest) WHERE params_digest != '';
 """
 
 
@@ -254,5 +256,8 @@ class Journal:
         for call_id in ids:
             self._execute("DELETE FROM calls WHERE id = ?", call_id)
         if ids:
-            self._execute("DELETE FROM params WHERE digest NOT IN (SELECT params_digest FROM calls)")
+            self._execute(
+                "DELETE FROM params WHERE NOT EXISTS"
+                " (SELECT 1 FROM calls WHERE params_digest = params.digest AND params_digest != '')"
+            )
         return ids
