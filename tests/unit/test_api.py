@@ -6,12 +6,16 @@ import asyncio
 import base64
 import errno
 import hashlib
+import io
 import json
 import os
 import pickle
 import sys
+import tarfile
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -922,6 +926,104 @@ async def test_housekeeping_goes_on_after_a_step_that_fails(daemon: Daemon, monk
     daemon.controller.touched["demo"] -= 3600
     daemon.controller.tidy()
     assert daemon.controller.active == {}
+
+
+async def tidied(daemon: Daemon) -> None:
+    """Housekeeping, and what it began in threads."""
+    daemon.controller._content_due = 0.0
+    daemon.controller.tidy()
+    while any(
+        p.name.startswith(".") for f in ("code", "blobs", "volumes") for p in (daemon.settings.home / f).iterdir()
+    ):
+        await asyncio.sleep(0.01)
+
+
+async def test_code_goes_that_nobody_needs(daemon: Daemon) -> None:
+    home, sources = daemon.settings.home, {}
+    for name in ("first", "second", "asked", "unused"):
+        data = io.BytesIO()
+        with tarfile.open(fileobj=data, mode="w") as tar:
+            info = tarfile.TarInfo(f"{name}.py")
+            info.size = len(name)
+            tar.addfile(info, io.BytesIO(name.encode()))
+        sources[name] = hashlib.sha256(data.getvalue()).hexdigest()
+        assert (await daemon.http.put(f"/code/{sources[name]}", content=data.getvalue())).status_code == 200
+    blob = hashlib.sha256(b"pickled").hexdigest()
+    assert (await daemon.http.put(f"/blobs/{blob}", content=b"pickled")).status_code == 200
+
+    async def deploy(tag: str, name: str, app: str = "demo", **more: Any) -> None:
+        source = SourceSpec("module", "app", tag, code_digest=sources[name])
+        await daemon.deploy(replace(function(tag, **more), source=source), app=app)
+
+    def kept() -> set[str]:
+        """What is here of what was last asked for hours ago."""
+        found = {name for name, digest in sources.items() if (home / "code" / digest).is_dir()}
+        for path in [*(home / "code").iterdir(), *(home / "blobs").iterdir()]:
+            os.utime(path, (time.time() - 7200, path.stat().st_mtime))
+        return found
+
+    await tidied(daemon)
+    assert kept() == {"first", "second", "asked", "unused"}, "somebody is about to deploy them"
+    await deploy("wait", "first")
+    call = (await daemon.submit("wait")).headers["woodfrog-call"]
+    await deploy("square", "second")
+    await daemon.http.head(f"/code/{kept() and sources['asked']}")
+    await tidied(daemon)
+    assert list((home / "blobs").iterdir()) == []
+    assert kept() == {"first", "second", "asked"}, "the first version has a call to finish"
+    gates["gate"].set()
+    await daemon.http.get(f"/calls/{call}", params={"wait": 5})
+    while daemon.controller.instances:
+        await asyncio.sleep(0.01)
+    daemon.controller.tidy()  # the first version is forgotten
+    await tidied(daemon)
+    assert kept() == {"second"}
+    await daemon.die()
+    again = Daemon(home)
+    await tidied(again)
+    assert kept() == {"second"} and len(list((home / "code").iterdir())) == 1
+    await again.http.post("/apps/demo/stop")
+    await tidied(again)
+    assert list((home / "code").iterdir()) == []
+    await again.close()
+    daemon.__dict__.update(Daemon(home).__dict__)
+
+
+async def test_ephemeral_volumes_go_with_their_app(daemon: Daemon) -> None:
+    names = ("ephemeral-0123456789ab", "ephemeral-data", "ephemeral-ba9876543210", "models")
+    mounts = tuple(VolumeMount(n, f"/v/{n}", False, True, n.startswith("ephemeral-0")) for n in names)
+    await daemon.deploy(function("wait", volumes=(mounts[0], mounts[1], mounts[3])), app="run", ephemeral=True)
+    await daemon.deploy(function("square", volumes=mounts[2:]), app="other")
+    volumes = daemon.settings.home / "volumes"
+    (volumes / names[0] / "file").write_text("x")
+    await daemon.submit("wait", app="run")
+    await asyncio.sleep(0.02)
+    await tidied(daemon)
+    assert {p.name for p in volumes.iterdir()} == set(names)
+    await daemon.http.post("/apps/run/stop")
+    if daemon.controller.instances:  # it has the volume
+        await tidied(daemon)
+        assert {p.name for p in volumes.iterdir()} == set(names)
+    while daemon.controller.instances:
+        await asyncio.sleep(0.01)
+    await tidied(daemon)
+    assert {p.name for p in volumes.iterdir()} == set(names[1:])
+
+
+async def test_what_is_known_of_old_runs_goes(daemon: Daemon) -> None:
+    for app, ephemeral in (("demo", True), ("old", True), ("recent", True), ("kept", False), ("runs", True)):
+        await daemon.deploy(function("square"), app=app, ephemeral=ephemeral)
+    for app in ("demo", "old", "recent", "kept"):
+        await daemon.http.post(f"/apps/{app}/stop")
+    await daemon.deploy(function("square"), app="demo")  # of the same name as one that was run
+    past = time.time() - daemon.settings.keep_results_s - 10
+    daemon.journal._db.execute("UPDATE deploys SET stopped = ? WHERE stopped AND app != 'recent'", (past,))
+    await tidied(daemon)
+    assert {r.app for r in daemon.journal.deploys()} == {"demo", "recent", "kept", "runs"}
+    assert [r.version for r in daemon.journal.deploys("demo")] == [2]
+    logs = {p.name for p in (daemon.settings.home / "logs").iterdir()}
+    assert logs == {f"{app}.ndjson" for app in ("demo", "recent", "kept", "runs")}
+    assert (await daemon.http.get("/apps/old/logs")).status_code == 404
 
 
 async def test_tidy_forgets_versions_that_have_drained(daemon: Daemon) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,12 @@ from woodfrog.daemon.journal import INLINE_BYTES, CallRow, Journal
 from woodfrog.errors import OutputExpired, StoreError
 
 BIG = bytes(range(256)) * ((INLINE_BYTES // 256) + 1)
+
+
+CALL: Any = {
+    **{"tag": "f", "method": "f", "params_digest": "", "encoding": "pickle"},
+    "payload": Payload(data=b""),
+}
 
 
 def add(journal: Journal, call_id: str, payload: Payload | None = None, **more: str) -> CallRow:
@@ -138,6 +145,18 @@ def test_deploys(tmp_path: Path) -> None:
         ("a", 3, True),
     ]
     assert rows[1].ephemeral and rows[1].client == {"user": "é"} and rows[0].spec == {"name": "a"}
+
+
+def test_what_a_daemon_takes_up(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for app in ("a", "a", "a", "b", "b", "c"):
+        journal.add_deploy(app, {"name": app}, ephemeral=app == "c", client={})
+    journal.stop_app("b")
+    journal.add_call("c1", app="a", version=1, **CALL)
+    journal.add_call("c2", app="a", version=2, **CALL)
+    finish(journal, "c2")
+    assert [(r.app, r.version) for r in journal.live()] == [("a", 1), ("a", 3), ("c", 1)]
+    assert journal.live_specs() == ['{"name": "a"}', '{"name": "a"}', '{"name": "c"}']
 
 
 CHILD = """

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from woodfrog.daemon import logs as module
-from woodfrog.daemon.logs import LogBook
+from woodfrog.daemon.logs import LogBook, rotate_own
 
 
 def parse(data: bytes) -> list[dict[str, Any]]:
@@ -251,3 +252,27 @@ async def test_what_nobody_writes_to_has_no_descriptor(tmp_path: Path) -> None:
     book.settle({"deployed"}, set())
     assert open_logs() == {"deployed"} and await lines(book, "stopped") == ["first", "again"]
     book.close()
+
+
+ROTATE = """
+import sys
+from pathlib import Path
+from woodfrog.daemon.logs import rotate_own
+log = Path(sys.argv[1])
+for number in range(100):
+    print(f"{number:09}", flush=True)
+    rotate_own(log, 95)
+"""
+
+
+def test_the_daemon_s_own_log_is_bounded(tmp_path: Path) -> None:
+    log = tmp_path / "daemon.log"
+    with open(log, "ab") as out:
+        subprocess.run([sys.executable, "-c", ROTATE, str(log)], stdout=out, stderr=out, check=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"daemon.log", "daemon.log.old"}
+    assert log.read_text() == ""
+    assert (tmp_path / "daemon.log.old").read_text().split() == [f"{n:09}" for n in range(90, 100)]
+    log.write_bytes(b"x" * 200)
+    rotate_own(log, 95)  # it is not where this process writes
+    assert log.stat().st_size == 200
+    rotate_own(tmp_path / "none", 95)

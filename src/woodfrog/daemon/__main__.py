@@ -37,7 +37,7 @@ from woodfrog.criu.binary import Criu, find_criu
 from woodfrog.daemon.api import TokenAuth, build
 from woodfrog.daemon.controller import Controller
 from woodfrog.daemon.journal import Journal
-from woodfrog.daemon.logs import LogBook
+from woodfrog.daemon.logs import LogBook, rotate_own
 from woodfrog.daemon.resources import Resources
 from woodfrog.errors import DaemonError, HostError, SpecError, WoodfrogError
 from woodfrog.linux import descriptors, heap, requirements
@@ -62,6 +62,7 @@ log = logging.getLogger("woodfrog")
 
 _TIDY_S = 15.0
 _LEAVE_S = 5.0
+_OWN_LOG = 16 << 20
 EVERYTHING_MIB = 1 << 40
 
 
@@ -299,7 +300,7 @@ async def serve(settings: Settings) -> None:
         cls.digest[:12],
     )
     running = [asyncio.ensure_future(s.serve(sockets=[sock])) for s, sock in servers]
-    tidy = asyncio.ensure_future(_tidy(controller))
+    tidy = asyncio.ensure_future(_tidy(controller, settings.home / "daemon.log"))
     try:
         await asyncio.wait([asyncio.ensure_future(down.wait()), *running], return_when=asyncio.FIRST_COMPLETED)
         log.info("stopping")
@@ -322,10 +323,12 @@ def _leave_in(seconds: float) -> None:
     os._exit(0)
 
 
-async def _tidy(controller: Controller) -> None:
+async def _tidy(controller: Controller, own_log: Path) -> None:
     while True:
         await asyncio.sleep(_TIDY_S)
         controller.tidy()
+        with contextlib.suppress(OSError):  # it grows on, and is tried again
+            rotate_own(own_log, _OWN_LOG)
 
 
 def main(argv: list[str] | None = None) -> int:

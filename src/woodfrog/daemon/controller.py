@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import re
 import time
@@ -38,6 +39,7 @@ from woodfrog.settings import Settings
 from woodfrog.snapshot.catalogue import PINNED, Catalogue
 from woodfrog.snapshot.manifest import Manifest
 from woodfrog.spec import AppSpec, FunctionSpec, ImageSpec, from_dict, function_key, to_dict
+from woodfrog.store.files import remove_tree
 from woodfrog.telemetry import Phase, counters
 
 __all__ = ["CallRecord", "Controller"]
@@ -46,6 +48,10 @@ log = logging.getLogger("woodfrog")
 
 _JOURNAL_LIMIT = 64 << 20
 _EPHEMERAL_TTL_S = 300.0
+_RUNS_AT_ONCE = 20
+_CONTENT_EVERY_S = 600.0
+_CONTENT_KEPT_S = 3600.0
+"""How long code stays that no app needs: a client that found it here deploys it soon, and edits are taken back."""
 _ITEM_LIMIT = 64 << 20
 """Bytes of unread generator items; beyond it the generator waits for its reader."""
 _ANSWER_S = 60.0
@@ -187,6 +193,7 @@ class Controller:
         """Ephemeral apps that were stopped since nothing was heard of their clients."""
         self._leaving: set[str] = set()
         """Ephemeral apps that were stopped and may still have containers."""
+        self._content_due = 0.0
         self._known_groups: set[tuple[str, int, str, str]] = set()
         self._events: deque[ev.Event] = deque()
         self._running = False
@@ -307,14 +314,8 @@ class Controller:
         unfinished: dict[tuple[str, int], list[CallRow]] = {}
         for row in self.journal.unfinished():
             unfinished.setdefault((row.app, row.version), []).append(row)
-        newest: dict[str, int] = {}
-        live = [d for d in self.journal.deploys() if d.stopped is None]
-        for deploy in live:
-            newest[deploy.app] = max(deploy.version, newest.get(deploy.app, 0))
-        for deploy in live:
+        for deploy in self.journal.live():
             key = (deploy.app, deploy.version)
-            if deploy.version != newest[deploy.app] and key not in unfinished:
-                continue
             try:
                 self._take_deploy(deploy)
             except SpecError as e:
@@ -971,6 +972,8 @@ class Controller:
             self._stop_abandoned,
             self._forget_versions,
             self._settle_logs,
+            self._forget_runs,
+            self._remove_unneeded,
             self._flush_record,
         ):
             try:
@@ -1016,6 +1019,27 @@ class Controller:
         self.logs.settle(with_containers | set(self.active), over)
         self._leaving -= over
 
+    def _forget_runs(self) -> None:
+        """Ephemeral apps of which no result is kept any more."""
+        for name in self.journal.ended_runs(time.time() - self.settings.keep_results_s, _RUNS_AT_ONCE):
+            if self.journal.forget_run(name):
+                self.logs.remove(name)
+
+    def _specs(self) -> list[str]:
+        """All that runs, or may be started, as JSON."""
+        specs = self.journal.live_specs()
+        specs += [json.dumps(row.spec) for row, _ in self.apps.values()]
+        return specs + [json.dumps(to_dict(i.request.spec)) for i in self.instances.values()]
+
+    def _remove_unneeded(self) -> None:
+        """What clients sent for apps, and ephemeral volumes of apps, that are gone."""
+        aside = self.resources.set_volumes_aside(self._specs)
+        if self.now() >= self._content_due:
+            self._content_due = self.now() + _CONTENT_EVERY_S
+            aside += self.resources.set_content_aside(self._specs(), time.time() - _CONTENT_KEPT_S)
+        if aside:
+            self._task(asyncio.to_thread(_remove, aside))
+
     def _flush_record(self) -> None:
         if self._record_path is not None:
             try:
@@ -1041,6 +1065,14 @@ class Controller:
         for task in list(self._tasks):
             task.cancel()
         self._end_record()
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        try:
+            remove_tree(path)
+        except OSError as e:  # the next daemon tries again
+            log.warning("cannot remove %s: %s", path, e)
 
 
 def _as_error(what: str, error: Exception) -> WoodfrogError:

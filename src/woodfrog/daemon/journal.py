@@ -34,11 +34,20 @@ CREATE TABLE IF NOT EXISTS calls (
     params_digest TEXT NOT NULL, encoding TEXT NOT NULL, payload BLOB, submitted REAL NOT NULL,
     finished REAL, outcome TEXT, error TEXT, result BLOB, trace TEXT
 );
+CREATE INDEX IF NOT EXISTS deploys_live ON deploys (app, version) WHERE stopped IS NULL;
+CREATE INDEX IF NOT EXISTS deploys_runs ON deploys (stopped) WHERE ephemeral AND stopped IS NOT NULL;
 CREATE INDEX IF NOT EXISTS calls_open ON calls (finished) WHERE finished IS NULL;
 CREATE INDEX IF NOT EXISTS calls_finished ON calls (finished) WHERE finished IS NOT NULL;
 CREATE INDEX IF NOT EXISTS calls_submitted ON calls (submitted);
 CREATE INDEX IF NOT EXISTS calls_params ON calls (params_digest) WHERE params_digest != '';
 """
+
+
+_LIVE = """stopped IS NULL AND (
+    version = (SELECT max(version) FROM deploys AS d WHERE d.app = deploys.app AND d.stopped IS NULL)
+    OR EXISTS (SELECT 1 FROM calls WHERE finished IS NULL AND app = deploys.app AND version = deploys.version)
+)"""
+"""Each running app's newest version, and those before it that have calls to finish."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +134,29 @@ class Journal:
 
     def deploys(self, app: str | None = None) -> list[DeployRow]:
         """All deploys, or those of one app, oldest first."""
-        where, values = ("WHERE app = ?", (app,)) if app is not None else ("", ())
+        return self._deploys("WHERE app = ?", app) if app is not None else self._deploys("")
+
+    def live(self) -> list[DeployRow]:
+        """What a daemon has to take up."""
+        return self._deploys(f"WHERE {_LIVE}")
+
+    def live_specs(self) -> list[str]:
+        """The specs of these, as JSON."""
+        return [row[0] for row in self._execute(f"SELECT spec FROM deploys WHERE {_LIVE}")]
+
+    def _deploys(self, where: str, *values: Any) -> list[DeployRow]:
         rows = self._execute(f"SELECT * FROM deploys {where} ORDER BY deployed, version", *values)
         return [DeployRow(a, v, json.loads(s), bool(e), json.loads(c), d, x) for a, v, s, e, c, d, x in rows]
+
+    def ended_runs(self, before: float, limit: int) -> list[str]:
+        """Ephemeral apps that were stopped before `before` (Unix time)."""
+        sql = "SELECT DISTINCT app FROM deploys WHERE ephemeral AND stopped < ? LIMIT ?"
+        return [row[0] for row in self._execute(sql, before, limit)]
+
+    def forget_run(self, app: str) -> bool:
+        """Forget an ephemeral app that was stopped; whether nothing is known of its name any more."""
+        self._execute("DELETE FROM deploys WHERE app = ? AND ephemeral AND stopped IS NOT NULL", app)
+        return self._execute("SELECT 1 FROM deploys WHERE app = ?", app).fetchone() is None
 
     # Calls
 

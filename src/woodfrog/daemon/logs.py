@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["AppLog", "LogBook"]
+__all__ = ["AppLog", "LogBook", "rotate_own"]
 
 _LINE_LIMIT = 64 << 10
 _BLOCK = 64 << 10
@@ -214,6 +214,19 @@ class LogBook:
         base = {"t": now, "instance": instance, "function": function, "stream": stream, "call": call}
         self.app(app).write([{**base, "line": line.decode(errors="replace")} for line in lines])
 
+    def remove(self, name: str) -> None:
+        """Forget an app's log.
+
+        Raises:
+            OSError: it is still there.
+        """
+        log = self._apps.pop(name, None)
+        if log is not None:
+            log.end()
+            log.close()
+        for path in (self._root / f"{name}.ndjson", self._root / f"{name}.old"):
+            path.unlink(missing_ok=True)
+
     def settle(self, live: set[str], over: set[str]) -> None:
         """Keep no descriptor for what is not written to.
 
@@ -232,3 +245,28 @@ class LogBook:
     def close(self) -> None:
         for log in self._apps.values():
             log.close()
+
+
+def rotate_own(path: Path, limit: int) -> None:
+    """Begin the daemon's own log anew when it is longer than `limit` bytes; the one before it is kept as `<path>.old`.
+
+    Does nothing where standard output and standard error go elsewhere.
+
+    Raises:
+        OSError: it goes on as it was.
+    """
+    there = os.stat(path) if path.exists() else None
+    if there is None or there.st_size <= limit:
+        return
+    streams = [fd for fd in (1, 2) if os.path.samestat(os.fstat(fd), there)]
+    if not streams:
+        return
+    new = path.with_name(path.name + ".new")
+    fd = os.open(new, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.replace(path, path.with_name(path.name + ".old"))
+        os.rename(new, path)
+        for stream in streams:
+            os.dup2(fd, stream)
+    finally:
+        os.close(fd)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from woodfrog.errors import NotFoundError, SpecError
@@ -13,11 +14,13 @@ from woodfrog.linux import rootplan
 from woodfrog.settings import Settings
 from woodfrog.spec import AppSpec, FunctionSpec, SecretSpec, VolumeMount
 from woodfrog.store.content import ContentStore
-from woodfrog.store.files import write_atomic
+from woodfrog.store.files import remove_tree, write_atomic
 
 __all__ = ["Resources"]
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+_EPHEMERAL = re.compile(r"ephemeral-[0-9a-f]{12}")
+_DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
 _TAKEN_MOUNTS = ("/app", "/proc", "/sys", "/dev", "/run", "/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc")
 
 
@@ -54,6 +57,8 @@ class Resources:
         self._volumes = settings.home / "volumes"
         self._secrets.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._volumes.mkdir(mode=0o711, parents=True, exist_ok=True)
+        for leftover in self._volumes.glob(".gone-*"):
+            remove_tree(leftover)
 
     # Secrets
 
@@ -112,6 +117,31 @@ class Resources:
     def mounts(self, function: FunctionSpec) -> tuple[rootplan.VolumeMount, ...]:
         """What a sandbox of this function gets mounted."""
         return tuple(rootplan.VolumeMount(self.volume_path(v), v.path, v.read_only) for v in function.volumes)
+
+    def set_volumes_aside(self, specs: Callable[[], Iterable[str]]) -> list[Path]:
+        """Take away the ephemeral volumes that none of these specs (JSON) names.
+
+        Returns:
+            What is still to be removed; nobody finds it any more.
+        """
+        made = {name for name in os.listdir(self._volumes) if _EPHEMERAL.fullmatch(name)}
+        if made:
+            made -= {name for spec in specs() for name in _EPHEMERAL.findall(spec)}
+        aside = []
+        for name in made:
+            path = self._volumes / f".gone-{name}"
+            os.rename(self._volumes / name, path)
+            aside.append(path)
+        return aside
+
+    def set_content_aside(self, specs: Iterable[str], before: float) -> list[Path]:
+        """Take away code and pickled objects that none of these specs (JSON) names, and nobody asked for since `before`
+        (Unix time).
+
+        Returns:
+            What is still to be removed; nobody finds it any more.
+        """
+        return self._content.set_aside({digest for spec in specs for digest in _DIGEST.findall(spec)}, before)
 
     # Specs
 
