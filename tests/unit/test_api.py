@@ -916,8 +916,26 @@ async def test_a_call_that_was_said_to_have_failed_is_not_run_again(
     daemon.__dict__.update(Daemon(daemon.settings.home).__dict__)
 
 
+async def test_results_are_kept_for_days_and_within_bounds(daemon: Daemon) -> None:
+    await daemon.deploy(function("square"))
+    calls = [(await daemon.submit("square", n, wait=10)).headers["woodfrog-call"] for n in range(3)]
+    for call, days in zip(calls, (8, 6, 1), strict=True):
+        daemon.journal._db.execute("UPDATE calls SET finished = ? WHERE id = ?", (time.time() - days * 86400, call))
+    daemon.controller.tidy()
+    daemon.controller.calls.clear()
+    old = await daemon.http.get(f"/calls/{calls[0]}")
+    assert old.status_code == 404 and "604800 s (WOODFROG_KEEP_RESULTS_S)" in error_of(old)["message"]
+    assert "4096 MiB of them (WOODFROG_KEEP_RESULTS_MIB)" in error_of(old)["message"]
+    assert pickle.loads((await daemon.http.get(f"/calls/{calls[1]}")).content) == 1
+    daemon.journal._db.execute("UPDATE calls SET size = ? WHERE id = ?", (5 << 30, calls[1]))
+    daemon.journal.kept += 5 << 30
+    daemon.controller.tidy()
+    assert (await daemon.http.get(f"/calls/{calls[1]}")).status_code == 404
+    assert pickle.loads((await daemon.http.get(f"/calls/{calls[2]}")).content) == 4
+
+
 async def test_housekeeping_goes_on_after_a_step_that_fails(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(before: float) -> list[str]:
+    def broken(*arguments: float) -> list[str]:
         raise StoreError("the daemon's journal cannot be used: database or disk is full", code="journal")
 
     monkeypatch.setattr(daemon.journal, "prune", broken)

@@ -115,7 +115,7 @@ def test_sweep_and_prune(tmp_path: Path) -> None:
     (tmp_path / "calls" / ".body-1").write_bytes(b"x")
     journal.close()
     journal = Journal(tmp_path)
-    assert bodies(tmp_path) == {"c1.in", "c2.in", "c2.out"}
+    assert bodies(tmp_path) == {"c1.in", "c2.out"}
     assert journal.prune(0.0) == []
     assert journal.prune(time.time() + 1) == ["c2"]
     assert bodies(tmp_path) == {"c1.in"}  # an unfinished one is never pruned
@@ -279,8 +279,10 @@ def test_a_full_disk(tmp_path: Path) -> None:
 def test_nothing_goes_through_all_calls(tmp_path: Path) -> None:
     """The event loop waits for each of these; also in a database that an earlier version made."""
     journal = Journal(tmp_path)
-    for index in ("calls_submitted", "calls_params"):
+    for index in ("calls_submitted", "calls_params", "calls_kept"):
         journal._db.execute(f"DROP INDEX {index}")
+    journal._db.execute("ALTER TABLE calls DROP COLUMN size")
+    journal._db.execute("CREATE INDEX calls_finished ON calls (finished) WHERE finished IS NOT NULL")
     journal.close()
     journal = Journal(tmp_path)
     said: list[str] = []
@@ -291,6 +293,7 @@ def test_nothing_goes_through_all_calls(tmp_path: Path) -> None:
     journal.recent(50)
     journal.unfinished()
     journal.result("c1")
+    journal.live()
     journal.prune(time.time() + 1)
     journal._db.set_trace_callback(None)
     plans = [(sql, row[3]) for sql in set(said) for row in journal._db.execute(f"EXPLAIN QUERY PLAN {sql}")]
@@ -320,6 +323,29 @@ def test_an_answer_that_was_not_recorded_leaves_no_body(tmp_path: Path) -> None:
     with pytest.raises(StoreError):
         finish(journal, "c1", spooled(tmp_path, BIG))
     assert bodies(tmp_path) == set()
+
+
+def test_the_oldest_results_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(module.time, "time", lambda: clock[0])
+    journal = Journal(tmp_path)
+    for number in range(10):
+        clock[0] = 1000.0 + number
+        add(journal, f"c{number}")
+        finish(journal, f"c{number}", Payload(data=BIG if number % 2 else b"x" * 100_000))
+    each = (len(BIG) + 100_000) // 2
+    assert each * 10 < journal.kept < (each + 2048) * 10
+    journal.close()
+    journal = Journal(tmp_path)
+    assert journal.prune(0.0, 0, 2000.0) == [] and journal.prune(0.0, each * 20, 2000.0) == []
+    assert journal.prune(1002.0, 0, 2000.0) == ["c0", "c1"], "for their age"
+    most = (each + 2048) * 4
+    assert set(journal.prune(0.0, most, 1005.0)) == {"c2", "c3", "c4"}, "not the later ones"
+    assert set(journal.prune(0.0, most, 2000.0)) == {"c5"}
+    assert bodies(tmp_path) == {"c7.out", "c9.out"} and {r.id for r in journal.recent(9)} == {"c6", "c7", "c8", "c9"}
+    kept = journal.kept
+    journal.close()
+    assert Journal(tmp_path).kept == kept < most
 
 
 async def test_payloads() -> None:

@@ -252,9 +252,11 @@ def build(
     def call_of(call_id: str) -> CallRecord:
         record = controller.find_call(call_id)
         if record is None:
-            raise NotFoundError(
-                f"no call {call_id!r}; results are kept for {settings.keep_results_s:.0f} s", call=call_id
-            )
+            seconds = f"{settings.keep_results_s:.0f}"
+            text = f"no call {call_id!r}; results are kept for {seconds} s (WOODFROG_KEEP_RESULTS_S)"
+            if settings.keep_results_mib:
+                text += f", the newest {settings.keep_results_mib} MiB of them (WOODFROG_KEEP_RESULTS_MIB)"
+            raise NotFoundError(text, call=call_id)
         return record
 
     # The daemon

@@ -48,6 +48,8 @@ log = logging.getLogger("woodfrog")
 
 _JOURNAL_LIMIT = 64 << 20
 _EPHEMERAL_TTL_S = 300.0
+_SPARED_S = 3600.0
+"""Results younger than that are kept, however many they are."""
 _RUNS_AT_ONCE = 20
 _CONTENT_EVERY_S = 600.0
 _CONTENT_KEPT_S = 3600.0
@@ -984,7 +986,9 @@ class Controller:
                 log.exception("housekeeping")
 
     def _forget_results(self) -> None:
-        for call_id in self.journal.prune(time.time() - self.settings.keep_results_s):
+        now = time.time()
+        most = self.settings.keep_results_mib << 20
+        for call_id in self.journal.prune(now - self.settings.keep_results_s, most, now - _SPARED_S):
             record = self.calls.pop(call_id, None)
             if record is not None:
                 record.drop_items()
