@@ -1007,21 +1007,26 @@ async def test_code_goes_that_nobody_needs(daemon: Daemon) -> None:
     daemon.__dict__.update(Daemon(home).__dict__)
 
 
-async def test_ephemeral_volumes_go_with_their_app(daemon: Daemon) -> None:
+async def test_ephemeral_volumes_go_with_their_app(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("ephemeral-0123456789ab", "ephemeral-data", "ephemeral-ba9876543210", "models")
     mounts = tuple(VolumeMount(n, f"/v/{n}", False, True, n.startswith("ephemeral-0")) for n in names)
     await daemon.deploy(function("wait", volumes=(mounts[0], mounts[1], mounts[3])), app="run", ephemeral=True)
     await daemon.deploy(function("square", volumes=mounts[2:]), app="other")
     volumes = daemon.settings.home / "volumes"
     (volumes / names[0] / "file").write_text("x")
+    (volumes / "ephemeral-000000000000").mkdir()  # its client writes to it first, and deploys its app then
     await daemon.submit("wait", app="run")
     await asyncio.sleep(0.02)
     await tidied(daemon)
-    assert {p.name for p in volumes.iterdir()} == set(names)
+    assert {p.name for p in volumes.iterdir()} == {*names, "ephemeral-000000000000"}
+    monkeypatch.setattr("woodfrog.daemon.resources._UNUSED_S", 0.0)
+    await tidied(daemon)
+    assert {p.name for p in volumes.iterdir()} == set(names), "nobody came for the other one for a day"
     await daemon.http.post("/apps/run/stop")
     if daemon.controller.instances:  # it has the volume
         await tidied(daemon)
         assert {p.name for p in volumes.iterdir()} == set(names)
+    monkeypatch.undo()
     while daemon.controller.instances:
         await asyncio.sleep(0.01)
     await tidied(daemon)
