@@ -264,7 +264,9 @@ def rotate_own(path: Path, limit: int) -> None:
     new = path.with_name(path.name + ".new")
     fd = os.open(new, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        os.replace(path, path.with_name(path.name + ".old"))
+        old = path.with_name(path.name + ".old")
+        old.unlink(missing_ok=True)
+        os.link(path, old)  # so that there is a log at every moment
         os.rename(new, path)
         for stream in streams:
             os.dup2(fd, stream)
