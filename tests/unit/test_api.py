@@ -738,13 +738,20 @@ async def test_restart_takes_up_unfinished_calls(tmp_path: Path) -> None:
     await second.close()
 
 
-async def test_restart_after_the_app_was_stopped_cancels(tmp_path: Path) -> None:
+async def test_restart_after_the_app_was_stopped_cancels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gates.clear()
     first = Daemon(tmp_path)
     await first.deploy(function("wait"))
     call = (await first.submit("wait")).headers["woodfrog-call"]
     first.journal.stop_app("demo")  # killed between this and the calls' end
     await first.die()
+
+    def full(*arguments: Any, **answer: Any) -> None:
+        raise StoreError("the daemon's journal cannot be used: database or disk is full", code="journal")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "finish_call", full)
+        await Daemon(tmp_path).die()  # it starts, all the same
     second = Daemon(tmp_path)
     answer = await second.http.get(f"/calls/{call}")
     assert answer.headers["woodfrog-status"] == "cancelled"

@@ -328,7 +328,12 @@ class Controller:
         for rows in unfinished.values():
             for row in rows:
                 error = CallCancelled(f"app {row.app!r} was stopped").to_dict()
-                self.journal.finish_call(row.id, outcome="cancelled", error=error, result=Payload(data=b""), trace=[])
+                try:
+                    self.journal.finish_call(
+                        row.id, outcome="cancelled", error=error, result=Payload(data=b""), trace=[]
+                    )
+                except StoreError as e:  # on a full disk a daemon has to start, to make room; the next one tries again
+                    log.error("call %s: %s", row.id, e.message)
 
     def deploy(self, raw: dict[str, Any], *, ephemeral: bool, client: dict[str, Any], capture: bool) -> dict[str, Any]:
         """A new version of an app.
