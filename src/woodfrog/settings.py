@@ -78,8 +78,10 @@ class Settings:
     network_bridge: str = "wf0"
     disk_mib: int = 0
     """Default size limit of what a sandbox may write, in MiB; 0 = a quarter of the machine's memory."""
-    keep_results_s: float = 3600.0
+    keep_results_s: float = 7 * 86400.0
     """How long a finished call's result can be fetched, in seconds."""
+    keep_results_mib: int = 4096
+    """What such results may take of the disk, in MiB; the oldest go first, none of the last hour; 0 = no limit."""
     log_mib: int = 64
     """Log kept per app, in MiB."""
     keep_snapshots: int = 3

@@ -214,7 +214,7 @@ class FakeDaemon:
                 path = self.home / "code" / digest
                 with tarfile.open(fileobj=io.BytesIO(body)) as tar:
                     tar.extractall(path, filter="data")
-                self.code[digest] = path
+                self.code[digest] = path / "app"
                 return self.json({})
             case "PUT", ["blobs", digest]:
                 path = self.home / digest
@@ -228,6 +228,9 @@ class FakeDaemon:
                 return self.json({"app": app, "functions": self.apps[app]["spec"]["functions"]})
             case "POST", ["apps", app, "stop"]:
                 del self.apps[app]
+                return self.json({})
+            case "POST", ["apps", app, "touch"]:
+                self.apps[app]
                 return self.json({})
             case "GET", ["apps", app, "logs"]:
                 line = {"stream": "stdout", "line": f"logs of {app}"}

@@ -6,11 +6,16 @@ import asyncio
 import base64
 import errno
 import hashlib
+import io
 import json
+import os
 import pickle
 import sys
+import tarfile
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,7 @@ from woodfrog.daemon.controller import Controller
 from woodfrog.daemon.journal import Journal
 from woodfrog.daemon.logs import LogBook
 from woodfrog.daemon.resources import Resources
-from woodfrog.errors import error_from_dict
+from woodfrog.errors import StoreError, error_from_dict
 from woodfrog.protocol import unpack_items
 from woodfrog.settings import Settings
 from woodfrog.snapshot.catalogue import Catalogue
@@ -337,6 +342,47 @@ async def test_generators(daemon: Daemon) -> None:
     answer = await daemon.http.get(f"/calls/{call}/items", params={"wait": 10})
     ((kind, body),) = unpack_items(answer.content)
     assert kind == b"f" and json.loads(body)["code"] == "crashed"
+
+
+@pytest.mark.parametrize(
+    ("read", "after", "kept"),
+    [
+        ("all", 50, True),
+        ("all", 70, False),
+        ("none", 250, True),
+        ("none", 310, False),
+        ("some", 3500, True),
+        ("some", 3700, False),
+        ("cancelled", 70, False),
+    ],
+)
+async def test_items_are_kept_for_who_may_still_read_them(daemon: Daemon, read: str, after: int, kept: bool) -> None:
+    def count(n: int) -> Iterator[Any]:
+        yield b"x" * (5 << 20)  # on disk
+        yield from range(1, n)
+
+    daemon.backend.functions = {**FUNCTIONS, "count": count}
+    await daemon.deploy(function("count"))
+    call = (await daemon.submit("count", 450)).headers["woodfrog-call"]
+    record = daemon.controller.calls[call]
+    if read == "cancelled":
+        while not record.items:
+            await asyncio.sleep(0)
+        await daemon.http.post(f"/calls/{call}/cancel")
+    await asyncio.wait_for(record.done.wait(), 10)
+    got = {"all": 400, "some": 200}.get(read, 0)
+    if got:
+        await daemon.http.get(f"/calls/{call}/items", params={"after": got})
+        assert len(record.items) == 450 - got and record.count == 450
+        again = await daemon.http.get(f"/calls/{call}/items", params={"after": got - 1})
+        assert error_of(again)["code"] == "expired"
+    for name in ("submitted", "finished", "asked", "closed"):
+        if getattr(record, name) is not None:
+            setattr(record, name, getattr(record, name) - after)
+    daemon.controller.tidy()
+    assert (call in daemon.controller.calls) is kept
+    if not kept:
+        assert not record.items and daemon.spooled() == []
 
 
 async def test_a_generator_whose_items_are_gone_says_so(daemon: Daemon) -> None:
@@ -692,13 +738,20 @@ async def test_restart_takes_up_unfinished_calls(tmp_path: Path) -> None:
     await second.close()
 
 
-async def test_restart_after_the_app_was_stopped_cancels(tmp_path: Path) -> None:
+async def test_restart_after_the_app_was_stopped_cancels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gates.clear()
     first = Daemon(tmp_path)
     await first.deploy(function("wait"))
     call = (await first.submit("wait")).headers["woodfrog-call"]
     first.journal.stop_app("demo")  # killed between this and the calls' end
     await first.die()
+
+    def full(*arguments: Any, **answer: Any) -> None:
+        raise StoreError("the daemon's journal cannot be used: database or disk is full", code="journal")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "finish_call", full)
+        await Daemon(tmp_path).die()  # it starts, all the same
     second = Daemon(tmp_path)
     answer = await second.http.get(f"/calls/{call}")
     assert answer.headers["woodfrog-status"] == "cancelled"
@@ -776,6 +829,231 @@ async def test_tidy_forgets_nothing_that_is_wanted(daemon: Daemon, monkeypatch: 
     daemon.controller.touched["demo"] -= 3600
     daemon.controller.tidy()
     assert (await daemon.http.get("/apps")).json() == {"apps": []}
+
+
+async def test_an_app_whose_client_is_there_is_not_idle(daemon: Daemon) -> None:
+    """Its end, a question for the answer, and the client's own word count; then comes an end that says why it came."""
+    await daemon.deploy(function("wait"), app="demo", ephemeral=True)
+    touched = daemon.controller.touched
+    call = (await daemon.submit("wait")).headers["woodfrog-call"]
+    touched["demo"] -= 3600
+    await asyncio.sleep(0.02)
+    gates["gate"].set()
+    while not daemon.controller.calls[call].done.is_set():
+        await asyncio.sleep(0.01)
+    daemon.controller.tidy()
+    for path in (f"/calls/{call}", f"/calls/{call}"):
+        assert set(touched) == {"demo"}
+        touched["demo"] -= 3600
+        assert (await daemon.http.get(path)).status_code == 200
+        daemon.controller.tidy()
+        daemon.controller.calls.clear()  # the second time it is the journal's
+    touched["demo"] -= 3600
+    assert (await daemon.http.post("/apps/demo/touch")).json() == {"app": "demo"}
+    daemon.controller.tidy()
+    assert set(touched) == {"demo"}
+    touched["demo"] -= 301
+    daemon.controller.tidy()
+    answer = await daemon.submit("wait")
+    assert answer.status_code == 404 and error_of(answer)["code"] == "app-abandoned"
+    assert "stopped after 5 minutes without its client" in error_of(answer)["message"]
+    assert (await daemon.http.post("/apps/demo/touch")).status_code == 404
+
+
+async def test_apps_that_were_run_leave_no_descriptor(daemon: Daemon) -> None:
+    """Whoever follows the log of one gets its end."""
+    await daemon.deploy(function("square"), app="kept")
+    for number in range(20):
+        app = f"run-{number}"
+        await daemon.deploy(function("square"), app=app, ephemeral=True)
+        assert await daemon.call("square", 2, app=app) == 4
+    following = asyncio.ensure_future(daemon.http.get("/apps/run-7/logs", params={"follow": True}))
+    await asyncio.sleep(0.05)
+    for number in range(20):
+        await daemon.http.post(f"/apps/run-{number}/stop")
+    while daemon.controller.instances:
+        await asyncio.sleep(0.01)
+    daemon.controller.tidy()
+    log = (await asyncio.wait_for(following, 5)).text
+    assert [json.loads(line)["line"] for line in log.splitlines()][-1] == "stopped"
+    daemon.controller.tidy()
+    paths = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    names = {Path(os.readlink(p)) for p in paths if os.path.islink(p)}
+    logs = daemon.settings.home / "logs"
+    assert [n.name for n in names if n.parent == logs] == ["kept.ndjson"]
+    again = await asyncio.wait_for(daemon.http.get("/apps/run-7/logs", params={"follow": True}), 5)
+    assert again.text == log
+
+
+@pytest.mark.parametrize("room", ["for-a-row", "after-a-while", "at-the-end"])
+async def test_a_call_that_was_said_to_have_failed_is_not_run_again(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, room: str
+) -> None:
+    """The disk has no room for its answer; at first perhaps not even for a word about it."""
+    ran: list[int] = []
+    daemon.backend.functions = {**FUNCTIONS, "square": lambda x: ran.append(x) or "x" * (1 << 20)}
+    await daemon.deploy(function("square"))
+    finish = daemon.journal.finish_call
+    full = True
+
+    def finish_call(call_id: str, **answer: Any) -> None:
+        if full and (answer["result"].size or room != "for-a-row"):
+            raise StoreError("cannot keep a call's out: No space left on device", code="disk-full")
+        finish(call_id, **answer)
+
+    monkeypatch.setattr(daemon.journal, "finish_call", finish_call)
+    call = uuid.uuid4().hex
+    for _ in range(2):
+        answer = await daemon.submit("square", 5, wait=10, Woodfrog_Call=call)
+        assert answer.headers["woodfrog-status"] == "failure" and error_of(answer)["code"] == "disk-full"
+        for record in daemon.controller.calls.values():
+            record.submitted -= 3600
+        daemon.controller.tidy()  # it may forget the call only if the journal knows of it
+    full = False
+    if room == "after-a-while":
+        daemon.controller.tidy()
+        await daemon.die()
+    else:
+        await daemon.close()
+    again = Daemon(daemon.settings.home)
+    assert again.controller.calls == {}
+    answer = await again.submit("square", 5, wait=10, Woodfrog_Call=call)
+    assert answer.headers["woodfrog-status"] == "failure" and error_of(answer)["code"] == "disk-full" and ran == [5]
+    await again.close()
+    daemon.__dict__.update(Daemon(daemon.settings.home).__dict__)
+
+
+async def test_results_are_kept_for_days_and_within_bounds(daemon: Daemon) -> None:
+    await daemon.deploy(function("square"))
+    calls = [(await daemon.submit("square", n, wait=10)).headers["woodfrog-call"] for n in range(3)]
+    for call, days in zip(calls, (8, 6, 1), strict=True):
+        daemon.journal._db.execute("UPDATE calls SET finished = ? WHERE id = ?", (time.time() - days * 86400, call))
+    daemon.controller.tidy()
+    daemon.controller.calls.clear()
+    old = await daemon.http.get(f"/calls/{calls[0]}")
+    assert old.status_code == 404 and "604800 s (WOODFROG_KEEP_RESULTS_S)" in error_of(old)["message"]
+    assert "4096 MiB of them (WOODFROG_KEEP_RESULTS_MIB)" in error_of(old)["message"]
+    assert pickle.loads((await daemon.http.get(f"/calls/{calls[1]}")).content) == 1
+    daemon.journal._db.execute("UPDATE calls SET size = ? WHERE id = ?", (5 << 30, calls[1]))
+    daemon.journal.kept += 5 << 30
+    daemon.controller.tidy()
+    assert (await daemon.http.get(f"/calls/{calls[1]}")).status_code == 404
+    assert pickle.loads((await daemon.http.get(f"/calls/{calls[2]}")).content) == 4
+
+
+async def test_housekeeping_goes_on_after_a_step_that_fails(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: float) -> list[str]:
+        raise StoreError("the daemon's journal cannot be used: database or disk is full", code="journal")
+
+    monkeypatch.setattr(daemon.journal, "prune", broken)
+    await daemon.deploy(function("square"), app="demo", ephemeral=True)
+    assert await daemon.call("square", 3) == 9
+    daemon.controller.touched["demo"] -= 3600
+    daemon.controller.tidy()
+    assert daemon.controller.active == {}
+
+
+async def tidied(daemon: Daemon) -> None:
+    """Housekeeping, and what it began in threads."""
+    daemon.controller._content_due = 0.0
+    daemon.controller.tidy()
+    while any(
+        p.name.startswith(".") for f in ("code", "blobs", "volumes") for p in (daemon.settings.home / f).iterdir()
+    ):
+        await asyncio.sleep(0.01)
+
+
+async def test_code_goes_that_nobody_needs(daemon: Daemon) -> None:
+    home, sources = daemon.settings.home, {}
+    for name in ("first", "second", "asked", "unused"):
+        data = io.BytesIO()
+        with tarfile.open(fileobj=data, mode="w") as tar:
+            info = tarfile.TarInfo(f"{name}.py")
+            info.size = len(name)
+            tar.addfile(info, io.BytesIO(name.encode()))
+        sources[name] = hashlib.sha256(data.getvalue()).hexdigest()
+        assert (await daemon.http.put(f"/code/{sources[name]}", content=data.getvalue())).status_code == 200
+    blob = hashlib.sha256(b"pickled").hexdigest()
+    assert (await daemon.http.put(f"/blobs/{blob}", content=b"pickled")).status_code == 200
+
+    async def deploy(tag: str, name: str, app: str = "demo", **more: Any) -> None:
+        source = SourceSpec("module", "app", tag, code_digest=sources[name])
+        await daemon.deploy(replace(function(tag, **more), source=source), app=app)
+
+    def kept() -> set[str]:
+        """What is here of what was last asked for hours ago."""
+        found = {name for name, digest in sources.items() if (home / "code" / f"{digest}.layer").is_dir()}
+        for path in [*(home / "code").iterdir(), *(home / "blobs").iterdir()]:
+            os.utime(path, (time.time() - 7200, path.stat().st_mtime))
+        return found
+
+    await tidied(daemon)
+    assert kept() == {"first", "second", "asked", "unused"}, "somebody is about to deploy them"
+    await deploy("wait", "first")
+    call = (await daemon.submit("wait")).headers["woodfrog-call"]
+    await deploy("square", "second")
+    await daemon.http.head(f"/code/{kept() and sources['asked']}")
+    await tidied(daemon)
+    assert list((home / "blobs").iterdir()) == []
+    assert kept() == {"first", "second", "asked"}, "the first version has a call to finish"
+    gates["gate"].set()
+    await daemon.http.get(f"/calls/{call}", params={"wait": 5})
+    while daemon.controller.instances:
+        await asyncio.sleep(0.01)
+    daemon.controller.tidy()  # the first version is forgotten
+    await tidied(daemon)
+    assert kept() == {"second"}
+    await daemon.die()
+    again = Daemon(home)
+    await tidied(again)
+    assert kept() == {"second"} and len(list((home / "code").iterdir())) == 1
+    await again.http.post("/apps/demo/stop")
+    await tidied(again)
+    assert list((home / "code").iterdir()) == []
+    await again.close()
+    daemon.__dict__.update(Daemon(home).__dict__)
+
+
+async def test_ephemeral_volumes_go_with_their_app(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("ephemeral-0123456789ab", "ephemeral-data", "ephemeral-ba9876543210", "models")
+    mounts = tuple(VolumeMount(n, f"/v/{n}", False, True, n.startswith("ephemeral-0")) for n in names)
+    await daemon.deploy(function("wait", volumes=(mounts[0], mounts[1], mounts[3])), app="run", ephemeral=True)
+    await daemon.deploy(function("square", volumes=mounts[2:]), app="other")
+    volumes = daemon.settings.home / "volumes"
+    (volumes / names[0] / "file").write_text("x")
+    (volumes / "ephemeral-000000000000").mkdir()  # its client writes to it first, and deploys its app then
+    await daemon.submit("wait", app="run")
+    await asyncio.sleep(0.02)
+    await tidied(daemon)
+    assert {p.name for p in volumes.iterdir()} == {*names, "ephemeral-000000000000"}
+    monkeypatch.setattr("woodfrog.daemon.resources._UNUSED_S", 0.0)
+    await tidied(daemon)
+    assert {p.name for p in volumes.iterdir()} == set(names), "nobody came for the other one for a day"
+    await daemon.http.post("/apps/run/stop")
+    if daemon.controller.instances:  # it has the volume
+        await tidied(daemon)
+        assert {p.name for p in volumes.iterdir()} == set(names)
+    monkeypatch.undo()
+    while daemon.controller.instances:
+        await asyncio.sleep(0.01)
+    await tidied(daemon)
+    assert {p.name for p in volumes.iterdir()} == set(names[1:])
+
+
+async def test_what_is_known_of_old_runs_goes(daemon: Daemon) -> None:
+    for app, ephemeral in (("demo", True), ("old", True), ("recent", True), ("kept", False), ("runs", True)):
+        await daemon.deploy(function("square"), app=app, ephemeral=ephemeral)
+    for app in ("demo", "old", "recent", "kept"):
+        await daemon.http.post(f"/apps/{app}/stop")
+    await daemon.deploy(function("square"), app="demo")  # of the same name as one that was run
+    past = time.time() - daemon.settings.keep_results_s - 10
+    daemon.journal._db.execute("UPDATE deploys SET stopped = ? WHERE stopped AND app != 'recent'", (past,))
+    await tidied(daemon)
+    assert {r.app for r in daemon.journal.deploys()} == {"demo", "recent", "kept", "runs"}
+    assert [r.version for r in daemon.journal.deploys("demo")] == [2]
+    logs = {p.name for p in (daemon.settings.home / "logs").iterdir()}
+    assert logs == {f"{app}.ndjson" for app in ("demo", "recent", "kept", "runs")}
+    assert (await daemon.http.get("/apps/old/logs")).status_code == 404
 
 
 async def test_tidy_forgets_versions_that_have_drained(daemon: Daemon) -> None:

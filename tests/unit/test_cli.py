@@ -445,6 +445,21 @@ def test_daemon_logs_from_its_end(home: Path) -> None:
     assert run("daemon", "logs", "-n", "2").stdout == "two\nthree\n"
 
 
+def test_daemon_logs_are_followed_into_the_next_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = home / "daemon.log"
+    log.write_text("one\n")
+
+    def rotate(seconds: float) -> None:
+        if (home / "daemon.log.old").exists():
+            raise KeyboardInterrupt
+        (home / "new").write_text("three\n")
+        log.rename(home / "daemon.log.old")
+        (home / "new").rename(log)
+
+    monkeypatch.setattr("woodfrog.cli.daemon.time.sleep", rotate)
+    assert run("daemon", "logs", "-f").stdout == "one\nthree\n"
+
+
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,12 @@ from woodfrog.daemon.journal import INLINE_BYTES, CallRow, Journal
 from woodfrog.errors import OutputExpired, StoreError
 
 BIG = bytes(range(256)) * ((INLINE_BYTES // 256) + 1)
+
+
+CALL: Any = {
+    **{"tag": "f", "method": "f", "params_digest": "", "encoding": "pickle"},
+    "payload": Payload(data=b""),
+}
 
 
 def add(journal: Journal, call_id: str, payload: Payload | None = None, **more: str) -> CallRow:
@@ -108,7 +115,7 @@ def test_sweep_and_prune(tmp_path: Path) -> None:
     (tmp_path / "calls" / ".body-1").write_bytes(b"x")
     journal.close()
     journal = Journal(tmp_path)
-    assert bodies(tmp_path) == {"c1.in", "c2.in", "c2.out"}
+    assert bodies(tmp_path) == {"c1.in", "c2.out"}
     assert journal.prune(0.0) == []
     assert journal.prune(time.time() + 1) == ["c2"]
     assert bodies(tmp_path) == {"c1.in"}  # an unfinished one is never pruned
@@ -138,6 +145,18 @@ def test_deploys(tmp_path: Path) -> None:
         ("a", 3, True),
     ]
     assert rows[1].ephemeral and rows[1].client == {"user": "é"} and rows[0].spec == {"name": "a"}
+
+
+def test_what_a_daemon_takes_up(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for app in ("a", "a", "a", "b", "b", "c"):
+        journal.add_deploy(app, {"name": app}, ephemeral=app == "c", client={})
+    journal.stop_app("b")
+    journal.add_call("c1", app="a", version=1, **CALL)
+    journal.add_call("c2", app="a", version=2, **CALL)
+    finish(journal, "c2")
+    assert [(r.app, r.version) for r in journal.live()] == [("a", 1), ("a", 3), ("c", 1)]
+    assert journal.live_specs() == ['{"name": "a"}', '{"name": "a"}', '{"name": "c"}']
 
 
 CHILD = """
@@ -255,6 +274,78 @@ def test_a_full_disk(tmp_path: Path) -> None:
         again.close()
     finally:
         subprocess.run(["umount", str(home)], check=True)
+
+
+def test_nothing_goes_through_all_calls(tmp_path: Path) -> None:
+    """The event loop waits for each of these; also in a database that an earlier version made."""
+    journal = Journal(tmp_path)
+    for index in ("calls_submitted", "calls_params", "calls_kept"):
+        journal._db.execute(f"DROP INDEX {index}")
+    journal._db.execute("ALTER TABLE calls DROP COLUMN size")
+    journal._db.execute("CREATE INDEX calls_finished ON calls (finished) WHERE finished IS NOT NULL")
+    journal.close()
+    journal = Journal(tmp_path)
+    said: list[str] = []
+    journal._db.set_trace_callback(said.append)
+    journal.add_params("p", b"params")
+    add(journal, "c1", params_digest="p")
+    finish(journal, "c1")
+    journal.recent(50)
+    journal.unfinished()
+    journal.result("c1")
+    journal.live()
+    journal.prune(time.time() + 1)
+    journal._db.set_trace_callback(None)
+    plans = [(sql, row[3]) for sql in set(said) for row in journal._db.execute(f"EXPLAIN QUERY PLAN {sql}")]
+    assert any("calls_params" in step for _, step in plans) and any("calls_submitted" in step for _, step in plans)
+    assert [(sql, step) for sql, step in plans if step.startswith("SCAN calls") and "USING" not in step] == []
+
+
+def test_bodies_go_where_the_disk_has_no_room_to_delete_a_row(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for call in ("c1", "c2"):
+        add(journal, call)
+        finish(journal, call, Payload(data=BIG))
+    journal._db.execute("PRAGMA query_only=1")
+    with pytest.raises(StoreError):
+        journal.prune(time.time() + 1)
+    assert bodies(tmp_path) == set()
+    with pytest.raises(OutputExpired):
+        journal.result("c1")
+    journal._db.execute("PRAGMA query_only=0")
+    assert set(journal.prune(time.time() + 1)) == {"c1", "c2"}
+
+
+def test_an_answer_that_was_not_recorded_leaves_no_body(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    add(journal, "c1")
+    journal._db.execute("PRAGMA query_only=1")
+    with pytest.raises(StoreError):
+        finish(journal, "c1", spooled(tmp_path, BIG))
+    assert bodies(tmp_path) == set()
+
+
+def test_the_oldest_results_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(module.time, "time", lambda: clock[0])
+    journal = Journal(tmp_path)
+    for number in range(10):
+        clock[0] = 1000.0 + number
+        add(journal, f"c{number}")
+        finish(journal, f"c{number}", Payload(data=BIG if number % 2 else b"x" * 100_000))
+    each = (len(BIG) + 100_000) // 2
+    assert each * 10 < journal.kept < (each + 2048) * 10
+    journal.close()
+    journal = Journal(tmp_path)
+    assert journal.prune(0.0, 0, 2000.0) == [] and journal.prune(0.0, each * 20, 2000.0) == []
+    assert journal.prune(1002.0, 0, 2000.0) == ["c0", "c1"], "for their age"
+    most = (each + 2048) * 4
+    assert set(journal.prune(0.0, most, 1005.0)) == {"c2", "c3", "c4"}, "not the later ones"
+    assert set(journal.prune(0.0, most, 2000.0)) == {"c5"}
+    assert bodies(tmp_path) == {"c7.out", "c9.out"} and {r.id for r in journal.recent(9)} == {"c6", "c7", "c8", "c9"}
+    kept = journal.kept
+    journal.close()
+    assert Journal(tmp_path).kept == kept < most
 
 
 async def test_payloads() -> None:

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from woodfrog.daemon import logs as module
-from woodfrog.daemon.logs import LogBook
+from woodfrog.daemon.logs import LogBook, rotate_own
 
 
 def parse(data: bytes) -> list[dict[str, Any]]:
@@ -158,7 +159,7 @@ async def test_failing_disk_never_reaches_the_functions(tmp_path: Path, monkeypa
             feed(b"lost\n")
         assert book.app("demo").dropped == 100
     feed(b"after\n")
-    assert await lines(book) == ["before", "100 lines lost: the disk was full", "after"]
+    assert await lines(book) == ["before", "100 lines lost: no room for them", "after"]
     with monkeypatch.context() as patch:
         patch.setattr(module.os, "replace", refuse)
         for _ in range(100):
@@ -189,7 +190,7 @@ async def test_really_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
         (disk / "filler").unlink()
         feed(b"after\n")
         found = await lines(book)
-        assert found[-2:] == [f"{1000 - len(kept)} lines lost: the disk was full", "after"]
+        assert found[-2:] == [f"{1000 - len(kept)} lines lost: no room for them", "after"]
         book.close()
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -207,3 +208,71 @@ async def test_half_a_line_left_by_a_killed_daemon(tmp_path: Path) -> None:
     again.close()
     again.close()
     assert os.stat(tmp_path / "demo.ndjson").st_mode & 0o777 == 0o600
+
+
+async def test_no_descriptor_left_for_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever writes a line is not to fail of it, and the line is missed in the log."""
+    book = LogBook(tmp_path, 1 << 20)
+
+    def full(*arguments: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "open", full)
+        book.note("demo", "one")
+        book.note("demo", "two")
+    book.note("demo", "three")
+    assert await lines(book) == ["2 lines lost: no room for them", "three"]
+
+
+async def test_what_nobody_writes_to_has_no_descriptor(tmp_path: Path) -> None:
+    book = LogBook(tmp_path, 1 << 20)
+
+    def open_logs() -> set[str]:
+        paths = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
+        names = {os.readlink(p) for p in paths if os.path.islink(p)}
+        return {Path(n).stem for n in names if n.startswith(str(tmp_path))}
+
+    for app in ("deployed", "stopped", "run", "quiet"):
+        book.note(app, "first")
+    streams = [book.app(app).read(since=0.0, follow=True) for app in ("stopped", "run")]
+    for stream in streams:
+        assert await take(stream, 1) == ["first"]
+    book.note("run", "last")
+    book.settle({"deployed"}, {"run", "quiet"})
+    assert open_logs() == {"deployed", "stopped", "run"}, "two are open to their readers"
+    assert await take(streams[1], 1) == ["last"]
+    with pytest.raises(StopAsyncIteration):
+        await asyncio.wait_for(anext(streams[1]), 5)
+    book.settle({"deployed"}, set())
+    assert set(book._apps) == {"deployed", "stopped"}
+    book.note("stopped", "again")  # it may be deployed anew
+    assert await take(streams[0], 1) == ["again"]
+    await streams[0].aclose()  # type: ignore[attr-defined]
+    book.settle({"deployed"}, set())
+    assert open_logs() == {"deployed"} and await lines(book, "stopped") == ["first", "again"]
+    book.close()
+
+
+ROTATE = """
+import sys
+from pathlib import Path
+from woodfrog.daemon.logs import rotate_own
+log = Path(sys.argv[1])
+for number in range(100):
+    print(f"{number:09}", flush=True)
+    rotate_own(log, 95)
+"""
+
+
+def test_the_daemon_s_own_log_is_bounded(tmp_path: Path) -> None:
+    log = tmp_path / "daemon.log"
+    with open(log, "ab") as out:
+        subprocess.run([sys.executable, "-c", ROTATE, str(log)], stdout=out, stderr=out, check=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"daemon.log", "daemon.log.old"}
+    assert log.read_text() == ""
+    assert (tmp_path / "daemon.log.old").read_text().split() == [f"{n:09}" for n in range(90, 100)]
+    log.write_bytes(b"x" * 200)
+    rotate_own(log, 95)  # it is not where this process writes
+    assert log.stat().st_size == 200
+    rotate_own(tmp_path / "none", 95)

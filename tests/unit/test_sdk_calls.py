@@ -510,6 +510,38 @@ def test_hydrate_asks_whether_it_is_there(program: Any, daemon: FakeDaemon) -> N
             handle.hydrate()
 
 
+def test_a_running_app_s_client_says_that_it_is_there(
+    program: Any, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the time of the block, and also after the daemon was restarted."""
+    monkeypatch.setattr("woodfrog.sdk.app.PRESENT_S", 0.02)
+    app = woodfrog.App("present")
+
+    def touched() -> int:
+        return daemon.requests.count(f"POST /v1/apps/{name}/touch")
+
+    def wait(count: int) -> None:
+        deadline = time.monotonic() + 10
+        while touched() < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert touched() >= count
+
+    with app.run():
+        assert app._running is not None
+        name = app._running[1]
+        wait(2)
+        daemon.stop()
+        time.sleep(0.2)
+        daemon.start()
+        wait(touched() + 2)
+    threads = {t.name for t in threading.enumerate() if not t.daemon}
+    assert "woodfrog-presence" not in threads, "it would keep the program from ending"
+    time.sleep(0.2)
+    count = touched()
+    time.sleep(0.2)
+    assert touched() == count
+
+
 def test_names_ask_nothing_of_the_daemon(daemon: FakeDaemon) -> None:
     before = len(daemon.requests)
     woodfrog.Function.from_name("nowhere", "f")

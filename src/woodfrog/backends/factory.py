@@ -12,7 +12,7 @@ from typing import Any
 import woodfrog
 from woodfrog import protocol
 from woodfrog.errors import SandboxError, WoodfrogError
-from woodfrog.linux import cgroups
+from woodfrog.linux import cgroups, descriptors
 from woodfrog.linux.network import Network
 from woodfrog.linux.rootplan import APP, HOME, DeviceNode, RootRequest, VolumeMount, etc_files, root_plan
 from woodfrog.linux.sandbox import Limits, ProcessSpec, Sandbox, SandboxProcess, init_binary_path
@@ -86,10 +86,11 @@ class SandboxFactory:
                         await self.ahead(sandbox)
                     self._ready.append(sandbox)
                     failures = 0
-                except WoodfrogError as e:
+                except Exception as e:  # whatever it is, the next one may succeed
                     failures += 1
                     if failures == 1:
-                        log.warning("cannot prepare a sandbox ahead: %s", e.message)
+                        known = isinstance(e, WoodfrogError)
+                        log.warning("cannot prepare a sandbox ahead: %s", e, exc_info=None if known else e)
                     await asyncio.sleep(min(30.0, 2.0**failures))
 
     async def _prepare(self, *, network: bool) -> Sandbox:
@@ -231,6 +232,7 @@ class SandboxFactory:
                 inner_pid=protocol.WORKER_PID,
                 stdout=protocol.WORKER_STDOUT,
                 stderr=protocol.WORKER_STDERR,
+                rlimits=descriptors.usual(),
                 subreaper=True,
             )
         )
@@ -240,7 +242,9 @@ class SandboxFactory:
         uid = self._settings.worker_uid
         try:
             done = await sandbox.run(
-                ProcessSpec(tuple(argv), env=env, uid=uid, gid=uid, cwd=APP), timeout, limit=_EXEC_LIMIT
+                ProcessSpec(tuple(argv), env=env, uid=uid, gid=uid, cwd=APP, rlimits=descriptors.usual()),
+                timeout,
+                limit=_EXEC_LIMIT,
             )
         except SandboxError as e:
             if "errno" not in e.fields:

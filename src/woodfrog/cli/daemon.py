@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -112,7 +114,8 @@ def logs(
     """Print the daemon's own log."""
     path = settings.load().home / "daemon.log"
     try:
-        with path.open(errors="replace") as file:
+        with contextlib.ExitStack() as opened:
+            file = opened.enter_context(path.open(errors="replace"))
             text = file.readlines()
             sys.stdout.writelines(text[-lines:] if lines > 0 else text)
             sys.stdout.flush()
@@ -121,6 +124,10 @@ def logs(
                 if line:
                     sys.stdout.write(line)
                     sys.stdout.flush()
+                elif not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # the daemon began another
+                    sys.stdout.write(file.read())
+                    opened.close()
+                    file = opened.enter_context(path.open(errors="replace"))
                 else:
                     time.sleep(0.2)
     except FileNotFoundError:

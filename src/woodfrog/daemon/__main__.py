@@ -37,10 +37,10 @@ from woodfrog.criu.binary import Criu, find_criu
 from woodfrog.daemon.api import TokenAuth, build
 from woodfrog.daemon.controller import Controller
 from woodfrog.daemon.journal import Journal
-from woodfrog.daemon.logs import LogBook
+from woodfrog.daemon.logs import LogBook, rotate_own
 from woodfrog.daemon.resources import Resources
 from woodfrog.errors import DaemonError, HostError, SpecError, WoodfrogError
-from woodfrog.linux import heap, requirements
+from woodfrog.linux import descriptors, heap, requirements
 from woodfrog.linux.breakpoints import keep_quick
 from woodfrog.linux.pageserver import page_server_path
 from woodfrog.linux.sandbox import init_binary_path
@@ -62,6 +62,7 @@ log = logging.getLogger("woodfrog")
 
 _TIDY_S = 15.0
 _LEAVE_S = 5.0
+_OWN_LOG = 16 << 20
 EVERYTHING_MIB = 1 << 40
 
 
@@ -200,6 +201,7 @@ def _keeper(settings: Settings, catalogue: Catalogue, store: PageStore, key: Sig
 async def serve(settings: Settings) -> None:
     """Run until asked to stop."""
     heap.confine()
+    descriptors.raise_limit()
     _prepare_home(settings)
     faults.configure(settings.faults)
     criu, settings = _check_host(settings)
@@ -298,7 +300,7 @@ async def serve(settings: Settings) -> None:
         cls.digest[:12],
     )
     running = [asyncio.ensure_future(s.serve(sockets=[sock])) for s, sock in servers]
-    tidy = asyncio.ensure_future(_tidy(controller))
+    tidy = asyncio.ensure_future(_tidy(controller, settings.home / "daemon.log"))
     try:
         await asyncio.wait([asyncio.ensure_future(down.wait()), *running], return_when=asyncio.FIRST_COMPLETED)
         log.info("stopping")
@@ -321,15 +323,12 @@ def _leave_in(seconds: float) -> None:
     os._exit(0)
 
 
-async def _tidy(controller: Controller) -> None:
+async def _tidy(controller: Controller, own_log: Path) -> None:
     while True:
         await asyncio.sleep(_TIDY_S)
-        try:
-            controller.tidy()
-        except WoodfrogError as e:
-            log.error("housekeeping: %s", e.message)
-        except Exception:  # what is left undone now is done the next time
-            log.exception("housekeeping")
+        controller.tidy()
+        with contextlib.suppress(OSError):  # it grows on, and is tried again
+            rotate_own(own_log, _OWN_LOG)
 
 
 def main(argv: list[str] | None = None) -> int:

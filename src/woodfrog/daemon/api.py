@@ -7,6 +7,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import itertools
 import json
 import os
 import tempfile
@@ -252,9 +253,11 @@ def build(
     def call_of(call_id: str) -> CallRecord:
         record = controller.find_call(call_id)
         if record is None:
-            raise NotFoundError(
-                f"no call {call_id!r}; results are kept for {settings.keep_results_s:.0f} s", call=call_id
-            )
+            seconds = f"{settings.keep_results_s:.0f}"
+            text = f"no call {call_id!r}; results are kept for {seconds} s (WOODFROG_KEEP_RESULTS_S)"
+            if settings.keep_results_mib:
+                text += f", the newest {settings.keep_results_mib} MiB of them (WOODFROG_KEEP_RESULTS_MIB)"
+            raise NotFoundError(text, call=call_id)
         return record
 
     # The daemon
@@ -376,6 +379,12 @@ def build(
         controller.stop_app(app)
         return {"app": app, "stopped": True}
 
+    @api.post("/v1/apps/{app}/touch")
+    async def touch_app(app: str) -> dict[str, Any]:
+        """Its client is there: an ephemeral app is not idle."""
+        controller.app(app)
+        return {"app": app}
+
     @api.get("/v1/apps/{app}/history")
     async def history(app: str) -> dict[str, Any]:
         rows = controller.journal.deploys(app)
@@ -400,9 +409,8 @@ def build(
 
     @api.get("/v1/apps/{app}/logs")
     async def app_logs(app: str, follow: bool = False, since: float = 0.0) -> StreamingResponse:
-        if app not in controller.active and not controller.journal.deploys(app):
-            raise NotFoundError(f"no app {app!r} was ever deployed here", app=app)
-        lines = controller.logs.app(app).read(since=since, follow=follow)
+        over = controller.is_over(app)
+        lines = controller.logs.app(app).read(since=since, follow=follow and not over)
         return StreamingResponse(lines, media_type="application/x-ndjson")
 
     # Calls
@@ -454,17 +462,20 @@ def build(
     async def items(call_id: str, after: int = Query(0, ge=0), wait: float = 0.0) -> Response:
         """A generator's items from number `after` on, at least one unless the wait runs out."""
         record = call_of(call_id)
-        if after < record.taken:
+        record.asked = time.monotonic()
+        record.acknowledge(after)
+        deadline = time.monotonic() + min(wait, _MAX_WAIT_S)
+        while record.count <= after and not record.done.is_set() and time.monotonic() < deadline:
+            record.changed.clear()
+            await _wait(record.changed, deadline - time.monotonic())
+        first = after - record.taken
+        if first < 0:
             raise OutputExpired(
                 f"items of call {call_id} before number {record.taken} were taken already", call=call_id
             )
-        record.acknowledge(after)
-        deadline = time.monotonic() + min(wait, _MAX_WAIT_S)
-        while len(record.items) <= after and not record.done.is_set() and time.monotonic() < deadline:
-            record.changed.clear()
-            await _wait(record.changed, deadline - time.monotonic())
-        out = [(kind, payload.read()) for kind, payload in record.items[after : after + _PAGE]]
-        if record.done.is_set() and after + len(out) >= len(record.items):
+        out = [(kind, payload.read()) for kind, payload in itertools.islice(record.items, first, first + _PAGE)]
+        if record.done.is_set() and after + len(out) >= record.count:
+            record.closed = time.monotonic()
             if record.outcome == "success" and record.from_journal:
                 gone = OutputExpired(f"the items of call {call_id} are no longer kept", call=call_id)
                 out.append((b"f", json.dumps(gone.to_dict()).encode()))

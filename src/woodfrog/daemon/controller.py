@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import re
 import time
@@ -38,6 +39,7 @@ from woodfrog.settings import Settings
 from woodfrog.snapshot.catalogue import PINNED, Catalogue
 from woodfrog.snapshot.manifest import Manifest
 from woodfrog.spec import AppSpec, FunctionSpec, ImageSpec, from_dict, function_key, to_dict
+from woodfrog.store.files import remove_tree
 from woodfrog.telemetry import Phase, counters
 
 __all__ = ["CallRecord", "Controller"]
@@ -46,8 +48,20 @@ log = logging.getLogger("woodfrog")
 
 _JOURNAL_LIMIT = 64 << 20
 _EPHEMERAL_TTL_S = 300.0
+_SPARED_S = 3600.0
+"""Results younger than that are kept, however many they are."""
+_RUNS_AT_ONCE = 20
+_CONTENT_EVERY_S = 600.0
+_CONTENT_KEPT_S = 3600.0
+"""How long code stays that no app needs: a client that found it here deploys it soon, and edits are taken back."""
 _ITEM_LIMIT = 64 << 20
 """Bytes of unread generator items; beyond it the generator waits for its reader."""
+_ANSWER_S = 60.0
+"""How long an answer stays in memory that may have been lost on its way."""
+_UNREAD_S = 300.0
+"""How long the items of a generator that is over wait for somebody to ask for the first."""
+_READER_S = 3600.0
+"""How long a reader may take over one page of items."""
 
 
 @dataclass(eq=False)
@@ -58,9 +72,10 @@ class CallRecord:
     payload: Payload
     done: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    items: list[tuple[bytes, Payload]] = field(default_factory=list)
+    items: deque[tuple[bytes, Payload]] = field(default_factory=deque)
+    """A generator's, without those that the client has."""
     taken: int = 0
-    """Items the client has."""
+    """Items the client has: the number of the first that is kept."""
     unread: int = 0
     """Bytes of items that the client has not said it has."""
     read: asyncio.Event = field(default_factory=asyncio.Event)
@@ -70,27 +85,53 @@ class CallRecord:
     result: Payload = field(default_factory=lambda: Payload(data=b""))
     phases: list[Phase] = field(default_factory=list)
     submitted: float = field(default_factory=time.monotonic)
+    finished: float = 0.0
+    asked: float | None = None
+    """When somebody asked for items last."""
+    closed: float | None = None
+    """When somebody was told last that there are no more items."""
     instance_id: str | None = None
     mode: str = ""
+    unwritten: bool = False
+    """It is over, and the journal could not be told: the next daemon would run it again."""
     from_journal: bool = False
     """A finished call read back: a generator's items are not kept there."""
 
+    @property
+    def count(self) -> int:
+        """Items there were so far."""
+        return self.taken + len(self.items)
+
     def acknowledge(self, count: int) -> None:
         """The client has the first `count` items: they need not be kept."""
-        for i in range(self.taken, min(count, len(self.items))):
-            kind, payload = self.items[i]
+        while self.items and self.taken < count:
+            _, payload = self.items.popleft()
             self.unread -= payload.size
             if payload.path is not None:
                 payload.path.unlink(missing_ok=True)
-            self.items[i] = (kind, Payload(data=b""))
-            self.taken = i + 1
+            self.taken += 1
         self.read.set()
+
+    def wanted(self, now: float) -> bool:
+        """Whether somebody may still come for what is in memory; the answer itself is in the journal."""
+        if not self.done.is_set():
+            return True
+        if not self.count:
+            return now - self.submitted <= _ANSWER_S
+        if self.closed is not None:
+            return now - self.closed <= _ANSWER_S
+        if self.outcome == "cancelled":
+            return now - self.finished <= _ANSWER_S
+        if self.asked is None:
+            return now - self.finished <= _UNREAD_S
+        return now - max(self.asked, self.finished) <= _READER_S
 
     def drop_items(self) -> None:
         for _, payload in self.items:
             if payload.path is not None:
                 payload.path.unlink(missing_ok=True)
         self.items.clear()
+        self.unread = 0
 
     def trace(self) -> list[dict[str, Any]]:
         return [{"name": p.name, "start_ms": p.start_ms, "ms": p.ms, "parent": p.parent} for p in self.phases]
@@ -149,6 +190,12 @@ class Controller:
         self.apps: dict[tuple[str, int], tuple[DeployRow, AppSpec]] = {}
         self.active: dict[str, int] = {}
         self.touched: dict[str, float] = {}
+        """When something was last heard of each active app's clients."""
+        self._abandoned: deque[str] = deque(maxlen=1000)
+        """Ephemeral apps that were stopped since nothing was heard of their clients."""
+        self._leaving: set[str] = set()
+        """Ephemeral apps that were stopped and may still have containers."""
+        self._content_due = 0.0
         self._known_groups: set[tuple[str, int, str, str]] = set()
         self._events: deque[ev.Event] = deque()
         self._running = False
@@ -269,14 +316,8 @@ class Controller:
         unfinished: dict[tuple[str, int], list[CallRow]] = {}
         for row in self.journal.unfinished():
             unfinished.setdefault((row.app, row.version), []).append(row)
-        newest: dict[str, int] = {}
-        live = [d for d in self.journal.deploys() if d.stopped is None]
-        for deploy in live:
-            newest[deploy.app] = max(deploy.version, newest.get(deploy.app, 0))
-        for deploy in live:
+        for deploy in self.journal.live():
             key = (deploy.app, deploy.version)
-            if deploy.version != newest[deploy.app] and key not in unfinished:
-                continue
             try:
                 self._take_deploy(deploy)
             except SpecError as e:
@@ -287,7 +328,12 @@ class Controller:
         for rows in unfinished.values():
             for row in rows:
                 error = CallCancelled(f"app {row.app!r} was stopped").to_dict()
-                self.journal.finish_call(row.id, outcome="cancelled", error=error, result=Payload(data=b""), trace=[])
+                try:
+                    self.journal.finish_call(
+                        row.id, outcome="cancelled", error=error, result=Payload(data=b""), trace=[]
+                    )
+                except StoreError as e:  # on a full disk a daemon has to start, to make room; the next one tries again
+                    log.error("call %s: %s", row.id, e.message)
 
     def deploy(self, raw: dict[str, Any], *, ephemeral: bool, client: dict[str, Any], capture: bool) -> dict[str, Any]:
         """A new version of an app.
@@ -390,10 +436,22 @@ class Controller:
         """
         version = self.active.get(name)
         if version is None:
+            if name in self._abandoned:
+                raise NotFoundError(
+                    f"this app.run() was stopped after {_EPHEMERAL_TTL_S / 60:.0f} minutes without its client: {name}; "
+                    "run it again, or deploy the app so that it stays",
+                    code="app-abandoned",
+                    app=name,
+                )
             names = ", ".join(sorted(n for n, v in self.active.items() if not self.apps[n, v][0].ephemeral)) or "none"
             raise NotFoundError(f"no app {name!r} is deployed; deployed: {names}", app=name)
-        self.touched[name] = self.now()
+        self.touch(name)
         return self.apps[name, version]
+
+    def touch(self, name: str) -> None:
+        """A client of the app is there: an ephemeral one is not idle."""
+        if name in self.touched:
+            self.touched[name] = self.now()
 
     def _function(self, app: str, tag: str) -> tuple[DeployRow, FunctionSpec]:
         """A function of an app's active version.
@@ -409,8 +467,10 @@ class Controller:
         return row, function
 
     def stop_app(self, name: str) -> None:
-        self.app(name)
+        row, _ = self.app(name)
         self.journal.stop_app(name)
+        if row.ephemeral:
+            self._leaving.add(name)
         self.emit(ev.AppStopped(now=self.now(), app=name))
         self.active.pop(name, None)
         self.touched.pop(name, None)
@@ -418,6 +478,19 @@ class Controller:
             del self.apps[key]
         self._known_groups = {g for g in self._known_groups if g[0] != name}
         self.logs.note(name, "stopped")
+
+    def is_over(self, name: str) -> bool:
+        """Whether nothing is written of an app any more: it was ephemeral, was stopped, and has no container.
+
+        Raises:
+            NotFoundError: there was never such an app.
+        """
+        if name in self.active:
+            return False
+        rows = self.journal.deploys(name)
+        if not rows:
+            raise NotFoundError(f"no app {name!r} was ever deployed here", app=name)
+        return rows[-1].ephemeral and not any(i.request.app == name for i in self.instances.values())
 
     def request_snapshot(self, app: str, tag: str) -> None:
         """Capture without waiting for a call.
@@ -500,10 +573,12 @@ class Controller:
         """A call in memory, or a finished one from the journal."""
         record = self.calls.get(call_id)
         if record is not None:
+            self.touch(record.row.app)
             return record
         row = self.journal.call(call_id)
         if row is None or row.outcome is None:
             return None
+        self.touch(row.app)
         record = CallRecord(row, Payload(data=b""))
         record.outcome, record.error = row.outcome, row.error
         record.from_journal = True
@@ -591,6 +666,8 @@ class Controller:
         record = self.calls.get(action.call_id)
         if record is None or record.outcome is not None:
             return
+        record.finished = self.now()
+        self.touch(record.row.app)  # its client may have nothing to ask before it has looked at the answer
         record.outcome = action.outcome
         answer = record.answer
         if action.outcome in ("success", "exception") and answer is not None:
@@ -607,11 +684,23 @@ class Controller:
         except StoreError as e:
             # Without a durable answer the caller gets the truth rather than a result that a restart would lose.
             log.error("call %s: %s", action.call_id, e.message)
-            record.outcome, record.error = "failure", e.to_dict()
+            record.outcome, record.error, record.result = "failure", e.to_dict(), Payload(data=b"")
+            self._write_failure(record)
         record.payload = Payload(data=b"")
         record.done.set()
         record.changed.set()
         record.read.set()
+
+    def _write_failure(self, record: CallRecord) -> None:
+        """Tell the journal of a call whose answer it had no room for."""
+        assert record.outcome is not None
+        try:
+            self.journal.finish_call(
+                record.row.id, outcome=record.outcome, error=record.error, result=record.result, trace=[]
+            )
+            record.unwritten = False
+        except StoreError:  # tidy tries again
+            record.unwritten = True
 
     # Instances
 
@@ -883,25 +972,84 @@ class Controller:
     # Housekeeping
 
     def tidy(self) -> None:
-        """Forget old answers, ephemeral apps whose client is gone, and versions that have drained. Called every so
-        often."""
-        for call_id in self.journal.prune(time.time() - self.settings.keep_results_s):
+        """Forget what is over, and let go of what it took. Called every so often."""
+        for step in (
+            self._forget_results,
+            self._forget_calls,
+            self._stop_abandoned,
+            self._forget_versions,
+            self._settle_logs,
+            self._forget_runs,
+            self._remove_unneeded,
+            self._flush_record,
+        ):
+            try:
+                step()
+            except WoodfrogError as e:
+                log.error("housekeeping: %s", e.message)
+            except Exception:  # what is left undone now is done the next time
+                log.exception("housekeeping")
+
+    def _forget_results(self) -> None:
+        now = time.time()
+        most = self.settings.keep_results_mib << 20
+        for call_id in self.journal.prune(now - self.settings.keep_results_s, most, now - _SPARED_S):
             record = self.calls.pop(call_id, None)
             if record is not None:
                 record.drop_items()
+
+    def _forget_calls(self) -> None:
         for call_id, record in list(self.calls.items()):
-            # The journal has it: memory is for what somebody may be waiting for.
-            if record.done.is_set() and not record.items and self.now() - record.submitted > 60:
+            if record.unwritten:
+                self._write_failure(record)
+            elif not record.wanted(self.now()):
+                record.drop_items()
                 del self.calls[call_id]
+
+    def _stop_abandoned(self) -> None:
+        """Ephemeral apps whose client is gone."""
         busy = {r.row.app for r in self.calls.values() if not r.done.is_set()}
         for name, touched in list(self.touched.items()):
             row, _ = self.apps[name, self.active[name]]
             if row.ephemeral and name not in busy and self.now() - touched > _EPHEMERAL_TTL_S:
                 self.stop_app(name)
+                self._abandoned.append(name)
+
+    def _forget_versions(self) -> None:
+        """Those that have drained."""
         wanted = {(s.app, s.version) for s in self.state.services.values()} | set(self.active.items())
         for key in self.apps.keys() - wanted:
             del self.apps[key]
         self._known_groups = {g for g in self._known_groups if g[:2] in self.apps}
+
+    def _settle_logs(self) -> None:
+        with_containers = {i.request.app for i in self.instances.values()}
+        over = self._leaving - with_containers
+        self.logs.settle(with_containers | set(self.active), over)
+        self._leaving -= over
+
+    def _forget_runs(self) -> None:
+        """Ephemeral apps of which no result is kept any more."""
+        for name in self.journal.ended_runs(time.time() - self.settings.keep_results_s, _RUNS_AT_ONCE):
+            if self.journal.forget_run(name):
+                self.logs.remove(name)
+
+    def _specs(self) -> list[str]:
+        """All that runs, or may be started, as JSON."""
+        specs = self.journal.live_specs()
+        specs += [json.dumps(row.spec) for row, _ in self.apps.values()]
+        return specs + [json.dumps(to_dict(i.request.spec)) for i in self.instances.values()]
+
+    def _remove_unneeded(self) -> None:
+        """What clients sent for apps, and ephemeral volumes of apps, that are gone."""
+        aside = self.resources.set_volumes_aside(self._specs)
+        if self.now() >= self._content_due:
+            self._content_due = self.now() + _CONTENT_EVERY_S
+            aside += self.resources.set_content_aside(self._specs(), time.time() - _CONTENT_KEPT_S)
+        if aside:
+            self._task(asyncio.to_thread(_remove, aside))
+
+    def _flush_record(self) -> None:
         if self._record_path is not None:
             try:
                 self._record.flush()
@@ -920,9 +1068,20 @@ class Controller:
         if self._wake is not None:
             self._wake.cancel()
         await self.backend.close()
+        for record in self.calls.values():
+            if record.unwritten:
+                self._write_failure(record)
         for task in list(self._tasks):
             task.cancel()
         self._end_record()
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        try:
+            remove_tree(path)
+        except OSError as e:  # the next daemon tries again
+            log.warning("cannot remove %s: %s", path, e)
 
 
 def _as_error(what: str, error: Exception) -> WoodfrogError:

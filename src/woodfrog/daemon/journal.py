@@ -32,11 +32,26 @@ CREATE TABLE IF NOT EXISTS params (digest TEXT PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS calls (
     id TEXT PRIMARY KEY, app TEXT NOT NULL, version INTEGER NOT NULL, tag TEXT NOT NULL, method TEXT NOT NULL,
     params_digest TEXT NOT NULL, encoding TEXT NOT NULL, payload BLOB, submitted REAL NOT NULL,
-    finished REAL, outcome TEXT, error TEXT, result BLOB, trace TEXT
+    finished REAL, outcome TEXT, error TEXT, result BLOB, trace TEXT, size INTEGER NOT NULL DEFAULT 0
 );
-CREATE INDEX IF NOT EXISTS calls_open ON calls (finished) WHERE finished IS NULL;
-CREATE INDEX IF NOT EXISTS calls_finished ON calls (finished) WHERE finished IS NOT NULL;
 """
+_INDEXES = """
+CREATE INDEX IF NOT EXISTS deploys_live ON deploys (app, version) WHERE stopped IS NULL;
+CREATE INDEX IF NOT EXISTS deploys_runs ON deploys (stopped) WHERE ephemeral AND stopped IS NOT NULL;
+CREATE INDEX IF NOT EXISTS calls_open ON calls (finished) WHERE finished IS NULL;
+CREATE INDEX IF NOT EXISTS calls_kept ON calls (finished, size) WHERE finished IS NOT NULL;
+DROP INDEX IF EXISTS calls_finished;
+CREATE INDEX IF NOT EXISTS calls_submitted ON calls (submitted);
+CREATE INDEX IF NOT EXISTS calls_params ON calls (params_digest) WHERE params_digest != '';
+"""
+_ROW_BYTES = 1024
+"""What a finished call takes beside its answer, its error and its trace."""
+_PRUNED_AT_ONCE = 5000
+_LIVE = """stopped IS NULL AND (
+    version = (SELECT max(version) FROM deploys AS d WHERE d.app = deploys.app AND d.stopped IS NULL)
+    OR (app, version) IN (SELECT app, version FROM calls WHERE finished IS NULL)
+)"""
+"""Each running app's newest version, and those before it that have calls to finish."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,11 @@ class Journal:
                 os.umask(old_mask)
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.executescript(_SCHEMA)
+            if "size" not in [row[1] for row in self._db.execute("PRAGMA table_info(calls)")]:
+                self._db.execute("ALTER TABLE calls ADD COLUMN size INTEGER NOT NULL DEFAULT 0")
+            self._db.executescript(_INDEXES)
+            self.kept = int(self._db.execute("SELECT total(size) FROM calls WHERE finished IS NOT NULL").fetchone()[0])
+            """Bytes that finished calls take."""
         except sqlite3.Error as e:
             raise StoreError(f"{path}: {e}; move it away to begin with an empty state", path=str(path)) from e
         self._sweep()
@@ -97,10 +117,11 @@ class Journal:
             raise StoreError(f"the daemon's journal cannot be used: {e}", code="journal") from e
 
     def _sweep(self) -> None:
-        """Remove body files that no row owns (half-written when the daemon was killed)."""
-        known = {row[0] for row in self._execute("SELECT id FROM calls")}
+        """Remove body files that no row owns (half-written when the daemon was killed), and arguments of finished
+        calls."""
         for path in self.bodies.iterdir():
-            if path.stem not in known:
+            row = self._execute("SELECT finished IS NOT NULL FROM calls WHERE id = ?", path.stem).fetchone()
+            if row is None or (row[0] and path.suffix == ".in"):
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -123,9 +144,29 @@ class Journal:
 
     def deploys(self, app: str | None = None) -> list[DeployRow]:
         """All deploys, or those of one app, oldest first."""
-        where, values = ("WHERE app = ?", (app,)) if app is not None else ("", ())
+        return self._deploys("WHERE app = ?", app) if app is not None else self._deploys("")
+
+    def live(self) -> list[DeployRow]:
+        """What a daemon has to take up."""
+        return self._deploys(f"WHERE {_LIVE}")
+
+    def live_specs(self) -> list[str]:
+        """The specs of these, as JSON."""
+        return [row[0] for row in self._execute(f"SELECT spec FROM deploys WHERE {_LIVE}")]
+
+    def _deploys(self, where: str, *values: Any) -> list[DeployRow]:
         rows = self._execute(f"SELECT * FROM deploys {where} ORDER BY deployed, version", *values)
         return [DeployRow(a, v, json.loads(s), bool(e), json.loads(c), d, x) for a, v, s, e, c, d, x in rows]
+
+    def ended_runs(self, before: float, limit: int) -> list[str]:
+        """Ephemeral apps that were stopped before `before` (Unix time)."""
+        sql = "SELECT DISTINCT app FROM deploys WHERE ephemeral AND stopped < ? LIMIT ?"
+        return [row[0] for row in self._execute(sql, before, limit)]
+
+    def forget_run(self, app: str) -> bool:
+        """Forget an ephemeral app that was stopped; whether nothing is known of its name any more."""
+        self._execute("DELETE FROM deploys WHERE app = ? AND ephemeral AND stopped IS NOT NULL", app)
+        return self._execute("SELECT 1 FROM deploys WHERE app = ?", app).fetchone() is None
 
     # Calls
 
@@ -205,18 +246,32 @@ class Journal:
         payload = self._body(call_id, "result", "out")
         lost = "SELECT 1 FROM calls WHERE id = ? AND finished IS NOT NULL AND result IS NULL"
         if payload.path is None and self._execute(lost, call_id).fetchone():
-            raise OutputExpired(f"the result of call {call_id} is gone from {self.bodies}", call=call_id)
+            raise OutputExpired(
+                f"the result of call {call_id} is gone from {self.bodies}; how long results are kept is said by "
+                "WOODFROG_KEEP_RESULTS_S and WOODFROG_KEEP_RESULTS_MIB",
+                call=call_id,
+            )
         return payload
 
     def finish_call(
         self, call_id: str, *, outcome: str, error: dict[str, Any] | None, result: Payload, trace: list[dict[str, Any]]
     ) -> None:
         """Record the answer; the arguments are dropped, since nothing can ask for them any more."""
+        size = result.size
         data = self._keep(call_id, "out", result)
-        self._execute(
-            "UPDATE calls SET finished = ?, outcome = ?, error = ?, result = ?, trace = ?, payload = NULL WHERE id = ?",
-            *(time.time(), outcome, json.dumps(error) if error else None, data, json.dumps(trace), call_id),
-        )
+        why, phases = json.dumps(error) if error else None, json.dumps(trace)
+        size += _ROW_BYTES + len(why or "") + len(phases)
+        try:
+            self._execute(
+                "UPDATE calls SET finished = ?, outcome = ?, error = ?, result = ?, trace = ?, size = ?, payload = NULL"
+                " WHERE id = ?",
+                *(time.time(), outcome, why, data, phases, size, call_id),
+            )
+        except StoreError:
+            if data is None:
+                self._drop(self.bodies / f"{call_id}.out")
+            raise
+        self.kept += size
         self._drop(self.bodies / f"{call_id}.in")
 
     def call(self, call_id: str) -> CallRow | None:
@@ -238,13 +293,40 @@ class Journal:
             CallRow(*(*r[:10], json.loads(r[10]) if r[10] else None, json.loads(r[11]) if r[11] else [])) for r in rows
         ]
 
-    def prune(self, before: float) -> list[str]:
-        """Forget calls finished before `before` (Unix time); returns their ids."""
-        ids = [r[0] for r in self._execute("SELECT id FROM calls WHERE finished < ?", before)]
-        for call_id in ids:
-            self._execute("DELETE FROM calls WHERE id = ?", call_id)
-            for kind in ("in", "out"):
-                self._drop(self.bodies / f"{call_id}.{kind}")
-        if ids:
-            self._execute("DELETE FROM params WHERE digest NOT IN (SELECT params_digest FROM calls)")
-        return ids
+    def prune(self, before: float, most: int = 0, spared: float = 0.0) -> list[str]:
+        """Forget finished calls, the oldest first; returns the ids of those that went. What is left for want of time
+        goes the next time.
+
+        Args:
+            before: those finished before it go (Unix time).
+            most: beyond so many bytes of them others go as well; 0 = no limit.
+            spared: but not those that finished after it (Unix time).
+        """
+        oldest = "SELECT id, size, finished, result IS NULL FROM calls WHERE finished < ? ORDER BY finished LIMIT ?"
+        gone = []
+        left = self.kept
+        rows = self._execute(oldest, max(before, spared if most else 0.0), _PRUNED_AT_ONCE).fetchall()
+        for call_id, size, finished, in_file in rows:
+            if finished >= before and left <= most:
+                break
+            gone.append(call_id)
+            left -= size
+            if in_file:
+                # Before its row: on a full disk there is no room to delete rows in until something has gone.
+                self._drop(self.bodies / f"{call_id}.out")
+        if gone:
+            self._execute("BEGIN")
+            try:
+                for call_id in gone:
+                    self._execute("DELETE FROM calls WHERE id = ?", call_id)
+                self._execute(
+                    "DELETE FROM params WHERE NOT EXISTS"
+                    " (SELECT 1 FROM calls WHERE params_digest = params.digest AND params_digest != '')"
+                )
+                self._execute("COMMIT")
+            except StoreError:
+                with contextlib.suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")  # it may have been rolled back by itself
+                raise
+            self.kept = left
+        return gone

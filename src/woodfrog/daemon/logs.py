@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["AppLog", "LogBook"]
+__all__ = ["AppLog", "LogBook", "rotate_own"]
 
 _LINE_LIMIT = 64 << 10
 _BLOCK = 64 << 10
@@ -55,17 +55,24 @@ class AppLog:
         self._limit = max(budget // 2, 1 << 16)
         self._fd = -1
         self._size = 0
-        self._open()
+        with contextlib.suppress(OSError):  # then the next write tries again
+            self._open()
         self._followers: set[_Follower] = set()
         self._changed = asyncio.Event()
+        self._ended = False
         self.dropped = 0
-        """Lines that the disk had no room for; said in the log as soon as it has."""
+        """Lines that could not be written, on a full disk or for want of a descriptor; said in the log afterwards."""
 
     def _open(self) -> None:
-        self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._size = os.fstat(self._fd).st_size
-        if self._size and os.pread(self._fd, 1, self._size - 1) != b"\n":
-            self._size += os.write(self._fd, b"\n")  # the daemon was killed in the middle of a line
+        fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            size = os.fstat(fd).st_size
+            if size and os.pread(fd, 1, size - 1) != b"\n":
+                size += os.write(fd, b"\n")  # the daemon was killed in the middle of a line
+        except OSError:
+            os.close(fd)
+            raise
+        self._fd, self._size = fd, size
 
     def write(self, records: list[dict[str, Any]]) -> None:
         """Append; a full disk must not take the functions down, so this never fails."""
@@ -75,7 +82,7 @@ class AppLog:
         self._changed.set()
         try:
             if self.dropped:
-                self._append(_encode([_own(f"{self.dropped} lines lost: the disk was full")]))
+                self._append(_encode([_own(f"{self.dropped} lines lost: no room for them")]))
                 self.dropped = 0
             self._append(data)
         except OSError:
@@ -100,7 +107,7 @@ class AppLog:
         self._size += len(data)
 
     async def read(self, *, since: float, follow: bool) -> AsyncIterator[bytes]:
-        """NDJSON from `since` (Unix time) on, whole lines; with `follow`, on and on."""
+        """NDJSON from `since` (Unix time) on, whole lines; with `follow`, on and on until `end`."""
         follower = _Follower()
         files: list[tuple[BinaryIO, int]] = []
         # One moment for both: what is in the files now is read there, what comes later goes to the follower.
@@ -123,6 +130,8 @@ class AppLog:
             while follow:
                 while follower.chunks or follower.missed:
                     yield follower.take()
+                if self._ended:
+                    return
                 self._changed.clear()
                 await self._changed.wait()
         finally:
@@ -130,7 +139,17 @@ class AppLog:
             for file, _ in files:
                 file.close()
 
+    @property
+    def followed(self) -> bool:
+        return bool(self._followers)
+
+    def end(self) -> None:
+        """Nothing more is written: who follows it gets the rest, and the end."""
+        self._ended = True
+        self._changed.set()
+
     def close(self) -> None:
+        """Give the descriptor back; the next write opens the file again."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -195,6 +214,61 @@ class LogBook:
         base = {"t": now, "instance": instance, "function": function, "stream": stream, "call": call}
         self.app(app).write([{**base, "line": line.decode(errors="replace")} for line in lines])
 
+    def remove(self, name: str) -> None:
+        """Forget an app's log.
+
+        Raises:
+            OSError: it is still there.
+        """
+        log = self._apps.pop(name, None)
+        if log is not None:
+            log.end()
+            log.close()
+        for path in (self._root / f"{name}.ndjson", self._root / f"{name}.old"):
+            path.unlink(missing_ok=True)
+
+    def settle(self, live: set[str], over: set[str]) -> None:
+        """Keep no descriptor for what is not written to.
+
+        Args:
+            live: apps that run, or have containers.
+            over: apps that will never be written of again.
+        """
+        for name in self._apps.keys() - live:
+            log = self._apps[name]
+            if name in over:
+                log.end()
+            log.close()
+            if not log.followed:
+                del self._apps[name]
+
     def close(self) -> None:
         for log in self._apps.values():
             log.close()
+
+
+def rotate_own(path: Path, limit: int) -> None:
+    """Begin the daemon's own log anew when it is longer than `limit` bytes; the one before it is kept as `<path>.old`.
+
+    Does nothing where standard output and standard error go elsewhere.
+
+    Raises:
+        OSError: it goes on as it was.
+    """
+    there = os.stat(path) if path.exists() else None
+    if there is None or there.st_size <= limit:
+        return
+    streams = [fd for fd in (1, 2) if os.path.samestat(os.fstat(fd), there)]
+    if not streams:
+        return
+    new = path.with_name(path.name + ".new")
+    fd = os.open(new, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        old = path.with_name(path.name + ".old")
+        old.unlink(missing_ok=True)
+        os.link(path, old)  # so that there is a log at every moment
+        os.rename(new, path)
+        for stream in streams:
+            os.dup2(fd, stream)
+    finally:
+        os.close(fd)

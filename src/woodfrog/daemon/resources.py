@@ -6,6 +6,8 @@ import json
 import os
 import re
 import sys
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from woodfrog.errors import NotFoundError, SandboxError, SpecError
@@ -14,11 +16,14 @@ from woodfrog.linux.skeleton import host_above, is_the_systems
 from woodfrog.settings import Settings
 from woodfrog.spec import AppSpec, FunctionSpec, SecretSpec, VolumeMount
 from woodfrog.store.content import ContentStore
-from woodfrog.store.files import write_atomic
+from woodfrog.store.files import remove_tree, write_atomic
 
 __all__ = ["Resources"]
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+_EPHEMERAL = re.compile(r"ephemeral-[0-9a-f]{12}")
+_DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
+_UNUSED_S = 86400.0
 _TAKEN_MOUNTS = ("/app", "/proc", "/sys", "/dev", "/run", "/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc")
 
 
@@ -51,10 +56,14 @@ class Resources:
         self._uid = settings.worker_uid
         self._others = bool(settings.socket_group or settings.listen)
         self._content = content
+        self._mounted: set[str] = set()
+        """Ephemeral volumes that an app has had."""
         self._secrets = settings.home / "secrets"
         self._volumes = settings.home / "volumes"
         self._secrets.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._volumes.mkdir(mode=0o711, parents=True, exist_ok=True)
+        for leftover in self._volumes.glob(".gone-*"):
+            remove_tree(leftover)
 
     # Secrets
 
@@ -101,6 +110,8 @@ class Resources:
             NotFoundError: it does not exist and may not be created.
         """
         path = self._volumes / check_name("volume", mount.name)
+        if mount.ephemeral:
+            self._mounted.add(mount.name)
         if not path.is_dir():
             if not (mount.create or mount.ephemeral):
                 raise NotFoundError(
@@ -116,6 +127,35 @@ class Resources:
             rootplan.VolumeMount(self.volume_path(v), v.path, v.read_only, host_above(os.path.normpath(v.path)))
             for v in function.volumes
         )
+
+    def set_volumes_aside(self, specs: Callable[[], Iterable[str]]) -> list[Path]:
+        """Take away the ephemeral volumes that none of these specs (JSON) names any more.
+
+        Returns:
+            What is still to be removed; nobody finds it any more.
+        """
+        made = {name for name in os.listdir(self._volumes) if _EPHEMERAL.fullmatch(name)}
+        if made:
+            made -= {name for spec in specs() for name in _EPHEMERAL.findall(spec)}
+        aside = []
+        for name in made:
+            # One that no app has had yet may be about to get its first; or its client, or the daemon, was killed.
+            if name not in self._mounted and time.time() - (self._volumes / name).stat().st_ctime < _UNUSED_S:
+                continue
+            path = self._volumes / f".gone-{name}"
+            os.rename(self._volumes / name, path)
+            self._mounted.discard(name)
+            aside.append(path)
+        return aside
+
+    def set_content_aside(self, specs: Iterable[str], before: float) -> list[Path]:
+        """Take away code and pickled objects that none of these specs (JSON) names, and nobody asked for since `before`
+        (Unix time).
+
+        Returns:
+            What is still to be removed; nobody finds it any more.
+        """
+        return self._content.set_aside({digest for spec in specs for digest in _DIGEST.findall(spec)}, before)
 
     # Specs
 

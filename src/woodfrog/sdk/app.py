@@ -37,6 +37,8 @@ C = TypeVar("C", bound=type)
 _output = False
 STOP_S = 5.0
 """How long the end of `app.run()` waits for a daemon that is away."""
+PRESENT_S = 60.0
+"""How often a running app's client says that it is there."""
 
 
 class LocalEntrypoint:
@@ -368,6 +370,7 @@ class RunningApp:
     def __init__(self, app: App, detach: bool) -> None:
         self._app, self._detach = app, detach
         self._logs: threading.Thread | None = None
+        self._over: threading.Event | None = None
 
     def __enter__(self) -> App:
         app = self._app
@@ -386,9 +389,11 @@ class RunningApp:
             with contextlib.suppress(WoodfrogError):
                 _stop(connect(start=False), name, interrupted=True)
             raise
-        if _output:
-            import threading
+        import threading
 
+        self._over = threading.Event()
+        threading.Thread(target=_stay, args=(*app._running, self._over), daemon=True, name="woodfrog-presence").start()
+        if _output:
             self._logs = threading.Thread(target=_show, args=app._running, daemon=True, name="woodfrog-output")
             self._logs.start()
         return app
@@ -397,6 +402,8 @@ class RunningApp:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         running, self._app._running = self._app._running, None
+        if self._over is not None:
+            self._over.set()
         if running is None or self._detach:
             return
         client, name = running
@@ -432,6 +439,22 @@ def _stop(client: Client, name: str, *, interrupted: bool) -> None:
         return
     with client.apart(STOP_S) as apart:
         apart.request("POST", path)
+
+
+def _stay(client: Client, name: str, over: threading.Event) -> None:
+    """Say again and again that the app's client is there, until its block is over.
+
+    The daemon stops an app of whose client it has heard nothing for 5 minutes.
+    """
+    from woodfrog.sdk.client import segment
+
+    while not over.wait(PRESENT_S):
+        try:
+            client.request("POST", f"/apps/{segment(name)}/touch", reconnect_s=0.0)
+        except NotFoundError:
+            return
+        except WoodfrogError:
+            continue  # the daemon is away: the next one has the app, too
 
 
 def re_name(stem: str) -> str:

@@ -12,7 +12,9 @@ import os
 import re
 import shutil
 import tarfile
+import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from woodfrog.errors import NotFoundError, SpecError
@@ -88,6 +90,12 @@ def _check(digest: str, data: bytes) -> None:
         raise SpecError(f"content does not match its digest {digest[:12]}…; send it again", code="bad-digest")
 
 
+def _asked_for(path: Path) -> None:
+    """Whoever asks is about to use it. The access time says so: nothing that runs on the tree looks at that."""
+    with suppress(OSError):
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+
 class ContentStore:
     """Blobs in `<root>/blobs`, what clients send with their code in `<root>/code`: layers of sandboxes' roots.
 
@@ -107,7 +115,10 @@ class ContentStore:
             remove_tree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
     def has_blob(self, digest: str) -> bool:
-        return bool(_DIGEST.match(digest)) and (self.blobs / digest).is_file()
+        found = bool(_DIGEST.match(digest)) and (self.blobs / digest).is_file()
+        if found:
+            _asked_for(self.blobs / digest)
+        return found
 
     def put_blob(self, digest: str, data: bytes) -> None:
         """Store a blob.
@@ -126,7 +137,10 @@ class ContentStore:
         return (self.blobs / digest).read_bytes()
 
     def has_code(self, digest: str) -> bool:
-        return bool(_DIGEST.match(digest)) and self._layer(digest).is_dir()
+        found = bool(_DIGEST.match(digest)) and self._layer(digest).is_dir()
+        if found:
+            _asked_for(self._layer(digest))
+        return found
 
     def put_code(self, digest: str, tar: bytes) -> None:
         """Unpack a source tree.
@@ -169,3 +183,19 @@ class ContentStore:
         if not self.has_code(digest):
             raise NotFoundError(f"no source {digest[:12]}…: deploy the app again", digest=digest)
         return self._layer(digest) / CODE
+
+    def set_aside(self, needed: set[str], before: float) -> list[Path]:
+        """Take away what is not needed and was not asked for since `before` (Unix time).
+
+        Returns:
+            What is still to be removed; nobody finds it any more. What is left of it goes at the next start.
+        """
+        aside = []
+        for folder in (self.code, self.blobs):
+            with os.scandir(folder) as entries:
+                old = [e.name for e in entries if not e.name.startswith(".") and e.stat().st_atime < before]
+            for name in (n for n in old if n.removesuffix(_LAYER) not in needed):
+                path = folder / f".{name}.{uuid.uuid4().hex}"
+                os.rename(folder / name, path)
+                aside.append(path)
+        return aside
