@@ -253,8 +253,8 @@ class LocalBackend:
                 await unpark(instance.sandbox, instance.pages)
             with instance.phases("connect"):
                 await self._connect(instance, instance.sandbox)
-        except (SandboxError, InstanceCrashed) as e:
-            raise _RestoreGaveUp(instance.snapshot_id, e, at_fault=False) from e
+        except Exception as e:
+            raise _RestoreGaveUp(instance.snapshot_id, _known("wake", e), at_fault=False) from e
         await self._wake(instance)
 
     async def _tell(self, instance: Instance, start: Coroutine[Any, Any, None]) -> None:
@@ -285,7 +285,7 @@ class LocalBackend:
             self._observer.on_start_failed(instance.id, error, user_fault=died)
         except Exception as e:
             await self._discard(instance)
-            self._observer.on_start_failed(instance.id, _unexpected("start", e), user_fault=False)
+            self._observer.on_start_failed(instance.id, _known("start", e), user_fault=False)
 
     async def _sandbox(self, instance: Instance, layers: tuple[Path, ...] = (), shm: Path | None = None) -> Sandbox:
         """A sandbox from the pool with this function's root, its output flowing."""
@@ -542,7 +542,7 @@ class LocalBackend:
                 )
         except Exception as e:
             counters["capture.failed"] += 1
-            error = e if isinstance(e, WoodfrogError) else _unexpected("capture", e)
+            error = _known("capture", e)
             if instance.zygote is not None:
                 self._zygotes.unfit(request, error)
             if instance.staging is not None:
@@ -565,12 +565,13 @@ class LocalBackend:
                 raise
         try:
             await self._thaw(instance, Opened.staged(draft, instance.staging.path))
-        except WoodfrogError as e:
+        except Exception as e:
             counters["capture.failed"] += 1
+            error = _known("thaw", e)
             if instance.zygote is not None:
-                self._zygotes.unfit(request, e)
-            failure = CaptureError(f"the new snapshot does not thaw: {e.message}", phase="thaw")
-            failure.fields |= {k: v for k, v in e.fields.items() if k in ("remedy", "log_tail")}
+                self._zygotes.unfit(request, error)
+            failure = CaptureError(f"the new snapshot does not thaw: {error.message}", phase="thaw")
+            failure.fields |= {k: v for k, v in error.fields.items() if k in ("remedy", "log_tail")}
             raise _CaptureGaveUp(failure) from e
         instance.zygote = None
         # The first caller need not wait for the disk: the images are ours and in the page cache.
@@ -593,7 +594,7 @@ class LocalBackend:
                     del self._storing[key]
         except Exception as e:
             counters["capture.failed"] += 1
-            error = e if isinstance(e, WoodfrogError) else _unexpected("commit", e)
+            error = _known("commit", e)
             if instance.id not in self._instances:
                 self._abandon(instance)
             self._observer.on_capture_failed(instance.request, error, alive=True)
@@ -617,8 +618,8 @@ class LocalBackend:
             raise _RestoreGaveUp(snapshot_id, e, at_fault=True) from e
         except RestoreError as e:
             raise _RestoreGaveUp(snapshot_id, e, at_fault=e.snapshot_at_fault) from e
-        except (SandboxError, InstanceCrashed, StoreError, NotFoundError) as e:
-            raise _RestoreGaveUp(snapshot_id, e, at_fault=False) from e
+        except Exception as e:  # whatever it is: one can start without
+            raise _RestoreGaveUp(snapshot_id, _known("thaw", e), at_fault=False) from e
         self._catalogue.used(snapshot_id)
         counters["restore.done"] += 1
 
@@ -654,9 +655,7 @@ class LocalBackend:
                         )
                 await self._thaw_stored(instance, found)
         except Exception as e:  # whatever it is: one can start without
-            error = e.error if isinstance(e, _RestoreGaveUp) else e
-            if not isinstance(error, WoodfrogError):
-                error = _unexpected("thaw", error)
+            error = e.error if isinstance(e, _RestoreGaveUp) else _known("thaw", e)
             log.warning("%s: snapshot %s is not used: %s", instance.id, found, error.message)
             if fetch:
                 self.keeper.no_use(key, found, error, worker_class)
@@ -1029,8 +1028,10 @@ def reseed_kernel_generators() -> None:
         fcntl.ioctl(f, _RNDRESEEDCRNG)
 
 
-def _unexpected(what: str, error: Exception) -> WoodfrogError:
-    """An error nobody foresaw: logged whole, told in one line."""
+def _known(what: str, error: Exception) -> WoodfrogError:
+    """An error nobody foresaw is logged whole, and told in one line like any other."""
+    if isinstance(error, WoodfrogError):
+        return error
     log.error("%s failed unexpectedly", what, exc_info=error)
     return SandboxError(f"{what} failed unexpectedly: {type(error).__name__}: {error}", code="unexpected")
 
