@@ -32,7 +32,6 @@ from woodfrog.errors import (
     IncompatibleSnapshot,
     InstanceCrashed,
     IntegrityError,
-    NotFoundError,
     OutOfMemoryError,
     RestoreError,
     SandboxError,
@@ -125,6 +124,7 @@ class Instance:
     """Answered since its memory is served."""
     start_task: asyncio.Task[None] | None = None
     watch_task: asyncio.Task[None] | None = None
+    discarding: asyncio.Task[None] | None = None
     log_fds: dict[int, str] = field(default_factory=dict)
     oom_before: int = 0
 
@@ -474,7 +474,7 @@ class LocalBackend:
                     lazy = await self._memory.lazy(opened, everything=request.capture)
                     await self._materialise(instance, opened, lazy)
         except (WoodfrogError, OSError, TimeoutError) as e:
-            await self._drop_sandbox(instance)
+            self._drop_sandbox(instance)
             instance.zygote = None
             self._zygotes.failed(found.id, e)
             return False
@@ -523,7 +523,7 @@ class LocalBackend:
             params_digest=request.params_digest,
             parent=instance.zygote or "",
         )
-        self._drain_logs(instance)  # what lies in the pipes would be printed by every copy
+        self._drain_logs(instance.id, instance.log_fds)  # what lies in the pipes would be printed by every copy
         try:
             if instance.pages is not None and not instance.pages.complete:
                 raise CaptureError("its memory is not complete yet", alive=True, phase="freeze", code="lazy-pages")
@@ -555,7 +555,7 @@ class LocalBackend:
             await self._connect(instance, instance.sandbox)
             return
         draft = replace(draft, phases=tuple(f"{p.name}={p.ms:.1f}" for p in phases.items))
-        await self._drop_sandbox(instance)
+        self._drop_sandbox(instance)
         with phases("share"):
             sharing = asyncio.ensure_future(asyncio.to_thread(self._catalogue.share_captured, instance.staging))
             try:
@@ -661,7 +661,7 @@ class LocalBackend:
                 self.keeper.no_use(key, found, error, worker_class)
                 if isinstance(e, _RestoreGaveUp) and e.at_fault:
                     self._catalogue.retire(found, e.message)
-            await self._drop_sandbox(instance)
+            self._drop_sandbox(instance)
             instance.snapshot_id = None
             return False
         instance.found = True
@@ -729,11 +729,6 @@ class LocalBackend:
         await self._memory.keep(seen, self._catalogue.path(origin), instance.id)
         self.keeper.pack_later(origin)
 
-    async def _drop_pages(self, instance: Instance) -> None:
-        pages, instance.pages = instance.pages, None
-        if pages is not None:
-            await self._memory.drop(pages, instance.id)
-
     # Output
 
     def _open_logs(self, instance: Instance, sandbox: Sandbox) -> None:
@@ -741,26 +736,25 @@ class LocalBackend:
         for stream, inner in (("stdout", protocol.WORKER_STDOUT), ("stderr", protocol.WORKER_STDERR)):
             fd = os.open(sandbox.path(inner), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
             instance.log_fds[fd] = stream
-            loop.add_reader(fd, self._read_log, instance, fd)
+            loop.add_reader(fd, self._read_log, instance.id, fd, stream)
 
-    def _read_log(self, instance: Instance, fd: int) -> None:
+    def _read_log(self, instance_id: str, fd: int, stream: str) -> None:
         # Opened for both ways: with a writer of our own it never ends, also between a freeze and a thaw.
         with contextlib.suppress(BlockingIOError):
-            self._observer.on_log(instance.id, instance.log_fds[fd], os.read(fd, 1 << 16))
+            self._observer.on_log(instance_id, stream, os.read(fd, 1 << 16))
 
-    def _drain_logs(self, instance: Instance) -> None:
-        for fd, stream in instance.log_fds.items():
+    def _drain_logs(self, instance_id: str, log_fds: dict[int, str]) -> None:
+        for fd, stream in log_fds.items():
             with contextlib.suppress(BlockingIOError):
                 while data := os.read(fd, 1 << 16):
-                    self._observer.on_log(instance.id, stream, data)
+                    self._observer.on_log(instance_id, stream, data)
 
-    def _close_logs(self, instance: Instance) -> None:
+    def _close_logs(self, instance_id: str, log_fds: dict[int, str]) -> None:
         loop = asyncio.get_running_loop()
-        self._drain_logs(instance)
-        for fd in instance.log_fds:
+        self._drain_logs(instance_id, log_fds)
+        for fd in log_fds:
             loop.remove_reader(fd)
             os.close(fd)
-        instance.log_fds.clear()
 
     # Calls
 
@@ -768,12 +762,13 @@ class LocalBackend:
         instance = self._instances.get(instance_id)
         if instance is None or instance.connection is None:
             return Answer("lost", error=InstanceCrashed(f"instance {instance_id} is gone").to_dict())
+        connection = instance.connection  # the instance may be discarded meanwhile
         begin = time.monotonic()
         header = {"type": "call", "call": request.call_id, "method": request.method, "encoding": request.encoding}
         try:
-            await instance.connection.send(header, request.payload)
+            await connection.send(header, request.payload)
             while True:
-                reply = await instance.connection.receive()
+                reply = await connection.receive()
                 ms = (time.monotonic() - begin) * 1e3
                 if reply.type == "item":
                     if request.on_item is not None:
@@ -903,38 +898,42 @@ class LocalBackend:
         await self._discard(instance)
         self._observer.on_stopped(instance.id)
 
-    async def _drop_sandbox(self, instance: Instance) -> None:
-        """Destroy the sandbox an instance is in and serve its memory no more; the instance may go on in another."""
-        sandbox = await self._hang_up(instance)
-        if sandbox is not None:
+    def _drop_sandbox(self, instance: Instance) -> None:
+        """The instance goes on in another sandbox; nobody waits for the end of this one."""
+        with instance.phases("teardown"):
+            self._leave(instance)
             instance.process = None
-            with instance.phases("teardown"):
-                self._close_logs(instance)
-                self._spawn(self._factory.release(sandbox))
-        await self._drop_pages(instance)
-
-    @staticmethod
-    async def _hang_up(instance: Instance) -> Sandbox | None:
-        """Close the connection to the worker; the sandbox it was in, now the caller's."""
-        sandbox, instance.sandbox = instance.sandbox, None
-        greeting, instance.greeting = instance.greeting, None
-        connection, instance.connection = instance.connection, None
-        if greeting is not None:
-            await asyncio.wait({greeting})
-            connection = greeting.result()
-        if connection is not None:
-            await connection.close()
-        return sandbox
 
     async def _discard(self, instance: Instance) -> None:
-        sandbox = await self._hang_up(instance)
-        if sandbox is not None:
-            await self._factory.release(sandbox)
-            self._close_logs(instance)
-        await self._drop_pages(instance)
+        """Nothing is left of an instance after this, also when whoever waits for it is cancelled."""
+        if instance.discarding is None:
+            instance.discarding = self._spawn(self._end(instance))
+        await asyncio.shield(instance.discarding)
+
+    async def _end(self, instance: Instance) -> None:
+        await self._leave(instance)
         self._instances.pop(instance.id, None)
         if not _running(instance.commit_task):
             self._abandon(instance)
+
+    def _leave(self, instance: Instance) -> asyncio.Task[None]:
+        """Begin to destroy the sandbox an instance is in, with all that hangs on it.
+
+        In a task of its own: a start may be cancelled at any moment, and each of these ends must come.
+        """
+        ends = contextlib.AsyncExitStack()  # what is put on it last comes first
+        pages, instance.pages = instance.pages, None
+        if pages is not None:
+            ends.push_async_callback(self._memory.drop, pages, instance.id)
+        log_fds, instance.log_fds = instance.log_fds, {}
+        ends.callback(self._close_logs, instance.id, log_fds)
+        sandbox, instance.sandbox = instance.sandbox, None
+        if sandbox is not None:
+            ends.push_async_callback(self._factory.release, sandbox)
+        greeting, instance.greeting = instance.greeting, None
+        connection, instance.connection = instance.connection, None
+        ends.push_async_callback(_hang_up, greeting, connection)
+        return self._spawn(_see_to(ends, instance.id))
 
     # Looking
 
@@ -1034,6 +1033,22 @@ def _known(what: str, error: Exception) -> WoodfrogError:
         return error
     log.error("%s failed unexpectedly", what, exc_info=error)
     return SandboxError(f"{what} failed unexpectedly: {type(error).__name__}: {error}", code="unexpected")
+
+
+async def _hang_up(greeting: asyncio.Task[WorkerConnection | None] | None, connection: WorkerConnection | None) -> None:
+    if greeting is not None:
+        await asyncio.wait({greeting})
+        connection = greeting.result()
+    if connection is not None:
+        await connection.close()
+
+
+async def _see_to(ends: contextlib.AsyncExitStack[bool | None], instance_id: str) -> None:
+    """Each comes, whatever becomes of the others; nobody who waits for them can do anything about it."""
+    try:
+        await ends.aclose()
+    except Exception:
+        log.exception("%s: something of its sandbox is left", instance_id)
 
 
 def _running(task: asyncio.Task[None] | None) -> bool:
