@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from woodfrog.backends.base import Progress
 from woodfrog.backends.memory import read_working_set
@@ -42,6 +42,7 @@ __all__ = ["Keeper"]
 log = logging.getLogger("woodfrog")
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 _Wanted: TypeAlias = tuple[str, str]
 """Function key and worker class of a snapshot that a start could thaw."""
@@ -310,7 +311,7 @@ class Keeper:
         """
         tier, begin = self._configured(), time.time()
         missed = await asyncio.to_thread(self._may_have_missed, tier.name, begin)
-        dead = await asyncio.to_thread(tombstones.listed, tier)
+        dead = await _aside(tombstones.listed, tier)
         for manifest in self._catalogue.manifests():
             with contextlib.suppress(NotFoundError):  # it was removed here meanwhile
                 if manifest.id in dead:
@@ -324,7 +325,7 @@ class Keeper:
         withdrawn = self._withdrawn(snapshot_id)
         if not withdrawn and not (missed and self._in_tier(snapshot_id)):
             return
-        there = await asyncio.to_thread(self._transport.has, tier, snapshot_id)
+        there = await _aside(self._transport.has, tier, snapshot_id)
         if there and withdrawn:
             await self._back_again(snapshot_id)
         elif not there and not withdrawn:
@@ -352,7 +353,7 @@ class Keeper:
             StoreError: the tier cannot be asked.
         """
         tier = self._configured()
-        found = await asyncio.to_thread(self._transport.tombstone, snapshot_id, tier)
+        found = await _aside(self._transport.tombstone, snapshot_id, tier)
         if found is None or self._catalogue.form(snapshot_id) is None:
             return
         if not self._withdrawn(snapshot_id):
@@ -401,8 +402,7 @@ class Keeper:
             return None
         self._not_there = {key: until for key, until in self._not_there.items() if now < until}
         try:
-            find, tier = self._transport.find, self._tier
-            ids = await asyncio.wait_for(_aside(lambda: find(tier, *wanted)), _LOOK_UP_S)
+            ids = await asyncio.wait_for(_aside(self._transport.find, self._tier, *wanted), _LOOK_UP_S)
         except Exception as e:  # whatever it is: one can start without
             why = e.message if isinstance(e, WoodfrogError) else f"{type(e).__name__} {e}".strip()
             log.warning("%s cannot be asked: %s", self._tier.name, why)
@@ -492,7 +492,7 @@ class Keeper:
                 self._pending.add(Pending(m.id, tier.name, self._worker_class, m.function_key, m.tag, m.params_digest))
 
             try:
-                arrival = await asyncio.to_thread(
+                arrival = await _aside(
                     self._transport.arrive,
                     snapshot_id,
                     tier,
@@ -509,7 +509,7 @@ class Keeper:
                 self._arrivals[snapshot_id] = arrival
                 self._spawn(self._rest(snapshot_id, arrival, tier))
                 return arrival.manifest
-        manifest = await asyncio.to_thread(self._transport.pull, snapshot_id, tier, function_key=function_key)
+        manifest = await _aside(self._transport.pull, snapshot_id, tier, function_key=function_key)
         await self._pulled(snapshot_id, tier)
         return manifest
 
@@ -525,7 +525,7 @@ class Keeper:
     async def _rest(self, snapshot_id: str, arrival: Arrival, tier: Tier) -> None:
         """Bring what is missing of a snapshot that may be thawed already; then it is one of this machine's."""
         try:
-            await asyncio.to_thread(arrival.rest)
+            await _aside(arrival.rest)
             await self._quiet(snapshot_id)
             with self._changing(snapshot_id):
                 await asyncio.to_thread(arrival.finish)
@@ -668,7 +668,7 @@ class Keeper:
         if snapshot_id in self.in_use() | set(self._used) or self._catalogue.form(snapshot_id) is None:
             return False
         with self._changing(snapshot_id):  # a start that comes now waits, and then fetches it
-            if self._in_tier(snapshot_id) and not await asyncio.to_thread(self._transport.has, self._tier, snapshot_id):
+            if self._in_tier(snapshot_id) and not await _aside(self._transport.has, self._tier, snapshot_id):
                 await self._look()
                 if not self._withdrawn(snapshot_id):
                     log.warning("snapshot %s is not in %s any more", snapshot_id, self._tier.name)
@@ -775,7 +775,7 @@ class Keeper:
         tier = self._configured()
         progress("snapshots", 0, 1)
         async with self._alone():  # this machine's own uploads wait for it here, and not in vain
-            gone = await asyncio.to_thread(self._transport.sweep, tier, dry_run=dry_run, progress=progress)
+            gone = await _aside(self._transport.sweep, tier, dry_run=dry_run, progress=progress)
         return {
             "tier": tier.name,
             "packs": gone.packs,
@@ -796,12 +796,12 @@ class Keeper:
 
     async def export(self, snapshot_id: str, target: Path, progress: Progress) -> dict[str, Any]:
         async with self.using(snapshot_id):
-            size = await asyncio.to_thread(self._transport.export, snapshot_id, target, progress)
+            size = await _aside(self._transport.export, snapshot_id, target, progress)
         return {"id": snapshot_id, "bytes": size}
 
     async def import_(self, source: Path, progress: Progress) -> dict[str, Any]:
         before = {m.id for m in self._catalogue.manifests()}
-        return self._taken_up(await asyncio.to_thread(self._transport.import_, source, progress), before)
+        return self._taken_up(await _aside(self._transport.import_, source, progress), before)
 
     async def push(self, snapshot_id: str, progress: Progress = _quietly, *, anyway: bool = False) -> dict[str, Any]:
         """Copy a snapshot to the tier.
@@ -818,7 +818,7 @@ class Keeper:
                 raise StoreError(f"snapshot {snapshot_id} is being removed from {tier.name}", code="tier-busy")
             self._pushing[snapshot_id] += 1
             try:
-                await asyncio.to_thread(self._transport.push, snapshot_id, tier, progress, anyway=anyway)
+                await _aside(self._transport.push, snapshot_id, tier, progress, anyway=anyway)
             except StoreError as e:
                 if e.code == "tier-removed":
                     await self._met(snapshot_id)
@@ -842,7 +842,7 @@ class Keeper:
         try:
             while self._pushing[snapshot_id]:  # its manifest would come after
                 await asyncio.sleep(_QUIET_S)
-            found = await asyncio.to_thread(self._transport.withdraw, snapshot_id, tier)
+            found = await _aside(self._transport.withdraw, snapshot_id, tier)
         finally:
             self._withdrawing.discard(snapshot_id)
         return {"id": snapshot_id, "tier": tier.name, "found": found}
@@ -853,7 +853,7 @@ class Keeper:
     async def list_tier(self, progress: Progress) -> dict[str, Any]:
         tier = self._configured()
         progress("snapshots", 0, 1)
-        rows = await asyncio.to_thread(self._transport.listing, tier, progress)
+        rows = await _aside(self._transport.listing, tier, progress)
         return {"tier": tier.name, "snapshots": rows}
 
     async def pull(self, snapshot_id: str, progress: Progress) -> dict[str, Any]:
@@ -948,8 +948,9 @@ class Keeper:
         await asyncio.to_thread(self._store.close)
 
 
-async def _aside(work: Callable[[], T]) -> T:
-    """The result of what may hang, in a thread that nobody needs: neither others who wait for one, nor the exit."""
+async def _aside(work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+    """The result of what may hang, in a thread of its own: whatever waits for a tier would take the few threads of
+    `asyncio.to_thread` from starts, and hold up the exit."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
@@ -963,7 +964,7 @@ async def _aside(work: Callable[[], T]) -> T:
     def run() -> None:
         result, error = None, None
         try:
-            result = work()
+            result = work(*args, **named)
         except BaseException as e:
             error = e
         with contextlib.suppress(RuntimeError):  # the loop is closed
