@@ -52,6 +52,8 @@ _GC_AFTER_S = 60.0
 _LOOK_UP_S = 3.0
 _NOT_THERE_S = 30.0
 _PUSH_AGAIN_S = 60.0
+_SLOW_S = 60.0
+"""A copy to the tier that takes longer is told of in the log: others wait for it."""
 _CLOSE_S = 10.0
 _LEFT_S = 1.0
 _NEED_S = 15.0
@@ -133,6 +135,9 @@ class Keeper:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._used: Counter[str] = Counter()
         self._one = asyncio.Lock()
+        self._sending = asyncio.Lock()
+        """Held by what changes the tier at length. Nothing that is this machine's alone waits for it."""
+        self._making_room = asyncio.Lock()
         self._queued: set[str] = set()
         self._swapping: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -172,9 +177,9 @@ class Keeper:
         return task
 
     @contextlib.asynccontextmanager
-    async def _alone(self) -> AsyncIterator[None]:
+    async def _alone(self, lock: asyncio.Lock | None = None) -> AsyncIterator[None]:
         """One at a time of what works through much memory: its tables leave tens of megabytes of holes."""
-        async with self._one:
+        async with lock or self._one:
             try:
                 yield
             finally:
@@ -197,9 +202,11 @@ class Keeper:
                 if not self._closing:
                     with contextlib.suppress(NotPackable):
                         await self.pack(snapshot_id)
-                    if not self._closing:
-                        await self._back_up(snapshot_id)
-                        await self._make_room()
+            if self._sending.locked():  # that may take long, and what is in the tier already can go now
+                await self._make_room()
+            if not self._closing:
+                await self._back_up(snapshot_id)
+                await self._make_room()
         except WoodfrogError as e:
             counters["pack.failed"] += 1
             log.warning("snapshot %s is not packed: %s", snapshot_id, e.message)
@@ -271,16 +278,31 @@ class Keeper:
 
     async def _back_up(self, snapshot_id: str) -> None:
         """Copy a snapshot to the tier once. Where that fails it may be tried again after a while."""
-        if self._tier is None or self._in_tier(snapshot_id) or self._catalogue.retired(snapshot_id) is not None:
+        if not self._to_be_sent(snapshot_id):
             return
-        if self._withdrawn(snapshot_id):
-            return
-        try:
-            await self.push(snapshot_id)
-        except WoodfrogError as e:
-            counters["push.failed"] += 1
-            log.warning("snapshot %s is not in %s: %s", snapshot_id, self._tier.name, e.message)
-            asyncio.get_running_loop().call_later(_PUSH_AGAIN_S, self._queued.discard, snapshot_id)
+        tier, loop = self._configured(), asyncio.get_running_loop()
+        async with self._alone(self._sending):
+            if not self._to_be_sent(snapshot_id):
+                return
+            slow = loop.call_later(_SLOW_S, log.info, "snapshot %s is still on its way to %s", snapshot_id, tier.name)
+            try:
+                await self.push(snapshot_id)
+            except WoodfrogError as e:
+                counters["push.failed"] += 1
+                log.warning("snapshot %s is not in %s: %s", snapshot_id, tier.name, e.message)
+                loop.call_later(_PUSH_AGAIN_S, self._queued.discard, snapshot_id)
+            finally:
+                slow.cancel()
+
+    def _to_be_sent(self, snapshot_id: str) -> bool:
+        return not (
+            self._tier is None
+            or self._closing
+            or self._in_tier(snapshot_id)
+            or self._catalogue.form(snapshot_id) is None
+            or self._catalogue.retired(snapshot_id) is not None
+            or self._withdrawn(snapshot_id)
+        )
 
     # What was removed from the tier
 
@@ -634,58 +656,64 @@ class Keeper:
         """Stay within the budget: what is in the tier as well and was not used for longest goes."""
         if not self._budget:
             return
-        try:
-            while not self._closing and await asyncio.to_thread(self._local_bytes) > self._budget:
-                by_use = self._catalogue.by_use()
-                for manifest in sorted(by_use, key=lambda m: not self._retired_so(m.id)):
-                    if await self._evict(manifest.id):
-                        break
-                else:
-                    if await self._drop_rebuilt() == 0:
-                        log.warning("snapshots take more than snapshots_mib, and none of them can go")
-                        return
-        except WoodfrogError as e:
-            log.warning("snapshots take more than snapshots_mib: %s", e.message)
+        async with self._making_room:
+            try:
+                while not self._closing and await asyncio.to_thread(self._local_bytes) > self._budget:
+                    by_use = self._catalogue.by_use()
+                    for manifest in sorted(by_use, key=lambda m: not self._retired_so(m.id)):
+                        if await self._evict(manifest.id):
+                            break
+                    else:
+                        if await self._drop_rebuilt() == 0:
+                            if not self._sending.locked():  # what is being sent may go after that
+                                log.warning("snapshots take more than snapshots_mib, and none of them can go")
+                            return
+            except WoodfrogError as e:
+                log.warning("snapshots take more than snapshots_mib: %s", e.message)
 
     async def _drop_rebuilt(self) -> int:
         """Drop the rebuilt forms of packs but what a restore has opened; one that comes now waits. Bytes freed."""
-        busy = set(self._used) | set(self._swapping)
-        with contextlib.ExitStack() as quiet:
-            reading: set[str] = set()
-            for manifest in self._catalogue.manifests():
-                if manifest.id in busy:
-                    reading.update(manifest.packs)
-                else:
-                    quiet.enter_context(self._changing(manifest.id))
-            return await asyncio.to_thread(self._store.trim_cache, 0, reading)
+        async with self._alone():
+            busy = set(self._used) | set(self._swapping)
+            with contextlib.ExitStack() as quiet:
+                reading: set[str] = set()
+                for manifest in self._catalogue.manifests():
+                    if manifest.id in busy:
+                        reading.update(manifest.packs)
+                    else:
+                        quiet.enter_context(self._changing(manifest.id))
+                return await asyncio.to_thread(self._store.trim_cache, 0, reading)
 
     async def _evict(self, snapshot_id: str) -> bool:
         """Remove a snapshot that can be had again, or that nobody is to have; False = it stays."""
+        if not self._may_go(snapshot_id):
+            return False
+        if self._in_tier(snapshot_id) and not await _aside(self._transport.has, self._configured(), snapshot_id):
+            await self._look()
+            if not self._withdrawn(snapshot_id):
+                log.warning("snapshot %s is not in %s any more", snapshot_id, self._configured().name)
+                self._catalogue.unmark(snapshot_id, PUSHED)
+                self._queued.discard(snapshot_id)
+        async with self._alone():
+            if not self._may_go(snapshot_id):  # the tier, or what else was done here, may have taken its time
+                return False
+            log.info("snapshot %s goes: %s", snapshot_id, self._catalogue.retired(snapshot_id) or _UNUSED)
+            with self._changing(snapshot_id):  # a start that comes now waits, and then fetches it
+                await asyncio.to_thread(self._catalogue.remove, snapshot_id)
+            self._queued.discard(snapshot_id)
+            # What was stored a moment ago counts as well, else more would go than must: nothing needed is lost.
+            await asyncio.to_thread(self._store.gc, self._live, min_age_s=0.0)
+            if self._catalogue.layers is not None:
+                await asyncio.to_thread(self._catalogue.layers.collect)
+        return True
+
+    def _may_go(self, snapshot_id: str) -> bool:
         if self._tier is None or self._catalogue.marked(snapshot_id, PINNED):
             return False
         if not (self._in_tier(snapshot_id) or self._retired_so(snapshot_id)):
             return False
-        if snapshot_id in self.in_use() | set(self._used) or self._catalogue.form(snapshot_id) is None:
-            return False
-        with self._changing(snapshot_id):  # a start that comes now waits, and then fetches it
-            if self._in_tier(snapshot_id) and not await _aside(self._transport.has, self._tier, snapshot_id):
-                await self._look()
-                if not self._withdrawn(snapshot_id):
-                    log.warning("snapshot %s is not in %s any more", snapshot_id, self._tier.name)
-                    self._catalogue.unmark(snapshot_id, PUSHED)
-                    self._queued.discard(snapshot_id)
-                if not self._retired_so(snapshot_id):
-                    return False
-            if snapshot_id in self.in_use():
-                return False
-            log.info("snapshot %s goes: %s", snapshot_id, self._catalogue.retired(snapshot_id) or _UNUSED)
-            await asyncio.to_thread(self._catalogue.remove, snapshot_id)
-        self._queued.discard(snapshot_id)
-        # What was stored a moment ago counts as well, else more would go than must: nothing that is needed is lost.
-        await asyncio.to_thread(self._store.gc, self._live, min_age_s=0.0)
-        if self._catalogue.layers is not None:
-            await asyncio.to_thread(self._catalogue.layers.collect)
-        return True
+        used = self.in_use() | set(self._used) | set(self._swapping)
+        return snapshot_id not in used and self._catalogue.form(snapshot_id) is not None
 
     def _local_bytes(self) -> int:
         loose = sum(m.pages_bytes for m in self._catalogue.manifests() if m.form == "loose")
@@ -774,7 +802,7 @@ class Keeper:
     async def gc_tier(self, *, dry_run: bool, progress: Progress) -> dict[str, Any]:
         tier = self._configured()
         progress("snapshots", 0, 1)
-        async with self._alone():  # this machine's own uploads wait for it here, and not in vain
+        async with self._alone(self._sending):  # this machine's own uploads wait for it here, and not in vain
             gone = await _aside(self._transport.sweep, tier, dry_run=dry_run, progress=progress)
         return {
             "tier": tier.name,
