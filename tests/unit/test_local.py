@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -198,3 +199,24 @@ async def test_a_start_that_is_stopped_between_two_sandboxes_leaves_neither(back
     assert not first.destroyed
     backend._factory.slow.set()
     await until(lambda: first.destroyed)
+
+
+async def test_others_go_on_while_what_was_captured_is_removed(backend: Any) -> None:
+    """It may be gigabytes."""
+    begun, go = threading.Event(), threading.Event()
+
+    class Catalogue:
+        def abandon(self, _: Any) -> None:
+            begun.set()
+            assert go.wait(5)
+
+    async def fails(instance: Any) -> None:
+        instance.staging = "its staging"
+        raise SandboxError("no")
+
+    backend._catalogue, backend._start = Catalogue(), fails
+    backend.start(request())
+    await until(begun.is_set)
+    assert backend._observer.heard == []
+    go.set()
+    await until(lambda: backend._observer.words == ["on_start_failed"])

@@ -550,7 +550,7 @@ class LocalBackend:
                 error.fields["snapshot"] = instance.staging.id
             if not isinstance(error, StoreError) and not (isinstance(error, CaptureError) and error.alive):
                 raise _CaptureGaveUp(error) from e
-            self._abandon(instance)
+            await self._abandon(instance)
             self._observer.on_capture_failed(instance.request, error, alive=True)
             await self._connect(instance, instance.sandbox)
             return
@@ -578,11 +578,11 @@ class LocalBackend:
         instance.commit_task = self._spawn(self._commit(instance, instance.staging, draft))
         self._storing[draft.function_key, draft.worker_class] = instance
 
-    def _abandon(self, instance: Instance) -> None:
+    async def _abandon(self, instance: Instance) -> None:
         """Drop a snapshot that never was; not while a sandbox rests on its files."""
         staging, instance.staging = instance.staging, None
         if staging is not None:
-            self._catalogue.abandon(staging)
+            await asyncio.to_thread(self._catalogue.abandon, staging)
 
     async def _commit(self, instance: Instance, staging: Staging, draft: Manifest) -> None:
         key = draft.function_key, draft.worker_class
@@ -596,7 +596,7 @@ class LocalBackend:
             counters["capture.failed"] += 1
             error = _known("commit", e)
             if instance.id not in self._instances:
-                self._abandon(instance)
+                await self._abandon(instance)
             self._observer.on_capture_failed(instance.request, error, alive=True)
             return
         instance.staging = None
@@ -914,7 +914,7 @@ class LocalBackend:
         await self._leave(instance)
         self._instances.pop(instance.id, None)
         if not _running(instance.commit_task):
-            self._abandon(instance)
+            await self._abandon(instance)
 
     def _leave(self, instance: Instance) -> asyncio.Task[None]:
         """Begin to destroy the sandbox an instance is in, with all that hangs on it.
