@@ -453,7 +453,7 @@ def test_page_file_cut_under_a_running_container(lazy: Daemon) -> None:
     until(lambda: of_function(lazy, "Lazy"))
 
 
-@pytest.mark.parametrize("kind", ["empty", "garbage", "truncated", "elsewhere"])
+@pytest.mark.parametrize("kind", ["empty", "garbage", "truncated", "elsewhere", "unreadable"])
 def test_bad_working_set_costs_time_at_most(lazy: Daemon, kind: str) -> None:
     """It says which pages come first; nothing hangs on it being right."""
     thaw_lazily(lazy)
@@ -467,11 +467,18 @@ def test_bad_working_set_costs_time_at_most(lazy: Daemon, kind: str) -> None:
         "garbage": os.urandom(999),
         "truncated": good[:-5],
         "elsewhere": header + bytes(b ^ 0x55 if n % 16 > 7 else b for n, b in enumerate(ranges)),
+        "unreadable": None,
     }[kind]
-    path.write_bytes(bad)
+    if bad is None:
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_bytes(bad)
     thaw_lazily(lazy, learn=False)
     assert call(lazy, "Lazy.check", first=0, last=1024)[0] is True
     assert of_function(lazy, "Lazy") == before
+    if bad is None:
+        path.rmdir()
 
 
 TIGHT = """

@@ -8,6 +8,7 @@ import random
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -426,6 +427,36 @@ def test_what_does_not_get_here_is_not_thawed_so_again(here: Machine, there: Mac
             await keeper.fetch(A)
         assert len(faulty.log) == asked, "it is known"
         await keeper.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("when", ["begin", "rest"])
+def test_what_comes_from_a_tier_that_hangs_holds_up_no_start(
+    there: Machine, tier: DirectoryTier, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Those that start need threads, too: to verify, to look, to make a directory."""
+    hanging, go = threading.Semaphore(0), threading.Event()
+
+    def hang(*_: object, **__: object) -> None:
+        hanging.release()
+        go.wait(20)
+        raise StoreError("no answer (injected)", code="tier-missing")
+
+    monkeypatch.setattr(Arrival, when, hang)
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        keeper = there.keeper(tier, read_through=True)
+        fetching = [asyncio.ensure_future(keeper.fetch(snapshot)) for snapshot in (A, B)]
+        try:
+            for _ in fetching:
+                await until(lambda: hanging.acquire(blocking=False))
+            await asyncio.wait_for(asyncio.to_thread(lambda: None), 1)
+        finally:
+            go.set()
+            await asyncio.wait(fetching)
+            await keeper.close()
 
     asyncio.run(main())
 

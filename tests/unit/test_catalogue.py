@@ -9,12 +9,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from woodfrog.errors import IntegrityError, NotFoundError, StoreError
 from woodfrog.snapshot import catalogue as module
-from woodfrog.snapshot.catalogue import Catalogue, Staging
+from woodfrog.snapshot.catalogue import PINNED, Catalogue, Staging
 from woodfrog.snapshot.manifest import FORMAT, Manifest, SigningKey, encode
 
 
@@ -71,6 +72,35 @@ def key(tmp_path: Path) -> SigningKey:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return tmp_path / "snapshots"
+
+
+def test_what_a_new_snapshot_makes_superfluous(root: Path, key: SigningKey) -> None:
+    """Of the kernel before this one some stay; of those before that, none."""
+    catalogue = Catalogue(root, key)
+
+    def make(name: str, worker_class: str, **more: Any) -> None:
+        created = 1.0 + len(catalogue.manifests())
+        staging = catalogue.begin(name)
+        catalogue.commit(staging, replace(draft(name, worker_class=worker_class, created=created), **more))
+
+    for kernel in ("k1", "k2", "k3"):
+        for number in range(3):
+            make(f"s-{kernel}-{number}", kernel)
+    make("s-other", "k1", tag="g")
+    make("s-chip", "k1-chip", host={"gpu": "H100"})
+    make("z-1", "k1", kind="zygote", app="", tag="(zygote)")
+    catalogue.mark("s-k1-0", PINNED)
+
+    def gone(keep: int = 2) -> set[str]:
+        return {m.id for m in catalogue.superseded("s-k3-2", keep)}
+
+    assert gone() == {"s-k1-1", "s-k1-2", "s-k2-0", "s-k3-0"}
+    assert gone(9) == {"s-k1-1", "s-k1-2"}
+    catalogue.used("s-k1-0")  # that kernel was booted once more
+    assert gone() == {"s-k2-0", "s-k2-1", "s-k2-2", "s-k3-0"}
+    assert {m.id for m in catalogue.superseded("s-chip", 1)} == set()
+    catalogue.retire("s-k3-1", "invalidated")
+    assert gone() == {"s-k2-0", "s-k2-1", "s-k2-2"}, "it is about to go, and counts no more"
 
 
 def test_commit_find_open(root: Path, key: SigningKey) -> None:

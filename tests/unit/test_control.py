@@ -528,6 +528,23 @@ def test_killed_capture_is_taken_up_again_once_it_is_gone() -> None:
     assert d.call() == [start("i-t-3", capture=True)]
 
 
+@pytest.mark.parametrize("stages", [("capturing",), ("capturing", "restoring")], ids=["capture", "fresh thaw"])
+def test_captures_that_hang_are_given_up(stages: tuple[str, ...]) -> None:
+    """Else a call for which there is one place only would wait for one capture after another."""
+    spec = function(
+        snapshot=SnapshotPolicy(enabled=True), startup_timeout=10.0, scaling=ScalingPolicy(max_containers=1)
+    )
+    d = Driver(spec, capture_attempts=2)
+    assert d.call() == [start("i-t-1", capture=True)]
+    for number in (1, 2):
+        for stage in stages:
+            d.send(ev.InstanceStage, instance_id=f"i-t-{number}", stage=stage)
+        [kill] = d.at(d.now + 10.0)
+        assert kill == ev.KillInstance(instance_id=f"i-t-{number}", reason="capture hangs")
+        assert d.stopped(f"i-t-{number}") == [start(f"i-t-{number + 1}", capture=number < 2)]
+    assert d.ready("i-t-3") == [ev.RunCall(call_id="c1", instance_id="i-t-3")]
+
+
 def test_no_second_capture_while_the_first_is_on_its_way_to_disk() -> None:
     d = Driver(function(snapshot=SnapshotPolicy(enabled=True), scaling=ScalingPolicy(single_use=True)))
     d.call()
@@ -609,7 +626,6 @@ def test_redeploy_with_the_same_key_keeps_the_snapshot() -> None:
     d.deploy(spec, key="k")
     d.send(ev.SnapshotAvailable, app="a", tag="f", snapshot_id="s1")
     d.deploy(replace(spec, timeout=7.0), key="k")
-    assert d.state.snapshot_known("a", "f")
     [action] = d.call()
     assert isinstance(action, ev.StartInstance) and action.snapshot_id == "s1"
 

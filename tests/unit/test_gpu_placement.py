@@ -222,6 +222,19 @@ def test_two_chips_are_captured_at_a_time() -> None:
     assert d.state.knows(d.state.services["a/f@1"], "", H100).snapshot_id == "s-h100"
 
 
+@pytest.mark.parametrize("stages", [("capturing",), ("capturing", "restoring")], ids=["capture", "fresh thaw"])
+def test_captures_that_hang_are_counted_for_their_chip(stages: tuple[str, ...]) -> None:
+    d = Driver(replace(saving("f", "any"), startup_timeout=10.0), gpus=(Gpu("a", A10),))
+    d.call("f")
+    for number in range(1, d.state.config.capture_attempts + 1):
+        for stage in stages:
+            d.send(ev.InstanceStage, instance_id=f"i-t-{number}", stage=stage)
+        d.now += 11.0
+        assert [type(a).__name__ for a in d.send(ev.Tick)] == ["KillInstance"]
+        again = starts(d.send(ev.InstanceStopped, instance_id=f"i-t-{number}"))
+        assert again == [(("a",), None, number < d.state.config.capture_attempts)]
+
+
 def test_a_gpu_with_a_snapshot_is_preferred() -> None:
     d = Driver(saving("f", "any"), saving("g", "A10", "H100"))
     for tag in "fg":

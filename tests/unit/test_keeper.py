@@ -267,6 +267,80 @@ def test_a_start_that_comes_while_its_snapshot_goes_fetches_it(here: Machine, ti
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("asked", ["has", "look"])
+def test_a_start_does_not_wait_for_what_the_tier_is_asked_to_make_room(
+    here: Machine, tier: DirectoryTier, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    """What was about to go stays, then: somebody uses it."""
+    asking, go = threading.Event(), threading.Event()
+
+    def hang(*_: object) -> bool:
+        asking.set()
+        go.wait(20)
+        return asked == "has"
+
+    async def look() -> None:
+        await asyncio.to_thread(hang)
+
+    async def main() -> None:
+        keeper = here.keeper(tier, budget=1)
+        here.make(A)
+        here.catalogue.mark(A, PUSHED, tier.name)
+        if asked == "has":
+            monkeypatch.setattr(here.transport, "has", hang)
+        else:
+            monkeypatch.setattr(here.transport, "has", lambda *_: False)
+            monkeypatch.setattr(keeper, "_look", look)
+        room = asyncio.ensure_future(keeper._make_room())
+        await until(asking.is_set)
+        async with asyncio.timeout(1), keeper.using(A):
+            go.set()
+            await room
+            assert here.whole(A)
+        await keeper.close()
+
+    try:
+        asyncio.run(main())
+    finally:
+        go.set()
+
+
+def test_what_is_sent_slowly_holds_up_neither_packing_nor_room(here: Machine, tier: DirectoryTier) -> None:
+    sending, go = threading.Event(), threading.Event()
+    push = here.transport.push
+
+    def slowly(snapshot_id: str, *more: object, **named: object) -> None:
+        if snapshot_id == B:
+            sending.set()
+            go.wait(20)
+        push(snapshot_id, *more, **named)  # type: ignore[arg-type]
+
+    here.transport.push = slowly  # type: ignore[method-assign]
+
+    async def main() -> None:
+        keeper = here.keeper(tier, budget=int(2.5 * PAGES * PAGE))
+        for number, snapshot in enumerate((A, B, C)):
+            here.make(snapshot, created=1.0 + number)
+        keeper.pack_later(A)
+        await until(lambda: keeper._in_tier(A))
+        keeper.pack_later(B)
+        await until(sending.is_set)
+        keeper.pack_later(C)
+        await until(lambda: here.catalogue.form(C) == "packed")
+        await keeper.gc(dry_run=False, progress=quietly)
+        await until(lambda: here.catalogue.form(A) is None)
+        assert here.whole(B) and not keeper._in_tier(C)
+        go.set()
+        await until(lambda: settled(keeper))
+        assert keeper._in_tier(B) and keeper._in_tier(C) and here.whole(B) and here.whole(C)
+        await keeper.close()
+
+    try:
+        asyncio.run(main())
+    finally:
+        go.set()
+
+
 # Packing
 
 

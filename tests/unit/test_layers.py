@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import shutil
 import stat
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +30,7 @@ from woodfrog.store import layers as layers_module
 from woodfrog.store.bundle import pack_tree, unpack_tree
 from woodfrog.store.chunks import CHUNK, LARGE, Chunks, Large
 from woodfrog.store.cold import Key
+from woodfrog.store.folder import stamp_of
 from woodfrog.store.layers import LayerFiles
 from woodfrog.store.tiers import DirectoryTier, MemoryTier
 
@@ -265,6 +269,51 @@ def test_that_others_share_it_is_no_change_of_a_file(here: Sharing, reads: list[
     here.capture(B, ("fs/model", MODEL))
     here.catalogue.open_verified(A)
     assert len([p for p in reads if A in str(p)]) == 0
+
+
+@pytest.mark.parametrize("how", ["compared", "read"])
+def test_nobody_waits_for_a_file_that_is_read(here: Sharing, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """It may be gigabytes, and who removes a snapshot only takes names away. What changes meanwhile is read again."""
+    here.capture(A, ("fs/model", MODEL))
+    here.capture(B, ("fs/other", MODEL + b"x"))
+    here.reopen()  # nothing is known
+    name, inner = ("_equal", layers_module._equal) if how == "compared" else ("sha256_file", layers_module.sha256_file)
+    reading, go, count = threading.Event(), threading.Event(), []
+
+    def slowly(*paths: Path) -> object:
+        count.append(paths)
+        reading.set()
+        go.wait(20)
+        return inner(*paths)  # type: ignore[operator]
+
+    monkeypatch.setattr(layers_module, name, slowly)
+    [kept] = [p for p in here.layers._all() if os.lstat(p).st_size == len(MODEL)]
+    staging = here.catalogue.begin(C)
+    path = staging.fs / "model"
+    path.write_bytes(MODEL)
+    path.chmod(0o640)
+    os.utime(path, ns=(WHEN, WHEN))
+    stamp = stamp_of(path)
+    assert stamp is not None
+
+    def share() -> None:
+        if how == "compared":
+            here.layers.share_alike([path])
+        else:
+            here.layers.share([(path, hashlib.sha256(MODEL).hexdigest(), stamp)])
+
+    thread = threading.Thread(target=share)
+    thread.start()
+    try:
+        assert reading.wait(20)
+        begin = time.monotonic()
+        here.catalogue.remove(B)
+        os.link(kept, here.catalogue.root.parent / "another name")
+        assert time.monotonic() - begin < 5 and thread.is_alive()
+    finally:
+        go.set()
+        thread.join()
+    assert len(count) == 2 and inode(path) == inode(kept)
 
 
 def test_what_nobody_shares_goes(here: Sharing) -> None:

@@ -244,7 +244,8 @@ class Shelf:
     def retire(self, name: str, why: str) -> None:
         self.out[name] = why
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, *, wait: bool = True) -> None:
+        assert not wait, "it may be large, and this is the event loop"
         self.removed.append(name)
 
 

@@ -130,14 +130,18 @@ class SandboxFactory:
         if sandbox is None:
             sandbox = await self._prepare(network=not spec.block_network)
         memory = spec.resources.memory_mib
-        await sandbox.set_limits(
-            Limits(
-                memory_bytes=memory << 20 if memory else None,
-                cpus=spec.resources.cpu_limit,
-                cpu_share=spec.resources.cpu,
-                background=background,
+        try:
+            await sandbox.set_limits(
+                Limits(
+                    memory_bytes=memory << 20 if memory else None,
+                    cpus=spec.resources.cpu_limit,
+                    cpu_share=spec.resources.cpu,
+                    background=background,
+                )
             )
-        )
+        except Exception:  # nobody else knows of it
+            await asyncio.shield(self.release(sandbox))
+            raise
         return sandbox
 
     async def assemble(

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from woodfrog.backends.base import Progress
 from woodfrog.backends.memory import read_working_set
@@ -42,6 +42,7 @@ __all__ = ["Keeper"]
 log = logging.getLogger("woodfrog")
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 _Wanted: TypeAlias = tuple[str, str]
 """Function key and worker class of a snapshot that a start could thaw."""
@@ -51,6 +52,8 @@ _GC_AFTER_S = 60.0
 _LOOK_UP_S = 3.0
 _NOT_THERE_S = 30.0
 _PUSH_AGAIN_S = 60.0
+_SLOW_S = 60.0
+"""A copy to the tier that takes longer is told of in the log: others wait for it."""
 _CLOSE_S = 10.0
 _LEFT_S = 1.0
 _NEED_S = 15.0
@@ -132,6 +135,9 @@ class Keeper:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._used: Counter[str] = Counter()
         self._one = asyncio.Lock()
+        self._sending = asyncio.Lock()
+        """Held by what changes the tier at length. Nothing that is this machine's alone waits for it."""
+        self._making_room = asyncio.Lock()
         self._queued: set[str] = set()
         self._swapping: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -171,9 +177,9 @@ class Keeper:
         return task
 
     @contextlib.asynccontextmanager
-    async def _alone(self) -> AsyncIterator[None]:
+    async def _alone(self, lock: asyncio.Lock | None = None) -> AsyncIterator[None]:
         """One at a time of what works through much memory: its tables leave tens of megabytes of holes."""
-        async with self._one:
+        async with lock or self._one:
             try:
                 yield
             finally:
@@ -196,9 +202,11 @@ class Keeper:
                 if not self._closing:
                     with contextlib.suppress(NotPackable):
                         await self.pack(snapshot_id)
-                    if not self._closing:
-                        await self._back_up(snapshot_id)
-                        await self._make_room()
+            if self._sending.locked():  # that may take long, and what is in the tier already can go now
+                await self._make_room()
+            if not self._closing:
+                await self._back_up(snapshot_id)
+                await self._make_room()
         except WoodfrogError as e:
             counters["pack.failed"] += 1
             log.warning("snapshot %s is not packed: %s", snapshot_id, e.message)
@@ -270,16 +278,31 @@ class Keeper:
 
     async def _back_up(self, snapshot_id: str) -> None:
         """Copy a snapshot to the tier once. Where that fails it may be tried again after a while."""
-        if self._tier is None or self._in_tier(snapshot_id) or self._catalogue.retired(snapshot_id) is not None:
+        if not self._to_be_sent(snapshot_id):
             return
-        if self._withdrawn(snapshot_id):
-            return
-        try:
-            await self.push(snapshot_id)
-        except WoodfrogError as e:
-            counters["push.failed"] += 1
-            log.warning("snapshot %s is not in %s: %s", snapshot_id, self._tier.name, e.message)
-            asyncio.get_running_loop().call_later(_PUSH_AGAIN_S, self._queued.discard, snapshot_id)
+        tier, loop = self._configured(), asyncio.get_running_loop()
+        async with self._alone(self._sending):
+            if not self._to_be_sent(snapshot_id):
+                return
+            slow = loop.call_later(_SLOW_S, log.info, "snapshot %s is still on its way to %s", snapshot_id, tier.name)
+            try:
+                await self.push(snapshot_id)
+            except WoodfrogError as e:
+                counters["push.failed"] += 1
+                log.warning("snapshot %s is not in %s: %s", snapshot_id, tier.name, e.message)
+                loop.call_later(_PUSH_AGAIN_S, self._queued.discard, snapshot_id)
+            finally:
+                slow.cancel()
+
+    def _to_be_sent(self, snapshot_id: str) -> bool:
+        return not (
+            self._tier is None
+            or self._closing
+            or self._in_tier(snapshot_id)
+            or self._catalogue.form(snapshot_id) is None
+            or self._catalogue.retired(snapshot_id) is not None
+            or self._withdrawn(snapshot_id)
+        )
 
     # What was removed from the tier
 
@@ -310,7 +333,7 @@ class Keeper:
         """
         tier, begin = self._configured(), time.time()
         missed = await asyncio.to_thread(self._may_have_missed, tier.name, begin)
-        dead = await asyncio.to_thread(tombstones.listed, tier)
+        dead = await _aside(tombstones.listed, tier)
         for manifest in self._catalogue.manifests():
             with contextlib.suppress(NotFoundError):  # it was removed here meanwhile
                 if manifest.id in dead:
@@ -324,7 +347,7 @@ class Keeper:
         withdrawn = self._withdrawn(snapshot_id)
         if not withdrawn and not (missed and self._in_tier(snapshot_id)):
             return
-        there = await asyncio.to_thread(self._transport.has, tier, snapshot_id)
+        there = await _aside(self._transport.has, tier, snapshot_id)
         if there and withdrawn:
             await self._back_again(snapshot_id)
         elif not there and not withdrawn:
@@ -352,7 +375,7 @@ class Keeper:
             StoreError: the tier cannot be asked.
         """
         tier = self._configured()
-        found = await asyncio.to_thread(self._transport.tombstone, snapshot_id, tier)
+        found = await _aside(self._transport.tombstone, snapshot_id, tier)
         if found is None or self._catalogue.form(snapshot_id) is None:
             return
         if not self._withdrawn(snapshot_id):
@@ -401,8 +424,7 @@ class Keeper:
             return None
         self._not_there = {key: until for key, until in self._not_there.items() if now < until}
         try:
-            find, tier = self._transport.find, self._tier
-            ids = await asyncio.wait_for(_aside(lambda: find(tier, *wanted)), _LOOK_UP_S)
+            ids = await asyncio.wait_for(_aside(self._transport.find, self._tier, *wanted), _LOOK_UP_S)
         except Exception as e:  # whatever it is: one can start without
             why = e.message if isinstance(e, WoodfrogError) else f"{type(e).__name__} {e}".strip()
             log.warning("%s cannot be asked: %s", self._tier.name, why)
@@ -492,7 +514,7 @@ class Keeper:
                 self._pending.add(Pending(m.id, tier.name, self._worker_class, m.function_key, m.tag, m.params_digest))
 
             try:
-                arrival = await asyncio.to_thread(
+                arrival = await _aside(
                     self._transport.arrive,
                     snapshot_id,
                     tier,
@@ -509,7 +531,7 @@ class Keeper:
                 self._arrivals[snapshot_id] = arrival
                 self._spawn(self._rest(snapshot_id, arrival, tier))
                 return arrival.manifest
-        manifest = await asyncio.to_thread(self._transport.pull, snapshot_id, tier, function_key=function_key)
+        manifest = await _aside(self._transport.pull, snapshot_id, tier, function_key=function_key)
         await self._pulled(snapshot_id, tier)
         return manifest
 
@@ -525,7 +547,7 @@ class Keeper:
     async def _rest(self, snapshot_id: str, arrival: Arrival, tier: Tier) -> None:
         """Bring what is missing of a snapshot that may be thawed already; then it is one of this machine's."""
         try:
-            await asyncio.to_thread(arrival.rest)
+            await _aside(arrival.rest)
             await self._quiet(snapshot_id)
             with self._changing(snapshot_id):
                 await asyncio.to_thread(arrival.finish)
@@ -634,58 +656,64 @@ class Keeper:
         """Stay within the budget: what is in the tier as well and was not used for longest goes."""
         if not self._budget:
             return
-        try:
-            while not self._closing and await asyncio.to_thread(self._local_bytes) > self._budget:
-                by_use = self._catalogue.by_use()
-                for manifest in sorted(by_use, key=lambda m: not self._retired_so(m.id)):
-                    if await self._evict(manifest.id):
-                        break
-                else:
-                    if await self._drop_rebuilt() == 0:
-                        log.warning("snapshots take more than snapshots_mib, and none of them can go")
-                        return
-        except WoodfrogError as e:
-            log.warning("snapshots take more than snapshots_mib: %s", e.message)
+        async with self._making_room:
+            try:
+                while not self._closing and await asyncio.to_thread(self._local_bytes) > self._budget:
+                    by_use = self._catalogue.by_use()
+                    for manifest in sorted(by_use, key=lambda m: not self._retired_so(m.id)):
+                        if await self._evict(manifest.id):
+                            break
+                    else:
+                        if await self._drop_rebuilt() == 0:
+                            if not self._sending.locked():  # what is being sent may go after that
+                                log.warning("snapshots take more than snapshots_mib, and none of them can go")
+                            return
+            except WoodfrogError as e:
+                log.warning("snapshots take more than snapshots_mib: %s", e.message)
 
     async def _drop_rebuilt(self) -> int:
         """Drop the rebuilt forms of packs but what a restore has opened; one that comes now waits. Bytes freed."""
-        busy = set(self._used) | set(self._swapping)
-        with contextlib.ExitStack() as quiet:
-            reading: set[str] = set()
-            for manifest in self._catalogue.manifests():
-                if manifest.id in busy:
-                    reading.update(manifest.packs)
-                else:
-                    quiet.enter_context(self._changing(manifest.id))
-            return await asyncio.to_thread(self._store.trim_cache, 0, reading)
+        async with self._alone():
+            busy = set(self._used) | set(self._swapping)
+            with contextlib.ExitStack() as quiet:
+                reading: set[str] = set()
+                for manifest in self._catalogue.manifests():
+                    if manifest.id in busy:
+                        reading.update(manifest.packs)
+                    else:
+                        quiet.enter_context(self._changing(manifest.id))
+                return await asyncio.to_thread(self._store.trim_cache, 0, reading)
 
     async def _evict(self, snapshot_id: str) -> bool:
         """Remove a snapshot that can be had again, or that nobody is to have; False = it stays."""
+        if not self._may_go(snapshot_id):
+            return False
+        if self._in_tier(snapshot_id) and not await _aside(self._transport.has, self._configured(), snapshot_id):
+            await self._look()
+            if not self._withdrawn(snapshot_id):
+                log.warning("snapshot %s is not in %s any more", snapshot_id, self._configured().name)
+                self._catalogue.unmark(snapshot_id, PUSHED)
+                self._queued.discard(snapshot_id)
+        async with self._alone():
+            if not self._may_go(snapshot_id):  # the tier, or what else was done here, may have taken its time
+                return False
+            log.info("snapshot %s goes: %s", snapshot_id, self._catalogue.retired(snapshot_id) or _UNUSED)
+            with self._changing(snapshot_id):  # a start that comes now waits, and then fetches it
+                await asyncio.to_thread(self._catalogue.remove, snapshot_id)
+            self._queued.discard(snapshot_id)
+            # What was stored a moment ago counts as well, else more would go than must: nothing needed is lost.
+            await asyncio.to_thread(self._store.gc, self._live, min_age_s=0.0)
+            if self._catalogue.layers is not None:
+                await asyncio.to_thread(self._catalogue.layers.collect)
+        return True
+
+    def _may_go(self, snapshot_id: str) -> bool:
         if self._tier is None or self._catalogue.marked(snapshot_id, PINNED):
             return False
         if not (self._in_tier(snapshot_id) or self._retired_so(snapshot_id)):
             return False
-        if snapshot_id in self.in_use() | set(self._used) or self._catalogue.form(snapshot_id) is None:
-            return False
-        with self._changing(snapshot_id):  # a start that comes now waits, and then fetches it
-            if self._in_tier(snapshot_id) and not await asyncio.to_thread(self._transport.has, self._tier, snapshot_id):
-                await self._look()
-                if not self._withdrawn(snapshot_id):
-                    log.warning("snapshot %s is not in %s any more", snapshot_id, self._tier.name)
-                    self._catalogue.unmark(snapshot_id, PUSHED)
-                    self._queued.discard(snapshot_id)
-                if not self._retired_so(snapshot_id):
-                    return False
-            if snapshot_id in self.in_use():
-                return False
-            log.info("snapshot %s goes: %s", snapshot_id, self._catalogue.retired(snapshot_id) or _UNUSED)
-            await asyncio.to_thread(self._catalogue.remove, snapshot_id)
-        self._queued.discard(snapshot_id)
-        # What was stored a moment ago counts as well, else more would go than must: nothing that is needed is lost.
-        await asyncio.to_thread(self._store.gc, self._live, min_age_s=0.0)
-        if self._catalogue.layers is not None:
-            await asyncio.to_thread(self._catalogue.layers.collect)
-        return True
+        used = self.in_use() | set(self._used) | set(self._swapping)
+        return snapshot_id not in used and self._catalogue.form(snapshot_id) is not None
 
     def _local_bytes(self) -> int:
         loose = sum(m.pages_bytes for m in self._catalogue.manifests() if m.form == "loose")
@@ -774,8 +802,8 @@ class Keeper:
     async def gc_tier(self, *, dry_run: bool, progress: Progress) -> dict[str, Any]:
         tier = self._configured()
         progress("snapshots", 0, 1)
-        async with self._alone():  # this machine's own uploads wait for it here, and not in vain
-            gone = await asyncio.to_thread(self._transport.sweep, tier, dry_run=dry_run, progress=progress)
+        async with self._alone(self._sending):  # this machine's own uploads wait for it here, and not in vain
+            gone = await _aside(self._transport.sweep, tier, dry_run=dry_run, progress=progress)
         return {
             "tier": tier.name,
             "packs": gone.packs,
@@ -796,12 +824,12 @@ class Keeper:
 
     async def export(self, snapshot_id: str, target: Path, progress: Progress) -> dict[str, Any]:
         async with self.using(snapshot_id):
-            size = await asyncio.to_thread(self._transport.export, snapshot_id, target, progress)
+            size = await _aside(self._transport.export, snapshot_id, target, progress)
         return {"id": snapshot_id, "bytes": size}
 
     async def import_(self, source: Path, progress: Progress) -> dict[str, Any]:
         before = {m.id for m in self._catalogue.manifests()}
-        return self._taken_up(await asyncio.to_thread(self._transport.import_, source, progress), before)
+        return self._taken_up(await _aside(self._transport.import_, source, progress), before)
 
     async def push(self, snapshot_id: str, progress: Progress = _quietly, *, anyway: bool = False) -> dict[str, Any]:
         """Copy a snapshot to the tier.
@@ -818,7 +846,7 @@ class Keeper:
                 raise StoreError(f"snapshot {snapshot_id} is being removed from {tier.name}", code="tier-busy")
             self._pushing[snapshot_id] += 1
             try:
-                await asyncio.to_thread(self._transport.push, snapshot_id, tier, progress, anyway=anyway)
+                await _aside(self._transport.push, snapshot_id, tier, progress, anyway=anyway)
             except StoreError as e:
                 if e.code == "tier-removed":
                     await self._met(snapshot_id)
@@ -842,7 +870,7 @@ class Keeper:
         try:
             while self._pushing[snapshot_id]:  # its manifest would come after
                 await asyncio.sleep(_QUIET_S)
-            found = await asyncio.to_thread(self._transport.withdraw, snapshot_id, tier)
+            found = await _aside(self._transport.withdraw, snapshot_id, tier)
         finally:
             self._withdrawing.discard(snapshot_id)
         return {"id": snapshot_id, "tier": tier.name, "found": found}
@@ -853,7 +881,7 @@ class Keeper:
     async def list_tier(self, progress: Progress) -> dict[str, Any]:
         tier = self._configured()
         progress("snapshots", 0, 1)
-        rows = await asyncio.to_thread(self._transport.listing, tier, progress)
+        rows = await _aside(self._transport.listing, tier, progress)
         return {"tier": tier.name, "snapshots": rows}
 
     async def pull(self, snapshot_id: str, progress: Progress) -> dict[str, Any]:
@@ -948,8 +976,9 @@ class Keeper:
         await asyncio.to_thread(self._store.close)
 
 
-async def _aside(work: Callable[[], T]) -> T:
-    """The result of what may hang, in a thread that nobody needs: neither others who wait for one, nor the exit."""
+async def _aside(work: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
+    """The result of what may hang, in a thread of its own: whatever waits for a tier would take the few threads of
+    `asyncio.to_thread` from starts, and hold up the exit."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
@@ -963,7 +992,7 @@ async def _aside(work: Callable[[], T]) -> T:
     def run() -> None:
         result, error = None, None
         try:
-            result = work()
+            result = work(*args, **named)
         except BaseException as e:
             error = e
         with contextlib.suppress(RuntimeError):  # the loop is closed

@@ -32,7 +32,6 @@ from woodfrog.errors import (
     IncompatibleSnapshot,
     InstanceCrashed,
     IntegrityError,
-    NotFoundError,
     OutOfMemoryError,
     RestoreError,
     SandboxError,
@@ -125,6 +124,7 @@ class Instance:
     """Answered since its memory is served."""
     start_task: asyncio.Task[None] | None = None
     watch_task: asyncio.Task[None] | None = None
+    discarding: asyncio.Task[None] | None = None
     log_fds: dict[int, str] = field(default_factory=dict)
     oom_before: int = 0
 
@@ -253,8 +253,8 @@ class LocalBackend:
                 await unpark(instance.sandbox, instance.pages)
             with instance.phases("connect"):
                 await self._connect(instance, instance.sandbox)
-        except (SandboxError, InstanceCrashed) as e:
-            raise _RestoreGaveUp(instance.snapshot_id, e, at_fault=False) from e
+        except Exception as e:
+            raise _RestoreGaveUp(instance.snapshot_id, _known("wake", e), at_fault=False) from e
         await self._wake(instance)
 
     async def _tell(self, instance: Instance, start: Coroutine[Any, Any, None]) -> None:
@@ -285,7 +285,7 @@ class LocalBackend:
             self._observer.on_start_failed(instance.id, error, user_fault=died)
         except Exception as e:
             await self._discard(instance)
-            self._observer.on_start_failed(instance.id, _unexpected("start", e), user_fault=False)
+            self._observer.on_start_failed(instance.id, _known("start", e), user_fault=False)
 
     async def _sandbox(self, instance: Instance, layers: tuple[Path, ...] = (), shm: Path | None = None) -> Sandbox:
         """A sandbox from the pool with this function's root, its output flowing."""
@@ -474,7 +474,7 @@ class LocalBackend:
                     lazy = await self._memory.lazy(opened, everything=request.capture)
                     await self._materialise(instance, opened, lazy)
         except (WoodfrogError, OSError, TimeoutError) as e:
-            await self._drop_sandbox(instance)
+            self._drop_sandbox(instance)
             instance.zygote = None
             self._zygotes.failed(found.id, e)
             return False
@@ -523,7 +523,7 @@ class LocalBackend:
             params_digest=request.params_digest,
             parent=instance.zygote or "",
         )
-        self._drain_logs(instance)  # what lies in the pipes would be printed by every copy
+        self._drain_logs(instance.id, instance.log_fds)  # what lies in the pipes would be printed by every copy
         try:
             if instance.pages is not None and not instance.pages.complete:
                 raise CaptureError("its memory is not complete yet", alive=True, phase="freeze", code="lazy-pages")
@@ -542,7 +542,7 @@ class LocalBackend:
                 )
         except Exception as e:
             counters["capture.failed"] += 1
-            error = e if isinstance(e, WoodfrogError) else _unexpected("capture", e)
+            error = _known("capture", e)
             if instance.zygote is not None:
                 self._zygotes.unfit(request, error)
             if instance.staging is not None:
@@ -550,12 +550,12 @@ class LocalBackend:
                 error.fields["snapshot"] = instance.staging.id
             if not isinstance(error, StoreError) and not (isinstance(error, CaptureError) and error.alive):
                 raise _CaptureGaveUp(error) from e
-            self._abandon(instance)
+            await self._abandon(instance)
             self._observer.on_capture_failed(instance.request, error, alive=True)
             await self._connect(instance, instance.sandbox)
             return
         draft = replace(draft, phases=tuple(f"{p.name}={p.ms:.1f}" for p in phases.items))
-        await self._drop_sandbox(instance)
+        self._drop_sandbox(instance)
         with phases("share"):
             sharing = asyncio.ensure_future(asyncio.to_thread(self._catalogue.share_captured, instance.staging))
             try:
@@ -565,23 +565,24 @@ class LocalBackend:
                 raise
         try:
             await self._thaw(instance, Opened.staged(draft, instance.staging.path))
-        except WoodfrogError as e:
+        except Exception as e:
             counters["capture.failed"] += 1
+            error = _known("thaw", e)
             if instance.zygote is not None:
-                self._zygotes.unfit(request, e)
-            failure = CaptureError(f"the new snapshot does not thaw: {e.message}", phase="thaw")
-            failure.fields |= {k: v for k, v in e.fields.items() if k in ("remedy", "log_tail")}
+                self._zygotes.unfit(request, error)
+            failure = CaptureError(f"the new snapshot does not thaw: {error.message}", phase="thaw")
+            failure.fields |= {k: v for k, v in error.fields.items() if k in ("remedy", "log_tail")}
             raise _CaptureGaveUp(failure) from e
         instance.zygote = None
         # The first caller need not wait for the disk: the images are ours and in the page cache.
         instance.commit_task = self._spawn(self._commit(instance, instance.staging, draft))
         self._storing[draft.function_key, draft.worker_class] = instance
 
-    def _abandon(self, instance: Instance) -> None:
+    async def _abandon(self, instance: Instance) -> None:
         """Drop a snapshot that never was; not while a sandbox rests on its files."""
         staging, instance.staging = instance.staging, None
         if staging is not None:
-            self._catalogue.abandon(staging)
+            await asyncio.to_thread(self._catalogue.abandon, staging)
 
     async def _commit(self, instance: Instance, staging: Staging, draft: Manifest) -> None:
         key = draft.function_key, draft.worker_class
@@ -593,9 +594,9 @@ class LocalBackend:
                     del self._storing[key]
         except Exception as e:
             counters["capture.failed"] += 1
-            error = e if isinstance(e, WoodfrogError) else _unexpected("commit", e)
+            error = _known("commit", e)
             if instance.id not in self._instances:
-                self._abandon(instance)
+                await self._abandon(instance)
             self._observer.on_capture_failed(instance.request, error, alive=True)
             return
         instance.staging = None
@@ -617,8 +618,8 @@ class LocalBackend:
             raise _RestoreGaveUp(snapshot_id, e, at_fault=True) from e
         except RestoreError as e:
             raise _RestoreGaveUp(snapshot_id, e, at_fault=e.snapshot_at_fault) from e
-        except (SandboxError, InstanceCrashed, StoreError, NotFoundError) as e:
-            raise _RestoreGaveUp(snapshot_id, e, at_fault=False) from e
+        except Exception as e:  # whatever it is: one can start without
+            raise _RestoreGaveUp(snapshot_id, _known("thaw", e), at_fault=False) from e
         self._catalogue.used(snapshot_id)
         counters["restore.done"] += 1
 
@@ -654,15 +655,13 @@ class LocalBackend:
                         )
                 await self._thaw_stored(instance, found)
         except Exception as e:  # whatever it is: one can start without
-            error = e.error if isinstance(e, _RestoreGaveUp) else e
-            if not isinstance(error, WoodfrogError):
-                error = _unexpected("thaw", error)
+            error = e.error if isinstance(e, _RestoreGaveUp) else _known("thaw", e)
             log.warning("%s: snapshot %s is not used: %s", instance.id, found, error.message)
             if fetch:
                 self.keeper.no_use(key, found, error, worker_class)
                 if isinstance(e, _RestoreGaveUp) and e.at_fault:
                     self._catalogue.retire(found, e.message)
-            await self._drop_sandbox(instance)
+            self._drop_sandbox(instance)
             instance.snapshot_id = None
             return False
         instance.found = True
@@ -730,11 +729,6 @@ class LocalBackend:
         await self._memory.keep(seen, self._catalogue.path(origin), instance.id)
         self.keeper.pack_later(origin)
 
-    async def _drop_pages(self, instance: Instance) -> None:
-        pages, instance.pages = instance.pages, None
-        if pages is not None:
-            await self._memory.drop(pages, instance.id)
-
     # Output
 
     def _open_logs(self, instance: Instance, sandbox: Sandbox) -> None:
@@ -742,26 +736,25 @@ class LocalBackend:
         for stream, inner in (("stdout", protocol.WORKER_STDOUT), ("stderr", protocol.WORKER_STDERR)):
             fd = os.open(sandbox.path(inner), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
             instance.log_fds[fd] = stream
-            loop.add_reader(fd, self._read_log, instance, fd)
+            loop.add_reader(fd, self._read_log, instance.id, fd, stream)
 
-    def _read_log(self, instance: Instance, fd: int) -> None:
+    def _read_log(self, instance_id: str, fd: int, stream: str) -> None:
         # Opened for both ways: with a writer of our own it never ends, also between a freeze and a thaw.
         with contextlib.suppress(BlockingIOError):
-            self._observer.on_log(instance.id, instance.log_fds[fd], os.read(fd, 1 << 16))
+            self._observer.on_log(instance_id, stream, os.read(fd, 1 << 16))
 
-    def _drain_logs(self, instance: Instance) -> None:
-        for fd, stream in instance.log_fds.items():
+    def _drain_logs(self, instance_id: str, log_fds: dict[int, str]) -> None:
+        for fd, stream in log_fds.items():
             with contextlib.suppress(BlockingIOError):
                 while data := os.read(fd, 1 << 16):
-                    self._observer.on_log(instance.id, stream, data)
+                    self._observer.on_log(instance_id, stream, data)
 
-    def _close_logs(self, instance: Instance) -> None:
+    def _close_logs(self, instance_id: str, log_fds: dict[int, str]) -> None:
         loop = asyncio.get_running_loop()
-        self._drain_logs(instance)
-        for fd in instance.log_fds:
+        self._drain_logs(instance_id, log_fds)
+        for fd in log_fds:
             loop.remove_reader(fd)
             os.close(fd)
-        instance.log_fds.clear()
 
     # Calls
 
@@ -769,12 +762,13 @@ class LocalBackend:
         instance = self._instances.get(instance_id)
         if instance is None or instance.connection is None:
             return Answer("lost", error=InstanceCrashed(f"instance {instance_id} is gone").to_dict())
+        connection = instance.connection  # the instance may be discarded meanwhile
         begin = time.monotonic()
         header = {"type": "call", "call": request.call_id, "method": request.method, "encoding": request.encoding}
         try:
-            await instance.connection.send(header, request.payload)
+            await connection.send(header, request.payload)
             while True:
-                reply = await instance.connection.receive()
+                reply = await connection.receive()
                 ms = (time.monotonic() - begin) * 1e3
                 if reply.type == "item":
                     if request.on_item is not None:
@@ -904,38 +898,42 @@ class LocalBackend:
         await self._discard(instance)
         self._observer.on_stopped(instance.id)
 
-    async def _drop_sandbox(self, instance: Instance) -> None:
-        """Destroy the sandbox an instance is in and serve its memory no more; the instance may go on in another."""
-        sandbox = await self._hang_up(instance)
-        if sandbox is not None:
+    def _drop_sandbox(self, instance: Instance) -> None:
+        """The instance goes on in another sandbox; nobody waits for the end of this one."""
+        with instance.phases("teardown"):
+            self._leave(instance)
             instance.process = None
-            with instance.phases("teardown"):
-                self._close_logs(instance)
-                self._spawn(self._factory.release(sandbox))
-        await self._drop_pages(instance)
-
-    @staticmethod
-    async def _hang_up(instance: Instance) -> Sandbox | None:
-        """Close the connection to the worker; the sandbox it was in, now the caller's."""
-        sandbox, instance.sandbox = instance.sandbox, None
-        greeting, instance.greeting = instance.greeting, None
-        connection, instance.connection = instance.connection, None
-        if greeting is not None:
-            await asyncio.wait({greeting})
-            connection = greeting.result()
-        if connection is not None:
-            await connection.close()
-        return sandbox
 
     async def _discard(self, instance: Instance) -> None:
-        sandbox = await self._hang_up(instance)
-        if sandbox is not None:
-            await self._factory.release(sandbox)
-            self._close_logs(instance)
-        await self._drop_pages(instance)
+        """Nothing is left of an instance after this, also when whoever waits for it is cancelled."""
+        if instance.discarding is None:
+            instance.discarding = self._spawn(self._end(instance))
+        await asyncio.shield(instance.discarding)
+
+    async def _end(self, instance: Instance) -> None:
+        await self._leave(instance)
         self._instances.pop(instance.id, None)
         if not _running(instance.commit_task):
-            self._abandon(instance)
+            await self._abandon(instance)
+
+    def _leave(self, instance: Instance) -> asyncio.Task[None]:
+        """Begin to destroy the sandbox an instance is in, with all that hangs on it.
+
+        In a task of its own: a start may be cancelled at any moment, and each of these ends must come.
+        """
+        ends = contextlib.AsyncExitStack()  # what is put on it last comes first
+        pages, instance.pages = instance.pages, None
+        if pages is not None:
+            ends.push_async_callback(self._memory.drop, pages, instance.id)
+        log_fds, instance.log_fds = instance.log_fds, {}
+        ends.callback(self._close_logs, instance.id, log_fds)
+        sandbox, instance.sandbox = instance.sandbox, None
+        if sandbox is not None:
+            ends.push_async_callback(self._factory.release, sandbox)
+        greeting, instance.greeting = instance.greeting, None
+        connection, instance.connection = instance.connection, None
+        ends.push_async_callback(_hang_up, greeting, connection)
+        return self._spawn(_see_to(ends, instance.id))
 
     # Looking
 
@@ -1029,10 +1027,28 @@ def reseed_kernel_generators() -> None:
         fcntl.ioctl(f, _RNDRESEEDCRNG)
 
 
-def _unexpected(what: str, error: Exception) -> WoodfrogError:
-    """An error nobody foresaw: logged whole, told in one line."""
+def _known(what: str, error: Exception) -> WoodfrogError:
+    """An error nobody foresaw is logged whole, and told in one line like any other."""
+    if isinstance(error, WoodfrogError):
+        return error
     log.error("%s failed unexpectedly", what, exc_info=error)
     return SandboxError(f"{what} failed unexpectedly: {type(error).__name__}: {error}", code="unexpected")
+
+
+async def _hang_up(greeting: asyncio.Task[WorkerConnection | None] | None, connection: WorkerConnection | None) -> None:
+    if greeting is not None:
+        await asyncio.wait({greeting})
+        connection = greeting.result()
+    if connection is not None:
+        await connection.close()
+
+
+async def _see_to(ends: contextlib.AsyncExitStack[bool | None], instance_id: str) -> None:
+    """Each comes, whatever becomes of the others; nobody who waits for them can do anything about it."""
+    try:
+        await ends.aclose()
+    except Exception:
+        log.exception("%s: something of its sandbox is left", instance_id)
 
 
 def _running(task: asyncio.Task[None] | None) -> bool:

@@ -156,12 +156,15 @@ def read_working_set(snapshot: Path) -> bytes:
 
 
 def _usable(working_set: Path) -> bytes:
-    """The working set to push; empty = none. A damaged one is removed and learned anew."""
-    data = _read_or_empty(working_set)
+    """The working set to push; empty = none. A damaged one is removed and learned anew; a thaw can do without."""
     try:
+        data = _read_or_empty(working_set)
         return data if set_pages(data) else b""
     except ValueError:
         if working_set.exists():
             log.warning("%s is damaged; it is learned anew", working_set)
-            working_set.unlink(missing_ok=True)
-        return b""
+            with contextlib.suppress(OSError):
+                working_set.unlink(missing_ok=True)
+    except OSError as e:
+        log.warning("%s cannot be read: %s; all of the memory follows on demand", working_set, e.strerror)
+    return b""

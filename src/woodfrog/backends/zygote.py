@@ -444,14 +444,17 @@ class Zygotes:
                 raise
             staging = None
         finally:
-            await asyncio.shield(self._factory.release(sandbox))
-            if staging is not None:
-                self._catalogue.abandon(staging)
+            await asyncio.shield(self._leave(sandbox, staging))
         self._count += 1
         self._used[identity.id] = self._count
         counters["zygote.made"] += 1
         log.info("zygote %s made: %s", identity.id, ", ".join(modules))
         self.trim()
+
+    async def _leave(self, sandbox: Sandbox, staging: Staging | None) -> None:
+        await self._factory.release(sandbox)
+        if staging is not None:
+            await asyncio.to_thread(self._catalogue.abandon, staging)
 
     async def _preload(
         self, job: _Job, sandbox: Sandbox, phases: Phases
@@ -511,7 +514,7 @@ class Zygotes:
                 if self._catalogue.retired(manifest.id) is None:
                     self._trimmed[_name(manifest)] = time.monotonic()
                 try:
-                    self._catalogue.remove(manifest.id)
+                    self._catalogue.remove(manifest.id, wait=False)
                 except StoreError as e:
                     log.error("%s", e.message)
 

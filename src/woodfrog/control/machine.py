@@ -139,7 +139,7 @@ def _app_deployed(st: State, ev: AppDeployed) -> None:
             _drain(st, old)
     for tag, snapshot_id in ev.snapshots.items():
         if tag in app.active:
-            moves.learn(st.knows(app.active[tag], ""), snapshot_id)
+            moves.learn(st.knows(app.active[tag], "", ""), snapshot_id)
     for tag, by_chip in ev.gpu_snapshots.items():
         for chip, snapshot_id in by_chip.items():
             if tag in app.active:
@@ -557,10 +557,11 @@ def _overdue(st: State, inst: Instance) -> None:
         moves.kill(st, inst, f"{inst.reason}; exit hooks ran past {st.config.stop_grace:g} s")
     elif inst.state == "running":
         _cut_off(st, inst)
-    elif inst.state == "capturing":
+    elif inst.state == "capturing" or (inst.stage == "restoring" and inst.capture and inst.snapshot_id is None):
+        # What it captured, or took from the tier in place of that, is nobody's snapshot yet: it is the capture that
+        # failed. It stays the capturer until it is gone: never two captures at once.
         moves.kill(st, inst, "capture hangs")
-        # It stays the capturer until it is gone: never two captures at once.
-        moves.attempt_failed(st, st.knows(group.service, group.digest), f"no end after {spec.startup_timeout:g} s")
+        moves.attempt_failed(st, moves.of_instance(st, inst), f"no end after {spec.startup_timeout:g} s")
         moves.schedule(st, group)
     elif inst.stage == "restoring":
         moves.restore_broke(st, inst, f"no end after {spec.startup_timeout:g} s", at_fault=False)

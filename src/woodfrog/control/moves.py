@@ -157,7 +157,7 @@ def change(st: State, inst: Instance, state: InstanceState | None) -> None:
         st.stopping += 1
 
 
-def can_restore(st: State, group: Group, chip: str = "") -> bool:
+def can_restore(st: State, group: Group, chip: str) -> bool:
     service = group.service
     if not service.spec.snapshot.enabled or group.force_cold:
         return False
@@ -186,7 +186,7 @@ def room(st: State, group: Group) -> Place | None:
 def place(st: State, group: Group) -> Place | None:
     """None = it waits for a GPU."""
     if not needs_gpu(st, group):
-        return Place((), "", can_restore(st, group))
+        return Place((), "", can_restore(st, group, ""))
     others = gpus_for(st, group, avoid=group.no_room)
     gpus = others or gpus_for(st, group)
     if gpus is None:
@@ -360,11 +360,11 @@ def dismiss(st: State, inst: Instance, reason: str) -> None:
 def park_target(st: State, group: Group) -> int:
     """How many parked instances the group should have, limits aside."""
     service = group.service
-    if st.shutting_down or not service.active or not can_restore(st, group):
+    if st.shutting_down or not service.active or not can_restore(st, group, ""):
         return 0
     if service.spec.resources.gpu and st.config.gpus:
         return 0  # it would hold a GPU that others could use
-    if not st.knows(service, group.digest).used:
+    if not st.knows(service, group.digest, "").used:
         return 0
     if not (group.queue or group.running) and st.now - group.last_load >= st.config.park_window:
         return 0
@@ -381,7 +381,7 @@ def park(st: State, group: Group) -> None:
         return  # the end of that comes back here
     if st.starved or room(st, group) is None:
         return park_later(st, group, st.config.park_full)
-    knowledge = st.knows(group.service, group.digest)
+    knowledge = st.knows(group.service, group.digest, "")
     assert knowledge.snapshot_id is not None
     inst = begin(st, group, knowledge.snapshot_id, park=True)
     st.out.append(
@@ -571,7 +571,7 @@ def target(st: State, group: Group) -> int:
         return load
     policy = service.spec.scaling
     recent = load or st.now - group.last_load < policy.scaledown_window
-    if policy.buffer_containers and recent and (not can_restore(st, group) or needs_gpu(st, group)):
+    if policy.buffer_containers and recent and (not can_restore(st, group, "") or needs_gpu(st, group)):
         load += policy.buffer_containers  # otherwise they are parked
     return max(load, policy.min_containers)
 

@@ -337,18 +337,13 @@ class State:
         found = self.apps.get(app)
         return found.active.get(tag) if found else None
 
-    def knows(self, service: Service, digest: str, chip: str = "") -> Knowledge:
-        """`chip`: where snapshots hold GPU memory; they are of use on that one alone."""
+    def knows(self, service: Service, digest: str, chip: str) -> Knowledge:
+        """`chip`: where snapshots hold GPU memory; they are of use on that one alone. "" = they hold none."""
         known = self.knowledge[service.key]
         knowledge = known.get((digest, chip))
         if knowledge is None:
             knowledge = known[digest, chip] = Knowledge()
         return knowledge
-
-    def snapshot_known(self, app: str, tag: str, params_digest: str = "", version: int | None = None) -> bool:
-        """Whether the machine has heard of snapshots of this group: otherwise look for one before submitting a call."""
-        service = self.find_service(app, tag, version)
-        return service is not None and any(digest == params_digest for digest, _ in self.knowledge[service.key])
 
     def snapshot_view(self) -> dict[str, Any]:
         """Plain dicts of everything, for the API: apps, services, queues, instances, calls, counters."""

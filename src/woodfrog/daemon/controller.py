@@ -36,7 +36,7 @@ from woodfrog.errors import (
     error_from_dict,
 )
 from woodfrog.settings import Settings
-from woodfrog.snapshot.catalogue import PINNED, Catalogue
+from woodfrog.snapshot.catalogue import Catalogue
 from woodfrog.snapshot.manifest import Manifest
 from woodfrog.spec import AppSpec, FunctionSpec, ImageSpec, from_dict, function_key, to_dict
 from woodfrog.store.files import remove_tree
@@ -955,17 +955,8 @@ class Controller:
             self._doomed.discard(snapshot_id)
 
     def _supersede(self, request: StartRequest, snapshot_id: str) -> None:
-        """Of one function's snapshots on this kind of host keep the newest few; earlier versions' are rolled off."""
-        newest = self.catalogue.get(snapshot_id)
-        wanted = (newest.app, newest.tag, newest.params_digest, newest.worker_class)
-        same = [
-            m
-            for m in self.catalogue.manifests()
-            if (m.app, m.tag, m.params_digest, m.worker_class) == wanted and m.id not in self._doomed
-        ]
-        for manifest in same[: -self.settings.keep_snapshots]:
-            if self.catalogue.marked(manifest.id, PINNED):
-                continue
+        """Of one function's snapshots the newest few are kept; earlier versions' are rolled off."""
+        for manifest in self.catalogue.superseded(snapshot_id, self.settings.keep_snapshots):
             self._say(request.instance_id, f"snapshot {manifest.id} of an earlier version is removed")
             self.invalidate(manifest.id, elsewhere=False)
 

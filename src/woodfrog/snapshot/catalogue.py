@@ -377,6 +377,26 @@ class Catalogue:
         ]
         return found[-1] if found else None
 
+    def superseded(self, snapshot_id: str, keep: int) -> list[Manifest]:
+        """Which of a function's earlier snapshots a new one makes superfluous.
+
+        The newest `keep` stay of its kind of host, and as many of the other kind that was used last: a kernel or driver
+        that was changed may come back. Where they hold GPU memory, that is so for each chip. What is pinned stays.
+        """
+        new = self.get(snapshot_id)
+
+        def whose(m: Manifest) -> tuple[str, ...]:
+            return m.app, m.tag, m.params_digest, m.host.get("gpu", "")
+
+        by_class: dict[str, list[Manifest]] = {}
+        for manifest in self.by_use():
+            if whose(manifest) == whose(new) and self.retired(manifest.id) != "invalidated":  # that goes anyway
+                by_class[manifest.worker_class] = [*by_class.pop(manifest.worker_class, ()), manifest]
+        gone = sorted(by_class.pop(new.worker_class), key=lambda m: m.created)[:-keep]
+        for number, same in enumerate(reversed(by_class.values())):  # that with the last used comes first
+            gone += same if number else sorted(same, key=lambda m: m.created)[:-keep]
+        return [m for m in gone if not self.marked(m.id, PINNED)]
+
     def begin(self, snapshot_id: str) -> Staging:
         """A place for a new snapshot.
 

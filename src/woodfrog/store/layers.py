@@ -36,6 +36,8 @@ __all__ = ["LayerFiles", "LayerStats"]
 _FICLONE = 0x40049409
 _MOST_LINKS = 30000
 """Names of one file: ext4 allows 65,000."""
+_TRIES = 3
+"""A file that is read has to be read again when somebody else has given it a name, or taken one, meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ class LayerFiles:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._mutex = threading.RLock()
+        """Held while names are made or removed; never while files are read, which takes as long as they are large."""
         self._verified: dict[int, Stamp] = {}
         """By inode: files whose content was found to be what it is named for, and what they looked like then."""
         try:
@@ -119,21 +122,28 @@ class LayerFiles:
             return 0
         here: dict[str, list[Path]] = defaultdict(list)
         done: set[Path] = set()
-        with self._mutex:
-            for kept in self._all():
-                here[kept.name.partition("-")[2]].append(kept)
-            for path, info in sharable:
-                rest = _else(path, info)
-                for kept in here.get(rest, ()):
-                    # Its name says what it is, but anybody may have changed it since.
-                    found = os.lstat(kept)
-                    if kept in done or found.st_nlink >= _MOST_LINKS or _else(kept, found) != rest:
-                        continue
-                    if _equal(path, kept):
-                        self._replace(path, kept)
-                        done.add(kept)
-                        break
+        for kept in self._all():
+            here[kept.name.partition("-")[2]].append(kept)
+        for path, info in sharable:
+            rest = _else(path, info)
+            for kept in here.get(rest, ()):
+                if kept not in done and self._share_if_equal(path, kept, rest):
+                    done.add(kept)
+                    break
         return len(done)
+
+    def _share_if_equal(self, path: Path, kept: Path, rest: str) -> bool:
+        with suppress(FileNotFoundError):  # it was collected meanwhile
+            for _ in range(_TRIES):
+                before, found = stamp_of(kept), os.lstat(kept)
+                # Its name says what it is, but anybody may have changed it since.
+                if found.st_nlink >= _MOST_LINKS or _else(kept, found) != rest or not _equal(path, kept):
+                    return False
+                with self._mutex:
+                    if stamp_of(kept) == before:
+                        self._replace(path, kept)
+                        return True
+        return False
 
     def keep(self, files: Iterable[tuple[Path, str, Stamp]]) -> None:
         """Let those who come later become one with files of one layer, which stays as it is: it may be mounted.
@@ -166,6 +176,7 @@ class LayerFiles:
         if kept in taken:  # no two files of a layer become one
             return False
         taken.add(kept)
+        self._read(kept, sha256)
         with self._mutex:
             if not kept.parent.exists():
                 kept.parent.mkdir(mode=0o700, exist_ok=True)
@@ -191,18 +202,22 @@ class LayerFiles:
             finally:
                 temporary.unlink(missing_ok=True)
 
+    def _read(self, kept: Path, sha256: str) -> None:
+        """Find out whether a file here is what it is named for, if nobody knows."""
+        with suppress(FileNotFoundError):
+            for _ in range(_TRIES):
+                info, before = os.lstat(kept), stamp_of(kept)
+                if info.st_nlink >= _MOST_LINKS or self.knows(info) or sha256_file(kept) != sha256:
+                    return
+                with self._mutex:
+                    if stamp_of(kept) == before:
+                        return self._note(kept)
+
     def _usable(self, kept: Path, sha256: str) -> bool:
         try:
             info = os.lstat(kept)
-            if info.st_nlink >= _MOST_LINKS:
-                return False
-            if not self.knows(info):
-                before = stamp_of(kept)
-                if sha256_file(kept) != sha256 or stamp_of(kept) != before:
-                    return False
-                self._note(kept)
             # Its name says so, but anybody may have changed it since.
-            return kept.name == f"{sha256}-{_else(kept, os.lstat(kept))}"
+            return info.st_nlink < _MOST_LINKS and self.knows(info) and kept.name == f"{sha256}-{_else(kept, info)}"
         except FileNotFoundError:
             return False
 
