@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from woodfrog import errors, protocol, spec
 from woodfrog.errors import CaptureError, RestoreError, SpecError, WoodfrogError, error_from_dict
 from woodfrog.protocol import HEAD, MAX_BODY, MAX_HEADER, ProtocolError
+from woodfrog.linux import rootplan
 from woodfrog.settings import Settings, load
 from woodfrog.spec import AppSpec, FunctionSpec, RuntimeSpec, from_dict, function_key, to_dict
+from woodfrog.store import content
 from woodfrog.telemetry import Phases
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -388,3 +390,13 @@ def test_a_share_is_between_0_and_100(value: str) -> None:
         load({"WOODFROG_HOME": "/nowhere", "WOODFROG_GPU_FREE_PERCENT": value})
     for fine in (0, 100):
         assert load({"WOODFROG_HOME": "/nowhere", "WOODFROG_GPU_FREE_PERCENT": str(fine)}).gpu_free_percent == fine
+
+
+def test_code_is_in_one_place() -> None:
+    """Three layers that know nothing of each other: the client's archive, the store's layer, the sandbox's root."""
+    assert {
+        f"/{spec.CODE}",
+        f"/{content.CODE}",
+        rootplan.APP,
+        protocol.BootMessage.__dataclass_fields__["cwd"].default,
+    } == {"/app"}

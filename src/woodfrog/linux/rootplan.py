@@ -16,7 +16,6 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from woodfrog.errors import SandboxError
-from woodfrog.spec import CODE
 
 __all__ = [
     "APP",
@@ -40,7 +39,7 @@ __all__ = [
 
 OWN = frozenset({"proc", "sys", "dev", "run", "tmp", "etc"})
 """Top-level directories every sandbox has of its own."""
-MASKED = frozenset({CODE, "home", "root", "boot", "media", "mnt", "lost+found"})
+MASKED = frozenset({"app", "home", "root", "boot", "media", "mnt", "lost+found"})
 """Top-level directories of the host that nobody sees inside: homes and secrets, and where the code is."""
 OPEN = ("app", "home", "media", "mnt", "root", "run")
 """Those in which user code may make what it likes, as in `/`."""
@@ -54,7 +53,7 @@ PROC_READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysr
 NS_LAST_PID = "/proc/sys/kernel/ns_last_pid"
 VAR_TMP = "/.var-tmp"
 """Where /var/tmp's files live: /var itself is the host's, read-only."""
-APP = f"/{CODE}"
+APP = "/app"
 """Where the user's code is, and where it starts."""
 HOME = "/root"
 """As on Modal: programs name it, their caches' volumes lie below it."""

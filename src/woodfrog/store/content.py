@@ -18,11 +18,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from woodfrog.errors import NotFoundError, SpecError
-from woodfrog.spec import CODE
 from woodfrog.store.files import fsync_dir, fsync_tree, remove_tree, store_error, write_atomic
 
 __all__ = ["ContentStore"]
 
+CODE = "app"
+"""Where code is in its layer."""
 _LAYER = ".layer"
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 _BAD_NAME = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
