@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from woodfrog import errors, protocol, spec
 from woodfrog.errors import CaptureError, RestoreError, SpecError, WoodfrogError, error_from_dict
-from woodfrog.protocol import HEAD, MAX_BODY, MAX_HEADER, ProtocolError
 from woodfrog.linux import rootplan
+from woodfrog.protocol import HEAD, MAX_BODY, MAX_HEADER, ProtocolError
 from woodfrog.settings import Settings, load
 from woodfrog.spec import AppSpec, FunctionSpec, RuntimeSpec, from_dict, function_key, to_dict
 from woodfrog.store import content
