@@ -938,6 +938,26 @@ def test_files_that_an_image_adds(daemon: Daemon) -> None:
     assert refused.returncode == 2 and "adds files at /usr/share/deep/one.txt, where functions see" in refused.stderr
 
 
+def test_directories_of_the_machine_come_and_go(daemon: Daemon) -> None:
+    app = woodfrog.App("top")
+    place = Path(f"/woodfrog-test-{os.getpid()}")
+
+    @app.function(serialized=True, single_use_containers=True)
+    def there(path: str) -> bool:
+        import os
+
+        return os.path.isdir(path)
+
+    app.deploy()
+    assert not there.remote(str(place))
+    place.mkdir()
+    try:
+        assert there.remote(str(place))
+    finally:
+        place.rmdir()
+    assert not there.remote(str(place))
+
+
 DEFERRED = """
 import sys
 import woodfrog as modal

@@ -36,7 +36,8 @@ class SandboxFactory:
         self._settings = settings
         self._groups = groups
         self._network = network
-        self._host = read_host_root()
+        self._root_seen = 0
+        self._look_at_host()
         self._scratch = settings.home / "scratch"
         self._scratch.mkdir(mode=0o700, exist_ok=True)
         settings.kdat_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -48,7 +49,6 @@ class SandboxFactory:
         self._wanted = asyncio.Event()
         self._count = 0
         self._all: set[Sandbox] = set()
-        self._bases: dict[RuntimeSpec, tuple[tuple[Path, ...], Path]] = {}
         self._closed = False
         self.ahead: Callable[[Sandbox], Awaitable[None]] | None = None
         """Done in each sandbox that is prepared ahead of need."""
@@ -159,6 +159,7 @@ class SandboxFactory:
     ) -> None:
         """Give the sandbox its root."""
         settings = self._settings
+        self._look_at_host()
         prefixes, lowest = self._base(runtime)
         lease = sandbox.network
         request = RootRequest(
@@ -187,6 +188,14 @@ class SandboxFactory:
             network=not spec.block_network,
         )
         await sandbox.assemble(root_plan(request, self._host))
+
+    def _look_at_host(self) -> None:
+        """See which top-level directories there are, again when some came or went: a daemon runs for months."""
+        changed = os.stat("/").st_mtime_ns
+        if changed != self._root_seen:
+            self._host = read_host_root()
+            self._bases: dict[RuntimeSpec, tuple[tuple[Path, ...], Path]] = {}
+            self._root_seen = changed
 
     def _base(self, runtime: RuntimeSpec) -> tuple[tuple[Path, ...], Path]:
         """What every root for this Python environment shares: its prefixes and the lowest layer."""
