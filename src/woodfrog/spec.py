@@ -131,6 +131,8 @@ class ImageSpec:
     steps: tuple[str, ...] = ()
     """Every build step as recorded, for people to read."""
     files: tuple[LocalFiles, ...] = ()
+    workdir: str = ""
+    """Where functions start; "" = where their code is."""
 
 
 @dataclass(frozen=True)

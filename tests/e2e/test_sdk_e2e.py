@@ -916,9 +916,10 @@ def look():
     return [sorted(p.name for p in root.iterdir()), (root / "one.txt").read_text(), other]
 
 
-@app.function(serialized=True)
+@app.function(serialized=True, image=image.workdir("/root/work/in"), enable_memory_snapshot=True)
 def by_value():
-    return sorted(p.name for p in __import__("pathlib").Path("/root/assets").iterdir())
+    import os
+    return [sorted(os.listdir("/root/assets")), os.getcwd(), os.access(".", os.W_OK)]
 """
 
 
@@ -929,7 +930,7 @@ def test_files_that_an_image_adds(daemon: Daemon) -> None:
         (assets / name).write_text(name)
     daemon.cli("deploy", str(program), cwd=program.parent)
     assert daemon.call("adder", "look") == [["made", "one.txt", "two.txt"], "one.txt+", "one.txt"]
-    assert daemon.call("adder", "by_value") == ["one.txt", "two.txt"]
+    assert daemon.call("adder", "by_value") == [["one.txt", "two.txt"], "/root/work/in", True]
     (assets / "one.txt").write_text("anew")
     daemon.cli("deploy", str(program), cwd=program.parent)
     assert daemon.call("adder", "look") == [["made", "one.txt", "two.txt"], "anew+", "anew"]

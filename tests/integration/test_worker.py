@@ -401,7 +401,7 @@ def test_frozen_worker_holds_nothing_but_its_listener(worker: Callable[[str], Wo
         ("import sys; sys.exit(3)", {}, "import", "SystemExit"),
         ("g = 1", {}, "import", "module prog has no 'f'"),
         ("f = 3", {}, "import", "is a int"),
-        ("def f(): pass", {"cwd": "/nonexistent"}, "import", "working directory /nonexistent"),
+        ("def f(): pass", {"cwd": "/proc/nonexistent"}, "import", "working directory /proc/nonexistent"),
         ("class f:\n    def __init__(self): raise KeyError('k')", {"kind": "class"}, "enter", "KeyError: 'k'"),
         (
             "class f:\n    @enter(snap=True)\n    def e(self): raise OSError('no')",

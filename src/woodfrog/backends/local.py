@@ -40,6 +40,7 @@ from woodfrog.errors import (
     WoodfrogError,
 )
 from woodfrog.linux.pageserver import ServedPages
+from woodfrog.linux.rootplan import APP
 from woodfrog.linux.sandbox import Sandbox, SandboxProcess
 from woodfrog.snapshot.capture import SnapshotIdentity, capture
 from woodfrog.snapshot.catalogue import Catalogue, Opened, Staging
@@ -353,8 +354,9 @@ class LocalBackend:
             module=spec.source.module,
             qualname=spec.source.qualname,
             methods=[{"name": m.name, "generator": m.generator, "is_async": m.is_async} for m in spec.methods],
-            sys_path=["/app", *request.runtime.sys_path],
+            sys_path=[APP, *request.runtime.sys_path],
             env=self._env(instance),
+            cwd=spec.image.workdir or APP,
             snapshot=spec.snapshot.enabled,
             hide_gpu=spec.snapshot.enabled and not spec.snapshot.gpu,
             has_params=bool(request.params),

@@ -25,7 +25,7 @@ _UNRUN = frozenset(
     (
         *("apt_install", "cmd", "dockerfile_commands", "entrypoint", "from_dockerfile", "from_id"),
         *("micromamba_install", "pip_install_private_repos", "run_commands"),
-        *("run_function", "shell", "workdir"),
+        *("run_function", "shell"),
     )
 )
 """Steps that would have changed the image."""

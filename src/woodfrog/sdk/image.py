@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
@@ -24,8 +25,8 @@ P = ParamSpec("P")
 class Image:
     """A recipe for an environment. Immutable: every method gives a new one.
 
-    Functions run in the Python environment that deploys them. `pip_install` is checked against it, `env` is set, and
-    the other steps are recorded without being run.
+    Functions run in the Python environment that deploys them. `pip_install` is checked against it, `env` and `workdir`
+    are set, local files are sent, and the other steps are recorded without being run.
 
     Example:
         >>> import woodfrog
@@ -45,7 +46,8 @@ class Image:
         files: Iterable[LocalFiles] = (),
     ) -> Image:
         return Image(
-            ImageSpec(
+            replace(
+                self.spec,
                 packages=(*self.spec.packages, *packages),
                 env={**self.spec.env, **(env or {})},
                 steps=(*self.spec.steps, text),
@@ -279,8 +281,15 @@ class Image:
         return self._step(_words("add_local_python_source", *modules))
 
     def workdir(self, path: str | Path) -> Image:
-        """Recorded, not carried out: functions start in /app."""
-        return self._step(_words("workdir", str(path)))
+        """Have functions start in this directory of the container, which is made if need be; otherwise it is /app.
+
+        Raises:
+            SpecError: no absolute path.
+        """
+        where = posixpath.normpath(str(path))
+        if not where.startswith("/") or where.startswith("//"):
+            raise SpecError(f"Image.workdir: {str(path)!r} is not an absolute path ({checks.caller()})")
+        return Image(replace(self._step(f"workdir {where}").spec, workdir=where))
 
     def entrypoint(self, entrypoint_commands: list[str]) -> Image:
         """Recorded, not carried out."""

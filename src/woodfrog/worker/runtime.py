@@ -174,6 +174,7 @@ class Runtime:
         env = {**message["env"], **hidden, **traces.env}
         renew.set_environ({name: value for name, value in env.items() if value is not None})
         try:
+            os.makedirs(message["cwd"], exist_ok=True)
             os.chdir(message["cwd"])
         except OSError as e:
             raise SpecError(f"the working directory {message['cwd']} cannot be entered: {e.strerror}") from None
