@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from woodfrog.sdk.cls import method as method
     from woodfrog.sdk.cls import parameter as parameter
     from woodfrog.sdk.functions import Function as Function
+    from woodfrog.sdk.hooks import current_function_call_id as current_function_call_id
+    from woodfrog.sdk.hooks import current_input_id as current_input_id
     from woodfrog.sdk.hooks import is_local as is_local
     from woodfrog.sdk.hooks import register_after_restore as register_after_restore
     from woodfrog.sdk.hooks import register_before_snapshot as register_before_snapshot
@@ -58,6 +60,8 @@ _HOME = {
     "Secret": "sdk.secret",
     "Stub": "sdk.app",
     "Volume": "sdk.volume",
+    "current_function_call_id": "sdk.hooks",
+    "current_input_id": "sdk.hooks",
     "enable_output": "sdk.app",
     "enter": "sdk.cls",
     "exit": "sdk.cls",
@@ -105,8 +109,6 @@ _NOT_YET = {
     "clustered": _ONE_MACHINE,
     "concurrent": "drop it: a container takes one input at a time, and more containers are started",
     "config": "settings are environment variables: docs/settings.md",
-    "current_function_call_id": "pass an id of your own as an argument",
-    "current_input_id": "pass an id of your own as an argument",
     "experimental": "drop it",
     "fastapi_endpoint": _WEB,
     "forward": _WEB,

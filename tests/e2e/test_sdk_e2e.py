@@ -939,6 +939,26 @@ def test_files_that_an_image_adds(daemon: Daemon) -> None:
     assert refused.returncode == 2 and "adds files at /usr/share/deep/one.txt, where functions see" in refused.stderr
 
 
+def test_a_call_knows_its_id(daemon: Daemon) -> None:
+    app = woodfrog.App("known")
+
+    @app.function(serialized=True)
+    def own() -> str | None:
+        return woodfrog.current_function_call_id()
+
+    @app.function(serialized=True)
+    def each() -> Iterator[str | None]:
+        yield woodfrog.current_input_id()
+        yield woodfrog.current_input_id()
+
+    app.deploy()
+    call = own.spawn()
+    assert call.get() == call.object_id
+    first, second = each.remote_gen()
+    assert first == second and first not in (None, call.object_id)
+    assert woodfrog.current_function_call_id() is None
+
+
 def test_directories_of_the_machine_come_and_go(daemon: Daemon) -> None:
     app = woodfrog.App("top")
     place = Path(f"/woodfrog-test-{os.getpid()}")

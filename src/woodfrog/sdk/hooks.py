@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     F = TypeVar("F", bound=Callable[..., Any])
 
 __all__ = [
+    "current_function_call_id",
+    "current_input_id",
     "in_worker",
     "is_local",
     "register_after_restore",
@@ -124,6 +126,22 @@ def restored() -> bool:
 def snapshot_id() -> str | None:
     """Id of the snapshot this process was thawed from; None where it was not."""
     return getattr(sys.modules.get("woodfrog.worker.state"), "snapshot_id", None)
+
+
+def current_function_call_id() -> str | None:
+    """Id of the call that this container answers now, as `FunctionCall.object_id`; None outside of calls.
+
+    Example:
+        >>> import woodfrog
+        >>> woodfrog.current_function_call_id() is None
+        True
+    """
+    return getattr(sys.modules.get("woodfrog.worker.state"), "call_id", None)
+
+
+def current_input_id() -> str | None:
+    """The same as `current_function_call_id`: a call has one input."""
+    return current_function_call_id()
 
 
 def is_local() -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from woodfrog.protocol import HEAD, ProtocolError, pack, parse_head, parse_header
-from woodfrog.worker import codec
+from woodfrog.worker import codec, state
 from woodfrog.worker.runtime import Runtime, StageError
 
 __all__ = ["serve"]
@@ -185,11 +185,14 @@ class _Worker:
         call, method = header.get("call"), str(header.get("method"))
         encoding = header.get("encoding", "pickle")
         phases: dict[str, float] = {}
+        state.call_id = str(call)
         try:
             answer = self._answer(call, method, encoding, body, phases)
         except BaseException as e:
             plain, pieces = codec.encode_error(e, encoding)
             answer = ({"type": "error", "call": call, "error": plain, "phases": phases}, pieces)
+        finally:
+            state.call_id = None
         _flush()
         self._send(*answer)
 

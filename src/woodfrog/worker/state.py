@@ -6,3 +6,5 @@ restored: bool = False
 """True once this process was thawed from a snapshot."""
 snapshot_id: str | None = None
 instance_id: str | None = None
+call_id: str | None = None
+"""Of the call that is answered now: one at a time."""
