@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -612,3 +613,21 @@ def test_state_directory_that_cannot_be() -> None:
 def test_setting_of_the_wrong_type(daemon: Daemon) -> None:
     done = daemon.cli("app", "list", check=False, env={"WOODFROG_POOL_SIZE": "many"})
     one_line(done, "WOODFROG_POOL_SIZE", "many")
+
+
+def test_a_nearly_full_disk_keeps_a_daemon_from_its_first_start_only() -> None:
+    """Later it has to start: what fills the disk is removed through it."""
+    with tempfile.TemporaryDirectory(prefix="wf-", dir="/var/tmp") as small:
+        os.chmod(small, 0o755)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m,mode=755", "none", small], check=True)
+        try:
+            daemon = Daemon(under=small)
+            with pytest.raises(AssertionError, match=r"disk: .* free for .*; woodfrog needs 1.0 GiB"):
+                daemon.start()
+            (daemon.home / "journal.sqlite").touch()
+            with daemon:
+                daemon.cli("volume", "create", "made")
+                daemon.cli("volume", "delete", "made", "--yes")
+                assert "WARNING woodfrog: disk:" in daemon.log.read_text()
+        finally:
+            subprocess.run(["umount", "-l", small], check=True)

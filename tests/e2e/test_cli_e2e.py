@@ -176,7 +176,8 @@ def test_run_with_errors(daemon: Daemon, program: Path) -> None:
         assert done.returncode == 2 and all(word in line for word in words), (arguments, line)
 
 
-def test_run_is_cancelled_by_ctrl_c(daemon: Daemon, program: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_run_is_cancelled_by_ctrl_c(daemon: Daemon, program: Path, number: int) -> None:
     process = subprocess.Popen(
         [str(BIN / "woodfrog"), "run", f"{program}::slow"],
         env=daemon.env,
@@ -185,7 +186,7 @@ def test_run_is_cancelled_by_ctrl_c(daemon: Daemon, program: Path) -> None:
         text=True,
     )
     assert process.stdout is not None and process.stdout.readline() == "begun\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, complaint = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in complaint, complaint
     until(lambda: not [c for c in daemon.get("/containers")["containers"] if c["function"] == "slow"], 20)

@@ -62,6 +62,17 @@ def test_there_and_back(daemon: Daemon, tmp_path: Path) -> None:
     (tmp_path / "put.txt").write_text("put")
     daemon.cli("volume", "create", "shelf")
     daemon.cli("volume", "put", "shelf", str(tmp_path / "put.txt"), "/in/")
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "leaf").write_text("leaf")
+    for local, to in (("tree/", "/a"), ("./tree/", "/b/"), ("tree", "/c/")):
+        daemon.cli("volume", "put", "shelf", local, to, cwd=tmp_path)
+    shelf = daemon.home / "volumes" / "shelf"
+    assert sorted(str(p.relative_to(shelf)) for p in shelf.rglob("leaf")) == ["a/leaf", "b/tree/leaf", "c/tree/leaf"]
+    for name in ("a", "b", "c"):
+        daemon.cli("volume", "rm", "shelf", name, "--recursive")
+    for arguments in (("volume", "create", ""), ("secret", "create", "", "A=1"), ("app", "stop", "")):
+        refused = daemon.cli(*arguments, check=False)
+        assert refused.returncode == 2 and refused.stderr == "error: an empty name\n", refused
     daemon.cli("deploy", str(program))
     assert daemon.cli("call", "shelves.work").stdout == '"put and more"\n'
     assert "Read-only file system" in daemon.cli("call", "shelves.spoil", check=False).stderr

@@ -14,8 +14,10 @@ import cloudpickle
 import pytest
 from typer.testing import CliRunner, Result
 
+import woodfrog
 from fake_daemon import Answer, Daemon, Request, private_home, serving
 from woodfrog.cli import commands
+from woodfrog.cli.run import runnables
 from woodfrog.errors import FunctionTimeoutError, StartupError
 
 PROGRAM = """\
@@ -404,3 +406,16 @@ def test_the_apps_variable_before_the_name(tmp_path: Path, daemon: RunDaemon) ->
     assert [tag for tag, _, _ in daemon.calls] == ["square", "Embedder.run", "Embedder.run"]
     assert "no function named 'other.square'" in run("run", f"{file}::other.square").stderr
     assert "no function named 'app.cube'" in run("run", f"{file}::app.cube").stderr
+
+
+def test_a_function_of_an_included_app_has_its_plain_name() -> None:
+    common, other = woodfrog.App("common"), woodfrog.App("other")
+    common.function(serialized=True, name="helper")(lambda: None)
+    other.function(serialized=True, name="alone")(lambda: None)
+    whole = woodfrog.App("whole").include(common)
+    found = runnables({"common": common, "app": whole, "other": other})
+    assert set(found) == {"helper", "alone"} and found["helper"].app is whole
+    other.function(serialized=True, name="helper")(lambda: 1)
+    assert set(runnables({"common": common, "app": whole, "other": other})) == {
+        *("alone", "app.helper", "common.helper", "other.helper")
+    }

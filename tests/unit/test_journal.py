@@ -352,3 +352,9 @@ async def test_payloads() -> None:
     assert Payload(data=b"").size == 0 and Payload().read() == b""
     assert b"".join([c async for c in Payload(data=b"x").chunks()]) == b"x"
     await asyncio.sleep(0)
+
+
+def test_whether_a_daemon_ran_there(tmp_path: Path) -> None:
+    assert not Journal.exists(tmp_path)
+    Journal(tmp_path).close()
+    assert Journal.exists(tmp_path)

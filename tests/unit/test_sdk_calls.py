@@ -52,6 +52,7 @@ class MyError(Exception):
 class Unpicklable(Exception):
     def __init__(self, a, b):
         super().__init__("fixed text")
+        self.lock = __import__("threading").Lock()
 
 @app.function()
 def square(x, plus=0):

@@ -60,6 +60,24 @@ def test_exception_that_holds_itself_is_sent_once() -> None:
     assert plain["type"] == "ValueError" and exception.args == ("a",) and links == []
 
 
+class Told(Exception):
+    """As people write them: the constructor wants what `args` does not hold."""
+
+    def __init__(self, status: int, body: str) -> None:
+        super().__init__(f"{status}: {body}")
+        self.status = status
+
+
+def test_an_exception_whose_constructor_wants_more_comes_back_as_itself() -> None:
+    error = Told(404, "nope")
+    error.__cause__ = Told(500, "deeper")
+    data = codec.pickle_exception(error)
+    assert data is not None
+    found, [(cause, kind)] = pickle.loads(data)
+    assert type(found) is Told and (str(found), found.status) == ("404: nope", 404)
+    assert type(cause) is Told and (cause.status, kind) == (500, "cause")
+
+
 def test_links_end_at_what_cannot_be_pickled() -> None:
     class Lock(Exception):
         def __reduce__(self) -> Any:

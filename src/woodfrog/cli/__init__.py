@@ -30,6 +30,9 @@ def main() -> None:
 
         if own:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        for other in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: a call is cancelled, an app is stopped
+            if signal.getsignal(other) is signal.SIG_DFL:
+                signal.signal(other, signal.default_int_handler)
         try:
             app()
         except Exception as e:

@@ -211,7 +211,13 @@ class _Run:
 
     def _send(self, wait: float = 0.0) -> Reply:
         headers = {**self._headers, "woodfrog-call": self.id}
-        return self._client.request("POST", self._path, headers=headers, content=self._content, wait=wait)
+        return self._client.request(
+            "POST", self._path, headers=headers, content=self._content, wait=wait, kept=self._kept
+        )
+
+    @property
+    def _kept(self) -> str:
+        return f"the call is kept: woodfrog.FunctionCall.from_id({self.id!r}).get() in Python asks for it again"
 
     def value(self) -> Any:
         """The result.
@@ -223,7 +229,7 @@ class _Run:
             reply = self._send(QUICK_S)
             while (status := reply.headers.get("woodfrog-status", "pending")) == "pending":
                 progress.say(self._stage())
-                reply = self._client.request("GET", f"/calls/{self.id}", wait=POLL_S)
+                reply = self._client.request("GET", f"/calls/{self.id}", wait=POLL_S, kept=self._kept)
         if status != "success":
             raise_failure(status, reply.body.getvalue())
         return reply.json()

@@ -86,7 +86,7 @@ def _importing(what: str) -> Iterator[None]:
         yield
     except WoodfrogError as e:
         frames = user_frames(e)
-        if frames and f"{frames[-1].filename}:" not in e.message:
+        if frames and not any(f"{name}:" in e.message for name in (frames[-1].filename, _short(frames[-1].filename))):
             e.message = f"{_short(frames[-1].filename)}:{frames[-1].lineno}: {e.message}"
         e.message = e.message.removeprefix(os.getcwd() + "/")
         raise

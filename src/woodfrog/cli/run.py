@@ -67,13 +67,16 @@ def apps_of(module: types.ModuleType) -> dict[str, App]:
 
 
 def runnables(apps: dict[str, App]) -> dict[str, Runnable]:
-    """What can be run, by name; `VARIABLE.NAME` where two apps have one of the same name."""
+    """What can be run, by name; `VARIABLE.NAME` where two apps have one of the same name.
+
+    An app that includes another has the very functions of that one: no two of a name.
+    """
     lists = {variable: _of_one(app) for variable, app in apps.items()}
-    names = [r.tag for found in lists.values() for r in found]
+    code: dict[str, set[int]] = {}
+    for r in (r for found in lists.values() for r in found):
+        code.setdefault(r.tag, set()).add(id(r.raw))
     return {
-        f"{variable}.{r.tag}" if names.count(r.tag) > 1 else r.tag: r
-        for variable, found in lists.items()
-        for r in found
+        f"{variable}.{r.tag}" if len(code[r.tag]) > 1 else r.tag: r for variable, found in lists.items() for r in found
     }
 
 
@@ -292,8 +295,8 @@ class Follower:
                     if self._over.is_set():
                         return
                     self._show(entry)
-        except WoodfrogError:
-            # The call itself tells what is wrong with the daemon, and `finish` fetches the rest.
+        except (WoodfrogError, OSError):
+            # The call itself tells what is wrong with the daemon, and `finish` fetches the rest; or nobody reads on.
             return
 
     def _watch(self) -> None:

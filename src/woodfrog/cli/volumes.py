@@ -123,7 +123,7 @@ def put(
     from woodfrog.sdk.volume_files import BatchUpload
 
     if remote.endswith("/") or not remote:
-        remote += "/" + os.path.basename(local)
+        remote = f"{remote.rstrip('/')}/{os.path.basename(os.path.abspath(local))}"
     source = Path(local)
     client = connect()
     with (

@@ -128,8 +128,9 @@ def _tcp_socket(settings: Settings) -> socket.socket | None:
     host, _, port = settings.listen.rpartition(":")
     try:
         return socket.create_server((host or "127.0.0.1", int(port)), backlog=512)
-    except (OSError, ValueError) as e:
-        raise SpecError(f"setting listen: {settings.listen!r}: {e}", code="bad-setting") from None
+    except (OSError, ValueError, OverflowError) as e:
+        why = e if isinstance(e, OSError) else "expected ADDRESS:PORT"
+        raise SpecError(f"setting listen: {settings.listen!r}: {why}", code="bad-setting") from None
 
 
 def _check_host(settings: Settings) -> tuple[Criu, Settings]:
@@ -152,9 +153,11 @@ def _check_host(settings: Settings) -> tuple[Criu, Settings]:
         criu=criu,
     )
     checks = requirements.judge(host)
-    requirements.demand(checks)
+    # One that has been used may be full of what only its daemon can remove.
+    used = {"disk"} if Journal.exists(settings.home) else set()
+    requirements.demand([c for c in checks if c.name not in used])
     for check in checks:
-        if check.ok is False and check.name in ("userfaultfd", *requirements.COLD_ONLY):
+        if check.ok is False and check.name in ("userfaultfd", *requirements.COLD_ONLY, *used):
             log.warning("%s: %s; %s", check.name, check.found, check.remedy)
     if host.userfaultfd != 0:
         # What is packed can only be thawed through the page server.

@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import itertools
 import json
+import logging
 import os
 import tempfile
 import time
@@ -21,6 +22,7 @@ from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 import woodfrog
 from woodfrog import protocol
@@ -47,6 +49,8 @@ from woodfrog.store.content import ContentStore
 from woodfrog.telemetry import counters
 
 __all__ = ["TokenAuth", "build"]
+
+log = logging.getLogger("woodfrog")
 
 _MAX_WAIT_S = 300.0
 _MAX_BODY = protocol.MAX_BODY
@@ -222,6 +226,7 @@ def build(
         docs_url=None,
         redoc_url=None,
         default_response_class=_Json,
+        redirect_slashes=False,
     )
     settings = controller.settings
     classes = (worker_class, *gpu_classes)
@@ -242,6 +247,11 @@ def build(
     async def _on_http(request: Request, error: HTTPException) -> JSONResponse:
         said = SpecError(f"{request.method} {request.url.path}: {error.detail}", code="bad-request")
         return _Json({"error": said.to_dict()}, status_code=error.status_code)
+
+    @api.exception_handler(ClientDisconnect)
+    async def _on_disconnect(request: Request, error: ClientDisconnect) -> Response:
+        log.info("%s %s: its client went away in the middle of it", request.method, request.url.path)
+        return Response(status_code=400)  # nobody reads it
 
     @api.exception_handler(Exception)
     async def _on_bug(request: Request, error: Exception) -> JSONResponse:

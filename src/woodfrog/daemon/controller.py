@@ -35,6 +35,7 @@ from woodfrog.errors import (
     WoodfrogError,
     error_from_dict,
 )
+from woodfrog.linux import heap
 from woodfrog.settings import Settings
 from woodfrog.snapshot.catalogue import Catalogue
 from woodfrog.snapshot.manifest import Manifest
@@ -51,6 +52,8 @@ _EPHEMERAL_TTL_S = 300.0
 _SPARED_S = 3600.0
 """Results younger than that are kept, however many they are."""
 _RUNS_AT_ONCE = 20
+_MANY = 100
+"""So many calls may have left much memory."""
 _CONTENT_EVERY_S = 600.0
 _CONTENT_KEPT_S = 3600.0
 """How long code stays that no app needs: a client that found it here deploys it soon, and edits are taken back."""
@@ -990,12 +993,15 @@ class Controller:
                 record.drop_items()
 
     def _forget_calls(self) -> None:
+        before = len(self.calls)
         for call_id, record in list(self.calls.items()):
             if record.unwritten:
                 self._write_failure(record)
             elif not record.wanted(self.now()):
                 record.drop_items()
                 del self.calls[call_id]
+        if before - len(self.calls) >= _MANY:  # the allocator would keep what their answers took
+            self._task(asyncio.to_thread(heap.trim))
 
     def _stop_abandoned(self) -> None:
         """Ephemeral apps whose client is gone."""

@@ -44,6 +44,7 @@ DROP INDEX IF EXISTS calls_finished;
 CREATE INDEX IF NOT EXISTS calls_submitted ON calls (submitted);
 CREATE INDEX IF NOT EXISTS calls_params ON calls (params_digest) WHERE params_digest != '';
 """
+_FILE = "journal.sqlite"
 _ROW_BYTES = 1024
 """What a finished call takes beside its answer, its error and its trace."""
 _PRUNED_AT_ONCE = 5000
@@ -88,10 +89,15 @@ class Journal:
         StoreError: the database cannot be read or written (disk full).
     """
 
+    @staticmethod
+    def exists(home: Path) -> bool:
+        """Whether a daemon ran there before."""
+        return (home / _FILE).exists()
+
     def __init__(self, home: Path) -> None:
         self.bodies = home / "calls"
         self.bodies.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = home / "journal.sqlite"
+        path = home / _FILE
         try:
             old_mask = os.umask(0o077)
             try:

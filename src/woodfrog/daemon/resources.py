@@ -16,7 +16,7 @@ from woodfrog.linux.skeleton import host_above, is_the_systems
 from woodfrog.settings import Settings
 from woodfrog.spec import AppSpec, FunctionSpec, SecretSpec, VolumeMount
 from woodfrog.store.content import ContentStore
-from woodfrog.store.files import remove_tree, write_atomic
+from woodfrog.store.files import remove_tree, store_error, write_atomic
 
 __all__ = ["Resources"]
 
@@ -117,8 +117,11 @@ class Resources:
                 raise NotFoundError(
                     f"no volume {mount.name!r}; use Volume.from_name({mount.name!r}, create_if_missing=True)"
                 )
-            path.mkdir(mode=0o755, exist_ok=True)
-            os.chown(path, self._uid, self._uid)
+            try:
+                path.mkdir(mode=0o755, exist_ok=True)
+                os.chown(path, self._uid, self._uid)
+            except OSError as e:
+                raise store_error(f"cannot make volume {mount.name!r}", path, e) from e
         return path
 
     def mounts(self, function: FunctionSpec) -> tuple[rootplan.VolumeMount, ...]:

@@ -375,7 +375,10 @@ class RunningApp:
     def __enter__(self) -> App:
         app = self._app
         if in_worker():
-            raise SpecError("an app cannot be run from inside a container")
+            raise SpecError(
+                "an app cannot be run from inside a container: where the program does so at top level, put it below "
+                f'`if __name__ == "__main__":` ({checks.caller()})'
+            )
         if app._running is not None:
             raise SpecError(f"app {app.name or '(unnamed)'} runs already: do not nest app.run() ({checks.caller()})")
         stem = re_name(Path(app._program[1]).stem) if app._program else "app"

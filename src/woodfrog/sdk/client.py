@@ -64,7 +64,13 @@ def _address(host: str) -> str:
 
 
 def segment(text: str) -> str:
-    """A name as one segment of a URL path."""
+    """A name as one segment of a URL path.
+
+    Raises:
+        SpecError: it is empty.
+    """
+    if not text:
+        raise SpecError("an empty name", code="bad-name")
     return quote(text, safe="")
 
 

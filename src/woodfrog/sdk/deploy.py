@@ -112,22 +112,27 @@ def send(client: Client, bundle: Bundle, *, ephemeral: bool, snapshot: bool = Fa
         own_version = version("woodfrog")
     except PackageNotFoundError:
         own_version = ""
-    answer = client.request(
-        "POST",
-        f"/apps/{segment(bundle.spec.name)}/deploy",
-        data={
-            "spec": to_dict(bundle.spec),
-            "ephemeral": ephemeral,
-            "snapshot": snapshot,
-            "client": {
-                "pid": os.getpid(),
-                "uid": os.getuid(),
-                "version": own_version,
-                "program": sys.argv[0] if sys.argv else "",
-                "gpu": client.settings.gpu,
+    try:
+        answer = client.request(
+            "POST",
+            f"/apps/{segment(bundle.spec.name)}/deploy",
+            data={
+                "spec": to_dict(bundle.spec),
+                "ephemeral": ephemeral,
+                "snapshot": snapshot,
+                "client": {
+                    "pid": os.getpid(),
+                    "uid": os.getuid(),
+                    "version": own_version,
+                    "program": sys.argv[0] if sys.argv else "",
+                    "gpu": client.settings.gpu,
+                },
             },
-        },
-    ).json()
+        ).json()
+    except SpecError as e:
+        if "unknown field" in e.message:
+            e.message += ": the daemon is one of an older woodfrog: `woodfrog daemon stop`, and try again"
+        raise
     if not isinstance(answer, dict):
         raise DaemonError(f"the daemon answered the deploy of {bundle.spec.name} with {answer!r}")
     return answer

@@ -180,15 +180,41 @@ def pickle_exception(error: BaseException) -> bytes | None:
         links.append((other, kind))
         at = other
     while True:
-        try:
-            data: bytes = cloudpickle().dumps((error, links), protocol=5)
-            # Many an exception pickles well and fails to unpickle, when its __init__ asks for more than its args.
-            pickle.loads(data)
-            return data
-        except Exception:
-            if not links:
-                return None
-            links = links[: len(links) // 2]
+        for dumps in (_dumps, _dumps_without_init):
+            try:
+                data: bytes = dumps((error, links))
+                # Many an exception pickles well and fails to unpickle, when its __init__ asks for more than its args.
+                pickle.loads(data)
+                return data
+            except Exception:
+                continue
+        if not links:
+            return None
+        links = links[: len(links) // 2]
+
+
+def _dumps(value: Any) -> bytes:
+    return cloudpickle().dumps(value, protocol=5)  # type: ignore[no-any-return]
+
+
+def _dumps_without_init(value: Any) -> bytes:
+    """Exceptions that do not say how they are pickled are made without `__init__`, and get their attributes."""
+    import copyreg
+    import io
+
+    base: Any = cloudpickle().CloudPickler
+
+    class Pickler(base):  # type: ignore[misc]
+        def reducer_override(self, obj: Any) -> Any:
+            kind: Any = type(obj)
+            plain = issubclass(kind, BaseException) and kind.__reduce__ is BaseException.__reduce__
+            if plain and kind.__reduce_ex__ is object.__reduce_ex__:
+                return getattr(copyreg, "__newobj__"), (kind, *obj.args), vars(obj) or None  # noqa: B009
+            return super().reducer_override(obj)
+
+    out = io.BytesIO()
+    Pickler(out, protocol=5).dump(value)
+    return out.getvalue()
 
 
 def preload() -> None:
