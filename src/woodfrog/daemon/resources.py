@@ -56,7 +56,6 @@ class Resources:
         self._uid = settings.worker_uid
         self._others = bool(settings.socket_group or settings.listen)
         self._content = content
-        self._mounted: set[str] = set()
         """Ephemeral volumes that an app has had."""
         self._secrets = settings.home / "secrets"
         self._volumes = settings.home / "volumes"
@@ -110,8 +109,6 @@ class Resources:
             NotFoundError: it does not exist and may not be created.
         """
         path = self._volumes / check_name("volume", mount.name)
-        if mount.ephemeral:
-            self._mounted.add(mount.name)
         if not path.is_dir():
             if not (mount.create or mount.ephemeral):
                 raise NotFoundError(
@@ -132,23 +129,24 @@ class Resources:
         )
 
     def set_volumes_aside(self, specs: Callable[[], Iterable[str]]) -> list[Path]:
-        """Take away the ephemeral volumes that none of these specs (JSON) names any more.
+        """Take away the ephemeral volumes that none of these specs (JSON) has named for a day.
+
+        Their clients remove them at the end of their blocks, in which app may follow app: this is for a client that
+        was killed.
 
         Returns:
             What is still to be removed; nobody finds it any more.
         """
         made = {name for name in os.listdir(self._volumes) if _EPHEMERAL.fullmatch(name)}
-        if made:
-            made -= {name for spec in specs() for name in _EPHEMERAL.findall(spec)}
-        aside = []
+        named = {name for spec in specs() for name in _EPHEMERAL.findall(spec)} if made else set()
+        now, aside = time.time(), []
         for name in made:
-            # One that no app has had yet may be about to get its first; or its client, or the daemon, was killed.
-            if name not in self._mounted and time.time() - (self._volumes / name).stat().st_ctime < _UNUSED_S:
-                continue
-            path = self._volumes / f".gone-{name}"
-            os.rename(self._volumes / name, path)
-            self._mounted.discard(name)
-            aside.append(path)
+            path = self._volumes / name
+            found = path.stat()
+            if name in named:
+                os.utime(path, (now, found.st_mtime))  # so that the next daemon knows, too
+            elif now - found.st_atime >= _UNUSED_S:
+                aside.append(path.rename(self._volumes / f".gone-{name}"))
         return aside
 
     def set_content_aside(self, specs: Iterable[str], before: float) -> list[Path]:
