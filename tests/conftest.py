@@ -18,9 +18,11 @@ import pytest
 from s3_server import S3Server, s3_server
 from woodfrog.store.tiers import DirectoryTier
 
+# A shell that runs the tests in the background, or nohup, has its children ignore signals, and so would what they test.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell that runs the tests in the background has its children ignore Ctrl-C, and so would what they test.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 CRIU_PLACES = (os.environ.get("WOODFROG_CRIU"), "/usr/local/lib/woodfrog/criu/bin/criu")
 
