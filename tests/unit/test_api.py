@@ -1130,3 +1130,17 @@ async def test_token_guards_everything_that_is_not_the_server_s_own(daemon: Daem
     for kind in ("http", "websocket", "lifespan"):
         await guarded({"type": kind, "headers": []}, None, send)  # type: ignore[arg-type]
     assert reached == ["lifespan"]
+
+
+async def test_a_container_that_the_backend_has_let_go_of_has_its_app(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await daemon.deploy(function("wait"))
+    await daemon.submit("wait")
+    await settle()
+    with monkeypatch.context() as patch:
+        patch.setattr(daemon.controller.backend, "describe", lambda instance_id: None)
+        [row] = (await daemon.http.get("/containers")).json()["containers"]
+    assert (row["app"], row["function"]) == ("demo", "wait")
+    gates["gate"].set()
+    await settle()

@@ -542,7 +542,9 @@ def build(
 
     def container_row(instance_id: str) -> dict[str, Any]:
         info = controller.instances[instance_id]
-        described = controller.backend.describe(instance_id) or {"id": instance_id, "stage": "starting"}
+        # The backend may not know it yet, or any more.
+        known = {"id": instance_id, "app": info.request.app, "function": info.request.spec.tag, "stage": "starting"}
+        described = controller.backend.describe(instance_id) or known
         return {**described, "call": info.call_id, "served": info.served}
 
     @api.get("/v1/containers")
