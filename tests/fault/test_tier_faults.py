@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -103,13 +104,16 @@ def test_an_object_replaced_between_its_parts_is_noticed(
     other = os.urandom(len(BIG))
     tier = open_bucket()
     tier.put("changing", BIG)
-    receive, seen = tier._receive, []
+    receive, first, replaced = tier._receive, threading.Lock(), threading.Event()
 
     def replace_first(*arguments: object) -> None:
-        seen.append(arguments)
+        if not first.acquire(blocking=False):
+            assert replaced.wait(30)
+            receive(*arguments)  # type: ignore[arg-type]
+            return
         receive(*arguments)  # type: ignore[arg-type]
-        if len(seen) == 1:
-            open_bucket().put("changing", other)
+        open_bucket().put("changing", other)
+        replaced.set()
 
     monkeypatch.setattr(tier, "_receive", replace_first)
     with pytest.raises(StoreError, match="changed while it was read") as error:
