@@ -12,6 +12,7 @@ import itertools
 import json
 import pickle
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -210,7 +211,8 @@ class FakeBackend:
             if inspect.isawaitable(result):
                 result = await result
         except Exception as e:
-            return Answer("exception", pack(repr(e)), {"type": type(e).__name__, "message": str(e), "traceback": ""})
+            error = {"type": type(e).__name__, "message": str(e), "traceback": traceback.format_exc()}
+            return Answer("exception", pack(repr(e)), error)
         return Answer("success", pack(result), ms=1.0)
 
     def stop(self, instance_id: str, *, graceful: bool, reason: str) -> None:

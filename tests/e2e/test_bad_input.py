@@ -308,6 +308,8 @@ def test_exception_arrives_with_its_traceback(daemon: Daemon) -> None:
     assert done.returncode == 1
     assert "KeyError: 'no such thing'" in done.stderr and 'bad.py", line' in done.stderr
     assert "woodfrog/worker" not in done.stderr, done.stderr
+    log = daemon.app_text("bad")
+    assert log.count("\nKeyError: 'no such thing'") == 1 and "of raises: KeyError: 'no such thing'" in log
 
 
 def test_arguments_on_the_command_line(daemon: Daemon) -> None:

@@ -227,6 +227,40 @@ async def test_exceptions_are_the_user_s(daemon: Daemon) -> None:
     assert answer.json()["error"]["type"] == "ValueError" and answer.headers["woodfrog-status"] == "exception"
 
 
+async def log_of(daemon: Daemon, app: str = "demo") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (await daemon.http.get(f"/apps/{app}/logs")).text.splitlines()]
+
+
+async def test_the_app_s_log_tells_of_every_attempt_that_failed(daemon: Daemon) -> None:
+    """Also where nobody waits for the answer. The traceback comes after what was printed before it."""
+    await daemon.deploy(function("fail", retries=RetryPolicy(max_retries=1, initial_delay=0.01)))
+    call = (await daemon.submit("fail")).headers["woodfrog-call"]
+    await daemon.http.get(f"/calls/{call}", params={"wait": 5})
+    lines = await log_of(daemon)
+    told = [line["line"] for line in lines if call in line["line"]]
+    assert told == [
+        f"call {call} of fail: ValueError: no such thing; attempt 1 of 2, the next in 0.01 s",
+        f"call {call} of fail: ValueError: no such thing; the last of 2 attempts",
+    ]
+    trace = [line for line in lines if line["stream"] == "stderr"]
+    assert [line["line"] for line in trace].count("ValueError: no such thing") == 2
+    assert {(line["call"], line["function"], line["instance"]) for line in trace} == {
+        (call, "fail", daemon.backend.started[0].instance_id)
+    }
+
+
+async def test_the_app_s_log_tells_of_calls_that_timed_out_or_lost_their_container(daemon: Daemon) -> None:
+    await daemon.deploy(function("wait", timeout=0.05), function("square"))
+    await daemon.failure("wait")
+    daemon.faulty.calls.append("crashes")
+    await daemon.failure("square", 2)
+    told = [line["line"].partition(" of ")[2] for line in await log_of(daemon) if line["line"].startswith("call ")]
+    assert told == [
+        "wait: ran past its timeout of 0.05 s; raise timeout= or do less in one call",
+        "square: the process was killed by SIGKILL",
+    ]
+
+
 async def test_json_calls(daemon: Daemon) -> None:
     await daemon.deploy(function("square"))
     for body in ([4], {"x": 4}):

@@ -189,6 +189,24 @@ def test_a_remote_exception_shows_both_tracebacks(tmp_path: Path, daemon: RunDae
     assert len(daemon.stopped) == 2
 
 
+def test_a_traceback_that_the_log_has_shown_is_not_shown_again(tmp_path: Path, daemon: RunDaemon) -> None:
+    text = 'Traceback (most recent call last):\n  File "/app/a_program.py", line 7, in square\nValueError: no\n'
+    error = {"exception": ValueError("no"), "type": "ValueError", "message": "no", "traceback": text}
+
+    def reply(*call: Any) -> tuple[str, Any]:
+        for line in text.splitlines():
+            daemon.lines.append({"t": 1.0, "instance": "i1", "function": "square", "stream": "stderr", "line": line})
+        return "exception", error
+
+    daemon.reply = reply
+    file = program(tmp_path, PROGRAM + ENTRYPOINT)
+    shown = run("run", file)
+    assert shown.exit_code == 1
+    assert shown.stderr.count(text) == 1 and shown.stderr.count("Traceback") == 1
+    end = shown.stderr[shown.stderr.index(text) + len(text) :]
+    assert end.startswith("ValueError: no\n\nraised in a container, called from:\n") and "square.remote(x)" in end
+
+
 def test_our_failures_are_one_line(tmp_path: Path, daemon: RunDaemon) -> None:
     file = program(tmp_path, PROGRAM)
     for error in (FunctionTimeoutError("square: ran past its timeout of 3 s"), StartupError("import failed: no torch")):

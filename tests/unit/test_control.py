@@ -129,10 +129,11 @@ def test_exception_is_retried_with_growing_delay_then_final() -> None:
     d = Driver(function(retries=RetryPolicy(max_retries=2, initial_delay=1.0, backoff_coefficient=3.0)))
     d.call()
     d.ready("i-t-1")
-    assert d.done("c1", "i-t-1", "exception") == []
+    again = ev.RetryCall(call_id="c1", attempt=1, attempts=3, delay=1.0, error=ERROR)
+    assert d.done("c1", "i-t-1", "exception") == [again]
     assert d.at(0.9) == []
     assert d.at(1.0) == [ev.RunCall(call_id="c1", instance_id="i-t-1", attempt=2)]
-    assert d.done("c1", "i-t-1", "exception") == []
+    assert d.done("c1", "i-t-1", "exception") == [replace(again, attempt=2, delay=3.0)]
     assert d.at(3.9) == []
     assert d.at(4.0) == [ev.RunCall(call_id="c1", instance_id="i-t-1", attempt=3)]
     assert d.done("c1", "i-t-1", "exception") == [ev.FinishCall(call_id="c1", outcome="exception", error=ERROR)]

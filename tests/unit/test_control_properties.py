@@ -30,6 +30,7 @@ from woodfrog.control.events import (
     ParkInstance,
     RestoreFailed,
     RetireSnapshot,
+    RetryCall,
     RunCall,
     ShutdownRequested,
     SnapshotAvailable,
@@ -208,6 +209,9 @@ class Backend:
                 assert action.call_id in self.open
                 assert (action.error is None) == (action.outcome == "success")
                 self.open.remove(action.call_id)
+            case RetryCall():
+                assert action.call_id in self.open
+                assert 1 <= action.attempt < action.attempts
             case RetireSnapshot():
                 self.retired.add(action.snapshot_id)
             case WakeAt():

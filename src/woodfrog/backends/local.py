@@ -780,6 +780,7 @@ class LocalBackend:
                     return Answer("success", reply.body, ms=ms)
                 elif reply.type == "error":
                     self._after_call(instance)
+                    self._drain_logs(instance.id, instance.log_fds)  # what was printed comes before the traceback
                     return Answer("exception", reply.body, _plain_error(reply.header.get("error")), ms)
                 else:
                     raise protocol.ProtocolError(f"worker answered {reply.type!r} to a call")

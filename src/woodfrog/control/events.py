@@ -12,7 +12,7 @@ What the daemon owes the machine:
 - Every `StopInstance` and `KillInstance` is answered by `InstanceStopped` (or `InstanceExited`) once it is gone.
 - Every `RunCall` is answered by `CallFinished`, or by `InstanceExited`.
 - `FinishCall` ends every call, exactly once, also after a success: only then is the outcome final. After a
-  `CallFinished` that is to be retried a later `RunCall` of the same call comes instead.
+  `CallFinished` that is to be retried a `RetryCall`, and a later `RunCall` of the same call, come instead.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ __all__ = [
     "ParkInstance",
     "RestoreFailed",
     "RetireSnapshot",
+    "RetryCall",
     "RunCall",
     "ShutdownRequested",
     "SnapshotAvailable",
@@ -410,6 +411,19 @@ class FinishCall(Action):
     call_id: str
     outcome: Outcome
     error: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryCall(Action):
+    """An attempt came to nothing; another follows in `delay` seconds, by a later `RunCall`."""
+
+    call_id: str
+    attempt: int
+    """The one that failed."""
+    attempts: int
+    """So many there are at most."""
+    delay: float
+    error: dict[str, Any] | None
 
 
 @dataclass(frozen=True, kw_only=True)

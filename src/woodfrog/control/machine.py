@@ -255,7 +255,7 @@ def _call_finished(st: State, ev: CallFinished) -> None:
     else:
         moves.kill(st, inst, "not usable after its call")
     if delay is not None:
-        moves.retry(st, call, delay)
+        moves.retry(st, call, delay, ev.error)
     if not ev.instance_ok:
         moves.schedule(st, group)
 

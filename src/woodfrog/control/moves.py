@@ -16,6 +16,7 @@ from woodfrog.control.events import (
     Outcome,
     ParkInstance,
     RetireSnapshot,
+    RetryCall,
     RunCall,
     StartInstance,
     StopInstance,
@@ -81,10 +82,12 @@ def fail_call(st: State, call: Call, outcome: Outcome, error: Error | None) -> N
     if delay is None:
         end_call(st, call, outcome, error)
     else:
-        retry(st, call, delay)
+        retry(st, call, delay, error)
 
 
-def retry(st: State, call: Call, delay: float) -> None:
+def retry(st: State, call: Call, delay: float, error: Error | None) -> None:
+    attempts = call.group.service.spec.retries.max_retries + 1
+    st.out.append(RetryCall(call_id=call.id, attempt=call.attempts, attempts=attempts, delay=delay, error=error))
     if delay <= 0:
         return enqueue(st, call)
     call.state = "waiting_retry"

@@ -20,6 +20,7 @@ from woodfrog.control.gpus import Gpu, chip_of, chips_for
 from woodfrog.control.machine import InvalidTransition, handle
 from woodfrog.control.replay import journal_header, journal_line
 from woodfrog.control.state import Config, State
+from woodfrog.daemon.calllog import CallLog
 from woodfrog.daemon.journal import CallRow, DeployRow, Journal
 from woodfrog.daemon.logs import LogBook
 from woodfrog.daemon.resources import Resources
@@ -95,6 +96,8 @@ class CallRecord:
     """When somebody was told last that there are no more items."""
     instance_id: str | None = None
     mode: str = ""
+    attempts: int = 0
+    """So many there are at most; 0 = none has failed so far."""
     unwritten: bool = False
     """It is over, and the journal could not be told: the next daemon would run it again."""
     from_journal: bool = False
@@ -175,6 +178,7 @@ class Controller:
         self._no_gpu = no_gpu
         self.journal = journal
         self.logs = logs
+        self.call_log = CallLog(logs)
         self.resources = resources
         self.backend: Backend
         self.catalogue = catalogue
@@ -285,6 +289,8 @@ class Controller:
                 self.backend.stop(action.instance_id, graceful=action.graceful, reason=action.reason)
             case ev.KillInstance():
                 self.backend.stop(action.instance_id, graceful=False, reason=action.reason)
+            case ev.RetryCall():
+                self._tell_retry(action)
             case ev.FinishCall():
                 self._finish_call(action)
             case ev.RetireSnapshot():
@@ -480,6 +486,7 @@ class Controller:
         for key in [k for k in self.apps if k[0] == name]:
             del self.apps[key]
         self._known_groups = {g for g in self._known_groups if g[0] != name}
+        self.call_log.settle(name)
         self.logs.note(name, "stopped")
 
     def is_over(self, name: str) -> bool:
@@ -665,6 +672,14 @@ class Controller:
             )
         )
 
+    def _tell_retry(self, action: ev.RetryCall) -> None:
+        record = self.calls.get(action.call_id)
+        if record is not None:
+            record.attempts = action.attempts
+            when = f"in {action.delay:.3g} s" if action.delay else "at once"
+            then = f"attempt {action.attempt} of {action.attempts}, the next {when}"
+            self.call_log.failed(record.row, record.instance_id or "", action.error or {}, then)
+
     def _finish_call(self, action: ev.FinishCall) -> None:
         record = self.calls.get(action.call_id)
         if record is None or record.outcome is not None:
@@ -689,6 +704,9 @@ class Controller:
             log.error("call %s: %s", action.call_id, e.message)
             record.outcome, record.error, record.result = "failure", e.to_dict(), Payload(data=b"")
             self._write_failure(record)
+        if record.outcome in ("exception", "failure"):
+            then = f"the last of {record.attempts} attempts" if record.attempts else ""
+            self.call_log.failed(record.row, record.instance_id or "", record.error or {}, then)
         record.payload = Payload(data=b"")
         record.done.set()
         record.changed.set()
@@ -879,14 +897,9 @@ class Controller:
         trace = error.fields.get("traceback") if isinstance(error, StartupError) else None
         info = self.instances.get(instance_id)
         if trace and info is not None:
-            data = str(trace).rstrip("\n").encode(errors="replace") + b"\n"
-            self.logs.feed(
-                info.request.app,
-                instance=instance_id,
-                function=info.request.spec.tag,
-                stream="stderr",
-                call=None,
-                data=data,
+            request = info.request
+            self.logs.lines(
+                request.app, str(trace), instance=instance_id, function=request.spec.tag, stream="stderr", call=None
             )
         self._forget(instance_id)
         self.emit(ev.StartFailed(now=self.now(), instance_id=instance_id, error=error.to_dict(), user_fault=user_fault))
@@ -972,6 +985,7 @@ class Controller:
             self._forget_calls,
             self._stop_abandoned,
             self._forget_versions,
+            self.call_log.settle,
             self._settle_logs,
             self._forget_runs,
             self._remove_unneeded,
