@@ -207,6 +207,23 @@ def test_a_traceback_that_the_log_has_shown_is_not_shown_again(tmp_path: Path, d
     assert end.startswith("ValueError: no\n\nraised in a container, called from:\n") and "square.remote(x)" in end
 
 
+@pytest.mark.parametrize("logged", [True, False])
+def test_the_traceback_of_a_failed_start_is_shown_once(tmp_path: Path, daemon: RunDaemon, logged: bool) -> None:
+    """By the log, or by the command where the log did not get here."""
+    error = StartupError("square: enter failed: ValueError: no", traceback="Traceback:\n  load\nValueError: no\n")
+
+    def reply(*call: Any) -> tuple[str, Any]:
+        for line in error.fields["traceback"].splitlines() if logged else ():
+            daemon.lines.append({"t": 1.0, "instance": "i1", "function": "square", "stream": "stderr", "line": line})
+        return "failure", error.to_dict()
+
+    daemon.reply = reply
+    shown = run("run", program(tmp_path, PROGRAM) + "::square", "--x", "1")
+    assert shown.exit_code == 2
+    assert shown.stderr.count("Traceback:\n  load\nValueError: no\n") == 1
+    assert shown.stderr.endswith("\nerror: square: enter failed: ValueError: no\n")
+
+
 def test_our_failures_are_one_line(tmp_path: Path, daemon: RunDaemon) -> None:
     file = program(tmp_path, PROGRAM)
     for error in (FunctionTimeoutError("square: ran past its timeout of 3 s"), StartupError("import failed: no torch")):

@@ -19,7 +19,7 @@ import typer
 from woodfrog.cli import output
 from woodfrog.cli.logs import line_text
 from woodfrog.cli.remote import get, segment
-from woodfrog.errors import DaemonError, NotFoundError, SpecError, WoodfrogError
+from woodfrog.errors import DaemonError, NotFoundError, SpecError, StartupError, WoodfrogError
 
 if TYPE_CHECKING:
     from woodfrog.sdk.app import App
@@ -197,6 +197,8 @@ def run(
         with _running(chosen.app, shown, detach=detach, quiet=quiet) as progress:
             result = _start(chosen, args, kwargs, progress, as_json=as_json)
     except (Exception, SystemExit) as e:
+        if isinstance(e, StartupError) and (remote := _remote_text(e)) is not None and remote not in shown:
+            output.note(remote.rstrip("\n"))
         if isinstance(e, SystemExit) or (isinstance(e, WoodfrogError) and not _from_container(e)):
             raise
         show_user_error(e, shown)
@@ -360,8 +362,8 @@ class Follower:
 
 
 def _from_container(error: WoodfrogError) -> bool:
-    """Whether it stands for, or is, an exception of the user's code in a container."""
-    return error.code == "remote-exception" or _remote_text(error) is not None
+    """Whether it stands for, or is, an exception that a call raised in a container."""
+    return error.code == "remote-exception" or (not isinstance(error, StartupError) and _remote_text(error) is not None)
 
 
 def _remote_text(error: BaseException) -> str | None:

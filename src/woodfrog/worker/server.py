@@ -224,8 +224,6 @@ class _Worker:
 
     def _failed(self, stage: str, error: BaseException) -> None:
         plain = codec.format_error(error)
-        if stage != "preload":  # a plain start follows, and fails in the program's own words
-            print(plain["traceback"], end="", file=sys.stderr)
         _flush()
         data = codec.pickle_exception(error)
         self._send({"type": "failed", "stage": stage, "error": plain}, [data] if data else ())
