@@ -7,6 +7,7 @@ import base64
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -376,6 +377,38 @@ async def test_generators(daemon: Daemon) -> None:
     answer = await daemon.http.get(f"/calls/{call}/items", params={"wait": 10})
     ((kind, body),) = unpack_items(answer.content)
     assert kind == b"f" and json.loads(body)["code"] == "crashed"
+
+
+async def test_a_generator_that_is_left_early_is_closed_and_its_container_serves_on(daemon: Daemon) -> None:
+    """Items that nobody wants any more do not keep it from its end; what its `finally` raises is in the log."""
+    ended: list[int] = []
+
+    def count(n: int) -> Iterator[Any]:
+        try:
+            for i in itertools.count():
+                yield i, b"x" * (5 << 20)
+        finally:
+            ended.append(n)
+            if n == 2:
+                raise ValueError("at the end")
+
+    daemon.backend.functions = {**FUNCTIONS, "count": count}
+    await daemon.deploy(function("count", scaling=ScalingPolicy(max_containers=1)))
+    for n in (1, 2, 3):
+        call = (await daemon.submit("count", n)).headers["woodfrog-call"]
+        record = daemon.controller.calls[call]
+        while record.unread < 64 << 20 and n > 1:  # from there on it waits for its reader
+            await asyncio.sleep(0.01)
+        await daemon.http.post(f"/calls/{call}/cancel")
+        assert record.outcome == "cancelled"
+        while len(ended) < n - 1 or any(i.call_id for i in daemon.controller.instances.values()):
+            await asyncio.sleep(0.01)
+    assert [n for n in ended if n > 1] == [2, 3]
+    assert len(daemon.backend.started) == 1 and not daemon.backend.stopped
+    told = [line["line"] for line in await log_of(daemon) if line["line"].startswith("call ")]
+    assert len(told) == 1 and told[0].endswith("count: ValueError: at the end; raised while its generator was closed")
+    daemon.controller.calls.clear()
+    assert len(daemon.spooled()) == 0
 
 
 @pytest.mark.parametrize(

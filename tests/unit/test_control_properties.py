@@ -17,6 +17,7 @@ from woodfrog.control.events import (
     CallFinished,
     CallSubmitted,
     CaptureFailed,
+    CloseCall,
     Event,
     FinishCall,
     GpusSetAside,
@@ -199,6 +200,9 @@ class Backend:
                 assert action.call_id in self.open
                 assert all(b.call != action.call_id or b.ending for b in self.boxes.values())
                 box.call = action.call_id
+            case CloseCall():
+                box = self.boxes[action.instance_id]
+                assert box.call == action.call_id and not box.ending and action.call_id not in self.open
             case StopInstance():
                 box = self.boxes[action.instance_id]
                 assert box.up and not box.ending and (box.call is None or box.call not in self.open)

@@ -791,6 +791,11 @@ class LocalBackend:
             self._spawn(self._end_lost(instance))
             return Answer("lost", error=e.to_dict())
 
+    def close_call(self, instance_id: str, call_id: str) -> None:
+        instance = self._instances.get(instance_id)
+        if instance is not None and instance.connection is not None:
+            self._spawn(_send_close(instance.connection, call_id))
+
     @staticmethod
     async def _await_end(instance: Instance) -> bool:
         """Whether the process is seen dead within a moment: its connection ends a little before it does."""
@@ -1039,6 +1044,11 @@ def _known(what: str, error: Exception) -> WoodfrogError:
         return error
     log.error("%s failed unexpectedly", what, exc_info=error)
     return SandboxError(f"{what} failed unexpectedly: {type(error).__name__}: {error}", code="unexpected")
+
+
+async def _send_close(connection: WorkerConnection, call_id: str) -> None:
+    with contextlib.suppress(InstanceCrashed):  # whoever waits for the call's end hears of it
+        await connection.send({"type": "close", "call": call_id})
 
 
 async def _hang_up(greeting: asyncio.Task[WorkerConnection | None] | None, connection: WorkerConnection | None) -> None:

@@ -10,7 +10,7 @@ What the daemon owes the machine:
 - Every `ParkInstance` is answered by `InstanceParked`, `RestoreFailed`, `StartFailed` or `InstanceExited`, and every
   `WakeInstance` as a `StartInstance` is.
 - Every `StopInstance` and `KillInstance` is answered by `InstanceStopped` (or `InstanceExited`) once it is gone.
-- Every `RunCall` is answered by `CallFinished`, or by `InstanceExited`.
+- Every `RunCall` is answered by `CallFinished`, or by `InstanceExited`, also after its `CloseCall`.
 - `FinishCall` ends every call, exactly once, also after a success: only then is the outcome final. After a
   `CallFinished` that is to be retried a `RetryCall`, and a later `RunCall` of the same call, come instead.
 """
@@ -32,6 +32,7 @@ __all__ = [
     "CallFinished",
     "CallSubmitted",
     "CaptureFailed",
+    "CloseCall",
     "Event",
     "FinishCall",
     "GpusSetAside",
@@ -387,6 +388,14 @@ class RunCall(Action):
     instance_id: str
     attempt: int = 1
     """1 for the first run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CloseCall(Action):
+    """Nobody wants more items of that generator, whose call is over: close it, so that its instance is free again."""
+
+    call_id: str
+    instance_id: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from heapq import heappush
 from typing import Any
 
 from woodfrog.control.events import (
+    CloseCall,
     FinishCall,
     KillInstance,
     Outcome,
@@ -108,6 +109,13 @@ def end_call(st: State, call: Call, outcome: Outcome, error: Error | None) -> No
     group.service.calls -= 1
     remember(st, call.id, outcome)
     st.out.append(FinishCall(call_id=call.id, outcome=outcome, error=error))
+
+
+def close(st: State, inst: Instance, call_id: str) -> None:
+    """A generator's call is over before its code is: let that come to its end."""
+    inst.closing = call_id
+    set_deadline(st, inst, min(inst.deadline, st.now + st.config.close_grace))
+    st.out.append(CloseCall(call_id=call_id, instance_id=inst.id))
 
 
 def remember(st: State, call_id: str, outcome: Outcome) -> None:

@@ -113,8 +113,7 @@ class CallRecord:
         while self.items and self.taken < count:
             _, payload = self.items.popleft()
             self.unread -= payload.size
-            if payload.path is not None:
-                payload.path.unlink(missing_ok=True)
+            _drop(payload)
             self.taken += 1
         self.read.set()
 
@@ -134,8 +133,7 @@ class CallRecord:
 
     def drop_items(self) -> None:
         for _, payload in self.items:
-            if payload.path is not None:
-                payload.path.unlink(missing_ok=True)
+            _drop(payload)
         self.items.clear()
         self.unread = 0
 
@@ -154,6 +152,9 @@ class InstanceInfo:
     ready: bool = False
     mode: str = ""
     """How it starts: what was asked, or "restore" where a snapshot was found."""
+
+    stopping: str = ""
+    """Why it is being stopped."""
 
     def __post_init__(self) -> None:
         self.mode = self.mode or self.request.mode
@@ -285,10 +286,12 @@ class Controller:
                 self._wake_instance(action)
             case ev.RunCall():
                 self._task(self._run_call(action))
+            case ev.CloseCall():
+                self.backend.close_call(action.instance_id, action.call_id)
             case ev.StopInstance():
-                self.backend.stop(action.instance_id, graceful=action.graceful, reason=action.reason)
+                self._stop_instance(action.instance_id, graceful=action.graceful, reason=action.reason)
             case ev.KillInstance():
-                self.backend.stop(action.instance_id, graceful=False, reason=action.reason)
+                self._stop_instance(action.instance_id, graceful=False, reason=action.reason)
             case ev.RetryCall():
                 self._tell_retry(action)
             case ev.FinishCall():
@@ -608,8 +611,11 @@ class Controller:
     async def _run_call(self, action: ev.RunCall) -> None:
         record = self.calls[action.call_id]
         info = self.instances.get(action.instance_id)
-        if info is None or record.outcome is not None:
-            return  # it died, or the call was cancelled, before this began: the machine knows
+        if info is None:
+            return  # it died before this began: the machine knows
+        if record.done.is_set():  # cancelled before this began
+            self._call_finished(action, "success", None)
+            return
         info.call_id = action.call_id
         record.instance_id = action.instance_id
         record.drop_items()
@@ -628,6 +634,9 @@ class Controller:
         info.served += 1
 
         async def on_item(payload: Payload) -> None:
+            if record.done.is_set():  # it was cancelled, and is not closed yet
+                _drop(payload)
+                return
             record.items.append((b"i", payload))
             record.unread += payload.size
             record.changed.set()
@@ -641,17 +650,7 @@ class Controller:
         except Exception as e:
             # What state its connection is in nobody knows: the call fails, the instance goes.
             log.error("call %s broke", action.call_id, exc_info=e)
-            failure = _as_error("the call", e).to_dict()
-            self.emit(
-                ev.CallFinished(
-                    now=self.now(),
-                    call_id=action.call_id,
-                    instance_id=action.instance_id,
-                    outcome="failure",
-                    error=failure,
-                    instance_ok=False,
-                )
-            )
+            self._call_finished(action, "failure", _as_error("the call", e).to_dict(), instance_ok=False)
             return
         finally:
             if info.call_id == action.call_id:
@@ -660,15 +659,31 @@ class Controller:
         record.phases.append(Phase("run", round(total - answer.ms, 3), round(answer.ms, 3)))
         if answer.outcome == "lost":
             return  # the instance's end is reported by itself, with its reason
-        record.answer = answer
         error = answer.error if answer.outcome == "exception" else None
+        if record.done.is_set():  # a generator that was closed
+            _drop(answer.payload)
+            if error is not None:
+                self.call_log.failed(record.row, action.instance_id, error, "raised while its generator was closed")
+        else:
+            record.answer = answer
+        self._call_finished(action, answer.outcome, error)
+
+    def _call_finished(
+        self,
+        run: ev.RunCall,
+        outcome: Literal["success", "exception", "failure"],
+        error: dict[str, Any] | None,
+        *,
+        instance_ok: bool = True,
+    ) -> None:
         self.emit(
             ev.CallFinished(
                 now=self.now(),
-                call_id=action.call_id,
-                instance_id=action.instance_id,
-                outcome=answer.outcome,
+                call_id=run.call_id,
+                instance_id=run.instance_id,
+                outcome=outcome,
                 error=error,
+                instance_ok=instance_ok,
             )
         )
 
@@ -792,6 +807,12 @@ class Controller:
     def _uses_gpu(self, row: DeployRow, function: FunctionSpec) -> bool:
         """Whether it is to have the GPU it asks for: `none` runs it without."""
         return bool(function.resources.gpu) and "none" not in (self.settings.gpu, row.client.get("gpu"))
+
+    def _stop_instance(self, instance_id: str, *, graceful: bool, reason: str) -> None:
+        info = self.instances.get(instance_id)
+        if info is not None:
+            info.stopping = reason
+        self.backend.stop(instance_id, graceful=graceful, reason=reason)
 
     def _forget(self, instance_id: str) -> None:
         info = self.instances.pop(instance_id, None)
@@ -922,7 +943,8 @@ class Controller:
         self.stop_instance(instance_id)
 
     def on_stopped(self, instance_id: str) -> None:
-        self._say(instance_id, "stopped")
+        info = self.instances.get(instance_id)
+        self._say(instance_id, f"stopped: {info.stopping}" if info is not None and info.stopping else "stopped")
         self._forget(instance_id)
         self.emit(ev.InstanceStopped(now=self.now(), instance_id=instance_id))
 
@@ -1085,6 +1107,11 @@ class Controller:
         for task in list(self._tasks):
             task.cancel()
         self._end_record()
+
+
+def _drop(payload: Payload) -> None:
+    if payload.path is not None:
+        payload.path.unlink(missing_ok=True)
 
 
 def _remove(paths: list[Path]) -> None:

@@ -115,7 +115,7 @@ class Call:
                 time.sleep(0.05)
 
     def items(self) -> Iterator[Any]:
-        """The items of a generator, as they come. Leaving early cancels the call."""
+        """The items of a generator, as they come. Leaving early cancels the call: the generator is closed."""
         client, tag = self.target.client, self.target.tag
         ended = False
         try:
