@@ -927,6 +927,33 @@ async def test_an_app_whose_client_is_there_is_not_idle(daemon: Daemon) -> None:
     assert (await daemon.http.post("/apps/demo/touch")).status_code == 404
 
 
+@pytest.mark.parametrize("attended", [True, False])
+async def test_a_run_whose_client_is_lost_is_stopped_with_its_calls(daemon: Daemon, attended: bool) -> None:
+    """Only if it would say that it is there, and not before it may be silent; that calls end is no word of it."""
+    client = {"attended": attended}
+    await daemon.deploy(function("wait"), function("square"), app="run", ephemeral=True, client=client)
+    await daemon.deploy(function("wait"), app="deployed", client=client)
+    kept = (await daemon.submit("wait", app="deployed")).headers["woodfrog-call"]
+    call = (await daemon.submit("wait", app="run")).headers["woodfrog-call"]
+    controller = daemon.controller
+    for silent in (359, 361):
+        other = (await daemon.submit("square", 2, app="run")).headers["woodfrog-call"]
+        for name in controller.heard:
+            controller.heard[name] = controller.touched[name] = controller.now() - silent
+        await controller.calls[other].done.wait()
+        assert not controller.calls[call].done.is_set()
+        controller.tidy()
+    answer = await daemon.http.get(f"/calls/{call}")
+    assert answer.headers["woodfrog-status"] == ("cancelled" if attended else "pending")
+    assert not controller.calls[kept].done.is_set() and "deployed" in controller.active
+    if attended:
+        assert "nothing was heard of its client for 6 minutes" in error_of(answer)["message"]
+        stopped = [line["line"] for line in await log_of(daemon, "run") if line["line"].startswith("stopped: nothing")]
+        assert len(stopped) == 1 and "--detach" in stopped[0]
+        assert error_of(await daemon.submit("square", 2, app="run"))["code"] == "app-abandoned"
+    gates["gate"].set()
+
+
 async def test_apps_that_were_run_leave_no_descriptor(daemon: Daemon) -> None:
     """Whoever follows the log of one gets its end."""
     await daemon.deploy(function("square"), app="kept")
@@ -942,7 +969,7 @@ async def test_apps_that_were_run_leave_no_descriptor(daemon: Daemon) -> None:
         await asyncio.sleep(0.01)
     daemon.controller.tidy()
     log = (await asyncio.wait_for(following, 5)).text
-    assert [json.loads(line)["line"] for line in log.splitlines()][-1] == "stopped"
+    assert [json.loads(line)["line"] for line in log.splitlines()][-1] == "stopped: app stopped"
     daemon.controller.tidy()
     paths = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
     names = {Path(os.readlink(p)) for p in paths if os.path.islink(p)}

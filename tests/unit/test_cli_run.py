@@ -140,7 +140,7 @@ def test_a_function_runs_in_an_app_of_its_own(tmp_path: Path, daemon: RunDaemon)
     assert shown.stdout.splitlines()[-1] == "49"
     assert shown.stderr.splitlines() == ["deploying", "to stderr", "· square i1: to system"]
     (deploy,) = daemon.deploys
-    assert deploy["ephemeral"] is True
+    assert deploy["ephemeral"] is True and deploy["client"]["attended"] is True
     assert deploy["spec"]["name"].startswith("demo-")
     assert daemon.stopped == [deploy["spec"]["name"]]
 
@@ -419,6 +419,7 @@ def test_options_of_run(tmp_path: Path, daemon: RunDaemon) -> None:
     shown = run("run", "-d", f"{file}::square", "--x", "1")
     left = daemon.deploys[-1]["spec"]["name"]
     assert shown.exit_code == 0 and len(daemon.stopped) == 1
+    assert daemon.deploys[-1]["client"]["attended"] is False
     assert f"{left} is left running: `woodfrog app logs {left} -f`" in shown.stderr
     for argv in (["--interactive", file], ["-x", f"{file}::square"]):
         refused = run("run", *argv)

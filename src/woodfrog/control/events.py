@@ -159,6 +159,8 @@ class AppStopped(Event):
     """Cancels the app's calls and stops its instances, of all versions."""
 
     app: str
+    reason: str = ""
+    """For the callers; "" = somebody wanted it."""
 
 
 @dataclass(frozen=True, kw_only=True)

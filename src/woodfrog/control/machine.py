@@ -155,7 +155,8 @@ def _app_stopped(st: State, ev: AppStopped) -> None:
         return _stale(st)
     app.stopped = True
     app.active = {}
-    error = CallCancelledError(f"app {app.name!r} was stopped", app=app.name).to_dict()
+    why = f": {ev.reason}" if ev.reason else ""
+    error = CallCancelledError(f"app {app.name!r} was stopped{why}", app=app.name).to_dict()
     for call in [c for c in st.calls.values() if c.group.service.app == app.name]:
         moves.end_call(st, call, "cancelled", error)
     for service in list(app.services.values()):

@@ -50,6 +50,9 @@ log = logging.getLogger("woodfrog")
 
 _JOURNAL_LIMIT = 64 << 20
 _EPHEMERAL_TTL_S = 300.0
+_CLIENT_LOST_S = _EPHEMERAL_TTL_S + 60.0
+"""How long the client of a run may be silent while a call is under way. Its last word may be a minute old when it is
+suspended: one that is back within 5 minutes has lost nothing."""
 _SPARED_S = 3600.0
 """Results younger than that are kept, however many they are."""
 _RUNS_AT_ONCE = 20
@@ -198,7 +201,9 @@ class Controller:
         self.apps: dict[tuple[str, int], tuple[DeployRow, AppSpec]] = {}
         self.active: dict[str, int] = {}
         self.touched: dict[str, float] = {}
-        """When something was last heard of each active app's clients."""
+        """When each active app was last used: something was heard of its clients, or a call of it ended."""
+        self.heard: dict[str, float] = {}
+        """When something was last heard of its clients."""
         self._abandoned: deque[str] = deque(maxlen=1000)
         """Ephemeral apps that were stopped since nothing was heard of their clients."""
         self._leaving: set[str] = set()
@@ -375,7 +380,7 @@ class Controller:
         spec = from_dict(AppSpec, row.spec)
         self.apps[row.app, row.version] = (row, spec)
         self.active[row.app] = row.version
-        self.touched[row.app] = self.now()
+        self.touched[row.app] = self.heard[row.app] = self.now()
         keys = {f.tag: function_key(f, spec.runtime) for f in spec.functions}
         found: dict[str, dict[str, str]] = {}
         for function in spec.functions:
@@ -463,7 +468,7 @@ class Controller:
     def touch(self, name: str) -> None:
         """A client of the app is there: an ephemeral one is not idle."""
         if name in self.touched:
-            self.touched[name] = self.now()
+            self.touched[name] = self.heard[name] = self.now()
 
     def _function(self, app: str, tag: str) -> tuple[DeployRow, FunctionSpec]:
         """A function of an app's active version.
@@ -478,19 +483,20 @@ class Controller:
             raise NotFoundError(f"app {app!r} has no function {tag!r}; it has: {names}", app=app, tag=tag)
         return row, function
 
-    def stop_app(self, name: str) -> None:
+    def stop_app(self, name: str, why: str = "") -> None:
         row, _ = self.app(name)
         self.journal.stop_app(name)
         if row.ephemeral:
             self._leaving.add(name)
-        self.emit(ev.AppStopped(now=self.now(), app=name))
+        self.emit(ev.AppStopped(now=self.now(), app=name, reason=why))
         self.active.pop(name, None)
         self.touched.pop(name, None)
+        self.heard.pop(name, None)
         for key in [k for k in self.apps if k[0] == name]:
             del self.apps[key]
         self._known_groups = {g for g in self._known_groups if g[0] != name}
         self.call_log.settle(name)
-        self.logs.note(name, "stopped")
+        self.logs.note(name, f"stopped: {why}" if why else "stopped")
 
     def is_over(self, name: str) -> bool:
         """Whether nothing is written of an app any more: it was ephemeral, was stopped, and has no container.
@@ -700,7 +706,8 @@ class Controller:
         if record is None or record.outcome is not None:
             return
         record.finished = self.now()
-        self.touch(record.row.app)  # its client may have nothing to ask before it has looked at the answer
+        if record.row.app in self.touched:  # its client may have nothing to ask before it has looked at the answer
+            self.touched[record.row.app] = record.finished
         record.outcome = action.outcome
         answer = record.answer
         if action.outcome in ("success", "exception") and answer is not None:
@@ -1040,12 +1047,22 @@ class Controller:
             self._task(asyncio.to_thread(heap.trim))
 
     def _stop_abandoned(self) -> None:
-        """Ephemeral apps whose client is gone."""
+        """Ephemeral apps whose client is gone. While a call is under way only those whose client would say that it is
+        there."""
         busy = {r.row.app for r in self.calls.values() if not r.done.is_set()}
         for name, touched in list(self.touched.items()):
             row, _ = self.apps[name, self.active[name]]
-            if row.ephemeral and name not in busy and self.now() - touched > _EPHEMERAL_TTL_S:
-                self.stop_app(name)
+            if not row.ephemeral:
+                continue
+            if name not in busy:
+                limit, silent = _EPHEMERAL_TTL_S, self.now() - touched
+            elif row.client.get("attended") is True:
+                limit, silent = _CLIENT_LOST_S, self.now() - self.heard[name]
+            else:
+                continue
+            if silent > limit:
+                why = f"nothing was heard of its client for {limit / 60:.0f} minutes; "
+                self.stop_app(name, why + "`woodfrog run --detach` and `woodfrog deploy` go on without")
                 self._abandoned.append(name)
 
     def _forget_versions(self) -> None:
