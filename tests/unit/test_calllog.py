@@ -61,6 +61,7 @@ def test_many_failures_at_once_do_not_flood_the_log(tmp_path: Path) -> None:
     log.calls.settle()
     log.calls.settle()
     assert log.told()[21:] == ["failures of calls left out here: 9980"]
+    assert log.lines()[-1]["instance"] == "i", "a line of no container is not shown by `woodfrog run`"
     log.calls.failed(row("more"), "i", ERROR)
     log.time = 3.0
     log.calls.failed(row("later"), "i", ERROR)

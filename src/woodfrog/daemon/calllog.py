@@ -26,6 +26,8 @@ class _Budget:
     since: float
     left: float = _AT_ONCE
     left_out: int = 0
+    instance: str = ""
+    """Where the last one was that was left out."""
 
     def take(self, now: float) -> bool:
         self.left = min(_AT_ONCE, self.left + (now - self.since) * _PER_S)
@@ -56,6 +58,7 @@ class CallLog:
         now = self._now()
         budget = self._budgets.setdefault((call.app, call.tag), _Budget(now))
         if not budget.take(now):
+            budget.instance = instance
             return
         self._tell_left_out(call.app, call.tag, budget)
         name = call.tag if call.method == call.tag else f"{call.tag}.{call.method}"
@@ -82,7 +85,8 @@ class CallLog:
     def _tell_left_out(self, app: str, tag: str, budget: _Budget) -> None:
         if budget.left_out:
             count, budget.left_out = budget.left_out, 0
-            self._logs.note(app, f"failures of calls left out here: {count}", function=tag)
+            text = f"failures of calls left out here: {count}"
+            self._logs.note(app, text, instance=budget.instance, function=tag)
 
 
 def _cut(text: str) -> str:
