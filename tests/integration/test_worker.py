@@ -630,6 +630,20 @@ def test_a_generator_is_closed_where_it_stands(worker: Callable[[str], Worker], 
     assert w.err() == ""
 
 
+def test_a_child_forked_in_a_generator_leaves(worker: Callable[[str], Worker]) -> None:
+    w = worker(
+        """
+        import os
+        def f():
+            pid = os.fork()
+            if pid == 0: yield "child"
+            else: yield os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        """
+    ).serve("f", generators=("f",))
+    assert pickle.loads(w.raw_call("f", pickle.dumps(((), {})))[1]) == 0
+    assert w.receive()[0]["type"] == "done" and w.err() == ""
+
+
 def test_async_calls_share_one_event_loop(worker: Callable[[str], Worker]) -> None:
     w = worker(
         """

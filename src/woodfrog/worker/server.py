@@ -231,7 +231,7 @@ class _Worker:
 
     def _is_closed(self, call: Any) -> bool:
         """Whether the daemon wants no more items of that call."""
-        while True:
+        while os.getpid() == self._pid:  # else a child forked by the user's code is about to leave
             try:
                 if not self._conn.recv(1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT):
                     raise _Gone
@@ -242,6 +242,7 @@ class _Worker:
                 raise ProtocolError(f"message {header['type']!r} does not fit a worker that runs a generator")
             if header.get("call") == call:
                 return True
+        return False
 
     def _failed(self, stage: str, error: BaseException) -> None:
         plain = codec.format_error(error)
