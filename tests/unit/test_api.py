@@ -406,7 +406,7 @@ async def test_a_generator_that_is_left_early_is_closed_and_its_container_serves
     assert [n for n in ended if n > 1] == [2, 3]
     assert len(daemon.backend.started) == 1 and not daemon.backend.stopped
     told = [line["line"] for line in await log_of(daemon) if line["line"].startswith("call ")]
-    assert len(told) == 1 and told[0].endswith("count: ValueError: at the end; raised while its generator was closed")
+    assert len(told) == 1 and told[0].endswith("count: ValueError: at the end; raised after the call was over")
     daemon.controller.calls.clear()
     assert len(daemon.spooled()) == 0
 

@@ -666,10 +666,10 @@ class Controller:
         if answer.outcome == "lost":
             return  # the instance's end is reported by itself, with its reason
         error = answer.error if answer.outcome == "exception" else None
-        if record.done.is_set():  # a generator that was closed
+        if record.done.is_set():  # a generator that was closed, or what was still under way when it was killed
             _drop(answer.payload)
             if error is not None:
-                self.call_log.failed(record.row, action.instance_id, error, "raised while its generator was closed")
+                self.call_log.failed(record.row, action.instance_id, error, "raised after the call was over")
         else:
             record.answer = answer
         self._call_finished(action, answer.outcome, error)
@@ -1055,14 +1055,14 @@ class Controller:
             if not row.ephemeral:
                 continue
             if name not in busy:
-                limit, silent = _EPHEMERAL_TTL_S, self.now() - touched
+                limit, silent, hint = _EPHEMERAL_TTL_S, self.now() - touched, "no call was running"
             elif row.client.get("attended") is True:
                 limit, silent = _CLIENT_LOST_S, self.now() - self.heard[name]
+                hint = "`woodfrog run --detach` and `woodfrog deploy` go on without"
             else:
                 continue
             if silent > limit:
-                why = f"nothing was heard of its client for {limit / 60:.0f} minutes; "
-                self.stop_app(name, why + "`woodfrog run --detach` and `woodfrog deploy` go on without")
+                self.stop_app(name, f"nothing was heard of its client for {limit / 60:.0f} minutes; {hint}")
                 self._abandoned.append(name)
 
     def _forget_versions(self) -> None:
