@@ -10,10 +10,13 @@ Daemon → worker                          Worker → daemon
     freeze  {}                               frozen   {phases, device} then it closes and blocks in accept(); or failed
     start   {context}                        ready    {phases}; or failed
     call    {call, method, encoding}+args    result+body | error+body | item+body ... done
+    close   {call}                           nothing by itself: a generator that is under way ends with done, or error
     stop    {}                               stopped  {} then it exits 0; or failed (stage "exit"), then it exits 1
     ping    {}                               pong     {}
 
 `freeze` follows `preloaded` (a zygote; `boot` comes after the thaw) or `booted`.
+`close` may come while its call is answered, and after: a worker ignores one of a call that is over. It is looked for
+before each item, at which the generator stands then.
 Stages of `failed`: "preload", "import", "enter" (snap=True), "before-snapshot", "after-restore", "enter-restore"
 (snap=False), "exit".
 `error` in `failed` is {"type", "message", "traceback"}; the body, if not empty, is the pickled exception.

@@ -12,6 +12,7 @@ import itertools
 import json
 import pickle
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,8 @@ class Instance:
     stage: str = "starting"
     stopping: bool = False
     calls: set[asyncio.Future[Answer]] = field(default_factory=set)
+    closed: set[str] = field(default_factory=set)
+    """Calls whose generators are to be closed."""
 
 
 class FakeBackend:
@@ -74,7 +77,7 @@ class FakeBackend:
         await asyncio.sleep(0)
 
     async def _answer(self, instance: Instance, request: CallRequest) -> Answer:
-        return await self._run(request)
+        return await self._run(request, instance.closed)
 
     # Backend
 
@@ -187,7 +190,11 @@ class FakeBackend:
         finally:
             instance.calls.discard(future)
 
-    async def _run(self, request: CallRequest) -> Answer:
+    def close_call(self, instance_id: str, call_id: str) -> None:
+        if instance_id in self.instances:
+            self.instances[instance_id].closed.add(call_id)
+
+    async def _run(self, request: CallRequest, closed: set[str]) -> Answer:
         as_json = request.encoding == "json"
         raw = request.payload.read()
         if as_json:
@@ -203,6 +210,9 @@ class FakeBackend:
             result = self.functions[request.method](*args, **kwargs)
             if inspect.isgenerator(result):
                 for item in result:
+                    if request.call_id in closed:
+                        result.close()
+                        break
                     assert request.on_item is not None
                     await request.on_item(pack(item))
                     await asyncio.sleep(0)
@@ -210,7 +220,8 @@ class FakeBackend:
             if inspect.isawaitable(result):
                 result = await result
         except Exception as e:
-            return Answer("exception", pack(repr(e)), {"type": type(e).__name__, "message": str(e), "traceback": ""})
+            error = {"type": type(e).__name__, "message": str(e), "traceback": traceback.format_exc()}
+            return Answer("exception", pack(repr(e)), error)
         return Answer("success", pack(result), ms=1.0)
 
     def stop(self, instance_id: str, *, graceful: bool, reason: str) -> None:

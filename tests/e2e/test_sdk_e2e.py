@@ -115,9 +115,12 @@ def countdown(n, fail_at=None):
 
 @app.function()
 def endless():
-    while True:
-        yield os.urandom(8)
-        time.sleep(0.05)
+    try:
+        while True:
+            yield os.getpid(), os.urandom(8)
+            time.sleep(0.05)
+    finally:
+        print("endless was closed")
 
 
 @app.function()
@@ -325,12 +328,16 @@ def test_asynchronous_functions_and_generators(shop: Any) -> None:
     assert got == [5, 4]
 
 
-def test_leaving_a_generator_ends_it_over_there(daemon: Daemon, shop: Any) -> None:
-    for i, item in enumerate(shop.endless.remote_gen()):
+def test_leaving_a_generator_closes_it_over_there(daemon: Daemon, shop: Any) -> None:
+    """Its `finally` runs, and its container serves on."""
+    for i, (_, item) in enumerate(shop.endless.remote_gen()):
         assert len(item) == 8
         if i == 2:
             break
     until(lambda: not any(c["call"] for c in daemon.get("/containers")["containers"]), 20)
+    containers = [c["id"] for c in daemon.get("/containers")["containers"] if c["function"] == "endless"]
+    app = daemon.get(f"/containers/{containers[0]}")["app"]
+    until(lambda: "endless was closed" in daemon.app_text(app), 5)
 
 
 def test_spawned_calls(daemon: Daemon, shop: Any) -> None:

@@ -7,6 +7,7 @@ import base64
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -227,6 +228,40 @@ async def test_exceptions_are_the_user_s(daemon: Daemon) -> None:
     assert answer.json()["error"]["type"] == "ValueError" and answer.headers["woodfrog-status"] == "exception"
 
 
+async def log_of(daemon: Daemon, app: str = "demo") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (await daemon.http.get(f"/apps/{app}/logs")).text.splitlines()]
+
+
+async def test_the_app_s_log_tells_of_every_attempt_that_failed(daemon: Daemon) -> None:
+    """Also where nobody waits for the answer. The traceback comes after what was printed before it."""
+    await daemon.deploy(function("fail", retries=RetryPolicy(max_retries=1, initial_delay=0.01)))
+    call = (await daemon.submit("fail")).headers["woodfrog-call"]
+    await daemon.http.get(f"/calls/{call}", params={"wait": 5})
+    lines = await log_of(daemon)
+    told = [line["line"] for line in lines if call in line["line"]]
+    assert told == [
+        f"call {call} of fail: ValueError: no such thing; attempt 1 of 2, the next in 0.01 s",
+        f"call {call} of fail: ValueError: no such thing; the last of 2 attempts",
+    ]
+    trace = [line for line in lines if line["stream"] == "stderr"]
+    assert [line["line"] for line in trace].count("ValueError: no such thing") == 2
+    assert {(line["call"], line["function"], line["instance"]) for line in trace} == {
+        (call, "fail", daemon.backend.started[0].instance_id)
+    }
+
+
+async def test_the_app_s_log_tells_of_calls_that_timed_out_or_lost_their_container(daemon: Daemon) -> None:
+    await daemon.deploy(function("wait", timeout=0.05), function("square"))
+    await daemon.failure("wait")
+    daemon.faulty.calls.append("crashes")
+    await daemon.failure("square", 2)
+    told = [line["line"].partition(" of ")[2] for line in await log_of(daemon) if line["line"].startswith("call ")]
+    assert told == [
+        "wait: ran past its timeout of 0.05 s; raise timeout= or do less in one call",
+        "square: the process was killed by SIGKILL",
+    ]
+
+
 async def test_json_calls(daemon: Daemon) -> None:
     await daemon.deploy(function("square"))
     for body in ([4], {"x": 4}):
@@ -342,6 +377,38 @@ async def test_generators(daemon: Daemon) -> None:
     answer = await daemon.http.get(f"/calls/{call}/items", params={"wait": 10})
     ((kind, body),) = unpack_items(answer.content)
     assert kind == b"f" and json.loads(body)["code"] == "crashed"
+
+
+async def test_a_generator_that_is_left_early_is_closed_and_its_container_serves_on(daemon: Daemon) -> None:
+    """Items that nobody wants any more do not keep it from its end; what its `finally` raises is in the log."""
+    ended: list[int] = []
+
+    def count(n: int) -> Iterator[Any]:
+        try:
+            for i in itertools.count():
+                yield i, b"x" * (5 << 20)
+        finally:
+            ended.append(n)
+            if n == 2:
+                raise ValueError("at the end")
+
+    daemon.backend.functions = {**FUNCTIONS, "count": count}
+    await daemon.deploy(function("count", scaling=ScalingPolicy(max_containers=1)))
+    for n in (1, 2, 3):
+        call = (await daemon.submit("count", n)).headers["woodfrog-call"]
+        record = daemon.controller.calls[call]
+        while record.unread < 64 << 20 and n > 1:  # from there on it waits for its reader
+            await asyncio.sleep(0.01)
+        await daemon.http.post(f"/calls/{call}/cancel")
+        assert record.outcome == "cancelled"
+        while len(ended) < n - 1 or any(i.call_id for i in daemon.controller.instances.values()):
+            await asyncio.sleep(0.01)
+    assert [n for n in ended if n > 1] == [2, 3]
+    assert len(daemon.backend.started) == 1 and not daemon.backend.stopped
+    told = [line["line"] for line in await log_of(daemon) if line["line"].startswith("call ")]
+    assert len(told) == 1 and told[0].endswith("count: ValueError: at the end; raised after the call was over")
+    daemon.controller.calls.clear()
+    assert len(daemon.spooled()) == 0
 
 
 @pytest.mark.parametrize(
@@ -860,6 +927,33 @@ async def test_an_app_whose_client_is_there_is_not_idle(daemon: Daemon) -> None:
     assert (await daemon.http.post("/apps/demo/touch")).status_code == 404
 
 
+@pytest.mark.parametrize("attended", [True, False])
+async def test_a_run_whose_client_is_lost_is_stopped_with_its_calls(daemon: Daemon, attended: bool) -> None:
+    """Only if it would say that it is there, and not before it may be silent; that calls end is no word of it."""
+    client = {"attended": attended}
+    await daemon.deploy(function("wait"), function("square"), app="run", ephemeral=True, client=client)
+    await daemon.deploy(function("wait"), app="deployed", client=client)
+    kept = (await daemon.submit("wait", app="deployed")).headers["woodfrog-call"]
+    call = (await daemon.submit("wait", app="run")).headers["woodfrog-call"]
+    controller = daemon.controller
+    for silent in (359, 361):
+        other = (await daemon.submit("square", 2, app="run")).headers["woodfrog-call"]
+        for name in controller.heard:
+            controller.heard[name] = controller.touched[name] = controller.now() - silent
+        await controller.calls[other].done.wait()
+        assert not controller.calls[call].done.is_set()
+        controller.tidy()
+    answer = await daemon.http.get(f"/calls/{call}")
+    assert answer.headers["woodfrog-status"] == ("cancelled" if attended else "pending")
+    assert not controller.calls[kept].done.is_set() and "deployed" in controller.active
+    if attended:
+        assert "nothing was heard of its client for 6 minutes" in error_of(answer)["message"]
+        stopped = [line["line"] for line in await log_of(daemon, "run") if line["line"].startswith("stopped: nothing")]
+        assert len(stopped) == 1 and "--detach" in stopped[0]
+        assert error_of(await daemon.submit("square", 2, app="run"))["code"] == "app-abandoned"
+    gates["gate"].set()
+
+
 async def test_apps_that_were_run_leave_no_descriptor(daemon: Daemon) -> None:
     """Whoever follows the log of one gets its end."""
     await daemon.deploy(function("square"), app="kept")
@@ -875,7 +969,7 @@ async def test_apps_that_were_run_leave_no_descriptor(daemon: Daemon) -> None:
         await asyncio.sleep(0.01)
     daemon.controller.tidy()
     log = (await asyncio.wait_for(following, 5)).text
-    assert [json.loads(line)["line"] for line in log.splitlines()][-1] == "stopped"
+    assert [json.loads(line)["line"] for line in log.splitlines()][-1] == "stopped: app stopped"
     daemon.controller.tidy()
     paths = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
     names = {Path(os.readlink(p)) for p in paths if os.path.islink(p)}

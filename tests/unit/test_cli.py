@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 from fake_daemon import HEALTH, Answer, Daemon, Request, private_home, serving
 from woodfrog.cli import commands
 from woodfrog.cli.call import parse_value, payload_from
-from woodfrog.errors import OutOfMemoryError, SpecError
+from woodfrog.errors import OutOfMemoryError, SpecError, StartupError
 from woodfrog.protocol import pack_items
 from woodfrog.sdk.payload import dumps_parameters
 
@@ -297,6 +297,15 @@ def test_our_failure_is_one_line(daemon: Daemon) -> None:
     shown = run("call", "demo.square", "x=1")
     assert shown.exit_code == 2
     assert shown.stderr == "error: square: the container hit its memory limit of 64 MiB\n"
+
+
+def test_a_failed_start_shows_the_program_s_traceback(daemon: Daemon) -> None:
+    serve_function(daemon)
+    error = StartupError("square: enter failed: OSError: no", traceback="Traceback:\n  line\nOSError: no\n")
+    daemon.routes["POST /apps/demo/calls/square"] = called({"error": error.to_dict()}, "failure")
+    shown = run("call", "demo.square", "x=1")
+    assert shown.exit_code == 2
+    assert shown.stderr == "Traceback:\n  line\nOSError: no\nerror: square: enter failed: OSError: no\n"
 
 
 def test_a_slow_call_says_what_it_waits_for_and_where_its_time_went(daemon: Daemon) -> None:

@@ -140,7 +140,7 @@ def test_a_function_runs_in_an_app_of_its_own(tmp_path: Path, daemon: RunDaemon)
     assert shown.stdout.splitlines()[-1] == "49"
     assert shown.stderr.splitlines() == ["deploying", "to stderr", "· square i1: to system"]
     (deploy,) = daemon.deploys
-    assert deploy["ephemeral"] is True
+    assert deploy["ephemeral"] is True and deploy["client"]["attended"] is True
     assert deploy["spec"]["name"].startswith("demo-")
     assert daemon.stopped == [deploy["spec"]["name"]]
 
@@ -187,6 +187,41 @@ def test_a_remote_exception_shows_both_tracebacks(tmp_path: Path, daemon: RunDae
     assert "y = square.remote(x)" in after
     assert "woodfrog/" not in after
     assert len(daemon.stopped) == 2
+
+
+def test_a_traceback_that_the_log_has_shown_is_not_shown_again(tmp_path: Path, daemon: RunDaemon) -> None:
+    text = 'Traceback (most recent call last):\n  File "/app/a_program.py", line 7, in square\nValueError: no\n'
+    error = {"exception": ValueError("no"), "type": "ValueError", "message": "no", "traceback": text}
+
+    def reply(*call: Any) -> tuple[str, Any]:
+        for line in text.splitlines():
+            daemon.lines.append({"t": 1.0, "instance": "i1", "function": "square", "stream": "stderr", "line": line})
+        return "exception", error
+
+    daemon.reply = reply
+    file = program(tmp_path, PROGRAM + ENTRYPOINT)
+    shown = run("run", file)
+    assert shown.exit_code == 1
+    assert shown.stderr.count(text) == 1 and shown.stderr.count("Traceback") == 1
+    end = shown.stderr[shown.stderr.index(text) + len(text) :]
+    assert end.startswith("ValueError: no\n\nraised in a container, called from:\n") and "square.remote(x)" in end
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_the_traceback_of_a_failed_start_is_shown_once(tmp_path: Path, daemon: RunDaemon, logged: bool) -> None:
+    """By the log, or by the command where the log did not get here."""
+    error = StartupError("square: enter failed: ValueError: no", traceback="Traceback:\n  load\nValueError: no\n")
+
+    def reply(*call: Any) -> tuple[str, Any]:
+        for line in error.fields["traceback"].splitlines() if logged else ():
+            daemon.lines.append({"t": 1.0, "instance": "i1", "function": "square", "stream": "stderr", "line": line})
+        return "failure", error.to_dict()
+
+    daemon.reply = reply
+    shown = run("run", program(tmp_path, PROGRAM) + "::square", "--x", "1")
+    assert shown.exit_code == 2
+    assert shown.stderr.count("Traceback:\n  load\nValueError: no\n") == 1
+    assert shown.stderr.endswith("\nerror: square: enter failed: ValueError: no\n")
 
 
 def test_our_failures_are_one_line(tmp_path: Path, daemon: RunDaemon) -> None:
@@ -384,6 +419,7 @@ def test_options_of_run(tmp_path: Path, daemon: RunDaemon) -> None:
     shown = run("run", "-d", f"{file}::square", "--x", "1")
     left = daemon.deploys[-1]["spec"]["name"]
     assert shown.exit_code == 0 and len(daemon.stopped) == 1
+    assert daemon.deploys[-1]["client"]["attended"] is False
     assert f"{left} is left running: `woodfrog app logs {left} -f`" in shown.stderr
     for argv in (["--interactive", file], ["-x", f"{file}::square"]):
         refused = run("run", *argv)

@@ -84,6 +84,21 @@ async def test_frames_both_ways(pair: Pair, tmp_path: Path) -> None:
     assert (await pair.connection.receive()).type == "pong"
 
 
+async def test_a_frame_waits_for_the_body_of_the_one_before(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "big").write_bytes(bytes(20 << 20))
+    begun = asyncio.ensure_future(pair.connection.send({"type": "call"}, Payload(path=tmp_path / "big")))
+    await asyncio.sleep(0.01)
+    assert not begun.done()
+    after = asyncio.ensure_future(pair.connection.send({"type": "close"}))
+    await asyncio.sleep(0.01)
+    for kind, size in (("call", 20 << 20), ("close", 0)):
+        _, _, header_len, body_len = HEAD.unpack(await pair.hear(HEAD.size))
+        assert json.loads(await pair.hear(header_len)) == {"type": kind} and body_len == size
+        assert not any(await pair.hear(body_len))
+    await begun
+    await after
+
+
 @pytest.mark.parametrize("extra", [0, 1, 3 << 20])
 async def test_large_bodies_go_to_disk(pair: Pair, extra: int) -> None:
     body = os.urandom(SPOOL_BYTES + extra)

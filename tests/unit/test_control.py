@@ -129,10 +129,11 @@ def test_exception_is_retried_with_growing_delay_then_final() -> None:
     d = Driver(function(retries=RetryPolicy(max_retries=2, initial_delay=1.0, backoff_coefficient=3.0)))
     d.call()
     d.ready("i-t-1")
-    assert d.done("c1", "i-t-1", "exception") == []
+    again = ev.RetryCall(call_id="c1", attempt=1, attempts=3, delay=1.0, error=ERROR)
+    assert d.done("c1", "i-t-1", "exception") == [again]
     assert d.at(0.9) == []
     assert d.at(1.0) == [ev.RunCall(call_id="c1", instance_id="i-t-1", attempt=2)]
-    assert d.done("c1", "i-t-1", "exception") == []
+    assert d.done("c1", "i-t-1", "exception") == [replace(again, attempt=2, delay=3.0)]
     assert d.at(3.9) == []
     assert d.at(4.0) == [ev.RunCall(call_id="c1", instance_id="i-t-1", attempt=3)]
     assert d.done("c1", "i-t-1", "exception") == [ev.FinishCall(call_id="c1", outcome="exception", error=ERROR)]
@@ -171,6 +172,34 @@ def test_cancel_queued_running_and_waiting() -> None:
     [finish] = d.send(ev.CallCancelled, call_id="c3")
     assert isinstance(finish, ev.FinishCall) and finish.outcome == "cancelled"
     assert d.at(5.0) == [] and not d.state.calls
+
+
+def test_a_cancelled_generator_is_closed_and_its_instance_serves_on() -> None:
+    d = Driver(function(methods=(MethodSpec("f", generator=True),), scaling=ScalingPolicy(max_containers=1)))
+    d.call()
+    d.ready("i-t-1")
+    finish, close = d.send(ev.CallCancelled, call_id="c1")
+    assert isinstance(finish, ev.FinishCall) and finish.outcome == "cancelled"
+    assert close == ev.CloseCall(call_id="c1", instance_id="i-t-1")
+    assert d.call() == [] and d.states() == {"i-t-1": "running"}, "it has not ended yet"
+    assert d.done("c1", "i-t-1", "exception") == [ev.RunCall(call_id="c2", instance_id="i-t-1")]
+    d.send(ev.CallCancelled, call_id="c2")
+    assert d.done("c2", "i-t-1") == [] and d.states() == {"i-t-1": "idle"}
+    assert d.done("c2", "i-t-1") == [] and d.state.stale == {"CallFinished": 1}
+
+
+def test_a_generator_that_does_not_end_costs_its_instance() -> None:
+    d = Driver(function(methods=(MethodSpec("f", generator=True),), timeout=60.0))
+    for instance in ("i-t-1", "i-t-2"):
+        d.call()
+        d.ready(instance)
+    d.send(ev.CallCancelled, call_id="c1")
+    d.send(ev.CallCancelled, call_id="c2")
+    assert d.send(ev.InstanceExited, instance_id="i-t-2", error=ERROR) == [], "its call was over"
+    assert d.at(9.9) == []
+    [kill] = d.at(10.0)
+    assert isinstance(kill, ev.KillInstance) and "did not end" in kill.reason
+    assert d.stopped("i-t-1") == [] and not d.state.instances
 
 
 def test_crash_during_a_call_uses_its_error() -> None:

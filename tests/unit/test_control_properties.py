@@ -17,6 +17,7 @@ from woodfrog.control.events import (
     CallFinished,
     CallSubmitted,
     CaptureFailed,
+    CloseCall,
     Event,
     FinishCall,
     GpusSetAside,
@@ -30,6 +31,7 @@ from woodfrog.control.events import (
     ParkInstance,
     RestoreFailed,
     RetireSnapshot,
+    RetryCall,
     RunCall,
     ShutdownRequested,
     SnapshotAvailable,
@@ -198,6 +200,9 @@ class Backend:
                 assert action.call_id in self.open
                 assert all(b.call != action.call_id or b.ending for b in self.boxes.values())
                 box.call = action.call_id
+            case CloseCall():
+                box = self.boxes[action.instance_id]
+                assert box.call == action.call_id and not box.ending and action.call_id not in self.open
             case StopInstance():
                 box = self.boxes[action.instance_id]
                 assert box.up and not box.ending and (box.call is None or box.call not in self.open)
@@ -208,6 +213,9 @@ class Backend:
                 assert action.call_id in self.open
                 assert (action.error is None) == (action.outcome == "success")
                 self.open.remove(action.call_id)
+            case RetryCall():
+                assert action.call_id in self.open
+                assert 1 <= action.attempt < action.attempts
             case RetireSnapshot():
                 self.retired.add(action.snapshot_id)
             case WakeAt():

@@ -29,6 +29,7 @@ from woodfrog.errors import (
     OutputExpired,
     SerializationError,
     SpecError,
+    StartupError,
     WoodfrogError,
 )
 from woodfrog.sdk import call as calls
@@ -357,6 +358,16 @@ def test_modals_names_of_exceptions_catch_what_is_raised(program: Any, daemon: F
     with pytest.raises(program.Ours, match="own") as own:
         program.raises_modals.remote("Ours")
     assert isinstance(own.value, modal.Error)
+
+
+def test_a_failed_start_shows_the_program_s_line(program: Any, daemon: FakeDaemon) -> None:
+    text = 'Traceback:\n  File "prog.py", line 3, in load\nOSError: no weights\n'
+    slow = program.slow.spawn(1, seconds=30)
+    error = StartupError("slow: enter failed: OSError: no weights", traceback=text)
+    daemon.calls[slow.object_id].finish("failure", _failure(error))
+    with pytest.raises(StartupError, match="no weights") as caught:
+        slow.get()
+    assert 'File "prog.py", line 3, in load' in str(caught.value.__cause__)
 
 
 def _failure(error: WoodfrogError) -> bytes:

@@ -200,6 +200,10 @@ class Backend(Protocol):
 
     async def call(self, instance_id: str, request: CallRequest) -> Answer: ...
 
+    def close_call(self, instance_id: str, call_id: str) -> None:
+        """Have a generator closed where it stands, or at its next item; its `call` then ends. Of a call that is over:
+        nothing."""
+
     def stop(self, instance_id: str, *, graceful: bool, reason: str) -> None:
         """Begin a stop; `on_stopped` follows. Graceful runs the exit hooks."""
 

@@ -64,6 +64,7 @@ class WorkerConnection:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, spool: Path) -> None:
         self._reader = reader
         self._writer = writer
+        self._sending = asyncio.Lock()
         self._spool = spool
 
     @classmethod
@@ -96,7 +97,7 @@ class WorkerConnection:
             delay = min(delay * 1.5, 0.02)
 
     async def send(self, header: dict[str, Any], *bodies: Payload) -> None:
-        """Send one frame whose body is `bodies` one after the other.
+        """Send one frame whose body is `bodies` one after the other, after those that were begun before it.
 
         Raises:
             InstanceCrashed: the worker is gone.
@@ -107,13 +108,14 @@ class WorkerConnection:
         except OSError as e:
             raise StoreError(f"a payload is gone: {e.strerror}: {e.filename}", code="payload-gone") from e
         try:
-            self._writer.write(head)
-            for body in bodies:
-                async for chunk in body.chunks():
-                    self._writer.write(chunk)
-                    if len(chunk) >= _CHUNK:
-                        await self._writer.drain()
-            await self._writer.drain()
+            async with self._sending:
+                self._writer.write(head)
+                for body in bodies:
+                    async for chunk in body.chunks():
+                        self._writer.write(chunk)
+                        if len(chunk) >= _CHUNK:
+                            await self._writer.drain()
+                await self._writer.drain()
         except (ConnectionError, OSError) as e:
             raise InstanceCrashed("the worker closed its connection", code="worker-gone") from e
 

@@ -368,7 +368,7 @@ class LocalBackend:
             reply = await instance.connection.request(
                 message.header(), Payload(data=request.params), Payload(data=blob), expect="booted"
             )
-            self._check_failed(reply.header)
+            self._check_failed(instance, reply.header)
         self._take_phases(instance, reply.header, "boot")
 
     async def _spawn_worker(self, instance: Instance) -> None:
@@ -391,17 +391,17 @@ class LocalBackend:
         instance.connection = await connect(sandbox, instance.process, self._config.spool)
 
     @staticmethod
-    def _check_failed(header: dict[str, Any]) -> None:
+    def _check_failed(instance: Instance, header: dict[str, Any]) -> None:
         if header["type"] != "failed":
             return
-        error = header.get("error") or {}
-        stage = str(header.get("stage", "?"))
+        error, stage = _plain_error(header.get("error")), str(header.get("stage", "?"))
+        what = "enter" if stage == "enter-restore" else stage
         raise _UserFailure(
             StartupError(
-                f"{stage} failed: {error.get('type', '?')}: {error.get('message', '')}".rstrip(": "),
+                f"{instance.request.spec.tag}: {what} failed: {error['type']}: {error['message']}".rstrip(": "),
                 code=f"startup-{stage}",
                 stage=stage,
-                traceback=str(error.get("traceback", "")),
+                traceback=error["traceback"],
             )
         )
 
@@ -449,7 +449,7 @@ class LocalBackend:
                 await instance.connection.send(self._context(instance, instance.snapshot_id))
             instance.greeting = None
             reply = await instance.connection.answer("start", expect="ready")
-            self._check_failed(reply.header)
+            self._check_failed(instance, reply.header)
         self._take_phases(instance, reply.header, "wake")
         instance.stage = "ready"
         instance.watch_task = self._spawn(self._watch(instance))
@@ -511,7 +511,7 @@ class LocalBackend:
             except TimeoutError:
                 text = f"before-snapshot hooks did not end within {_FREEZE_TIMEOUT_S:.0f} s"
                 raise _CaptureGaveUp(CaptureError(text, phase="freeze", code="hooks-timeout")) from None
-            self._check_failed(reply.header)
+            self._check_failed(instance, reply.header)
             await instance.connection.wait_closed_by_worker(10.0)
             await instance.connection.close()
             instance.connection = None
@@ -780,6 +780,7 @@ class LocalBackend:
                     return Answer("success", reply.body, ms=ms)
                 elif reply.type == "error":
                     self._after_call(instance)
+                    self._drain_logs(instance.id, instance.log_fds)  # what was printed comes before the traceback
                     return Answer("exception", reply.body, _plain_error(reply.header.get("error")), ms)
                 else:
                     raise protocol.ProtocolError(f"worker answered {reply.type!r} to a call")
@@ -789,6 +790,11 @@ class LocalBackend:
                 instance.exit_error = e
             self._spawn(self._end_lost(instance))
             return Answer("lost", error=e.to_dict())
+
+    def close_call(self, instance_id: str, call_id: str) -> None:
+        instance = self._instances.get(instance_id)
+        if instance is not None and instance.connection is not None:
+            self._spawn(_send_close(instance.connection, call_id))
 
     @staticmethod
     async def _await_end(instance: Instance) -> bool:
@@ -890,8 +896,11 @@ class LocalBackend:
                     instance.connection.request({"type": "stop"}, expect="stopped"), _STOP_GRACE_S
                 )
                 if reply.type == "failed":
-                    text = str((reply.header.get("error") or {}).get("traceback") or reply.header.get("error"))
-                    self._observer.on_log(instance.id, "system", f"exit hook failed: {text}\n".encode())
+                    error = _plain_error(reply.header.get("error"))
+                    self._drain_logs(instance.id, instance.log_fds)
+                    text = f"exit hook failed: {error['type']}: {error['message']}\n"
+                    self._observer.on_log(instance.id, "system", text.encode(errors="replace"))
+                    self._observer.on_log(instance.id, "stderr", error["traceback"].encode(errors="replace"))
             except TimeoutError:
                 note = f"exit hooks did not end within {_STOP_GRACE_S:.0f} s; killed\n"
                 self._observer.on_log(instance.id, "system", note.encode())
@@ -1035,6 +1044,11 @@ def _known(what: str, error: Exception) -> WoodfrogError:
         return error
     log.error("%s failed unexpectedly", what, exc_info=error)
     return SandboxError(f"{what} failed unexpectedly: {type(error).__name__}: {error}", code="unexpected")
+
+
+async def _send_close(connection: WorkerConnection, call_id: str) -> None:
+    with contextlib.suppress(InstanceCrashed):  # whoever waits for the call's end hears of it
+        await connection.send({"type": "close", "call": call_id})
 
 
 async def _hang_up(greeting: asyncio.Task[WorkerConnection | None] | None, connection: WorkerConnection | None) -> None:

@@ -92,7 +92,10 @@ def raise_failure(status: str, body: bytes) -> None:
     if status == "exception":
         show_remote_error((answer.get("error") if isinstance(answer, dict) else None) or {})
         raise typer.Exit(output.USER_ERROR)
-    raise error_from_answer(answer, f"the call ended with status {status!r}")
+    error = error_from_answer(answer, f"the call ended with status {status!r}")
+    if error.fields.get("traceback"):  # of a start that failed
+        output.note(str(error.fields["traceback"]).rstrip("\n"))
+    raise error
 
 
 def call(

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import types
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import typer
 from woodfrog.cli import output
 from woodfrog.cli.logs import line_text
 from woodfrog.cli.remote import get, segment
-from woodfrog.errors import DaemonError, NotFoundError, SpecError, WoodfrogError
+from woodfrog.errors import DaemonError, NotFoundError, SpecError, StartupError, WoodfrogError
 
 if TYPE_CHECKING:
     from woodfrog.sdk.app import App
@@ -191,13 +192,16 @@ def run(
     if chosen.local:
         # What the program reads of its own command line is what was meant for it.
         sys.argv = [reference.source, *context.args]
+    shown = Shown()
     try:
-        with _running(chosen.app, detach=detach, quiet=quiet) as progress:
+        with _running(chosen.app, shown, detach=detach, quiet=quiet) as progress:
             result = _start(chosen, args, kwargs, progress, as_json=as_json)
     except (Exception, SystemExit) as e:
+        if isinstance(e, StartupError) and (remote := _remote_text(e)) is not None and remote not in shown:
+            output.note(remote.rstrip("\n"))
         if isinstance(e, SystemExit) or (isinstance(e, WoodfrogError) and not _from_container(e)):
             raise
-        show_user_error(e)
+        show_user_error(e, shown)
         raise typer.Exit(output.USER_ERROR) from None
     if as_json:
         print(_json(result, label))
@@ -243,10 +247,11 @@ def _json(value: Any, label: str) -> str:
 
 
 @contextmanager
-def _running(app: App, *, detach: bool = False, quiet: bool = False) -> Iterator[output.Progress]:
+def _running(app: App, shown: Shown, *, detach: bool = False, quiet: bool = False) -> Iterator[output.Progress]:
     """The app runs within this block, and what its containers print appears.
 
     Args:
+        shown: is told what appears.
         detach: it goes on running after the block, and its containers with it.
         quiet: what is going on is not shown.
     """
@@ -263,7 +268,7 @@ def _running(app: App, *, detach: bool = False, quiet: bool = False) -> Iterator
                     output.note(
                         f"{running} is left running: `woodfrog app logs {running} -f`, `woodfrog app stop {running}`"
                     )
-                follower = Follower(client, running, progress, quiet=quiet)
+                follower = Follower(client, running, progress, shown, quiet=quiet)
                 follower.start()
                 yield progress
         except KeyboardInterrupt:
@@ -274,11 +279,27 @@ def _running(app: App, *, detach: bool = False, quiet: bool = False) -> Iterator
                 follower.finish(seconds)
 
 
+class Shown:
+    """The last errors that containers wrote here."""
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque(maxlen=5000)
+
+    def add(self, line: str) -> None:
+        self._lines.append(line)
+
+    def __contains__(self, text: str) -> bool:
+        return text.strip("\n") in "\n".join(self._lines)
+
+
 class Follower:
     """Shows an app's output as it comes, and on a terminal what its containers are at."""
 
-    def __init__(self, client: Client, app: str, progress: output.Progress, *, quiet: bool = False) -> None:
+    def __init__(
+        self, client: Client, app: str, progress: output.Progress, shown: Shown, *, quiet: bool = False
+    ) -> None:
         self._client, self._app, self._progress, self._quiet = client, app, progress, quiet
+        self._errors = shown
         self._lock = threading.Lock()
         self._shown = 0
         self._over = threading.Event()
@@ -318,6 +339,8 @@ class Follower:
         # Lines of no container tell of the app's own beginning and end.
         if entry.get("stream") != "system" or (entry.get("instance") and not self._quiet):
             self._progress.write(line_text(entry), error=entry.get("stream") != "stdout")
+        if entry.get("stream") == "stderr":
+            self._errors.add(str(entry.get("line", "")))
 
     def finish(self, seconds: float) -> None:
         """Show what was printed up to the end of the last container, or for `seconds`."""
@@ -339,8 +362,8 @@ class Follower:
 
 
 def _from_container(error: WoodfrogError) -> bool:
-    """Whether it stands for, or is, an exception of the user's code in a container."""
-    return error.code == "remote-exception" or _remote_text(error) is not None
+    """Whether it stands for, or is, an exception that a call raised in a container."""
+    return error.code == "remote-exception" or (not isinstance(error, StartupError) and _remote_text(error) is not None)
 
 
 def _remote_text(error: BaseException) -> str | None:
@@ -353,8 +376,8 @@ def _remote_text(error: BaseException) -> str | None:
     return next((n.removeprefix(start) for n in getattr(error, "__notes__", ()) if n.startswith(start)), None)
 
 
-def show_user_error(error: BaseException) -> None:
-    """An exception of the user's code: the remote traceback, then the program's own frames that led there."""
+def show_user_error(error: BaseException, shown: Shown) -> None:
+    """An exception of the user's code: the remote traceback, once, then the program's own frames that led there."""
     import traceback
 
     from woodfrog.cli.program import user_frames
@@ -362,7 +385,7 @@ def show_user_error(error: BaseException) -> None:
     remote = _remote_text(error)
     frames = user_frames(error)
     if remote is not None:
-        output.note(remote.rstrip("\n"))
+        output.note(f"{type(error).__name__}: {error}" if remote in shown else remote.rstrip("\n"))
         if frames:
             output.note("\nraised in a container, called from:\n" + "".join(traceback.format_list(frames)).rstrip("\n"))
         return

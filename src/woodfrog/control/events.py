@@ -10,9 +10,9 @@ What the daemon owes the machine:
 - Every `ParkInstance` is answered by `InstanceParked`, `RestoreFailed`, `StartFailed` or `InstanceExited`, and every
   `WakeInstance` as a `StartInstance` is.
 - Every `StopInstance` and `KillInstance` is answered by `InstanceStopped` (or `InstanceExited`) once it is gone.
-- Every `RunCall` is answered by `CallFinished`, or by `InstanceExited`.
+- Every `RunCall` is answered by `CallFinished`, or by `InstanceExited`, also after its `CloseCall`.
 - `FinishCall` ends every call, exactly once, also after a success: only then is the outcome final. After a
-  `CallFinished` that is to be retried a later `RunCall` of the same call comes instead.
+  `CallFinished` that is to be retried a `RetryCall`, and a later `RunCall` of the same call, come instead.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ __all__ = [
     "CallFinished",
     "CallSubmitted",
     "CaptureFailed",
+    "CloseCall",
     "Event",
     "FinishCall",
     "GpusSetAside",
@@ -46,6 +47,7 @@ __all__ = [
     "ParkInstance",
     "RestoreFailed",
     "RetireSnapshot",
+    "RetryCall",
     "RunCall",
     "ShutdownRequested",
     "SnapshotAvailable",
@@ -157,6 +159,8 @@ class AppStopped(Event):
     """Cancels the app's calls and stops its instances, of all versions."""
 
     app: str
+    reason: str = ""
+    """For the callers; "" = somebody wanted it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,6 +393,14 @@ class RunCall(Action):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CloseCall(Action):
+    """Nobody wants more items of that generator, whose call is over: close it, so that its instance is free again."""
+
+    call_id: str
+    instance_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class StopInstance(Action):
     """`graceful`: run the exit hooks first."""
 
@@ -410,6 +422,19 @@ class FinishCall(Action):
     call_id: str
     outcome: Outcome
     error: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryCall(Action):
+    """An attempt came to nothing; another follows in `delay` seconds, by a later `RunCall`."""
+
+    call_id: str
+    attempt: int
+    """The one that failed."""
+    attempts: int
+    """So many there are at most."""
+    delay: float
+    error: dict[str, Any] | None
 
 
 @dataclass(frozen=True, kw_only=True)

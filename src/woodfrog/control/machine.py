@@ -155,7 +155,8 @@ def _app_stopped(st: State, ev: AppStopped) -> None:
         return _stale(st)
     app.stopped = True
     app.active = {}
-    error = CallCancelledError(f"app {app.name!r} was stopped", app=app.name).to_dict()
+    why = f": {ev.reason}" if ev.reason else ""
+    error = CallCancelledError(f"app {app.name!r} was stopped{why}", app=app.name).to_dict()
     for call in [c for c in st.calls.values() if c.group.service.app == app.name]:
         moves.end_call(st, call, "cancelled", error)
     for service in list(app.services.values()):
@@ -228,7 +229,9 @@ def _call_cancelled(st: State, ev: CallCancelled) -> None:
         return _stale(st)
     group, inst = call.group, call.instance
     moves.end_call(st, call, "cancelled", CallCancelledError("the call was cancelled", call=call.id).to_dict())
-    if inst is not None:
+    if inst is not None and group.service.generators[call.method]:
+        moves.close(st, inst, call.id)
+    elif inst is not None:
         # Its code still runs: there is no way to stop it and keep the process.
         moves.kill(st, inst, "call cancelled")
     moves.schedule(st, group)
@@ -238,24 +241,27 @@ def _call_cancelled(st: State, ev: CallCancelled) -> None:
 def _call_finished(st: State, ev: CallFinished) -> None:
     inst = st.instances.get(ev.instance_id)
     call = st.calls.get(ev.call_id)
-    if inst is None or call is None or inst.state == "stopping":
+    if inst is None or inst.state == "stopping" or (call is None and inst.closing != ev.call_id):
         return _stale(st)
-    if call.instance is not inst:
+    if call is not None and call.instance is not inst:
         raise _invalid(ev, f"but it does not run on {inst.id}", call.id, call.history)
     group = inst.group
     group.last_load = st.now
-    call.instance = inst.call = None
+    inst.call = inst.closing = None
     inst.served += 1
     moves.note_use(st, inst)
-    delay = None if ev.outcome == "success" else moves.retry_delay(call)
-    if delay is None:
-        moves.end_call(st, call, ev.outcome, ev.error)
+    delay = None
+    if call is not None:
+        call.instance = None
+        delay = None if ev.outcome == "success" else moves.retry_delay(call)
+        if delay is None:
+            moves.end_call(st, call, ev.outcome, ev.error)
     if ev.instance_ok:
         moves.serve(st, inst)
     else:
         moves.kill(st, inst, "not usable after its call")
-    if delay is not None:
-        moves.retry(st, call, delay)
+    if call is not None and delay is not None:
+        moves.retry(st, call, delay, ev.error)
     if not ev.instance_ok:
         moves.schedule(st, group)
 
@@ -580,9 +586,11 @@ def _overdue(st: State, inst: Instance) -> None:
 
 
 def _cut_off(st: State, inst: Instance) -> None:
-    """A call ran too long: for its timeout, or for a daemon that has to stop."""
+    """A call ran too long: for its timeout, or for a daemon that has to stop; or a generator after its call."""
     group, call = inst.group, inst.call
-    assert call is not None
+    if call is None:
+        moves.kill(st, inst, "its generator did not end when it was closed")
+        return moves.schedule(st, group)
     inst.call = call.instance = None
     if st.now >= st.shutdown_at:
         # No end for the call: it stays unfinished, for the next daemon.

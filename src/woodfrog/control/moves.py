@@ -11,11 +11,13 @@ from heapq import heappush
 from typing import Any
 
 from woodfrog.control.events import (
+    CloseCall,
     FinishCall,
     KillInstance,
     Outcome,
     ParkInstance,
     RetireSnapshot,
+    RetryCall,
     RunCall,
     StartInstance,
     StopInstance,
@@ -81,10 +83,12 @@ def fail_call(st: State, call: Call, outcome: Outcome, error: Error | None) -> N
     if delay is None:
         end_call(st, call, outcome, error)
     else:
-        retry(st, call, delay)
+        retry(st, call, delay, error)
 
 
-def retry(st: State, call: Call, delay: float) -> None:
+def retry(st: State, call: Call, delay: float, error: Error | None) -> None:
+    attempts = call.group.service.spec.retries.max_retries + 1
+    st.out.append(RetryCall(call_id=call.id, attempt=call.attempts, attempts=attempts, delay=delay, error=error))
     if delay <= 0:
         return enqueue(st, call)
     call.state = "waiting_retry"
@@ -105,6 +109,13 @@ def end_call(st: State, call: Call, outcome: Outcome, error: Error | None) -> No
     group.service.calls -= 1
     remember(st, call.id, outcome)
     st.out.append(FinishCall(call_id=call.id, outcome=outcome, error=error))
+
+
+def close(st: State, inst: Instance, call_id: str) -> None:
+    """A generator's call is over before its code is: let that come to its end."""
+    inst.closing = call_id
+    set_deadline(st, inst, min(inst.deadline, st.now + st.config.close_grace))
+    st.out.append(CloseCall(call_id=call_id, instance_id=inst.id))
 
 
 def remember(st: State, call_id: str, outcome: Outcome) -> None:

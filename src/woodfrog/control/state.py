@@ -40,6 +40,8 @@ class Config:
     """Longest pause between starts that no call waits for."""
     stop_grace: float = 30.0
     """Time for exit hooks; then the instance is killed."""
+    close_grace: float = 10.0
+    """Time for a generator to end once it is closed; then its instance is killed."""
     shutdown_grace: float = 30.0
     """Time that running calls get once the daemon is to stop."""
     give_way: float = 5.0
@@ -155,6 +157,8 @@ class Instance:
     state: InstanceState = "starting"
     stage: str = ""
     call: Call | None = None
+    closing: str | None = None
+    """A generator's call that is over, while its code still runs here."""
     served: int = 0
     storing: bool = False
     """It has come up, and its snapshot is still on its way to disk; how that ends is told also when it is gone."""

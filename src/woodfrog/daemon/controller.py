@@ -20,6 +20,7 @@ from woodfrog.control.gpus import Gpu, chip_of, chips_for
 from woodfrog.control.machine import InvalidTransition, handle
 from woodfrog.control.replay import journal_header, journal_line
 from woodfrog.control.state import Config, State
+from woodfrog.daemon.calllog import CallLog
 from woodfrog.daemon.journal import CallRow, DeployRow, Journal
 from woodfrog.daemon.logs import LogBook
 from woodfrog.daemon.resources import Resources
@@ -49,6 +50,9 @@ log = logging.getLogger("woodfrog")
 
 _JOURNAL_LIMIT = 64 << 20
 _EPHEMERAL_TTL_S = 300.0
+_CLIENT_LOST_S = _EPHEMERAL_TTL_S + 60.0
+"""How long the client of a run may be silent while a call is under way. Its last word may be a minute old when it is
+suspended: one that is back within 5 minutes has lost nothing."""
 _SPARED_S = 3600.0
 """Results younger than that are kept, however many they are."""
 _RUNS_AT_ONCE = 20
@@ -95,6 +99,8 @@ class CallRecord:
     """When somebody was told last that there are no more items."""
     instance_id: str | None = None
     mode: str = ""
+    attempts: int = 0
+    """So many there are at most; 0 = none has failed so far."""
     unwritten: bool = False
     """It is over, and the journal could not be told: the next daemon would run it again."""
     from_journal: bool = False
@@ -110,8 +116,7 @@ class CallRecord:
         while self.items and self.taken < count:
             _, payload = self.items.popleft()
             self.unread -= payload.size
-            if payload.path is not None:
-                payload.path.unlink(missing_ok=True)
+            _drop(payload)
             self.taken += 1
         self.read.set()
 
@@ -131,8 +136,7 @@ class CallRecord:
 
     def drop_items(self) -> None:
         for _, payload in self.items:
-            if payload.path is not None:
-                payload.path.unlink(missing_ok=True)
+            _drop(payload)
         self.items.clear()
         self.unread = 0
 
@@ -151,6 +155,9 @@ class InstanceInfo:
     ready: bool = False
     mode: str = ""
     """How it starts: what was asked, or "restore" where a snapshot was found."""
+
+    stopping: str = ""
+    """Why it is being stopped."""
 
     def __post_init__(self) -> None:
         self.mode = self.mode or self.request.mode
@@ -175,6 +182,7 @@ class Controller:
         self._no_gpu = no_gpu
         self.journal = journal
         self.logs = logs
+        self.call_log = CallLog(logs)
         self.resources = resources
         self.backend: Backend
         self.catalogue = catalogue
@@ -193,7 +201,9 @@ class Controller:
         self.apps: dict[tuple[str, int], tuple[DeployRow, AppSpec]] = {}
         self.active: dict[str, int] = {}
         self.touched: dict[str, float] = {}
-        """When something was last heard of each active app's clients."""
+        """When each active app was last used: something was heard of its clients, or a call of it ended."""
+        self.heard: dict[str, float] = {}
+        """When something was last heard of its clients."""
         self._abandoned: deque[str] = deque(maxlen=1000)
         """Ephemeral apps that were stopped since nothing was heard of their clients."""
         self._leaving: set[str] = set()
@@ -281,10 +291,14 @@ class Controller:
                 self._wake_instance(action)
             case ev.RunCall():
                 self._task(self._run_call(action))
+            case ev.CloseCall():
+                self.backend.close_call(action.instance_id, action.call_id)
             case ev.StopInstance():
-                self.backend.stop(action.instance_id, graceful=action.graceful, reason=action.reason)
+                self._stop_instance(action.instance_id, graceful=action.graceful, reason=action.reason)
             case ev.KillInstance():
-                self.backend.stop(action.instance_id, graceful=False, reason=action.reason)
+                self._stop_instance(action.instance_id, graceful=False, reason=action.reason)
+            case ev.RetryCall():
+                self._tell_retry(action)
             case ev.FinishCall():
                 self._finish_call(action)
             case ev.RetireSnapshot():
@@ -366,7 +380,7 @@ class Controller:
         spec = from_dict(AppSpec, row.spec)
         self.apps[row.app, row.version] = (row, spec)
         self.active[row.app] = row.version
-        self.touched[row.app] = self.now()
+        self.touched[row.app] = self.heard[row.app] = self.now()
         keys = {f.tag: function_key(f, spec.runtime) for f in spec.functions}
         found: dict[str, dict[str, str]] = {}
         for function in spec.functions:
@@ -454,7 +468,7 @@ class Controller:
     def touch(self, name: str) -> None:
         """A client of the app is there: an ephemeral one is not idle."""
         if name in self.touched:
-            self.touched[name] = self.now()
+            self.touched[name] = self.heard[name] = self.now()
 
     def _function(self, app: str, tag: str) -> tuple[DeployRow, FunctionSpec]:
         """A function of an app's active version.
@@ -469,18 +483,20 @@ class Controller:
             raise NotFoundError(f"app {app!r} has no function {tag!r}; it has: {names}", app=app, tag=tag)
         return row, function
 
-    def stop_app(self, name: str) -> None:
+    def stop_app(self, name: str, why: str = "") -> None:
         row, _ = self.app(name)
         self.journal.stop_app(name)
         if row.ephemeral:
             self._leaving.add(name)
-        self.emit(ev.AppStopped(now=self.now(), app=name))
+        self.emit(ev.AppStopped(now=self.now(), app=name, reason=why))
         self.active.pop(name, None)
         self.touched.pop(name, None)
+        self.heard.pop(name, None)
         for key in [k for k in self.apps if k[0] == name]:
             del self.apps[key]
         self._known_groups = {g for g in self._known_groups if g[0] != name}
-        self.logs.note(name, "stopped")
+        self.call_log.settle(name)
+        self.logs.note(name, f"stopped: {why}" if why else "stopped")
 
     def is_over(self, name: str) -> bool:
         """Whether nothing is written of an app any more: it was ephemeral, was stopped, and has no container.
@@ -601,8 +617,11 @@ class Controller:
     async def _run_call(self, action: ev.RunCall) -> None:
         record = self.calls[action.call_id]
         info = self.instances.get(action.instance_id)
-        if info is None or record.outcome is not None:
-            return  # it died, or the call was cancelled, before this began: the machine knows
+        if info is None:
+            return  # it died before this began: the machine knows
+        if record.done.is_set():  # cancelled before this began
+            self._call_finished(action, "success", None)
+            return
         info.call_id = action.call_id
         record.instance_id = action.instance_id
         record.drop_items()
@@ -621,6 +640,9 @@ class Controller:
         info.served += 1
 
         async def on_item(payload: Payload) -> None:
+            if record.done.is_set():  # it was cancelled, and is not closed yet
+                _drop(payload)
+                return
             record.items.append((b"i", payload))
             record.unread += payload.size
             record.changed.set()
@@ -634,17 +656,7 @@ class Controller:
         except Exception as e:
             # What state its connection is in nobody knows: the call fails, the instance goes.
             log.error("call %s broke", action.call_id, exc_info=e)
-            failure = _as_error("the call", e).to_dict()
-            self.emit(
-                ev.CallFinished(
-                    now=self.now(),
-                    call_id=action.call_id,
-                    instance_id=action.instance_id,
-                    outcome="failure",
-                    error=failure,
-                    instance_ok=False,
-                )
-            )
+            self._call_finished(action, "failure", _as_error("the call", e).to_dict(), instance_ok=False)
             return
         finally:
             if info.call_id == action.call_id:
@@ -653,24 +665,49 @@ class Controller:
         record.phases.append(Phase("run", round(total - answer.ms, 3), round(answer.ms, 3)))
         if answer.outcome == "lost":
             return  # the instance's end is reported by itself, with its reason
-        record.answer = answer
         error = answer.error if answer.outcome == "exception" else None
+        if record.done.is_set():  # a generator that was closed, or what was still under way when it was killed
+            _drop(answer.payload)
+            if error is not None:
+                self.call_log.failed(record.row, action.instance_id, error, "raised after the call was over")
+        else:
+            record.answer = answer
+        self._call_finished(action, answer.outcome, error)
+
+    def _call_finished(
+        self,
+        run: ev.RunCall,
+        outcome: Literal["success", "exception", "failure"],
+        error: dict[str, Any] | None,
+        *,
+        instance_ok: bool = True,
+    ) -> None:
         self.emit(
             ev.CallFinished(
                 now=self.now(),
-                call_id=action.call_id,
-                instance_id=action.instance_id,
-                outcome=answer.outcome,
+                call_id=run.call_id,
+                instance_id=run.instance_id,
+                outcome=outcome,
                 error=error,
+                instance_ok=instance_ok,
             )
         )
+
+    def _tell_retry(self, action: ev.RetryCall) -> None:
+        record = self.calls.get(action.call_id)
+        if record is not None:
+            record.attempts = action.attempts
+            when = f"in {action.delay:.3g} s" if action.delay else "at once"
+            then = f"attempt {action.attempt} of {action.attempts}, the next {when}"
+            self.call_log.failed(record.row, record.instance_id or "", action.error or {}, then)
 
     def _finish_call(self, action: ev.FinishCall) -> None:
         record = self.calls.get(action.call_id)
         if record is None or record.outcome is not None:
             return
         record.finished = self.now()
-        self.touch(record.row.app)  # its client may have nothing to ask before it has looked at the answer
+        if record.row.app in self.touched:  # its client may have nothing to ask before it has looked at the answer
+            self.touched[record.row.app] = record.finished
         record.outcome = action.outcome
         answer = record.answer
         if action.outcome in ("success", "exception") and answer is not None:
@@ -689,6 +726,9 @@ class Controller:
             log.error("call %s: %s", action.call_id, e.message)
             record.outcome, record.error, record.result = "failure", e.to_dict(), Payload(data=b"")
             self._write_failure(record)
+        if record.outcome in ("exception", "failure"):
+            then = f"the last of {record.attempts} attempts" if record.attempts else ""
+            self.call_log.failed(record.row, record.instance_id or "", record.error or {}, then)
         record.payload = Payload(data=b"")
         record.done.set()
         record.changed.set()
@@ -774,6 +814,12 @@ class Controller:
     def _uses_gpu(self, row: DeployRow, function: FunctionSpec) -> bool:
         """Whether it is to have the GPU it asks for: `none` runs it without."""
         return bool(function.resources.gpu) and "none" not in (self.settings.gpu, row.client.get("gpu"))
+
+    def _stop_instance(self, instance_id: str, *, graceful: bool, reason: str) -> None:
+        info = self.instances.get(instance_id)
+        if info is not None:
+            info.stopping = reason
+        self.backend.stop(instance_id, graceful=graceful, reason=reason)
 
     def _forget(self, instance_id: str) -> None:
         info = self.instances.pop(instance_id, None)
@@ -879,14 +925,9 @@ class Controller:
         trace = error.fields.get("traceback") if isinstance(error, StartupError) else None
         info = self.instances.get(instance_id)
         if trace and info is not None:
-            data = str(trace).rstrip("\n").encode(errors="replace") + b"\n"
-            self.logs.feed(
-                info.request.app,
-                instance=instance_id,
-                function=info.request.spec.tag,
-                stream="stderr",
-                call=None,
-                data=data,
+            request = info.request
+            self.logs.lines(
+                request.app, str(trace), instance=instance_id, function=request.spec.tag, stream="stderr", call=None
             )
         self._forget(instance_id)
         self.emit(ev.StartFailed(now=self.now(), instance_id=instance_id, error=error.to_dict(), user_fault=user_fault))
@@ -909,7 +950,8 @@ class Controller:
         self.stop_instance(instance_id)
 
     def on_stopped(self, instance_id: str) -> None:
-        self._say(instance_id, "stopped")
+        info = self.instances.get(instance_id)
+        self._say(instance_id, f"stopped: {info.stopping}" if info is not None and info.stopping else "stopped")
         self._forget(instance_id)
         self.emit(ev.InstanceStopped(now=self.now(), instance_id=instance_id))
 
@@ -972,6 +1014,7 @@ class Controller:
             self._forget_calls,
             self._stop_abandoned,
             self._forget_versions,
+            self.call_log.settle,
             self._settle_logs,
             self._forget_runs,
             self._remove_unneeded,
@@ -1004,12 +1047,22 @@ class Controller:
             self._task(asyncio.to_thread(heap.trim))
 
     def _stop_abandoned(self) -> None:
-        """Ephemeral apps whose client is gone."""
+        """Ephemeral apps whose client is gone. While a call is under way only those whose client would say that it is
+        there."""
         busy = {r.row.app for r in self.calls.values() if not r.done.is_set()}
         for name, touched in list(self.touched.items()):
             row, _ = self.apps[name, self.active[name]]
-            if row.ephemeral and name not in busy and self.now() - touched > _EPHEMERAL_TTL_S:
-                self.stop_app(name)
+            if not row.ephemeral:
+                continue
+            if name not in busy:
+                limit, silent, hint = _EPHEMERAL_TTL_S, self.now() - touched, "no call was running"
+            elif row.client.get("attended") is True:
+                limit, silent = _CLIENT_LOST_S, self.now() - self.heard[name]
+                hint = "`woodfrog run --detach` and `woodfrog deploy` go on without"
+            else:
+                continue
+            if silent > limit:
+                self.stop_app(name, f"nothing was heard of its client for {limit / 60:.0f} minutes; {hint}")
                 self._abandoned.append(name)
 
     def _forget_versions(self) -> None:
@@ -1071,6 +1124,11 @@ class Controller:
         for task in list(self._tasks):
             task.cancel()
         self._end_record()
+
+
+def _drop(payload: Payload) -> None:
+    if payload.path is not None:
+        payload.path.unlink(missing_ok=True)
 
 
 def _remove(paths: list[Path]) -> None:

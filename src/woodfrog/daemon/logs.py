@@ -196,6 +196,12 @@ class LogBook:
             self._partial[key] = rest
         self._emit(app, instance, function, stream, call, lines)
 
+    def lines(self, app: str, text: str, *, instance: str, function: str, stream: str, call: str | None) -> None:
+        """Whole lines, after what the stream has of an unfinished one."""
+        rest = self._partial.pop((instance, stream), b"")
+        lines = text.rstrip("\n").encode(errors="replace").split(b"\n")
+        self._emit(app, instance, function, stream, call, [rest, *lines] if rest else lines)
+
     def end(self, app: str, instance: str, function: str) -> None:
         """The instance is gone: an unfinished line is a line."""
         for stream in ("stdout", "stderr", "system"):

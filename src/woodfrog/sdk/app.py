@@ -287,20 +287,22 @@ class App:
             code="not-running",
         )
 
-    def _send(self, name: str, *, ephemeral: bool, snapshot: bool = False) -> tuple[Client, str]:
+    def _send(
+        self, name: str, *, ephemeral: bool, attended: bool = False, snapshot: bool = False
+    ) -> tuple[Client, str]:
         from woodfrog.sdk.client import connect
         from woodfrog.sdk.deploy import build, send
 
         bundle = build(name, list(self._handles.values()), self._program)
         client = connect()
-        answer = send(client, bundle, ephemeral=ephemeral, snapshot=snapshot)
+        answer = send(client, bundle, ephemeral=ephemeral, attended=attended, snapshot=snapshot)
         return client, str(answer.get("app", name))
 
     def run(self, *, detach: bool = False, **ignored: Any) -> RunningApp:
         """`with app.run():` (or `async with`): deploys the app for the time of the block, under a name of its own.
 
         Args:
-            detach: leave the app running at the end of the block.
+            detach: leave the app running at the end of the block, and its calls where this process is killed.
 
         Raises:
             SpecError: see `deploy`; or the app runs already.
@@ -384,7 +386,7 @@ class RunningApp:
         stem = re_name(Path(app._program[1]).stem) if app._program else "app"
         name = f"{(app.name or stem)[:54]}-{os.urandom(4).hex()}"
         try:
-            app._running = app._send(name, ephemeral=True)
+            app._running = app._send(name, ephemeral=True, attended=not self._detach)
         except KeyboardInterrupt:
             from woodfrog.sdk.client import connect
 
@@ -447,7 +449,8 @@ def _stop(client: Client, name: str, *, interrupted: bool) -> None:
 def _stay(client: Client, name: str, over: threading.Event) -> None:
     """Say again and again that the app's client is there, until its block is over.
 
-    The daemon stops an app of whose client it has heard nothing for 5 minutes.
+    The daemon stops an app of whose client it has heard nothing for 5 minutes; while a call runs for 6, or never if
+    it is detached.
     """
     from woodfrog.sdk.client import segment
 

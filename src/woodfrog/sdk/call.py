@@ -16,7 +16,16 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from woodfrog.errors import CallCancelled, CallNotFound, DaemonError, NotFoundError, NotOverYet, SpecError
+from woodfrog.errors import (
+    CallCancelled,
+    CallNotFound,
+    DaemonError,
+    NotFoundError,
+    NotOverYet,
+    SpecError,
+    StartupError,
+    WoodfrogError,
+)
 from woodfrog.protocol import unpack_items
 from woodfrog.sdk import payload
 from woodfrog.sdk.client import Client, Reply, connect, error_from_answer, segment
@@ -106,7 +115,7 @@ class Call:
                 time.sleep(0.05)
 
     def items(self) -> Iterator[Any]:
-        """The items of a generator, as they come. Leaving early cancels the call."""
+        """The items of a generator, as they come. Leaving early cancels the call: the generator is closed."""
         client, tag = self.target.client, self.target.tag
         ended = False
         try:
@@ -128,7 +137,7 @@ class Call:
                     if kind == b"e":
                         raise payload.remote_exception(body, tag)
                     if kind == b"f":
-                        raise error_from_answer(_json(body), f"{tag} failed")
+                        raise _failure(body, tag)
                     return
                 status = reply.headers.get("woodfrog-status", "pending")
                 if status != "pending" and not reply.body.getvalue():
@@ -147,6 +156,14 @@ def _json(body: bytes) -> Any:
         return json.loads(body)
     except ValueError:
         return None
+
+
+def _failure(body: bytes, tag: str) -> WoodfrogError:
+    """Why a call came to no answer; with the traceback of a start that failed."""
+    error = error_from_answer(_json(body), f"{tag} failed")
+    if isinstance(error, StartupError) and error.fields.get("traceback"):
+        error.__cause__ = payload.RemoteTraceback(str(error.fields["traceback"]))
+    return error
 
 
 def _kept(call_id: str) -> str:
@@ -193,7 +210,7 @@ def outcome(reply: Reply, tag: str) -> Any:
     if status == "exception":
         raise payload.remote_exception(reply.body, tag)
     if status == "failure":
-        raise error_from_answer(_json(reply.body.getvalue()), f"{tag} failed")
+        raise _failure(reply.body.getvalue(), tag)
     if status == "cancelled":
         error = error_from_answer(_json(reply.body.getvalue()), f"{tag}: the call was cancelled")
         raise (

@@ -94,8 +94,13 @@ def build(name: str, handles: Sequence[Handle], program: tuple[str, str] | None 
     )
 
 
-def send(client: Client, bundle: Bundle, *, ephemeral: bool, snapshot: bool = False) -> dict[str, Any]:
+def send(
+    client: Client, bundle: Bundle, *, ephemeral: bool, attended: bool = False, snapshot: bool = False
+) -> dict[str, Any]:
     """Upload what the daemon lacks, then deploy; the daemon's answer.
+
+    Args:
+        attended: the client says once a minute that it is there; the app goes with it, whatever is under way.
 
     Raises:
         WoodfrogError: what the daemon answered.
@@ -126,6 +131,7 @@ def send(client: Client, bundle: Bundle, *, ephemeral: bool, snapshot: bool = Fa
                     "version": own_version,
                     "program": sys.argv[0] if sys.argv else "",
                     "gpu": client.settings.gpu,
+                    "attended": attended,
                 },
             },
         ).json()

@@ -8,7 +8,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import GeneratorType
@@ -396,7 +396,7 @@ class Runtime:
                 self._let_go()
         return self._settle(self.function(method)(*args, **kwargs))
 
-    def items(self, value: Any) -> Iterator[Any]:
+    def items(self, value: Any) -> Generator[Any, None, None]:
         """The items of a generator, sync or async.
 
         Raises:

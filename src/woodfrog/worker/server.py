@@ -172,6 +172,8 @@ class _Worker:
             self._send({"type": "ready", "phases": phases, "warnings": warnings})
         elif kind == "call" and self._state == "ready":
             self._call(header, body)
+        elif kind == "close" and self._state == "ready":
+            return None  # that call is over
         elif kind == "stop":
             self._runtime.stop()
             _flush()
@@ -210,10 +212,15 @@ class _Worker:
         value = runtime.call(method, args, kwargs)
         del args, kwargs
         if runtime.is_generator(method):
-            count = 0
-            for item in runtime.items(value):
-                self._send({"type": "item", "call": call}, codec.encode(item, encoding, f"{method}()"))
-                count += 1
+            count, items = 0, runtime.items(value)
+            try:
+                for item in items:
+                    if self._is_closed(call):
+                        break
+                    self._send({"type": "item", "call": call}, codec.encode(item, encoding, f"{method}()"))
+                    count += 1
+            finally:
+                items.close()
             phases["run"] = round((clock() - t1) * 1e3, 3)
             return {"type": "done", "call": call, "items": count, "phases": phases}, ()
         t2 = clock()
@@ -222,10 +229,23 @@ class _Worker:
         phases["encode"] = round((clock() - t2) * 1e3, 3)
         return {"type": "result", "call": call, "phases": phases}, pieces
 
+    def _is_closed(self, call: Any) -> bool:
+        """Whether the daemon wants no more items of that call."""
+        while os.getpid() == self._pid:  # else a child forked by the user's code is about to leave
+            try:
+                if not self._conn.recv(1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT):
+                    raise _Gone
+            except BlockingIOError:
+                return False
+            header, _ = self._receive()
+            if header["type"] != "close":
+                raise ProtocolError(f"message {header['type']!r} does not fit a worker that runs a generator")
+            if header.get("call") == call:
+                return True
+        return False
+
     def _failed(self, stage: str, error: BaseException) -> None:
         plain = codec.format_error(error)
-        if stage != "preload":  # a plain start follows, and fails in the program's own words
-            print(plain["traceback"], end="", file=sys.stderr)
         _flush()
         data = codec.pickle_exception(error)
         self._send({"type": "failed", "stage": stage, "error": plain}, [data] if data else ())
