@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import sys
 import tarfile
 import time
@@ -29,6 +30,7 @@ from woodfrog.daemon.api import TokenAuth, build
 from woodfrog.daemon.controller import Controller
 from woodfrog.daemon.journal import Journal
 from woodfrog.daemon.logs import LogBook
+from woodfrog.daemon.package import Package
 from woodfrog.daemon.resources import Resources
 from woodfrog.errors import StoreError, error_from_dict
 from woodfrog.protocol import unpack_items
@@ -684,6 +686,22 @@ async def test_secrets_are_never_shown(daemon: Daemon) -> None:
 
 
 # Containers
+
+
+async def test_health_tells_whether_the_code_is_what_runs(daemon: Daemon, tmp_path: Path) -> None:
+    found = (await daemon.http.get("/health")).json()
+    assert found["intact"] and found["current"]
+    (tmp_path / "p/worker").mkdir(parents=True)
+    (tmp_path / "p/worker/server.py").write_text("1")
+    package = Package(tmp_path / "p")
+    (tmp_path / "p/__pycache__").mkdir()
+    (tmp_path / "p/__pycache__/x.pyc").touch()
+    (tmp_path / "p/worker/.server.py.swp").touch()
+    assert package.current() and package.intact
+    (tmp_path / "p/worker/server.py").write_text("22")
+    assert package.intact and not package.current()
+    shutil.rmtree(package.path)
+    assert not package.intact and not package.current()
 
 
 async def test_containers(daemon: Daemon) -> None:

@@ -439,6 +439,39 @@ def test_stop_waits_until_the_daemon_has_ended(daemon: Daemon) -> None:
         process.wait()
 
 
+def test_restart_ends_one_of_any_version_and_goes_on_with_another(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    daemon.routes["GET /health"] = {**HEALTH, "pid": process.pid, "protocol": 99}
+
+    def shutdown(request: Request) -> Answer:
+        process.kill()
+        daemon.routes["GET /health"] = HEALTH
+        return Answer({"stopping": True})
+
+    daemon.routes["POST /shutdown"] = shutdown
+    shown = run("daemon", "restart", "--json")
+    assert json.loads(shown.stdout) == {"running": True, "restarted": True, **HEALTH} and process.wait() == -9
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    refused = run("daemon", "restart")
+    assert refused.exit_code == 4 and "sudo woodfrog daemon restart" in refused.stderr
+    monkeypatch.setenv("WOODFROG_HOST", "elsewhere:8040")
+    assert "is restarted on its machine" in run("daemon", "restart").stderr
+    assert len(daemon.seen("POST /shutdown")) == 1
+
+
+def test_a_daemon_that_is_older_than_its_code(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = f"woodfrog's daemon (pid {HEALTH['pid']}) is older than its code in /p, which was updated: `woodfrog daemon"
+    daemon.routes["GET /health"] = {**HEALTH, "package": "/p", "current": False}
+    daemon.routes["GET /apps"] = {"apps": []}
+    monkeypatch.setattr("woodfrog.sdk.checks._noted", set())
+    assert f"note: {old} restart`" in run("app", "list").stderr
+    assert f"note: {old} restart`" in run("daemon", "status").stderr
+    assert "older" not in run("app", "list").stderr  # once is enough for a program
+
+
 def test_daemon_logs_from_its_end(home: Path) -> None:
     (home / "daemon.log").write_text("one\ntwo\nthree\n")
     assert run("daemon", "logs").stdout == "one\ntwo\nthree\n"

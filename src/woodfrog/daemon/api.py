@@ -29,6 +29,7 @@ from woodfrog import protocol
 from woodfrog.backends.connection import Payload
 from woodfrog.daemon import keeping, looking, volumes
 from woodfrog.daemon.controller import CallRecord, Controller, failure_of
+from woodfrog.daemon.package import Package
 from woodfrog.errors import (
     AuthError,
     DaemonError,
@@ -57,7 +58,6 @@ _MAX_BODY = protocol.MAX_BODY
 _MAX_UPLOAD = 1 << 30
 _EXEC_TIMEOUT_S = 60.0
 _PAGE = 200
-_PACKAGE = Path(woodfrog.__file__).parent
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -231,6 +231,7 @@ def build(
     settings = controller.settings
     classes = (worker_class, *gpu_classes)
     spool = settings.home / "calls"
+    package = Package(Path(woodfrog.__file__).parent)
     begun = time.monotonic()
 
     @api.exception_handler(WoodfrogError)
@@ -279,8 +280,9 @@ def build(
             "protocol": protocol.VERSION,
             "pid": os.getpid(),
             "state_dir": str(settings.home),
-            "package": str(_PACKAGE),
-            "intact": _PACKAGE.exists(),
+            "package": str(package.path),
+            "intact": package.intact,
+            "current": await asyncio.to_thread(package.current),
             "calls": len(controller.state.calls),
             "uptime_s": round(time.monotonic() - begun, 1),
             "worker_class": worker_class.digest,

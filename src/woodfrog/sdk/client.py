@@ -26,7 +26,7 @@ from woodfrog.errors import DaemonError, HostError, SpecError, WoodfrogError
 from woodfrog.sdk.checks import note
 from woodfrog.settings import Settings, load
 
-__all__ = ["Client", "Reply", "connect", "segment", "start_daemon"]
+__all__ = ["Client", "Reply", "connect", "outdated", "segment", "start_daemon"]
 
 RECONNECT_S = 60.0
 """How long a lost daemon is waited for."""
@@ -364,8 +364,11 @@ class Client:
             raise DaemonError(f"the daemon answered {reply.status} to HEAD {path}")
         return reply.status != 404
 
-    def health(self, timeout: float = 5.0) -> dict[str, Any] | None:
+    def health(self, timeout: float = 5.0, *, any_protocol: bool = False) -> dict[str, Any] | None:
         """What the daemon says of itself; None when none answers.
+
+        Args:
+            any_protocol: also one that is only to be stopped.
 
         Raises:
             HostError: this user may not use the socket.
@@ -382,10 +385,12 @@ class Client:
         if reply.status != 200:
             raise error_from_answer(_json_or_none(reply), f"{self.where} answered {reply.status} to a health check")
         found = reply.json()
-        if not isinstance(found, dict) or found.get("protocol", protocol.VERSION) != protocol.VERSION:
+        if not isinstance(found, dict):
+            raise DaemonError(f"{self.where} answers a health check with {found!r}: it is no woodfrog daemon")
+        if found.get("protocol", protocol.VERSION) != protocol.VERSION and not any_protocol:
             raise DaemonError(
                 f"the daemon at {self.where} is woodfrog {found.get('version')} and speaks protocol "
-                f"{found.get('protocol')}, this client {protocol.VERSION}: stop it with `woodfrog daemon stop`",
+                f"{found.get('protocol')}, this client {protocol.VERSION}: `woodfrog daemon restart`",
                 code="daemon-version",
             )
         return found
@@ -477,6 +482,8 @@ def connect(settings: Settings | None = None, *, start: bool = True) -> Client:
                     code="no-daemon",
                 )
             start_daemon(client)
+        elif start and (old := outdated(found)):
+            note("daemon-outdated", old)
         _clients[key] = client
         return client
 
@@ -486,6 +493,16 @@ def _gone(found: dict[str, Any] | None) -> str:
     if found is None or found.get("intact", True):
         return ""
     return f"woodfrog's daemon (pid {found.get('pid')}) runs from {found.get('package')}, which is gone"
+
+
+def outdated(found: dict[str, Any]) -> str:
+    """Whether a daemon's code was updated since it began, with the remedy; empty when it was not."""
+    if found.get("current", True):
+        return ""
+    return (
+        f"woodfrog's daemon (pid {found.get('pid')}) is older than its code in {found.get('package')}, which was "
+        "updated: `woodfrog daemon restart`"
+    )
 
 
 def _end(client: Client, gone: str, timeout: float = END_S) -> None:
