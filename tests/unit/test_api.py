@@ -483,6 +483,21 @@ async def test_secret_that_went_does_not_hang_the_start(daemon: Daemon) -> None:
     assert (home / "secrets" / "token.json").stat().st_mode & 0o777 == 0o600
 
 
+async def test_a_secret_that_a_function_names_is_removed_by_force_only(daemon: Daemon) -> None:
+    await daemon.http.put("/secrets/token", json={"TOKEN": "1"})
+    await daemon.deploy(function("square", secrets=(SecretSpec("token"),)))
+    refused = await daemon.http.delete("/secrets/token")
+    assert (refused.status_code, error_of(refused)["code"]) == (400, "secret-in-use")
+    assert "named by demo.square: " in error_of(refused)["message"]
+    assert (await daemon.http.get("/secrets")).json() == {"secrets": ["token"]}
+    assert (await daemon.http.delete("/secrets/token?force=1")).json() == {"name": "token", "deleted": True}
+    assert await daemon.call("square", 2) == 4 and "TOKEN" not in daemon.backend.started[-1].env
+    await daemon.http.post("/apps/demo/stop")
+    missing = await daemon.http.delete("/secrets/token")
+    assert missing.status_code == 404 and "woodfrog secret list" in error_of(missing)["message"]
+    assert (await daemon.http.delete("/secrets/..")).status_code in (400, 404)
+
+
 # Snapshots
 
 FROZEN = SnapshotPolicy(enabled=True)

@@ -397,6 +397,19 @@ def test_targets(daemon: Daemon) -> None:
         assert "write APP.FUNC or APP.CLASS.METHOD" in shown.stderr
 
 
+def test_secret_delete_says_who_names_it_and_asks(daemon: Daemon) -> None:
+    daemon.routes["GET /secrets"] = {"secrets": ["db"]}
+    daemon.routes["GET /secrets/db/functions"] = {"functions": ["demo.square"]}
+    daemon.routes["DELETE /secrets/db"] = {"name": "db", "deleted": True}
+    asked = run("secret", "delete", "db", stdin="n\n")
+    assert asked.exit_code == 1 and "named by demo.square" in asked.stderr and "Remove secret db?" in asked.stderr
+    assert not daemon.seen("DELETE /secrets/db")
+    assert "no secret 'other'" in run("secret", "delete", "other").stderr
+    assert run("secret", "delete", "db", "--yes").stderr == "removed secret db\n"
+    assert daemon.seen("DELETE /secrets/db")[0].query == "force=1"
+    assert run("secret", "delete", "other", "-y", "--allow-missing").stderr == "no secret other\n"
+
+
 # --- the daemon ------------------------------------------------------------------------------------------------------
 
 

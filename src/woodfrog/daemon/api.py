@@ -338,9 +338,32 @@ def build(
         controller.resources.put_secret(name, values)
         return {"name": name, "keys": sorted(values)}
 
+    def users_of(name: str) -> list[str]:
+        """The functions of running and deployed apps that name a secret."""
+        specs = (controller.apps[key][1] for key in controller.active.items())
+        return sorted(f"{s.name}.{f.tag}" for s in specs for f in s.functions if name in {x.name for x in f.secrets})
+
     @api.get("/v1/secrets")
     async def secrets() -> dict[str, Any]:
         return {"secrets": controller.resources.secret_names()}
+
+    @api.get("/v1/secrets/{name}/functions")
+    async def secret_users(name: str) -> dict[str, Any]:
+        """Who names it."""
+        return {"name": name, "functions": users_of(name)}
+
+    @api.delete("/v1/secrets/{name}")
+    async def delete_secret(name: str, force: bool = False) -> dict[str, Any]:
+        """Remove a secret; refused while a function names it, unless `force` is given."""
+        users = users_of(name)
+        if users and not force:
+            raise SpecError(
+                f"secret {name!r} is named by {', '.join(users)}: stop their apps, or give force=1, and they start "
+                "without its variables",
+                code="secret-in-use",
+            )
+        controller.resources.delete_secret(name)
+        return {"name": name, "deleted": True}
 
     # Apps
 
