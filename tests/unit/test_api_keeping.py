@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -75,6 +76,34 @@ async def test_an_exported_file_is_fetched_once_and_taken_up_again(daemon: Daemo
     assert (await daemon.http.post(f"/snapshots/{ID}/export", params={"wait": 5})).status_code == 507
     daemon.backend.keeper.fails = StoreError("the disk is full")
     assert (await daemon.http.post("/snapshots/import", params={"wait": 5}, content=b"x")).status_code == 507
+    assert list(spool.iterdir()) == []
+
+
+async def test_an_exported_file_that_nobody_fetches_is_removed(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = daemon.settings.home / "calls"
+    gate = daemon.backend.keeper.gate = asyncio.Event()
+    job = (await daemon.http.post(f"/snapshots/{ID}/export", params={"wait": 0.01})).json()
+    assert job["for_client"]
+    assert (await daemon.http.delete(f"/jobs/{job['job']}/file")).status_code == 200
+    gate.set()  # written all the same, and gone
+    assert "file" not in (await daemon.http.get(f"/jobs/{job['job']}", params={"wait": 5})).json()
+    assert list(spool.iterdir()) == []
+
+    monkeypatch.setattr("woodfrog.daemon.jobs._FETCH_S", 0.05)
+    answer = (await daemon.http.post(f"/snapshots/{ID}/export", params={"wait": 5})).json()
+    assert len(list(spool.iterdir())) == 1
+    await asyncio.sleep(0.1)
+    assert list(spool.iterdir()) == [] and (await daemon.http.get(answer["file"])).status_code == 404
+
+    monkeypatch.undo()
+    answer = (await daemon.http.post(f"/snapshots/{ID}/export", params={"wait": 5})).json()
+    scope = {"type": "http", "method": "GET", "path": f"/v1{answer['file']}", "headers": [], "query_string": b""}
+
+    async def gone(message: Any) -> None:
+        raise OSError("the client went away")
+
+    with contextlib.suppress(Exception):
+        await daemon.app(scope, asyncio.Event().wait, gone)  # type: ignore[arg-type]
     assert list(spool.iterdir()) == []
 
 

@@ -293,6 +293,20 @@ def test_export_and_import_files(daemon: Daemon, tmp_path: Path) -> None:
     assert run("snapshot", "import", str(target)).stderr.endswith("error: no trusted key has signed it\n")
 
 
+def test_an_interrupted_export_is_given_up(daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = running("export s1")
+    begun.body["for_client"] = True
+    daemon.routes["POST /snapshots/s1/export"] = begun
+    daemon.routes["DELETE /jobs/j1/file"] = {"job": "j1"}
+
+    def interrupted(job: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("woodfrog.cli.remote.job_words", interrupted)
+    shown = run("snapshot", "export", "s1", str(tmp_path / "s1.frog"))
+    assert (shown.exit_code, shown.stderr) == (130, "interrupted\n") and daemon.seen("DELETE /jobs/j1/file")
+
+
 def test_trust_shows_the_fingerprint_and_asks(daemon: Daemon, home: Path, tmp_path: Path) -> None:
     raw = bytes(range(32))
     text = base64.b64encode(raw).decode() + " other-host"

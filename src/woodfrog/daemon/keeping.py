@@ -13,7 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
-from starlette.background import BackgroundTask
+from starlette.types import Receive, Scope, Send
 
 from woodfrog.backends.base import Progress, SnapshotKeeper
 from woodfrog.daemon.controller import Controller
@@ -43,6 +43,16 @@ class _Admin:
         given = request.headers.get("woodfrog-admin", "")
         if not secrets.compare_digest(given.encode(), self._secret.encode()):
             raise HostError("only root on the daemon's machine may change whom it trusts: use sudo", code="not-root")
+
+
+class _Once(FileResponse):
+    """A file that is removed when it was sent, or its client went away in the middle of it."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            Path(self.path).unlink(missing_ok=True)
 
 
 async def _take(request: Request, spool: Path) -> Path:
@@ -108,9 +118,13 @@ def add_routes(
         if job.file is None or not job.ended.is_set():
             raise NotFoundError(f"job {job_id} has no file, or it was fetched already", job=job_id)
         path, job.file = job.file, None
-        return FileResponse(
-            path, media_type="application/octet-stream", background=BackgroundTask(path.unlink, missing_ok=True)
-        )
+        return _Once(path, media_type="application/octet-stream")
+
+    @api.delete("/v1/jobs/{job_id}/file", tags=["jobs"])
+    async def drop_job_file(job_id: str) -> dict[str, Any]:
+        """Nobody will fetch it: it is removed as soon as it is written."""
+        jobs.give_up(jobs.get(job_id))
+        return {"job": job_id}
 
     # Removing
 
