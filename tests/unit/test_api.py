@@ -251,6 +251,20 @@ async def test_large_arguments_and_results(daemon: Daemon) -> None:
     assert pickle.loads((await daemon.http.get(f"/calls/{call}")).content) == BIG
 
 
+async def test_answers_in_memory_are_bounded_in_bytes(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("woodfrog.daemon.controller._ANSWERS_LIMIT", 100_000)
+    daemon.backend.functions = {**FUNCTIONS, "square": lambda x: str(x) * 30_000}
+    await daemon.deploy(function("square"))
+    answers = [await daemon.submit("square", x, wait=10) for x in range(8)]
+    calls = [a.headers["woodfrog-call"] for a in answers]
+    assert list(daemon.controller.calls) == calls[-3:]
+    for x, call in enumerate(calls):
+        assert pickle.loads((await daemon.http.get(f"/calls/{call}")).content) == str(x) * 30_000
+    monkeypatch.setattr("woodfrog.daemon.controller._ANSWER_S", -1.0)
+    daemon.controller.tidy()
+    assert not daemon.controller.calls and daemon.controller._answer_bytes == 0
+
+
 async def test_the_same_call_id_is_the_same_call(daemon: Daemon) -> None:
     ran: list[int] = []
     daemon.backend.functions = {**FUNCTIONS, "square": lambda x: ran.append(x) or x * x}
