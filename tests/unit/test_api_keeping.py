@@ -112,7 +112,8 @@ async def test_collecting_here_and_in_the_tier(daemon: Daemon) -> None:
         found: dict[str, Any] = (await daemon.http.post("/snapshots/gc", params={"wait": 5, **params})).json()
         return found
 
-    assert await gc() == await gc(dry_run=1) == {"packs": 2, "freed_bytes": 8192}
+    assert await gc() == await gc(dry_run=1) == {"packs": 2, "freed_bytes": 8192, "rebuilt_bytes": 0}
+    assert (await gc(rebuilt=1))["rebuilt_bytes"] == 4096
     in_tier = {
         "tier": "fake",
         "packs": 2,

@@ -186,14 +186,18 @@ def test_gc_pin_push_and_pull(daemon: Daemon) -> None:
     assert run("snapshot", "gc").stderr == "freed 3.0 MiB in 2 packs\n"
     assert run("snapshot", "gc", "--dry-run").stderr == "would free 3.0 MiB in 2 packs\n"
     assert "dry_run" in daemon.seen("POST /snapshots/gc")[1].query
+    daemon.routes["POST /snapshots/gc"] = {"packs": 0, "freed_bytes": 3 * MIB, "rebuilt_bytes": 2 * MIB}
+    assert run("snapshot", "gc", "--rebuilt").stderr == "freed 3.0 MiB in 0 packs, 2.0 MiB of it rebuilt ones\n"
+    assert "rebuilt=1" in daemon.seen("POST /snapshots/gc")[2].query
+    assert run("snapshot", "gc", "--rebuilt", "--tier").exit_code == 2
     found = {"tier": "s3://b", "packs": 1, "chunks": 4, "snapshots": 2, "objects": 12, "freed_bytes": MIB}
     daemon.routes["POST /snapshots/gc"] = found
     words = "1.0 MiB in s3://b: 12 objects of 1 packs, 4 chunks, 2 snapshots, 0 tombstones\n"
     assert run("snapshot", "gc", "--tier").stderr == f"freed {words}"
     assert run("snapshot", "gc", "--tier", "--dry-run").stderr == f"would free {words}"
     queries = [seen.query for seen in daemon.seen("POST /snapshots/gc")]
-    assert ["tier" in query for query in queries] == [False, False, True, True]
-    assert ["dry_run" in query for query in queries] == [False, True, False, True]
+    assert ["tier" in query for query in queries] == [False, False, False, True, True]
+    assert ["dry_run" in query for query in queries] == [False, True, False, False, True]
     daemon.routes["POST /snapshots/gc"] = {**found, "objects": 0}
     assert run("snapshot", "gc", "--tier").stderr == "nothing to remove in s3://b\n"
     daemon.routes["POST /snapshots/s1/pin"] = {"id": "s1", "pinned": True}

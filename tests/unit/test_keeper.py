@@ -18,6 +18,7 @@ import pytest
 
 from contract.faulty_tier import Fault, FaultyTier
 from repack import repack
+from unit.test_pages import Files, altered, noise
 from woodfrog import faults
 from woodfrog.backends import keeper as module
 from woodfrog.backends.keeper import Keeper
@@ -30,7 +31,7 @@ from woodfrog.snapshot.packing import prepare
 from woodfrog.snapshot.transport import Transport
 from woodfrog.snapshot.trust import TrustStore, public_text
 from woodfrog.store.cold import Key, key_id
-from woodfrog.store.pages import PageStore
+from woodfrog.store.pages import PageStore, Ref
 from woodfrog.store.tiers import DirectoryTier, Tier
 
 PAGE = 4096
@@ -203,7 +204,7 @@ def test_what_restores_read_is_not_dropped(here: Machine, tier: DirectoryTier) -
         begun, goes = threading.Event(), threading.Event()
         kept: list[set[str]] = []
 
-        def trim(budget: int, keep: set[str]) -> int:
+        def trim(budget: int, keep: set[str], *, dry_run: bool) -> int:
             kept.append(keep)
             begun.set()
             goes.wait(5)
@@ -232,6 +233,30 @@ def test_what_restores_read_is_not_dropped(here: Machine, tier: DirectoryTier) -
             await room
             await late
         await keeper.close()
+
+    asyncio.run(main())
+
+
+def test_rebuilt_packs_go_when_asked_for(here: Machine, tmp_path: Path) -> None:
+    """They are what makes thaws fast: a plain collection leaves them."""
+    files = Files(tmp_path)
+    base = here.store.ingest([files.run(noise(1))], owner="t")
+    changed = files.run(altered(noise(1), 2), base=((0, Ref(base.packs[0], 0, 1)),))
+    here.store.open_raw(here.store.ingest([changed], owner="t").packs)
+    files.close()
+    here.store.release("t")
+
+    async def main() -> None:
+        keeper = here.keeper()
+
+        async def gc(*, dry_run: bool = False, rebuilt: bool = True) -> int:
+            found = await keeper.gc(dry_run=dry_run, rebuilt=rebuilt, progress=quietly)
+            assert found["freed_bytes"] == found["rebuilt_bytes"]
+            return int(found["rebuilt_bytes"])
+
+        assert await gc(rebuilt=False) == 0 and await gc(dry_run=True) == PAGE
+        assert here.store.stats().cache_bytes == PAGE
+        assert await gc() == PAGE and here.store.stats().cache_bytes == 0
 
     asyncio.run(main())
 
@@ -327,7 +352,7 @@ def test_what_is_sent_slowly_holds_up_neither_packing_nor_room(here: Machine, ti
         await until(sending.is_set)
         keeper.pack_later(C)
         await until(lambda: here.catalogue.form(C) == "packed")
-        await keeper.gc(dry_run=False, progress=quietly)
+        await keeper.gc(dry_run=False, rebuilt=False, progress=quietly)
         await until(lambda: here.catalogue.form(A) is None)
         assert here.whole(B) and not keeper._in_tier(C)
         go.set()

@@ -378,6 +378,9 @@ def verify(
 @app.command()
 def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    rebuilt: Annotated[
+        bool, typer.Option("--rebuilt", help="Rebuilt packs, too: the next thaws that need them rebuild them.")
+    ] = False,
     tier: Annotated[
         bool, typer.Option("--tier", help="In the tier instead: what no snapshot there needs, a day old or more.")
     ] = False,
@@ -387,7 +390,9 @@ def gc(
 
     In the tier it is done only when you ask: on one machine, that trusts all keys whose snapshots are there.
     """
-    asked = {name: "1" for name, wanted in (("dry_run", dry_run), ("tier", tier)) if wanted}
+    if rebuilt and tier:
+        raise SpecError("rebuilt packs are on this machine only: give --rebuilt or --tier", code="bad-arguments")
+    asked = {name: "1" for name, wanted in (("dry_run", dry_run), ("rebuilt", rebuilt), ("tier", tier)) if wanted}
     answer = work(connect(), "/snapshots/gc", quiet=as_json, **asked)
     if as_json:
         output.show_json(answer)
@@ -399,7 +404,10 @@ def gc(
         what = f"{verb} {freed} in {answer.get('tier')}: {answer.get('objects')} objects of {', '.join(parts)}"
         output.note(what if answer.get("objects") else f"nothing to remove in {answer.get('tier')}")
     else:
-        output.note(f"{verb} {freed} in {packs} pack{'' if packs == 1 else 's'}" if packs else "nothing to remove")
+        what = f"{verb} {freed} in {packs} pack{'' if packs == 1 else 's'}"
+        if answer.get("rebuilt_bytes"):
+            what += f", {output.size(answer['rebuilt_bytes'])} of it rebuilt ones"
+        output.note(what if answer.get("freed_bytes") else "nothing to remove")
 
 
 @app.command()

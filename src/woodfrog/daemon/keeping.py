@@ -174,11 +174,15 @@ def add_routes(
         return await answer(jobs.start(f"verify {found}", lambda p: keeper().verify(found, p)), wait)
 
     @api.post("/v1/snapshots/gc", tags=["snapshots"])
-    async def gc(dry_run: bool = False, tier: bool = False, wait: float = Wait) -> Response:
-        """Remove from the page store what no snapshot and no container needs; with `tier`, from the tier instead."""
+    async def gc(dry_run: bool = False, rebuilt: bool = False, tier: bool = False, wait: float = Wait) -> Response:
+        """Remove from the page store what no snapshot and no container needs; with `tier`, from the tier instead.
+
+        `rebuilt`: also what is there for faster thaws only.
+        """
         if tier:
             return await answer(jobs.start("gc", lambda p: keeper().gc_tier(dry_run=dry_run, progress=p)), wait)
-        return await answer(jobs.start("gc", lambda p: keeper().gc(dry_run=dry_run, progress=p)), wait)
+        work: Work = lambda p: keeper().gc(dry_run=dry_run, rebuilt=rebuilt, progress=p)  # noqa: E731
+        return await answer(jobs.start("gc", work), wait)
 
     @api.post("/v1/snapshots/{snapshot_id}/pin", tags=["snapshots"])
     async def pin(snapshot_id: str) -> dict[str, Any]:
