@@ -294,7 +294,7 @@ def test_export_and_import_files(daemon: Daemon, tmp_path: Path) -> None:
     )  # fmt: skip
     refused = IntegrityError("no trusted key has signed it").to_dict()
     daemon.routes["POST /snapshots/import"] = Answer({"error": refused}, 409)
-    assert run("snapshot", "import", str(target)).stderr.endswith("error: no trusted key has signed it\n")
+    assert run("snapshot", "import", str(target)).stderr.endswith(f"error: {target}: no trusted key has signed it\n")
 
 
 def test_an_interrupted_export_is_given_up(daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

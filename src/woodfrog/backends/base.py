@@ -182,9 +182,9 @@ class SnapshotKeeper(Protocol):
     async def store_stats(self) -> dict[str, Any]:
         """`packs`, `pages`, `raw_bytes` (of all pages in the store), `stored_bytes` (what they take), `cache_bytes`
         (rebuilt, for faster thaws), `large_files`, `large_files_bytes` (of file layers, once each),
-        `large_files_shared_bytes` (what they would take beside that, were they not shared), `budget_bytes` (0 = none), `tier` (name or ""), and
-        `snapshots`: [{`id`, `kind`, `app`, `function`, `parent`, `form`, `raw_bytes`, `stored_bytes` (what it added),
-        `fs_bytes`, `pinned`, `pushed`}].
+        `large_files_shared_bytes` (what they would take beside that, were they not shared), `budget_bytes` (0 = none),
+        `tier` (name or ""), and `snapshots`: [{`id`, `kind`, `app`, `function`, `parent`, `form`, `raw_bytes`,
+        `stored_bytes` (what it added), `fs_bytes`, `pinned`, `pushed`}].
         """
 
 

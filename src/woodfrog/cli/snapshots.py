@@ -14,7 +14,7 @@ import typer
 from woodfrog.cli import contents, output, trust
 from woodfrog.cli.call import payload_from, raise_failure
 from woodfrog.cli.remote import connect, finish, get, post, segment, split_target, work
-from woodfrog.errors import CaptureError, NotFoundError, SpecError, WoodfrogError
+from woodfrog.errors import CaptureError, NotFoundError, SnapshotError, SpecError, StoreError, WoodfrogError
 
 if TYPE_CHECKING:
     from woodfrog.sdk.client import Client
@@ -480,9 +480,13 @@ def import_(
             with output.Progress(quiet=as_json or not sys.stderr.isatty()) as progress:
                 progress.say(f"sending {output.size(size)}")
                 answer = client.upload("/snapshots/import", source, size)
+        answer = finish(client, answer, quiet=as_json)
     except OSError as e:
         raise SpecError(f"cannot read {file}: {e.strerror}", code="no-file") from None
-    _show_taken(finish(client, answer, quiet=as_json), "imported", as_json)
+    except (NotFoundError, SnapshotError, StoreError) as e:
+        e.message = f"{file}: {e.message}"  # the daemon knows its content only
+        raise
+    _show_taken(answer, "imported", as_json)
 
 
 @app.command()

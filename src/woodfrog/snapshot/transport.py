@@ -652,17 +652,17 @@ class Transport:
             IncompatibleSnapshot, StoreError: as `pull`.
         """
         with self._room() as room:
-            tier = DirectoryTier(room / "tier")
+            tier = DirectoryTier(room / "tier", "the file")
             try:
                 with tarfile.open(source, "r:") as tar:
                     ids = set(_take_members(tar, room / "tier"))
             except (tarfile.TarError, ValueError, OverflowError, EOFError) as e:
                 why = str(e).partition("\n")[0]
-                raise IntegrityError(f"{source} is not an exported snapshot: {why}", code="bad-export") from None
+                raise IntegrityError(f"the file is not an exported snapshot: {why}", code="bad-export") from None
             except OSError as e:
                 raise store_error("cannot import the snapshot", source, e) from e
             if len(ids) != 1:
-                raise IntegrityError(f"{source} is not an exported snapshot", code="bad-export")
+                raise IntegrityError("the file is not an exported snapshot", code="bad-export")
             self._catalogue.accept(snapshot_id := ids.pop())
             return self.pull(snapshot_id, tier, progress)
 

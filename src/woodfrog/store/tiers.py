@@ -281,10 +281,14 @@ class DirectoryTier:
     """Objects as files below a directory: a disk, a tmpfs, a mounted share.
 
     What `put` has stored survives a power loss. Writers on several machines may share one directory.
+
+    Args:
+        name: what messages call it; its URL without.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, name: str = "") -> None:
         self.root = Path(root)
+        self._name = name or f"file://{self.root}"
         self._incoming = self.root / _TEMPORARY
         try:
             self._incoming.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -294,7 +298,7 @@ class DirectoryTier:
 
     @property
     def name(self) -> str:
-        return f"file://{self.root}"
+        return self._name
 
     def put(self, key: str, source: Path | bytes) -> None:
         final = self._path(key)
