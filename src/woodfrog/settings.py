@@ -113,7 +113,7 @@ class Settings:
     @property
     def hot(self) -> Path:
         """Where snapshots are as plain bytes: in memory when they may be on disk only encrypted."""
-        return Path("/dev/shm") / f"woodfrog-{self.tag}" / "hot" if self.encrypted else self.home
+        return self.shm / "hot" if self.encrypted else self.home
 
     @property
     def tag(self) -> str:
@@ -121,9 +121,14 @@ class Settings:
         return sha256(str(self.home).encode()).hexdigest()[:8]
 
     @property
+    def shm(self) -> Path:
+        """This state directory's place in memory (tmpfs)."""
+        return Path("/dev/shm") / f"woodfrog-{self.tag}"
+
+    @property
     def kdat_dir(self) -> Path:
         """CRIU's run-time directory; on tmpfs, or CRIU probes the kernel again at every start (26 ms)."""
-        return Path("/dev/shm") / f"woodfrog-{self.tag}" / "criu"
+        return self.shm / "criu"
 
 
 _BOOLS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}

@@ -39,6 +39,7 @@ from woodfrog.daemon.controller import Controller
 from woodfrog.daemon.journal import Journal
 from woodfrog.daemon.logs import LogBook, rotate_own
 from woodfrog.daemon.resources import Resources
+from woodfrog.daemon.shm import claim, sweep
 from woodfrog.errors import DaemonError, HostError, SpecError, WoodfrogError
 from woodfrog.linux import descriptors, heap, requirements
 from woodfrog.linux.breakpoints import keep_quick
@@ -215,6 +216,8 @@ async def serve(settings: Settings) -> None:
     content = ContentStore(settings.home, settings.worker_uid)
     logs = LogBook(settings.home / "logs", settings.log_mib << 20)
     resources = Resources(settings, content)
+    claim(settings.shm, settings.home)
+    await asyncio.to_thread(sweep)
     settings.hot.mkdir(parents=True, exist_ok=True, mode=0o700)
     if settings.encrypted:
         _check_private(settings.hot)
