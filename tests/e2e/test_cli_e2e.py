@@ -512,6 +512,27 @@ def test_a_daemon_whose_code_was_removed_is_replaced(tmp_path: Path) -> None:
         assert daemon.cli("call", "slow.nap", "seconds=0").stderr.count("note") == 0
 
 
+WAITING = """
+import woodfrog
+from woodfrog.sdk import client
+client.ABANDONED_S = 0.2
+print(woodfrog.Function.from_name("slow", "nap").remote(2))
+"""
+
+
+def test_who_waits_for_a_daemon_that_was_killed_starts_another() -> None:
+    with own_home() as daemon:
+        daemon.start()
+        daemon.cli("deploy", str(daemon.program(SLOW, "slow.py")))
+        waiting = subprocess.Popen(
+            [BIN / "python", "-c", WAITING], env=daemon.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        until(lambda: any(c["call"] for c in daemon.get("/containers")["containers"]))
+        daemon.kill()
+        said, told = waiting.communicate(timeout=120)
+        assert (said, waiting.returncode) == ("2\n", 0) and "died: starting another" in told, told
+
+
 class own_home:
     """A state directory without a daemon, and the end of whatever daemon was started in it."""
 

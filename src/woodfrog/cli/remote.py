@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from woodfrog.cli import output
@@ -70,13 +71,26 @@ POLL_S = 0.5
 GIVE_UP_S = 2.0
 
 
+@contextmanager
+def waiting(client: Client, *, quiet: bool = False) -> Iterator[output.Progress]:
+    """For what is going on while something is waited for, also when the daemon goes away."""
+    with output.Progress(quiet=quiet) as progress:
+        before = client.on_lost
+        if not quiet:
+            client.on_lost = progress.say
+        try:
+            yield progress
+        finally:
+            client.on_lost = before
+
+
 def finish(client: Client, answer: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
     """Wait for the end of work in the daemon, saying how far it is.
 
     Args:
         answer: to the request that began it: its result, or a job's state.
     """
-    with output.Progress(quiet=quiet) as progress:
+    with waiting(client, quiet=quiet) as progress:
         try:
             while answer.get("state") == "running" and "job" in answer:
                 progress.say(job_words(answer))
