@@ -6,6 +6,7 @@ Order: environment variable, then `config.toml` in the state directory, then the
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -143,7 +144,7 @@ _LEAST = {
     "capture_attempts": 1,
 }
 """Of the others it is 0."""
-_MOST = {"gpu_free_percent": 100}
+_MOST = {"gpu_free_percent": 100, "worker_uid": (1 << 31) - 2}
 
 
 def _within(name: str, key: str, value: Number) -> Number:
@@ -151,6 +152,14 @@ def _within(name: str, key: str, value: Number) -> Number:
     if not least <= value <= most:  # nor is "not a number"
         limits = f"{least} or more" if most == inf else f"between {least} and {most}"
         raise SpecError(f"setting {name}: {value} is not {limits}", code="bad-setting")
+    return value
+
+
+def _text(name: str, key: str, value: str) -> str:
+    if key == "gpu" and value not in ("", "none"):
+        raise SpecError(f"setting {name}: {value!r} is neither empty nor none", code="bad-setting")
+    if key == "token" and not re.fullmatch("[!-~]*", value):  # it travels in a header
+        raise SpecError(f"setting {name}: a token is of printable ASCII, without spaces", code="bad-setting")
     return value
 
 
@@ -164,7 +173,7 @@ def _convert(name: str, key: str, kind: str, raw: Any) -> Any:
             return _within(name, key, float(raw))
         if kind == "Path":
             return Path(str(raw)).absolute()
-        return str(raw)
+        return _text(name, key, str(raw))
     except (KeyError, TypeError, ValueError):
         raise SpecError(f"setting {name}: {raw!r} is not of type {kind}", code="bad-setting") from None
 
