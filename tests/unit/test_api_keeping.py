@@ -153,6 +153,16 @@ async def test_invalidating_here_and_in_the_tier(daemon: Daemon) -> None:
     assert (await daemon.http.post("/snapshots/s-f/invalidate")).status_code == 404
 
 
+async def test_a_pinned_snapshot_is_invalidated_by_force_only(daemon: Daemon) -> None:
+    await daemon.http.post(f"/snapshots/{ID}/pin")
+    for params in ({}, {"tier": 1}):
+        refused = await daemon.http.post(f"/snapshots/{ID}/invalidate", params=params)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "pinned")
+    assert daemon.catalogue.retired(ID) is None
+    done = await daemon.http.post(f"/snapshots/{ID}/invalidate", params={"force": 1})
+    assert done.json() == {"snapshot": ID, "removed": True}
+
+
 async def test_the_tier_is_listed_and_what_was_removed_there_is_pushed_on_a_persons_word_only(daemon: Daemon) -> None:
     assert (await daemon.http.get("/tier")).json() == {"tier": "fake"}
 

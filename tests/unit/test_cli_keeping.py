@@ -20,7 +20,7 @@ from fake_daemon import Answer, Daemon, Request, private_home, serving
 from woodfrog.cli import commands
 from woodfrog.cli.plot import Box, squarify, tiles
 from woodfrog.cli.remote import job_words
-from woodfrog.errors import IntegrityError, StoreError
+from woodfrog.errors import IntegrityError, SpecError, StoreError
 
 MIB = 1 << 20
 
@@ -266,6 +266,15 @@ def test_removing_from_the_tier_asks(daemon: Daemon) -> None:
     assert shown == ["retired s2: removed with the last container thawed from it", "s2 was not in s3://b"]
     daemon.routes["POST /snapshots/s2/invalidate"] = {"snapshot": "s2", "removed": True}
     assert run("snapshot", "invalidate", "s2").stderr == "removed s2\n"
+    pinned = SpecError("snapshot s2 is pinned: unpin it, or give force=1", code="pinned").to_dict()
+    removed = daemon.routes["POST /snapshots/s2/invalidate"]
+    daemon.routes["POST /snapshots/s2/invalidate"] = lambda r: (
+        removed if "force=1" in r.query else Answer({"error": pinned}, 400)
+    )
+    refused = run("snapshot", "invalidate", "s2", stdin="n\n")
+    assert refused.exit_code == 1 and "s2 is pinned. Remove it?" in refused.stderr
+    assert run("snapshot", "invalidate", "s2", stdin="y\n").stderr.endswith("removed s2\n")
+    assert run("snapshot", "invalidate", "s2", "--yes").stderr == "removed s2\n"
     assert "tier" not in daemon.seen("POST /snapshots/s2/invalidate")[-1].query
 
 

@@ -298,23 +298,21 @@ def invalidate(
             "--tier", help="Remove it from the tier as well, for all machines; its memory there goes with `gc --tier`."
         ),
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="With --tier: do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: Json = False,
 ) -> None:
     """Remove a snapshot, now or when its last container ends: the next start is cold, and makes a new one.
 
     In the tier it stays, and is not taken from there again by this machine. With --tier it goes there, too, and no
-    other machine puts it back; give the whole id of one that is only there.
+    other machine puts it back; give the whole id of one that is only there. Asks before that, and before a pinned one.
     """
     client = connect()
-    path = f"/snapshots/{segment(snapshot)}/invalidate"
     if not tier:
-        answer = post(client, path)
+        answer = _remove_here(client, snapshot, yes)
     else:
         if not yes:
             snapshot = _ask_to_withdraw(client, snapshot)
-            path = f"/snapshots/{segment(snapshot)}/invalidate"
-        answer = work(client, path, quiet=as_json, tier="1")
+        answer = work(client, f"/snapshots/{segment(snapshot)}/invalidate", quiet=as_json, tier="1", force="1")
     if as_json:
         output.show_json(answer)
         return
@@ -325,6 +323,19 @@ def invalidate(
     if tier:
         there = f"removed {name} from" if answer.get("in_tier") else f"{name} was not in"
         output.note(f"{there} {answer.get('tier')}")
+
+
+def _remove_here(client: Client, snapshot: str, yes: bool) -> dict[str, Any]:
+    """Have a snapshot removed from this machine; a pinned one when a person confirms that."""
+    path = f"/snapshots/{segment(snapshot)}/invalidate"
+    if not yes:
+        try:
+            return post(client, path)
+        except SpecError as e:
+            if e.code != "pinned":
+                raise
+        typer.confirm(f"{snapshot} is pinned. Remove it?", abort=True, err=True)
+    return work(client, path, quiet=True, force="1")
 
 
 def _ask_to_withdraw(client: Client, snapshot: str) -> str:

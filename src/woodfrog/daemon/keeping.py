@@ -19,7 +19,7 @@ from woodfrog.backends.base import Progress, SnapshotKeeper
 from woodfrog.daemon.controller import Controller
 from woodfrog.daemon.jobs import Job, Jobs
 from woodfrog.errors import HostError, NotFoundError, SpecError
-from woodfrog.snapshot.catalogue import Catalogue
+from woodfrog.snapshot.catalogue import PINNED, Catalogue
 from woodfrog.store.files import store_error, write_atomic
 
 __all__ = ["ADMIN", "add_routes"]
@@ -129,10 +129,10 @@ def add_routes(
     # Removing
 
     @api.post("/v1/snapshots/{snapshot_id}/invalidate", tags=["snapshots"])
-    async def invalidate(snapshot_id: str, tier: bool = False, wait: float = Wait) -> Response:
+    async def invalidate(snapshot_id: str, tier: bool = False, force: bool = False, wait: float = Wait) -> Response:
         """Never use a snapshot again and remove it; with `tier`, from the tier as well, for all machines.
 
-        With `tier` it need not be on this machine; its id must be whole then.
+        With `tier` it need not be on this machine; its id must be whole then. A pinned one is refused without `force`.
         """
         found, here = snapshot_id, True
         if snapshot_id not in catalogue.damaged:
@@ -142,6 +142,8 @@ def add_routes(
                 if not tier:
                     raise
                 here = False
+            if here and not force and catalogue.marked(found, PINNED):
+                raise SpecError(f"snapshot {found} is pinned: unpin it, or give force=1", code="pinned")
 
         async def everywhere(_: Progress) -> dict[str, Any]:
             # The tier first: when it fails, nothing has changed.
