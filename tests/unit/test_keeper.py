@@ -25,7 +25,7 @@ from woodfrog.backends.keeper import Keeper
 from woodfrog.criu.pagemap import INDEX, PageIndex, PageTask, read_index, write_index
 from woodfrog.errors import IntegrityError, NotFoundError, StoreError
 from woodfrog.faults import InjectedFault
-from woodfrog.snapshot.catalogue import PINNED, PUSHED, Catalogue
+from woodfrog.snapshot.catalogue import PINNED, PUSHED, WORKING_SET, Catalogue
 from woodfrog.snapshot.manifest import FORMAT, Manifest, SigningKey, decode, encode
 from woodfrog.snapshot.packing import prepare
 from woodfrog.snapshot.transport import Transport
@@ -232,6 +232,26 @@ def test_what_restores_read_is_not_dropped(here: Machine, tier: DirectoryTier) -
             goes.set()
             await room
             await late
+        await keeper.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("bad", ["text", "directory"])
+def test_a_working_set_that_cannot_be_read_keeps_nothing_from_the_store_or_the_tier(
+    here: Machine, tier: DirectoryTier, bad: str
+) -> None:
+    """It only says what is wanted first."""
+    here.make(A)
+    working_set = here.catalogue.path(A) / WORKING_SET
+    working_set.write_text("no set") if bad == "text" else working_set.mkdir()
+
+    async def main() -> None:
+        keeper = here.keeper(tier)
+        keeper.pack_later(A)
+        await until(lambda: settled(keeper))
+        assert here.catalogue.form(A) == "packed" and here.whole(A) and keeper._in_tier(A)
+        assert working_set.exists() == (bad == "directory")
         await keeper.close()
 
     asyncio.run(main())

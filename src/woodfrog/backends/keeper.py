@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from woodfrog.backends.base import Progress
-from woodfrog.backends.memory import read_working_set
+from woodfrog.backends.memory import usable_set
 from woodfrog.errors import IncompatibleSnapshot, IntegrityError, NotFoundError, StoreError, WoodfrogError
 from woodfrog.linux import heap
 from woodfrog.linux.pageserver import PageServer
 from woodfrog.snapshot import tombstones
 from woodfrog.snapshot.arrival import Arrival
-from woodfrog.snapshot.catalogue import PINNED, PUSHED, WITHDRAWN, Catalogue, Opened
+from woodfrog.snapshot.catalogue import PINNED, PUSHED, WITHDRAWN, WORKING_SET, Catalogue, Opened
 from woodfrog.snapshot.manifest import Manifest
 from woodfrog.snapshot.packing import NotPackable, prepare
 from woodfrog.snapshot.pending import TRIES, Pending, PendingNotes, why_not
@@ -233,7 +233,7 @@ class Keeper:
             except WoodfrogError as e:  # without it, less is shared
                 log.warning("snapshot %s is not packed: %s", parent, e.message)
         owner = f"{self._owner}-pack-{snapshot_id}"
-        working_set = await asyncio.to_thread(read_working_set, self._catalogue.path(snapshot_id))
+        working_set = await asyncio.to_thread(usable_set, self._catalogue.path(snapshot_id) / WORKING_SET)
         try:
             with self._using(snapshot_id):
                 old, new = await asyncio.to_thread(
