@@ -92,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    do_GET = do_POST = do_PUT = do_HEAD = _serve
+    do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = _serve
 
 
 HEALTH = {"version": "9.9", "protocol": VERSION, "pid": 1 << 22, "state_dir": "/x", "uptime_s": 1.0}

@@ -6,6 +6,7 @@ Order: environment variable, then `config.toml` in the state directory, then the
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -113,7 +114,7 @@ class Settings:
     @property
     def hot(self) -> Path:
         """Where snapshots are as plain bytes: in memory when they may be on disk only encrypted."""
-        return Path("/dev/shm") / f"woodfrog-{self.tag}" / "hot" if self.encrypted else self.home
+        return self.shm / "hot" if self.encrypted else self.home
 
     @property
     def tag(self) -> str:
@@ -121,9 +122,14 @@ class Settings:
         return sha256(str(self.home).encode()).hexdigest()[:8]
 
     @property
+    def shm(self) -> Path:
+        """This state directory's place in memory (tmpfs)."""
+        return Path("/dev/shm") / f"woodfrog-{self.tag}"
+
+    @property
     def kdat_dir(self) -> Path:
         """CRIU's run-time directory; on tmpfs, or CRIU probes the kernel again at every start (26 ms)."""
-        return Path("/dev/shm") / f"woodfrog-{self.tag}" / "criu"
+        return self.shm / "criu"
 
 
 _BOOLS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -138,7 +144,7 @@ _LEAST = {
     "capture_attempts": 1,
 }
 """Of the others it is 0."""
-_MOST = {"gpu_free_percent": 100}
+_MOST = {"gpu_free_percent": 100, "worker_uid": (1 << 31) - 2}
 
 
 def _within(name: str, key: str, value: Number) -> Number:
@@ -146,6 +152,14 @@ def _within(name: str, key: str, value: Number) -> Number:
     if not least <= value <= most:  # nor is "not a number"
         limits = f"{least} or more" if most == inf else f"between {least} and {most}"
         raise SpecError(f"setting {name}: {value} is not {limits}", code="bad-setting")
+    return value
+
+
+def _text(name: str, key: str, value: str) -> str:
+    if key == "gpu" and value not in ("", "none"):
+        raise SpecError(f"setting {name}: {value!r} is neither empty nor none", code="bad-setting")
+    if key == "token" and not re.fullmatch("[!-~]*", value):  # it travels in a header
+        raise SpecError(f"setting {name}: a token is of printable ASCII, without spaces", code="bad-setting")
     return value
 
 
@@ -159,7 +173,7 @@ def _convert(name: str, key: str, kind: str, raw: Any) -> Any:
             return _within(name, key, float(raw))
         if kind == "Path":
             return Path(str(raw)).absolute()
-        return str(raw)
+        return _text(name, key, str(raw))
     except (KeyError, TypeError, ValueError):
         raise SpecError(f"setting {name}: {raw!r} is not of type {kind}", code="bad-setting") from None
 

@@ -51,9 +51,9 @@ class FakeKeeper:
             snapshots.append({"id": manifest.id, "bytes": manifest.pages_bytes, "problems": problems})
         return {"snapshots": snapshots, "store": []}
 
-    async def gc(self, *, dry_run: bool, progress: Progress) -> dict[str, Any]:
+    async def gc(self, *, dry_run: bool, rebuilt: bool, progress: Progress) -> dict[str, Any]:
         await self._work(progress)
-        return {"packs": 2, "freed_bytes": 8192}
+        return {"packs": 2, "freed_bytes": 8192, "rebuilt_bytes": 4096 * rebuilt}
 
     async def gc_tier(self, *, dry_run: bool, progress: Progress) -> dict[str, Any]:
         await self._work(progress)

@@ -311,6 +311,10 @@ def test_memory_is_bounded() -> None:
 
 def test_urls(tmp_path: Path, bucket: Callable[[], ObjectTier]) -> None:
     assert open_tier(str(tmp_path / "x")).name == open_tier(f"file://{tmp_path}/x").name == f"file://{tmp_path}/x"
+    for url in (f"{tmp_path}/y", f"file://{tmp_path}/y"):
+        with pytest.raises(StoreError, match="y' is no directory: mount what belongs there"):
+            open_tier(url, make=False)
+    assert open_tier(str(tmp_path / "x"), make=False).name.endswith("/x") and not (tmp_path / "y").exists()
     assert isinstance(open_tier("memory://"), MemoryTier)
     assert open_tier("s3://woodfrog/a/b/").name == "s3://woodfrog/a/b"
     bad = ["ftp://host/x", "relative/path", "s3://", "s3:///x", "file://host/x", "s3://b?x=1", "s3://AK:SECRET@b/x", ""]

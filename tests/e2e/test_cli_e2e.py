@@ -457,13 +457,15 @@ def test_daemon_commands(tmp_path: Path) -> None:
         assert "running" in daemon.cli("daemon", "status").stdout
         path = daemon.program(PROGRAM, "tool.py")
         daemon.cli("deploy", str(path))
+        again = daemon.json("daemon", "restart")
+        assert again["restarted"] and again["current"] and not alive(started["pid"])
         stopped = daemon.json("daemon", "stop")
-        assert stopped["stopped"] and not alive(started["pid"])
+        assert stopped["stopped"] and not alive(again["pid"])
 
         # Another is started by the first command that needs one; what was deployed is there.
         assert daemon.cli("call", "tool.add", "a=4").stdout == "5\n"
         pid = daemon.json("daemon", "status")["pid"]
-        assert pid != started["pid"]
+        assert pid != again["pid"]
         assert daemon.cli("daemon", "logs", "-n", "5").stdout
         assert f"pid {pid}" in daemon.cli("daemon", "stop").stderr
         assert not alive(pid) and daemon.leaks() == {}
@@ -494,6 +496,9 @@ def test_a_daemon_whose_code_was_removed_is_replaced(tmp_path: Path) -> None:
             [BIN / "woodfrog", "call", "slow.nap", "seconds=8"], env=daemon.env, stdout=subprocess.PIPE, text=True
         )
         until(lambda: any(c["call"] for c in daemon.get("/containers")["containers"]))
+        with open(copy / "woodfrog/worker/server.py", "a") as file:
+            file.write("# a new version\n")
+        assert f"(pid {old}) is older than its code in {copy / 'woodfrog'}" in daemon.cli("app", "list").stderr
         shutil.rmtree(copy)
         gone = f"(pid {old}) runs from {copy / 'woodfrog'}, which is gone"
         checks = {c["name"]: c for c in json.loads(daemon.cli("doctor", "--json", check=False).stdout)["checks"]}
@@ -505,6 +510,27 @@ def test_a_daemon_whose_code_was_removed_is_replaced(tmp_path: Path) -> None:
         assert done.stdout == "0\n" and f"note: woodfrog's daemon {gone}: another is started" in done.stderr
         assert daemon.json("daemon", "status")["pid"] != old and not alive(old)
         assert daemon.cli("call", "slow.nap", "seconds=0").stderr.count("note") == 0
+
+
+WAITING = """
+import woodfrog
+from woodfrog.sdk import client
+client.ABANDONED_S = 0.2
+print(woodfrog.Function.from_name("slow", "nap").remote(2))
+"""
+
+
+def test_who_waits_for_a_daemon_that_was_killed_starts_another() -> None:
+    with own_home() as daemon:
+        daemon.start()
+        daemon.cli("deploy", str(daemon.program(SLOW, "slow.py")))
+        waiting = subprocess.Popen(
+            [BIN / "python", "-c", WAITING], env=daemon.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        until(lambda: any(c["call"] for c in daemon.get("/containers")["containers"]))
+        daemon.kill()
+        said, told = waiting.communicate(timeout=120)
+        assert (said, waiting.returncode) == ("2\n", 0) and "died: starting another" in told, told
 
 
 class own_home:

@@ -149,7 +149,7 @@ def test_to_another_machine_and_back(daemon: Daemon, snapshot: str, tmp_path: Pa
 
 
 def test_by_way_of_a_tier(tmp_path: Path) -> None:
-    tier = str(tmp_path / "tier")
+    tier = str(tmp_path)
     env = {"WOODFROG_TIER": tier, "WOODFROG_ZYGOTES": "0"}
     with Daemon(**env) as first, Daemon(**env) as second:
         first.cli("deploy", str(first.program(PROGRAM, "keep.py")))

@@ -42,6 +42,7 @@ class Holder:
 @pytest.fixture
 def place() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="wf-", dir="/var/tmp"))
+    (path / "tier").mkdir()
     yield path
     shutil.rmtree(path, ignore_errors=True)
 

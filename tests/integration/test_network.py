@@ -171,7 +171,7 @@ async def test_missing_tools_name_their_package(monkeypatch: pytest.MonkeyPatch,
         await Network("wfnone", "10.199.0.0/24", leases=tmp_path).lease("x")
 
 
-BAD = [("wf0; drop", "10.0.0.0/16"), ("wf0", "10.0.0.1/16"), ("wf0", "x"), ("wf0", "10.0.0.0/30")]
+BAD = [("wf0; drop", "10.0.0.0/16"), ("wf0", "10.0.0.1/16"), ("wf0", "x"), ("wf0", "10.0.0.0/30"), ("wf0", "0.0.0.0/0")]
 
 
 @pytest.mark.parametrize(("bridge", "subnet"), BAD)

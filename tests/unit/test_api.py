@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import sys
 import tarfile
 import time
@@ -30,6 +31,7 @@ from woodfrog.daemon.api import TokenAuth, build
 from woodfrog.daemon.controller import Controller
 from woodfrog.daemon.journal import Journal
 from woodfrog.daemon.logs import LogBook
+from woodfrog.daemon.package import Package
 from woodfrog.daemon.resources import Resources
 from woodfrog.errors import StoreError, error_from_dict
 from woodfrog.protocol import unpack_items
@@ -282,6 +284,20 @@ async def test_large_arguments_and_results(daemon: Daemon) -> None:
     assert daemon.spooled() == [f"{call}.out"]
     daemon.controller.calls.clear()
     assert pickle.loads((await daemon.http.get(f"/calls/{call}")).content) == BIG
+
+
+async def test_answers_in_memory_are_bounded_in_bytes(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("woodfrog.daemon.controller._ANSWERS_LIMIT", 100_000)
+    daemon.backend.functions = {**FUNCTIONS, "square": lambda x: str(x) * 30_000}
+    await daemon.deploy(function("square"))
+    answers = [await daemon.submit("square", x, wait=10) for x in range(8)]
+    calls = [a.headers["woodfrog-call"] for a in answers]
+    assert list(daemon.controller.calls) == calls[-3:]
+    for x, call in enumerate(calls):
+        assert pickle.loads((await daemon.http.get(f"/calls/{call}")).content) == str(x) * 30_000
+    monkeypatch.setattr("woodfrog.daemon.controller._ANSWER_S", -1.0)
+    daemon.controller.tidy()
+    assert not daemon.controller.calls and daemon.controller._answer_bytes == 0
 
 
 async def test_the_same_call_id_is_the_same_call(daemon: Daemon) -> None:
@@ -548,6 +564,21 @@ async def test_secret_that_went_does_not_hang_the_start(daemon: Daemon) -> None:
     assert (home / "secrets" / "token.json").stat().st_mode & 0o777 == 0o600
 
 
+async def test_a_secret_that_a_function_names_is_removed_by_force_only(daemon: Daemon) -> None:
+    await daemon.http.put("/secrets/token", json={"TOKEN": "1"})
+    await daemon.deploy(function("square", secrets=(SecretSpec("token"),)))
+    refused = await daemon.http.delete("/secrets/token")
+    assert (refused.status_code, error_of(refused)["code"]) == (400, "secret-in-use")
+    assert "named by demo.square: " in error_of(refused)["message"]
+    assert (await daemon.http.get("/secrets")).json() == {"secrets": ["token"]}
+    assert (await daemon.http.delete("/secrets/token?force=1")).json() == {"name": "token", "deleted": True}
+    assert await daemon.call("square", 2) == 4 and "TOKEN" not in daemon.backend.started[-1].env
+    await daemon.http.post("/apps/demo/stop")
+    missing = await daemon.http.delete("/secrets/token")
+    assert missing.status_code == 404 and "woodfrog secret list" in error_of(missing)["message"]
+    assert (await daemon.http.delete("/secrets/..")).status_code in (400, 404)
+
+
 # Snapshots
 
 FROZEN = SnapshotPolicy(enabled=True)
@@ -751,6 +782,22 @@ async def test_secrets_are_never_shown(daemon: Daemon) -> None:
 
 
 # Containers
+
+
+async def test_health_tells_whether_the_code_is_what_runs(daemon: Daemon, tmp_path: Path) -> None:
+    found = (await daemon.http.get("/health")).json()
+    assert found["intact"] and found["current"]
+    (tmp_path / "p/worker").mkdir(parents=True)
+    (tmp_path / "p/worker/server.py").write_text("1")
+    package = Package(tmp_path / "p")
+    (tmp_path / "p/__pycache__").mkdir()
+    (tmp_path / "p/__pycache__/x.pyc").touch()
+    (tmp_path / "p/worker/.server.py.swp").touch()
+    assert package.current() and package.intact
+    (tmp_path / "p/worker/server.py").write_text("22")
+    assert package.intact and not package.current()
+    shutil.rmtree(package.path)
+    assert not package.intact and not package.current()
 
 
 async def test_containers(daemon: Daemon) -> None:

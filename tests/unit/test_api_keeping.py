@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -78,12 +79,41 @@ async def test_an_exported_file_is_fetched_once_and_taken_up_again(daemon: Daemo
     assert list(spool.iterdir()) == []
 
 
+async def test_an_exported_file_that_nobody_fetches_is_removed(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = daemon.settings.home / "calls"
+    gate = daemon.backend.keeper.gate = asyncio.Event()
+    job = (await daemon.http.post(f"/snapshots/{ID}/export", params={"wait": 0.01})).json()
+    assert job["for_client"]
+    assert (await daemon.http.delete(f"/jobs/{job['job']}/file")).status_code == 200
+    gate.set()  # written all the same, and gone
+    assert "file" not in (await daemon.http.get(f"/jobs/{job['job']}", params={"wait": 5})).json()
+    assert list(spool.iterdir()) == []
+
+    monkeypatch.setattr("woodfrog.daemon.jobs._FETCH_S", 0.05)
+    answer = (await daemon.http.post(f"/snapshots/{ID}/export", params={"wait": 5})).json()
+    assert len(list(spool.iterdir())) == 1
+    await asyncio.sleep(0.1)
+    assert list(spool.iterdir()) == [] and (await daemon.http.get(answer["file"])).status_code == 404
+
+    monkeypatch.undo()
+    answer = (await daemon.http.post(f"/snapshots/{ID}/export", params={"wait": 5})).json()
+    scope = {"type": "http", "method": "GET", "path": f"/v1{answer['file']}", "headers": [], "query_string": b""}
+
+    async def gone(message: Any) -> None:
+        raise OSError("the client went away")
+
+    with contextlib.suppress(Exception):
+        await daemon.app(scope, asyncio.Event().wait, gone)  # type: ignore[arg-type]
+    assert list(spool.iterdir()) == []
+
+
 async def test_collecting_here_and_in_the_tier(daemon: Daemon) -> None:
     async def gc(**params: int) -> dict[str, Any]:
         found: dict[str, Any] = (await daemon.http.post("/snapshots/gc", params={"wait": 5, **params})).json()
         return found
 
-    assert await gc() == await gc(dry_run=1) == {"packs": 2, "freed_bytes": 8192}
+    assert await gc() == await gc(dry_run=1) == {"packs": 2, "freed_bytes": 8192, "rebuilt_bytes": 0}
+    assert (await gc(rebuilt=1))["rebuilt_bytes"] == 4096
     in_tier = {
         "tier": "fake",
         "packs": 2,
@@ -121,6 +151,16 @@ async def test_invalidating_here_and_in_the_tier(daemon: Daemon) -> None:
     assert unknown["error"]["message"] == f"no snapshot {only_there} here or in fake"
     assert await invalidate("s-00") == {"snapshot": OTHER, "here": True, "in_tier": False, **of_tier}
     assert (await daemon.http.post("/snapshots/s-f/invalidate")).status_code == 404
+
+
+async def test_a_pinned_snapshot_is_invalidated_by_force_only(daemon: Daemon) -> None:
+    await daemon.http.post(f"/snapshots/{ID}/pin")
+    for params in ({}, {"tier": 1}):
+        refused = await daemon.http.post(f"/snapshots/{ID}/invalidate", params=params)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "pinned")
+    assert daemon.catalogue.retired(ID) is None
+    done = await daemon.http.post(f"/snapshots/{ID}/invalidate", params={"force": 1})
+    assert done.json() == {"snapshot": ID, "removed": True}
 
 
 async def test_the_tier_is_listed_and_what_was_removed_there_is_pushed_on_a_persons_word_only(daemon: Daemon) -> None:

@@ -406,6 +406,19 @@ def test_targets(daemon: Daemon) -> None:
         assert "write APP.FUNC or APP.CLASS.METHOD" in shown.stderr
 
 
+def test_secret_delete_says_who_names_it_and_asks(daemon: Daemon) -> None:
+    daemon.routes["GET /secrets"] = {"secrets": ["db"]}
+    daemon.routes["GET /secrets/db/functions"] = {"functions": ["demo.square"]}
+    daemon.routes["DELETE /secrets/db"] = {"name": "db", "deleted": True}
+    asked = run("secret", "delete", "db", stdin="n\n")
+    assert asked.exit_code == 1 and "named by demo.square" in asked.stderr and "Remove secret db?" in asked.stderr
+    assert not daemon.seen("DELETE /secrets/db")
+    assert "no secret 'other'" in run("secret", "delete", "other").stderr
+    assert run("secret", "delete", "db", "--yes").stderr == "removed secret db\n"
+    assert daemon.seen("DELETE /secrets/db")[0].query == "force=1"
+    assert run("secret", "delete", "other", "-y", "--allow-missing").stderr == "no secret other\n"
+
+
 # --- the daemon ------------------------------------------------------------------------------------------------------
 
 
@@ -446,6 +459,39 @@ def test_stop_waits_until_the_daemon_has_ended(daemon: Daemon) -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_restart_ends_one_of_any_version_and_goes_on_with_another(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    daemon.routes["GET /health"] = {**HEALTH, "pid": process.pid, "protocol": 99}
+
+    def shutdown(request: Request) -> Answer:
+        process.kill()
+        daemon.routes["GET /health"] = HEALTH
+        return Answer({"stopping": True})
+
+    daemon.routes["POST /shutdown"] = shutdown
+    shown = run("daemon", "restart", "--json")
+    assert json.loads(shown.stdout) == {"running": True, "restarted": True, **HEALTH} and process.wait() == -9
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    refused = run("daemon", "restart")
+    assert refused.exit_code == 4 and "sudo woodfrog daemon restart" in refused.stderr
+    monkeypatch.setenv("WOODFROG_HOST", "elsewhere:8040")
+    assert "is restarted on its machine" in run("daemon", "restart").stderr
+    assert len(daemon.seen("POST /shutdown")) == 1
+
+
+def test_a_daemon_that_is_older_than_its_code(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = f"woodfrog's daemon (pid {HEALTH['pid']}) is older than its code in /p, which was updated: `woodfrog daemon"
+    daemon.routes["GET /health"] = {**HEALTH, "package": "/p", "current": False}
+    daemon.routes["GET /apps"] = {"apps": []}
+    monkeypatch.setattr("woodfrog.sdk.checks._noted", set())
+    assert f"note: {old} restart`" in run("app", "list").stderr
+    assert f"note: {old} restart`" in run("daemon", "status").stderr
+    assert "older" not in run("app", "list").stderr  # once is enough for a program
 
 
 def test_daemon_logs_from_its_end(home: Path) -> None:

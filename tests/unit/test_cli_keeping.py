@@ -20,7 +20,7 @@ from fake_daemon import Answer, Daemon, Request, private_home, serving
 from woodfrog.cli import commands
 from woodfrog.cli.plot import Box, squarify, tiles
 from woodfrog.cli.remote import job_words
-from woodfrog.errors import IntegrityError, StoreError
+from woodfrog.errors import IntegrityError, SpecError, StoreError
 
 MIB = 1 << 20
 
@@ -186,14 +186,18 @@ def test_gc_pin_push_and_pull(daemon: Daemon) -> None:
     assert run("snapshot", "gc").stderr == "freed 3.0 MiB in 2 packs\n"
     assert run("snapshot", "gc", "--dry-run").stderr == "would free 3.0 MiB in 2 packs\n"
     assert "dry_run" in daemon.seen("POST /snapshots/gc")[1].query
+    daemon.routes["POST /snapshots/gc"] = {"packs": 0, "freed_bytes": 3 * MIB, "rebuilt_bytes": 2 * MIB}
+    assert run("snapshot", "gc", "--rebuilt").stderr == "freed 3.0 MiB in 0 packs, 2.0 MiB of it rebuilt ones\n"
+    assert "rebuilt=1" in daemon.seen("POST /snapshots/gc")[2].query
+    assert run("snapshot", "gc", "--rebuilt", "--tier").exit_code == 2
     found = {"tier": "s3://b", "packs": 1, "chunks": 4, "snapshots": 2, "objects": 12, "freed_bytes": MIB}
     daemon.routes["POST /snapshots/gc"] = found
     words = "1.0 MiB in s3://b: 12 objects of 1 packs, 4 chunks, 2 snapshots, 0 tombstones\n"
     assert run("snapshot", "gc", "--tier").stderr == f"freed {words}"
     assert run("snapshot", "gc", "--tier", "--dry-run").stderr == f"would free {words}"
     queries = [seen.query for seen in daemon.seen("POST /snapshots/gc")]
-    assert ["tier" in query for query in queries] == [False, False, True, True]
-    assert ["dry_run" in query for query in queries] == [False, True, False, True]
+    assert ["tier" in query for query in queries] == [False, False, False, True, True]
+    assert ["dry_run" in query for query in queries] == [False, True, False, False, True]
     daemon.routes["POST /snapshots/gc"] = {**found, "objects": 0}
     assert run("snapshot", "gc", "--tier").stderr == "nothing to remove in s3://b\n"
     daemon.routes["POST /snapshots/s1/pin"] = {"id": "s1", "pinned": True}
@@ -262,6 +266,15 @@ def test_removing_from_the_tier_asks(daemon: Daemon) -> None:
     assert shown == ["retired s2: removed with the last container thawed from it", "s2 was not in s3://b"]
     daemon.routes["POST /snapshots/s2/invalidate"] = {"snapshot": "s2", "removed": True}
     assert run("snapshot", "invalidate", "s2").stderr == "removed s2\n"
+    pinned = SpecError("snapshot s2 is pinned: unpin it, or give force=1", code="pinned").to_dict()
+    removed = daemon.routes["POST /snapshots/s2/invalidate"]
+    daemon.routes["POST /snapshots/s2/invalidate"] = lambda r: (
+        removed if "force=1" in r.query else Answer({"error": pinned}, 400)
+    )
+    refused = run("snapshot", "invalidate", "s2", stdin="n\n")
+    assert refused.exit_code == 1 and "s2 is pinned. Remove it?" in refused.stderr
+    assert run("snapshot", "invalidate", "s2", stdin="y\n").stderr.endswith("removed s2\n")
+    assert run("snapshot", "invalidate", "s2", "--yes").stderr == "removed s2\n"
     assert "tier" not in daemon.seen("POST /snapshots/s2/invalidate")[-1].query
 
 
@@ -290,7 +303,21 @@ def test_export_and_import_files(daemon: Daemon, tmp_path: Path) -> None:
     )  # fmt: skip
     refused = IntegrityError("no trusted key has signed it").to_dict()
     daemon.routes["POST /snapshots/import"] = Answer({"error": refused}, 409)
-    assert run("snapshot", "import", str(target)).stderr.endswith("error: no trusted key has signed it\n")
+    assert run("snapshot", "import", str(target)).stderr.endswith(f"error: {target}: no trusted key has signed it\n")
+
+
+def test_an_interrupted_export_is_given_up(daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = running("export s1")
+    begun.body["for_client"] = True
+    daemon.routes["POST /snapshots/s1/export"] = begun
+    daemon.routes["DELETE /jobs/j1/file"] = {"job": "j1"}
+
+    def interrupted(job: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("woodfrog.cli.remote.job_words", interrupted)
+    shown = run("snapshot", "export", "s1", str(tmp_path / "s1.frog"))
+    assert (shown.exit_code, shown.stderr) == (130, "interrupted\n") and daemon.seen("DELETE /jobs/j1/file")
 
 
 def test_trust_shows_the_fingerprint_and_asks(daemon: Daemon, home: Path, tmp_path: Path) -> None:

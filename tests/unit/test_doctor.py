@@ -280,7 +280,9 @@ def test_doctor_on_a_daemon_of_another_version_or_a_broken_one(monkeypatch: pyte
     check = doctor.judge_daemon({"version": "0.0.1"}, "0.2.0")
     assert (check.ok, check.required) == (False, False)
     assert "version 0.0.1 runs, 0.2.0 is installed" in check.found
-    assert "woodfrog daemon stop" in check.remedy
+    assert check.remedy == "`woodfrog daemon restart`"
+    check = doctor.judge_daemon({"version": "0.2.0", "pid": 7, "package": "/p", "current": False}, "0.2.0")
+    assert not check.ok and check.found == "pid 7 is older than its code in /p, which was updated"
 
     def broken() -> None:
         raise DaemonError("no answer within 5 s")

@@ -276,6 +276,39 @@ def test_a_full_disk(tmp_path: Path) -> None:
         subprocess.run(["umount", str(home)], check=True)
 
 
+@pytest.mark.root
+def test_no_room_to_bring_an_old_database_to_this_version_s_form(tmp_path: Path) -> None:
+    home = tmp_path / "disk"
+    home.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "woodfrog-test", str(home)], check=True)
+    try:
+        old = Journal(home)
+        for index in ("calls_submitted", "calls_params", "calls_kept"):
+            old._db.execute(f"DROP INDEX {index}")
+        old._db.execute("ALTER TABLE calls DROP COLUMN size")
+        old._db.execute("BEGIN")
+        old._db.executemany(
+            "INSERT INTO calls (id, app, version, tag, method, params_digest, encoding, submitted, finished)"
+            " VALUES (?, 'a', 1, 't', 'm', ?, 'json', 1, 1)",
+            [(f"c{number}", f"{number}" * 8) for number in range(3000)],
+        )
+        old._db.execute("COMMIT")
+        old.close()
+        for left in (100_000, 0):  # too little for the indexes; none at all
+            room = os.statvfs(home)
+            (home / f"filler-{left}").write_bytes(bytes(room.f_bavail * room.f_frsize - left))
+            with pytest.raises(StoreError, match=r"no space left .*free some; nothing in it is lost$") as caught:
+                Journal(home)
+            assert caught.value.code == "disk-full"
+        for filler in home.glob("filler-*"):
+            filler.unlink()
+        journal = Journal(home)
+        assert len(journal.recent(4000)) == 3000
+        journal.close()
+    finally:
+        subprocess.run(["umount", str(home)], check=True)
+
+
 def test_nothing_goes_through_all_calls(tmp_path: Path) -> None:
     """The event loop waits for each of these; also in a database that an earlier version made."""
     journal = Journal(tmp_path)

@@ -18,19 +18,20 @@ import pytest
 
 from contract.faulty_tier import Fault, FaultyTier
 from repack import repack
+from unit.test_pages import Files, altered, noise
 from woodfrog import faults
 from woodfrog.backends import keeper as module
 from woodfrog.backends.keeper import Keeper
 from woodfrog.criu.pagemap import INDEX, PageIndex, PageTask, read_index, write_index
 from woodfrog.errors import IntegrityError, NotFoundError, StoreError
 from woodfrog.faults import InjectedFault
-from woodfrog.snapshot.catalogue import PINNED, PUSHED, Catalogue
+from woodfrog.snapshot.catalogue import PINNED, PUSHED, WORKING_SET, Catalogue
 from woodfrog.snapshot.manifest import FORMAT, Manifest, SigningKey, decode, encode
 from woodfrog.snapshot.packing import prepare
 from woodfrog.snapshot.transport import Transport
 from woodfrog.snapshot.trust import TrustStore, public_text
 from woodfrog.store.cold import Key, key_id
-from woodfrog.store.pages import PageStore
+from woodfrog.store.pages import PageStore, Ref
 from woodfrog.store.tiers import DirectoryTier, Tier
 
 PAGE = 4096
@@ -203,7 +204,7 @@ def test_what_restores_read_is_not_dropped(here: Machine, tier: DirectoryTier) -
         begun, goes = threading.Event(), threading.Event()
         kept: list[set[str]] = []
 
-        def trim(budget: int, keep: set[str]) -> int:
+        def trim(budget: int, keep: set[str], *, dry_run: bool) -> int:
             kept.append(keep)
             begun.set()
             goes.wait(5)
@@ -232,6 +233,50 @@ def test_what_restores_read_is_not_dropped(here: Machine, tier: DirectoryTier) -
             await room
             await late
         await keeper.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("bad", ["text", "directory"])
+def test_a_working_set_that_cannot_be_read_keeps_nothing_from_the_store_or_the_tier(
+    here: Machine, tier: DirectoryTier, bad: str
+) -> None:
+    """It only says what is wanted first."""
+    here.make(A)
+    working_set = here.catalogue.path(A) / WORKING_SET
+    working_set.write_text("no set") if bad == "text" else working_set.mkdir()
+
+    async def main() -> None:
+        keeper = here.keeper(tier)
+        keeper.pack_later(A)
+        await until(lambda: settled(keeper))
+        assert here.catalogue.form(A) == "packed" and here.whole(A) and keeper._in_tier(A)
+        assert working_set.exists() == (bad == "directory")
+        await keeper.close()
+
+    asyncio.run(main())
+
+
+def test_rebuilt_packs_go_when_asked_for(here: Machine, tmp_path: Path) -> None:
+    """They are what makes thaws fast: a plain collection leaves them."""
+    files = Files(tmp_path)
+    base = here.store.ingest([files.run(noise(1))], owner="t")
+    changed = files.run(altered(noise(1), 2), base=((0, Ref(base.packs[0], 0, 1)),))
+    here.store.open_raw(here.store.ingest([changed], owner="t").packs)
+    files.close()
+    here.store.release("t")
+
+    async def main() -> None:
+        keeper = here.keeper()
+
+        async def gc(*, dry_run: bool = False, rebuilt: bool = True) -> int:
+            found = await keeper.gc(dry_run=dry_run, rebuilt=rebuilt, progress=quietly)
+            assert found["freed_bytes"] == found["rebuilt_bytes"]
+            return int(found["rebuilt_bytes"])
+
+        assert await gc(rebuilt=False) == 0 and await gc(dry_run=True) == PAGE
+        assert here.store.stats().cache_bytes == PAGE
+        assert await gc() == PAGE and here.store.stats().cache_bytes == 0
 
     asyncio.run(main())
 
@@ -327,7 +372,7 @@ def test_what_is_sent_slowly_holds_up_neither_packing_nor_room(here: Machine, ti
         await until(sending.is_set)
         keeper.pack_later(C)
         await until(lambda: here.catalogue.form(C) == "packed")
-        await keeper.gc(dry_run=False, progress=quietly)
+        await keeper.gc(dry_run=False, rebuilt=False, progress=quietly)
         await until(lambda: here.catalogue.form(A) is None)
         assert here.whole(B) and not keeper._in_tier(C)
         go.set()
@@ -767,7 +812,8 @@ def test_an_import_of_bytes_at_random(here: Machine, tmp_path: Path) -> None:
         source.write_bytes(data[: rng.randrange(1, len(data))])
         with pytest.raises((IntegrityError, NotFoundError, StoreError)) as caught:
             here.transport.import_(source)
-        assert "\n" not in caught.value.message
+        message = caught.value.message
+        assert "\n" not in message and str(tmp_path) not in message, "what the daemon calls it is nobody's business"
 
 
 def test_an_export_is_for_root_alone_from_its_first_byte(here: Machine, tmp_path: Path) -> None:

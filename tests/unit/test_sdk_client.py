@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import textwrap
 import threading
@@ -117,6 +118,51 @@ def test_a_daemon_that_stays_away(daemon: FakeDaemon) -> None:
         client.request("GET", "/health", kept="kept words")
     assert e.value.retryable and time.monotonic() - begin < 3
     daemon.start()
+
+
+@pytest.mark.parametrize(("died", "uid", "starts"), [(True, 0, 1), (True, 1000, 0), (False, 0, 0)])
+def test_a_daemon_that_died_is_replaced_by_who_waits_for_it(
+    daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch, died: bool, uid: int, starts: int
+) -> None:
+    """One that was stopped, and so took its socket with it, is not: somebody wants it so."""
+    monkeypatch.setattr(module, "ABANDONED_S", 0.2)
+    monkeypatch.setattr(module, "TELL_S", 0.1)
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    started: list[Client] = []
+
+    def start(client: Client) -> None:
+        started.append(client)
+        daemon.start()
+
+    monkeypatch.setattr(module, "start_daemon", start)
+    client = Client(Settings(home=daemon.home), reconnect_s=1.0)
+    told: list[str] = []
+    client.on_lost = told.append
+    daemon.stop()
+    if died:
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(daemon.socket))
+    outcomes: list[str] = []
+
+    def ask() -> None:
+        try:
+            outcomes.append(client.request("GET", "/health").json()["version"])
+        except DaemonError as e:
+            outcomes.append(e.message)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(started) == starts
+    remedy = f"`{'sudo ' if uid else ''}woodfrog daemon start` starts one"
+    if starts:
+        assert outcomes == ["fake"] * 4 and told[-1].endswith("died: starting another") and len(told) == 2
+    else:
+        assert all(text.endswith(f"; {remedy}") for text in outcomes) and len(told) == 1
+        daemon.start()
+    assert told[0].endswith(f"went away: waiting for another; {remedy}")
 
 
 def test_errors_are_told_by_type_or_by_code() -> None:

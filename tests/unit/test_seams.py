@@ -346,7 +346,7 @@ def test_settings_order(tmp_path: Path) -> None:
 
 def test_every_setting_is_read_from_the_environment() -> None:
     for f in fields(Settings):
-        value = {"int": "11", "float": "1.5", "bool": "False"}.get(str(f.type), "/x")
+        value = {"int": "11", "float": "1.5", "bool": "False"}.get(str(f.type), "none" if f.name == "gpu" else "/x")
         got = load({"WOODFROG_HOME": "/nowhere", "WOODFROG_" + f.name.upper(): value})
         assert str(getattr(got, f.name)) == value
 
@@ -359,7 +359,10 @@ def test_every_setting_is_read_from_the_environment() -> None:
         ("pool_size = [1]", "pool_size"),
         ("gpu_free_percent = 101", "setting gpu_free_percent: 101 is not between 0 and 100"),
         ("keep_snapshots = 0", "setting keep_snapshots: 0 is not 1 or more"),
-        ("worker_uid = 0", "setting worker_uid: 0 is not 1 or more"),
+        ("worker_uid = 0", "setting worker_uid: 0 is not between 1 and 2147483646"),
+        ("worker_uid = 4294967295", "setting worker_uid: 4294967295 is not between 1 and 2147483646"),
+        ("gpu = 'foo'", "setting gpu: 'foo' is neither empty nor none"),
+        ("token = 'a b'", "setting token: a token is of printable ASCII, without spaces$"),
         ("pool_size = -1", "setting pool_size: -1 is not 0 or more"),
         ("keep_results_s = nan", "setting keep_results_s: nan is not 0 or more"),
         ("pool_size = ", "config.toml"),

@@ -122,11 +122,11 @@ class SnapshotKeeper(Protocol):
             snapshot. What is wrong is told, not raised.
         """
 
-    async def gc(self, *, dry_run: bool, progress: Progress) -> dict[str, Any]:
-        """Remove what no snapshot and no instance needs.
+    async def gc(self, *, dry_run: bool, rebuilt: bool, progress: Progress) -> dict[str, Any]:
+        """Remove what no snapshot and no instance needs; with `rebuilt` also what is only there for faster thaws.
 
         Returns:
-            `packs`: how many; `freed_bytes`. With `dry_run`: what would be.
+            `packs`: how many; `freed_bytes`, of them `rebuilt_bytes`. With `dry_run`: what would be.
         """
 
     async def gc_tier(self, *, dry_run: bool, progress: Progress) -> dict[str, Any]:
@@ -181,10 +181,10 @@ class SnapshotKeeper(Protocol):
 
     async def store_stats(self) -> dict[str, Any]:
         """`packs`, `pages`, `raw_bytes` (of all pages in the store), `stored_bytes` (what they take), `cache_bytes`
-        (rebuilt, can go), `large_files`, `large_files_bytes` (of file layers, once each), `large_files_shared_bytes`
-        (what they would take beside that, were they not shared), `budget_bytes` (0 = none), `tier` (name or ""), and
-        `snapshots`: [{`id`, `kind`, `app`, `function`, `parent`, `form`, `raw_bytes`, `stored_bytes` (what it added),
-        `fs_bytes`, `pinned`, `pushed`}].
+        (rebuilt, for faster thaws), `large_files`, `large_files_bytes` (of file layers, once each),
+        `large_files_shared_bytes` (what they would take beside that, were they not shared), `budget_bytes` (0 = none),
+        `tier` (name or ""), and `snapshots`: [{`id`, `kind`, `app`, `function`, `parent`, `form`, `raw_bytes`,
+        `stored_bytes` (what it added), `fs_bytes`, `pinned`, `pushed`}].
         """
 
 

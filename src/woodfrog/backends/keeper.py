@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from woodfrog.backends.base import Progress
-from woodfrog.backends.memory import read_working_set
+from woodfrog.backends.memory import usable_set
 from woodfrog.errors import IncompatibleSnapshot, IntegrityError, NotFoundError, StoreError, WoodfrogError
 from woodfrog.linux import heap
 from woodfrog.linux.pageserver import PageServer
 from woodfrog.snapshot import tombstones
 from woodfrog.snapshot.arrival import Arrival
-from woodfrog.snapshot.catalogue import PINNED, PUSHED, WITHDRAWN, Catalogue, Opened
+from woodfrog.snapshot.catalogue import PINNED, PUSHED, WITHDRAWN, WORKING_SET, Catalogue, Opened
 from woodfrog.snapshot.manifest import Manifest
 from woodfrog.snapshot.packing import NotPackable, prepare
 from woodfrog.snapshot.pending import TRIES, Pending, PendingNotes, why_not
@@ -233,7 +233,7 @@ class Keeper:
             except WoodfrogError as e:  # without it, less is shared
                 log.warning("snapshot %s is not packed: %s", parent, e.message)
         owner = f"{self._owner}-pack-{snapshot_id}"
-        working_set = await asyncio.to_thread(read_working_set, self._catalogue.path(snapshot_id))
+        working_set = await asyncio.to_thread(usable_set, self._catalogue.path(snapshot_id) / WORKING_SET)
         try:
             with self._using(snapshot_id):
                 old, new = await asyncio.to_thread(
@@ -671,7 +671,7 @@ class Keeper:
             except WoodfrogError as e:
                 log.warning("snapshots take more than snapshots_mib: %s", e.message)
 
-    async def _drop_rebuilt(self) -> int:
+    async def _drop_rebuilt(self, *, dry_run: bool = False) -> int:
         """Drop the rebuilt forms of packs but what a restore has opened; one that comes now waits. Bytes freed."""
         async with self._alone():
             busy = set(self._used) | set(self._swapping)
@@ -680,9 +680,9 @@ class Keeper:
                 for manifest in self._catalogue.manifests():
                     if manifest.id in busy:
                         reading.update(manifest.packs)
-                    else:
+                    elif not dry_run:
                         quiet.enter_context(self._changing(manifest.id))
-                return await asyncio.to_thread(self._store.trim_cache, 0, reading)
+                return await asyncio.to_thread(self._store.trim_cache, 0, reading, dry_run=dry_run)
 
     async def _evict(self, snapshot_id: str) -> bool:
         """Remove a snapshot that can be had again, or that nobody is to have; False = it stays."""
@@ -790,14 +790,19 @@ class Keeper:
             problems.append(e.message)
         return {"id": snapshot_id, "bytes": size, "problems": problems}
 
-    async def gc(self, *, dry_run: bool, progress: Progress) -> dict[str, Any]:
+    async def gc(self, *, dry_run: bool, rebuilt: bool, progress: Progress) -> dict[str, Any]:
         progress("packs", 0, 1)
         async with self._alone():
             gone = await asyncio.to_thread(self._store.gc, self._live, dry_run=dry_run)
             freed = 0
             if self._catalogue.layers is not None:
                 freed = await asyncio.to_thread(self._catalogue.layers.collect, dry_run=dry_run)
-        return {"packs": len(gone.packs), "freed_bytes": gone.freed_bytes + freed}
+        dropped = await self._drop_rebuilt(dry_run=dry_run) if rebuilt else 0
+        return {
+            "packs": len(gone.packs),
+            "freed_bytes": gone.freed_bytes + freed + dropped,
+            "rebuilt_bytes": dropped,
+        }
 
     async def gc_tier(self, *, dry_run: bool, progress: Progress) -> dict[str, Any]:
         tier = self._configured()

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from woodfrog.engine.engine import Lazy
-from woodfrog.errors import StoreError, WoodfrogError
+from woodfrog.errors import WoodfrogError
 from woodfrog.linux.pageserver import PageServer, ServedPages, common_set, is_guess, merge_sets, set_pages
 from woodfrog.snapshot.catalogue import WORKING_SET, Opened
 from woodfrog.store.files import write_atomic
 from woodfrog.telemetry import counters
 
-__all__ = ["Memory"]
+__all__ = ["Memory", "usable_set"]
 
 log = logging.getLogger("woodfrog")
 
@@ -60,7 +60,7 @@ class Memory:
             if (on_need := self.on_need) is not None:
                 server.on_need = lambda place, pages, asked: on_need(server, place, pages, asked)
         working_set = opened.path / WORKING_SET
-        known = await asyncio.to_thread(_usable, working_set)
+        known = await asyncio.to_thread(usable_set, working_set)
         return Lazy(
             self._server,
             working_set if known else None,
@@ -143,20 +143,8 @@ def _refine(working_set: Path, missed: Path, seen: bytes) -> None:
         write_atomic(working_set, merge_sets(known, again))
 
 
-def read_working_set(snapshot: Path) -> bytes:
-    """The snapshot's working set; empty where none is known yet.
-
-    Raises:
-        StoreError: it cannot be read.
-    """
-    try:
-        return _read_or_empty(snapshot / WORKING_SET)
-    except OSError as e:
-        raise StoreError(f"{snapshot / WORKING_SET}: {e.strerror}") from e
-
-
-def _usable(working_set: Path) -> bytes:
-    """The working set to push; empty = none. A damaged one is removed and learned anew; a thaw can do without."""
+def usable_set(working_set: Path) -> bytes:
+    """The working set to go by; empty = none. A damaged one is removed and learned anew: all can do without."""
     try:
         data = _read_or_empty(working_set)
         return data if set_pages(data) else b""
@@ -166,5 +154,5 @@ def _usable(working_set: Path) -> bytes:
             with contextlib.suppress(OSError):
                 working_set.unlink(missing_ok=True)
     except OSError as e:
-        log.warning("%s cannot be read: %s; all of the memory follows on demand", working_set, e.strerror)
+        log.warning("%s cannot be read: %s; it goes without", working_set, e.strerror)
     return b""

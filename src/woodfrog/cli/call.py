@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from woodfrog.cli import output
-from woodfrog.cli.remote import connect, get, segment, split_target
+from woodfrog.cli.remote import connect, get, segment, split_target, waiting
 from woodfrog.errors import NotFoundError, SpecError
 from woodfrog.protocol import unpack_items
 
@@ -228,7 +228,7 @@ class _Run:
         Raises:
             typer.Exit, WoodfrogError: see `raise_failure`.
         """
-        with output.Progress() as progress:
+        with waiting(self._client) as progress:
             reply = self._send(QUICK_S)
             while (status := reply.headers.get("woodfrog-status", "pending")) == "pending":
                 progress.say(self._stage())
@@ -245,7 +245,7 @@ class _Run:
         """
         found: list[Any] = _Printed() if show else []
         seen = 0
-        with output.Progress() as progress:
+        with waiting(self._client) as progress:
             self._send()
             wait = QUICK_S
             while True:

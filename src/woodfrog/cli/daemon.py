@@ -7,18 +7,22 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from woodfrog import settings
 from woodfrog.cli import output
 from woodfrog.cli.remote import connect
-from woodfrog.errors import DaemonError, WoodfrogError
+from woodfrog.errors import DaemonError, HostError, WoodfrogError
+
+if TYPE_CHECKING:
+    from woodfrog.sdk.client import Client
 
 app = typer.Typer(help="Start, stop and look after the daemon.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Timeout = Annotated[float, typer.Option(help="Seconds to wait until it has ended.")]
 
 
 @app.command()
@@ -36,20 +40,20 @@ def start(as_json: Json = False) -> None:
         output.note(f"{'started' if fresh else 'already running'}: pid {health.get('pid')}, {health.get('state_dir')}")
 
 
+def _client() -> Client:
+    """For a daemon of any version: it may be there to be stopped."""
+    from woodfrog.sdk.client import Client
+
+    return Client(settings.load())
+
+
 def _health() -> dict[str, Any] | None:
     """What the daemon says of itself; None when none runs."""
-    try:
-        return connect(start=False).health()
-    except DaemonError as e:
-        if e.code != "no-daemon":
-            raise
-        return None
+    return _client().health(any_protocol=True)
 
 
 @app.command()
-def stop(
-    timeout: Annotated[float, typer.Option(help="Seconds to wait until it has ended.")] = 60.0, as_json: Json = False
-) -> None:
+def stop(timeout: Timeout = 60.0, as_json: Json = False) -> None:
     """Stop the daemon. Deployed apps and finished results are kept; running calls may finish, containers end."""
     health = _health()
     if health is None:
@@ -59,28 +63,53 @@ def stop(
             output.note("the daemon is not running")
         return
     pid = health.get("pid")
-    _ask_to_stop()
-    deadline = time.monotonic() + timeout
     with output.Progress(quiet=as_json) as progress:
-        while isinstance(pid, int) and Path(f"/proc/{pid}").exists() and not _is_zombie(pid):
-            if time.monotonic() > deadline:
-                raise DaemonError(f"the daemon (pid {pid}) has not ended within {timeout:.0f} s", code="daemon-stuck")
-            if time.monotonic() > deadline - timeout + 1.0:
-                progress.say("waiting for running calls and containers")
-            time.sleep(0.05)
+        _end(pid, timeout, progress)
     if as_json:
         output.show_json({"running": False, "stopped": True, "pid": pid})
     else:
         output.note(f"stopped: pid {pid}")
 
 
-def _ask_to_stop() -> None:
+@app.command()
+def restart(timeout: Timeout = 60.0, as_json: Json = False) -> None:
+    """Stop the daemon and start one of the code and the settings that are here now; start one when none runs."""
+    config = settings.load()
+    if config.host:
+        raise DaemonError(f"the daemon at {config.host} (WOODFROG_HOST) is restarted on its machine", code="no-daemon")
+    if os.geteuid() != 0:
+        raise HostError("restarting the daemon needs root: run `sudo woodfrog daemon restart`", code="not-root")
+    old = _health()
+    with output.Progress(quiet=as_json) as progress:
+        if old is not None:
+            _end(old.get("pid"), timeout, progress)
+        progress.say("starting the daemon")
+        health = connect().health() or {}
+    if as_json:
+        output.show_json({"running": True, "restarted": old is not None, **health})
+    else:
+        output.note(f"{'restarted' if old else 'started'}: pid {health.get('pid')}, {health.get('state_dir')}")
+
+
+def _end(pid: Any, timeout: float, progress: output.Progress) -> None:
+    """Have the daemon end, and wait for that.
+
+    Raises:
+        DaemonError: it takes longer than `timeout` seconds.
+    """
     try:
-        connect(start=False).request("POST", "/shutdown", reconnect_s=0.0)
+        _client().request("POST", "/shutdown", reconnect_s=0.0)
     except DaemonError as e:
         # It may be gone before its answer is out.
-        if e.code not in ("daemon-lost", "no-daemon"):
+        if e.code != "daemon-lost":
             raise
+    begin = time.monotonic()
+    while isinstance(pid, int) and Path(f"/proc/{pid}").exists() and not _is_zombie(pid):
+        if time.monotonic() > begin + timeout:
+            raise DaemonError(f"the daemon (pid {pid}) has not ended within {timeout:.0f} s", code="daemon-stuck")
+        if time.monotonic() > begin + 1.0:
+            progress.say("waiting for running calls and containers")
+        time.sleep(0.05)
 
 
 def _is_zombie(pid: int) -> bool:
@@ -93,6 +122,8 @@ def _is_zombie(pid: int) -> bool:
 @app.command()
 def status(as_json: Json = False) -> None:
     """Tell whether the daemon runs. Exit status 3 when it does not."""
+    from woodfrog.sdk.client import outdated
+
     health = _health()
     if health is None:
         if as_json:
@@ -104,6 +135,8 @@ def status(as_json: Json = False) -> None:
         output.show_json({"running": True, **health})
     else:
         output.fields({"running": True, **health})
+        if old := outdated(health):
+            output.note(f"note: {old}")
 
 
 @app.command()

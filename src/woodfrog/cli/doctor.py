@@ -73,8 +73,11 @@ def judge_daemon(health: dict[str, Any] | None, expected: str) -> Check:
             False,
             False,
             f"version {running} runs, {expected} is installed",
-            "restart it: `woodfrog daemon stop && woodfrog daemon start`",
+            "`woodfrog daemon restart`",
         )
+    if not health.get("current", True):
+        problem = f"pid {health.get('pid')} is older than its code in {health.get('package')}, which was updated"
+        return Check("daemon", False, False, problem, "`woodfrog daemon restart`")
     return Check("daemon", True, False, f"version {running}, pid {health.get('pid')}")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from woodfrog.cli import output
-from woodfrog.errors import NotFoundError
+from woodfrog.errors import NotFoundError, WoodfrogError
 
 if TYPE_CHECKING:
     from woodfrog.sdk.client import Client
@@ -66,6 +68,20 @@ def split_target(client: Client, target: str) -> tuple[str, str]:
 QUICK_S = 0.3
 """Work that takes longer says how far it is."""
 POLL_S = 0.5
+GIVE_UP_S = 2.0
+
+
+@contextmanager
+def waiting(client: Client, *, quiet: bool = False) -> Iterator[output.Progress]:
+    """For what is going on while something is waited for, also when the daemon goes away."""
+    with output.Progress(quiet=quiet) as progress:
+        before = client.on_lost
+        if not quiet:
+            client.on_lost = progress.say
+        try:
+            yield progress
+        finally:
+            client.on_lost = before
 
 
 def finish(client: Client, answer: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
@@ -74,7 +90,7 @@ def finish(client: Client, answer: dict[str, Any], *, quiet: bool) -> dict[str, 
     Args:
         answer: to the request that began it: its result, or a job's state.
     """
-    with output.Progress(quiet=quiet) as progress:
+    with waiting(client, quiet=quiet) as progress:
         try:
             while answer.get("state") == "running" and "job" in answer:
                 progress.say(job_words(answer))
@@ -82,9 +98,18 @@ def finish(client: Client, answer: dict[str, Any], *, quiet: bool) -> dict[str, 
                 answer = reply.json()
         except KeyboardInterrupt:
             progress.clear()
-            output.note(f"{answer.get('what')} goes on in the daemon")
+            if answer.get("for_client"):
+                _give_up(client, answer)
+            else:
+                output.note(f"{answer.get('what')} goes on in the daemon")
             raise
     return answer
+
+
+def _give_up(client: Client, job: dict[str, Any]) -> None:
+    """Nobody will fetch the file that a job writes."""
+    with suppress(WoodfrogError), client.apart(GIVE_UP_S) as apart:  # where it fails, the daemon waits a while for us
+        apart.request("DELETE", f"/jobs/{segment(job['job'])}/file")
 
 
 def work(client: Client, path: str, *, quiet: bool, **params: Any) -> dict[str, Any]:

@@ -264,6 +264,7 @@ def _running(app: App, shown: Shown, *, detach: bool = False, quiet: bool = Fals
             with app.run(detach=detach):
                 progress.clear()
                 client, running = app.reach("run")
+                client.on_lost = progress.say
                 if detach and not quiet:
                     output.note(
                         f"{running} is left running: `woodfrog app logs {running} -f`, `woodfrog app stop {running}`"

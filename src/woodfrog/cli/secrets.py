@@ -10,7 +10,7 @@ import typer
 
 from woodfrog.cli import output
 from woodfrog.cli.remote import connect, get, put, segment
-from woodfrog.errors import SpecError
+from woodfrog.errors import NotFoundError, SpecError
 
 app = typer.Typer(help="Keep secrets for functions; values are never shown again.", no_args_is_help=True)
 
@@ -56,3 +56,30 @@ def list_secrets(as_json: Json = False) -> None:
         output.show_json(names)
     else:
         output.table(["secret"], [(n,) for n in names], empty="no secrets")
+
+
+@app.command()
+def delete(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What programs call it.")],
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="No error if there is none.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove a secret. Functions that name it lack its variables from their next start or thaw on."""
+    client = connect()
+    if not yes:
+        if name not in get(client, "/secrets")["secrets"] and not allow_missing:
+            raise NotFoundError(f"no secret {name!r}; `woodfrog secret list` shows them")
+        if users := get(client, f"/secrets/{segment(name)}/functions")["functions"]:
+            output.note(f"named by {', '.join(users)}: without it they start without its variables")
+        typer.confirm(f"Remove secret {name}?", abort=True, err=True)
+    try:
+        answer = client.request("DELETE", f"/secrets/{segment(name)}", params={"force": "1"}).json()
+    except NotFoundError:
+        if not allow_missing:
+            raise
+        answer = {"name": name, "deleted": False}
+    if as_json:
+        output.show_json(answer)
+    else:
+        output.note(f"removed secret {name}" if answer["deleted"] else f"no secret {name}")

@@ -14,7 +14,7 @@ import typer
 from woodfrog.cli import contents, output, trust
 from woodfrog.cli.call import payload_from, raise_failure
 from woodfrog.cli.remote import connect, finish, get, post, segment, split_target, work
-from woodfrog.errors import CaptureError, NotFoundError, SpecError, WoodfrogError
+from woodfrog.errors import CaptureError, NotFoundError, SnapshotError, SpecError, StoreError, WoodfrogError
 
 if TYPE_CHECKING:
     from woodfrog.sdk.client import Client
@@ -298,23 +298,21 @@ def invalidate(
             "--tier", help="Remove it from the tier as well, for all machines; its memory there goes with `gc --tier`."
         ),
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="With --tier: do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: Json = False,
 ) -> None:
     """Remove a snapshot, now or when its last container ends: the next start is cold, and makes a new one.
 
     In the tier it stays, and is not taken from there again by this machine. With --tier it goes there, too, and no
-    other machine puts it back; give the whole id of one that is only there.
+    other machine puts it back; give the whole id of one that is only there. Asks before that, and before a pinned one.
     """
     client = connect()
-    path = f"/snapshots/{segment(snapshot)}/invalidate"
     if not tier:
-        answer = post(client, path)
+        answer = _remove_here(client, snapshot, yes)
     else:
         if not yes:
             snapshot = _ask_to_withdraw(client, snapshot)
-            path = f"/snapshots/{segment(snapshot)}/invalidate"
-        answer = work(client, path, quiet=as_json, tier="1")
+        answer = work(client, f"/snapshots/{segment(snapshot)}/invalidate", quiet=as_json, tier="1", force="1")
     if as_json:
         output.show_json(answer)
         return
@@ -325,6 +323,19 @@ def invalidate(
     if tier:
         there = f"removed {name} from" if answer.get("in_tier") else f"{name} was not in"
         output.note(f"{there} {answer.get('tier')}")
+
+
+def _remove_here(client: Client, snapshot: str, yes: bool) -> dict[str, Any]:
+    """Have a snapshot removed from this machine; a pinned one when a person confirms that."""
+    path = f"/snapshots/{segment(snapshot)}/invalidate"
+    if not yes:
+        try:
+            return post(client, path)
+        except SpecError as e:
+            if e.code != "pinned":
+                raise
+        typer.confirm(f"{snapshot} is pinned. Remove it?", abort=True, err=True)
+    return work(client, path, quiet=True, force="1")
 
 
 def _ask_to_withdraw(client: Client, snapshot: str) -> str:
@@ -378,6 +389,9 @@ def verify(
 @app.command()
 def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    rebuilt: Annotated[
+        bool, typer.Option("--rebuilt", help="Rebuilt packs, too: the next thaws that need them rebuild them.")
+    ] = False,
     tier: Annotated[
         bool, typer.Option("--tier", help="In the tier instead: what no snapshot there needs, a day old or more.")
     ] = False,
@@ -387,7 +401,9 @@ def gc(
 
     In the tier it is done only when you ask: on one machine, that trusts all keys whose snapshots are there.
     """
-    asked = {name: "1" for name, wanted in (("dry_run", dry_run), ("tier", tier)) if wanted}
+    if rebuilt and tier:
+        raise SpecError("rebuilt packs are on this machine only: give --rebuilt or --tier", code="bad-arguments")
+    asked = {name: "1" for name, wanted in (("dry_run", dry_run), ("rebuilt", rebuilt), ("tier", tier)) if wanted}
     answer = work(connect(), "/snapshots/gc", quiet=as_json, **asked)
     if as_json:
         output.show_json(answer)
@@ -399,7 +415,10 @@ def gc(
         what = f"{verb} {freed} in {answer.get('tier')}: {answer.get('objects')} objects of {', '.join(parts)}"
         output.note(what if answer.get("objects") else f"nothing to remove in {answer.get('tier')}")
     else:
-        output.note(f"{verb} {freed} in {packs} pack{'' if packs == 1 else 's'}" if packs else "nothing to remove")
+        what = f"{verb} {freed} in {packs} pack{'' if packs == 1 else 's'}"
+        if answer.get("rebuilt_bytes"):
+            what += f", {output.size(answer['rebuilt_bytes'])} of it rebuilt ones"
+        output.note(what if answer.get("freed_bytes") else "nothing to remove")
 
 
 @app.command()
@@ -472,9 +491,13 @@ def import_(
             with output.Progress(quiet=as_json or not sys.stderr.isatty()) as progress:
                 progress.say(f"sending {output.size(size)}")
                 answer = client.upload("/snapshots/import", source, size)
+        answer = finish(client, answer, quiet=as_json)
     except OSError as e:
         raise SpecError(f"cannot read {file}: {e.strerror}", code="no-file") from None
-    _show_taken(finish(client, answer, quiet=as_json), "imported", as_json)
+    except (NotFoundError, SnapshotError, StoreError) as e:
+        e.message = f"{file}: {e.message}"  # the daemon knows its content only
+        raise
+    _show_taken(answer, "imported", as_json)
 
 
 @app.command()

@@ -40,7 +40,8 @@ def stats(as_json: Json = False) -> None:
             "not packed yet": output.size(loose),
             "page store": f"{output.size(answer.get('stored_bytes'))} for {output.size(answer.get('raw_bytes'))} of "
             f"pages, in {answer.get('packs')} packs",
-            "rebuilt packs": f"{output.size(answer.get('cache_bytes'))}, can go",
+            "rebuilt packs": f"{output.size(answer.get('cache_bytes'))}, for faster thaws"
+            + (" (`woodfrog snapshot gc --rebuilt`)" if answer.get("cache_bytes") else ""),
             "files": output.size(files) + (f", {output.size(shared)} of them shared" if shared else ""),
             "on disk": output.size(taken + int(answer.get("cache_bytes") or 0))
             + (f" of {output.size(answer['budget_bytes'])}" if answer.get("budget_bytes") else ""),

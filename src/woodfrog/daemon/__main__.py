@@ -33,12 +33,13 @@ from woodfrog.backends.keeper import Keeper
 from woodfrog.backends.local import LocalBackend, LocalConfig
 from woodfrog.backends.zygote import ZygoteConfig
 from woodfrog.control.gpus import Gpu
-from woodfrog.criu.binary import Criu, find_criu
+from woodfrog.criu.binary import REMEDY, Criu, find_criu
 from woodfrog.daemon.api import TokenAuth, build
 from woodfrog.daemon.controller import Controller
 from woodfrog.daemon.journal import Journal
 from woodfrog.daemon.logs import LogBook, rotate_own
 from woodfrog.daemon.resources import Resources
+from woodfrog.daemon.shm import claim, sweep
 from woodfrog.errors import DaemonError, HostError, SpecError, WoodfrogError
 from woodfrog.linux import descriptors, heap, requirements
 from woodfrog.linux.breakpoints import keep_quick
@@ -145,7 +146,7 @@ def _check_host(settings: Settings) -> tuple[Criu, Settings]:
         found.append(find_criu(Path(settings.criu) if settings.criu else None))
         return found[0]
 
-    criu = requirements.probe_criu(find, check=False)
+    criu = requirements.probe_criu(find, remedy=REMEDY, check=False)
     host = requirements.probe(
         state_dir=settings.home,
         worker_uid=settings.worker_uid,
@@ -190,7 +191,8 @@ def _keeper(settings: Settings, catalogue: Catalogue, store: PageStore, key: Sig
         catalogue,
         store,
         Transport(catalogue, store, key, trust, settings.hot / "store" / "moving", secret),
-        tier=open_tier(tier) if tier else None,
+        # One that is missing may be a disk that is not mounted: what is put in its place fills another.
+        tier=open_tier(tier, make=not settings.tier) if tier else None,
         pack=settings.pack,
         pack_min=settings.lazy_min_mib << 20,
         budget=budget,
@@ -215,6 +217,8 @@ async def serve(settings: Settings) -> None:
     content = ContentStore(settings.home, settings.worker_uid)
     logs = LogBook(settings.home / "logs", settings.log_mib << 20)
     resources = Resources(settings, content)
+    claim(settings.shm, settings.home)
+    await asyncio.to_thread(sweep)
     settings.hot.mkdir(parents=True, exist_ok=True, mode=0o700)
     if settings.encrypted:
         _check_private(settings.hot)
@@ -225,6 +229,8 @@ async def serve(settings: Settings) -> None:
     facts = await asyncio.to_thread(host_facts, criu)
     cls = worker_class(facts)
     keeper = _keeper(settings, catalogue, store, key, cls.digest)
+    if settings.cuda_dir and not (Path(settings.cuda_dir) / "libcuda.so.1").exists():
+        raise SpecError(f"setting cuda_dir: no libcuda.so.1 in {settings.cuda_dir}", code="bad-setting")
     gpus = await find_gpus(settings.gpu, settings.cuda_dir, criu.path)
     controller = Controller(
         settings,

@@ -29,6 +29,7 @@ from woodfrog import protocol
 from woodfrog.backends.connection import Payload
 from woodfrog.daemon import keeping, looking, volumes
 from woodfrog.daemon.controller import CallRecord, Controller, failure_of
+from woodfrog.daemon.package import Package
 from woodfrog.errors import (
     AuthError,
     DaemonError,
@@ -57,7 +58,6 @@ _MAX_BODY = protocol.MAX_BODY
 _MAX_UPLOAD = 1 << 30
 _EXEC_TIMEOUT_S = 60.0
 _PAGE = 200
-_PACKAGE = Path(woodfrog.__file__).parent
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -231,6 +231,7 @@ def build(
     settings = controller.settings
     classes = (worker_class, *gpu_classes)
     spool = settings.home / "calls"
+    package = Package(Path(woodfrog.__file__).parent)
     begun = time.monotonic()
 
     @api.exception_handler(WoodfrogError)
@@ -279,8 +280,9 @@ def build(
             "protocol": protocol.VERSION,
             "pid": os.getpid(),
             "state_dir": str(settings.home),
-            "package": str(_PACKAGE),
-            "intact": _PACKAGE.exists(),
+            "package": str(package.path),
+            "intact": package.intact,
+            "current": await asyncio.to_thread(package.current),
             "calls": len(controller.state.calls),
             "uptime_s": round(time.monotonic() - begun, 1),
             "worker_class": worker_class.digest,
@@ -336,9 +338,32 @@ def build(
         controller.resources.put_secret(name, values)
         return {"name": name, "keys": sorted(values)}
 
+    def users_of(name: str) -> list[str]:
+        """The functions of running and deployed apps that name a secret."""
+        specs = (controller.apps[key][1] for key in controller.active.items())
+        return sorted(f"{s.name}.{f.tag}" for s in specs for f in s.functions if name in {x.name for x in f.secrets})
+
     @api.get("/v1/secrets")
     async def secrets() -> dict[str, Any]:
         return {"secrets": controller.resources.secret_names()}
+
+    @api.get("/v1/secrets/{name}/functions")
+    async def secret_users(name: str) -> dict[str, Any]:
+        """Who names it."""
+        return {"name": name, "functions": users_of(name)}
+
+    @api.delete("/v1/secrets/{name}")
+    async def delete_secret(name: str, force: bool = False) -> dict[str, Any]:
+        """Remove a secret; refused while a function names it, unless `force` is given."""
+        users = users_of(name)
+        if users and not force:
+            raise SpecError(
+                f"secret {name!r} is named by {', '.join(users)}: stop their apps, or give force=1, and they start "
+                "without its variables",
+                code="secret-in-use",
+            )
+        controller.resources.delete_secret(name)
+        return {"name": name, "deleted": True}
 
     # Apps
 

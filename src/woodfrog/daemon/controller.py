@@ -65,6 +65,8 @@ _ITEM_LIMIT = 64 << 20
 """Bytes of unread generator items; beyond it the generator waits for its reader."""
 _ANSWER_S = 60.0
 """How long an answer stays in memory that may have been lost on its way."""
+_ANSWERS_LIMIT = 64 << 20
+"""Bytes of such answers; beyond it the oldest are read from the journal again."""
 _UNREAD_S = 300.0
 """How long the items of a generator that is over wait for somebody to ask for the first."""
 _READER_S = 3600.0
@@ -197,6 +199,9 @@ class Controller:
             run_id,
         )
         self.calls: dict[str, CallRecord] = {}
+        self._answers: dict[str, int] = {}
+        """Sizes of the answers in memory, the oldest first."""
+        self._answer_bytes = 0
         self.instances: dict[str, InstanceInfo] = {}
         self.apps: dict[tuple[str, int], tuple[DeployRow, AppSpec]] = {}
         self.active: dict[str, int] = {}
@@ -733,6 +738,21 @@ class Controller:
         record.done.set()
         record.changed.set()
         record.read.set()
+        if record.result.data and not record.items and not record.unwritten:
+            self._bound_answers(record)
+
+    def _bound_answers(self, newest: CallRecord) -> None:
+        """Who waits for a call has its record; who asks later gets it from the journal."""
+        size = self._answers[newest.row.id] = newest.result.size
+        self._answer_bytes += size
+        while self._answer_bytes > _ANSWERS_LIMIT:
+            self._forget_call(next(iter(self._answers)))
+
+    def _forget_call(self, call_id: str) -> None:
+        self._answer_bytes -= self._answers.pop(call_id, 0)
+        record = self.calls.pop(call_id, None)
+        if record is not None:
+            record.drop_items()
 
     def _write_failure(self, record: CallRecord) -> None:
         """Tell the journal of a call whose answer it had no room for."""
@@ -1031,9 +1051,7 @@ class Controller:
         now = time.time()
         most = self.settings.keep_results_mib << 20
         for call_id in self.journal.prune(now - self.settings.keep_results_s, most, now - _SPARED_S):
-            record = self.calls.pop(call_id, None)
-            if record is not None:
-                record.drop_items()
+            self._forget_call(call_id)
 
     def _forget_calls(self) -> None:
         before = len(self.calls)
@@ -1041,8 +1059,7 @@ class Controller:
             if record.unwritten:
                 self._write_failure(record)
             elif not record.wanted(self.now()):
-                record.drop_items()
-                del self.calls[call_id]
+                self._forget_call(call_id)
         if before - len(self.calls) >= _MANY:  # the allocator would keep what their answers took
             self._task(asyncio.to_thread(heap.trim))
 

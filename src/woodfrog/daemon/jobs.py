@@ -19,6 +19,8 @@ __all__ = ["Job", "Jobs"]
 log = logging.getLogger("woodfrog")
 
 _KEPT = 50
+_FETCH_S = 600.0
+"""How long a file waits for its client, which may be gone."""
 
 
 @dataclass(eq=False)
@@ -33,7 +35,9 @@ class Job:
     result: dict[str, Any] | None = None
     error: WoodfrogError | None = None
     file: Path | None = None
-    """What is to be fetched; removed with the job."""
+    """What is to be fetched; removed when that was not begun within `_FETCH_S` of its end."""
+    unwanted: bool = False
+    """Nobody will fetch it."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     def progress(self, step: str, done: int, total: int) -> None:
@@ -48,6 +52,7 @@ class Job:
             "step": self.step,
             "done": self.done,
             "total": self.total,
+            "for_client": self.file is not None,
         }
 
 
@@ -90,8 +95,10 @@ class Jobs:
         finally:
             if cleanup is not None:
                 cleanup.unlink(missing_ok=True)
-            if job.error is not None:
+            if job.result is None or job.unwanted:
                 self.drop_file(job)
+            elif job.file is not None:
+                asyncio.get_running_loop().call_later(_FETCH_S, self.drop_file, job)
             job.ended.set()
             self._forget()
 
@@ -100,6 +107,12 @@ class Jobs:
         for job in ended[:-_KEPT]:
             self.drop_file(job)
             del self._jobs[job.id]
+
+    def give_up(self, job: Job) -> None:
+        """Nobody will fetch what it writes: remove that, as soon as it is written."""
+        job.unwanted = True
+        if job.ended.is_set():
+            self.drop_file(job)
 
     @staticmethod
     def drop_file(job: Job) -> None:

@@ -48,6 +48,8 @@ _FILE = "journal.sqlite"
 _ROW_BYTES = 1024
 """What a finished call takes beside its answer, its error and its trace."""
 _PRUNED_AT_ONCE = 5000
+_LITTLE = 1 << 20
+"""With less room than that a disk is full."""
 _LIVE = """stopped IS NULL AND (
     version = (SELECT max(version) FROM deploys AS d WHERE d.app = deploys.app AND d.stopped IS NULL)
     OR (app, version) IN (SELECT app, version FROM calls WHERE finished IS NULL)
@@ -82,6 +84,14 @@ class CallRow:
     trace: list[dict[str, Any]]
 
 
+def _is_full(home: Path, error: sqlite3.Error) -> bool:
+    """Whether that is for want of room: SQLite calls it an I/O error where its index of the WAL has none."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    room = os.statvfs(home)
+    no_room = room.f_bavail * room.f_frsize < _LITTLE
+    return code == sqlite3.SQLITE_FULL or (code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN) and no_room)
+
+
 class Journal:
     """SQLite behind a few named operations. Used from the event loop's thread alone.
 
@@ -98,23 +108,36 @@ class Journal:
         self.bodies = home / "calls"
         self.bodies.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = home / _FILE
+        old_mask = os.umask(0o077)
         try:
-            old_mask = os.umask(0o077)
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             try:
-                self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-                self._db.execute("PRAGMA journal_mode=WAL")
-            finally:
-                os.umask(old_mask)
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.executescript(_SCHEMA)
-            if "size" not in [row[1] for row in self._db.execute("PRAGMA table_info(calls)")]:
-                self._db.execute("ALTER TABLE calls ADD COLUMN size INTEGER NOT NULL DEFAULT 0")
-            self._db.executescript(_INDEXES)
-            self.kept = int(self._db.execute("SELECT total(size) FROM calls WHERE finished IS NOT NULL").fetchone()[0])
-            """Bytes that finished calls take."""
+                self._prepare()
+            except sqlite3.Error:
+                self._db.close()
+                raise
         except sqlite3.Error as e:
+            if _is_full(home, e):
+                raise StoreError(
+                    f"{path}: no space left to open it, or to bring it to this version's form: free some; nothing in "
+                    "it is lost",
+                    code="disk-full",
+                    path=str(path),
+                ) from e
             raise StoreError(f"{path}: {e}; move it away to begin with an empty state", path=str(path)) from e
+        finally:
+            os.umask(old_mask)
         self._sweep()
+
+    def _prepare(self) -> None:
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.executescript(_SCHEMA)
+        if "size" not in [row[1] for row in self._db.execute("PRAGMA table_info(calls)")]:
+            self._db.execute("ALTER TABLE calls ADD COLUMN size INTEGER NOT NULL DEFAULT 0")
+        self._db.executescript(_INDEXES)
+        self.kept = int(self._db.execute("SELECT total(size) FROM calls WHERE finished IS NOT NULL").fetchone()[0])
+        """Bytes that finished calls take."""
 
     def _execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
         try:

@@ -13,13 +13,13 @@ from typing import Any
 
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
-from starlette.background import BackgroundTask
+from starlette.types import Receive, Scope, Send
 
 from woodfrog.backends.base import Progress, SnapshotKeeper
 from woodfrog.daemon.controller import Controller
 from woodfrog.daemon.jobs import Job, Jobs
 from woodfrog.errors import HostError, NotFoundError, SpecError
-from woodfrog.snapshot.catalogue import Catalogue
+from woodfrog.snapshot.catalogue import PINNED, Catalogue
 from woodfrog.store.files import store_error, write_atomic
 
 __all__ = ["ADMIN", "add_routes"]
@@ -43,6 +43,16 @@ class _Admin:
         given = request.headers.get("woodfrog-admin", "")
         if not secrets.compare_digest(given.encode(), self._secret.encode()):
             raise HostError("only root on the daemon's machine may change whom it trusts: use sudo", code="not-root")
+
+
+class _Once(FileResponse):
+    """A file that is removed when it was sent, or its client went away in the middle of it."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            Path(self.path).unlink(missing_ok=True)
 
 
 async def _take(request: Request, spool: Path) -> Path:
@@ -108,17 +118,21 @@ def add_routes(
         if job.file is None or not job.ended.is_set():
             raise NotFoundError(f"job {job_id} has no file, or it was fetched already", job=job_id)
         path, job.file = job.file, None
-        return FileResponse(
-            path, media_type="application/octet-stream", background=BackgroundTask(path.unlink, missing_ok=True)
-        )
+        return _Once(path, media_type="application/octet-stream")
+
+    @api.delete("/v1/jobs/{job_id}/file", tags=["jobs"])
+    async def drop_job_file(job_id: str) -> dict[str, Any]:
+        """Nobody will fetch it: it is removed as soon as it is written."""
+        jobs.give_up(jobs.get(job_id))
+        return {"job": job_id}
 
     # Removing
 
     @api.post("/v1/snapshots/{snapshot_id}/invalidate", tags=["snapshots"])
-    async def invalidate(snapshot_id: str, tier: bool = False, wait: float = Wait) -> Response:
+    async def invalidate(snapshot_id: str, tier: bool = False, force: bool = False, wait: float = Wait) -> Response:
         """Never use a snapshot again and remove it; with `tier`, from the tier as well, for all machines.
 
-        With `tier` it need not be on this machine; its id must be whole then.
+        With `tier` it need not be on this machine; its id must be whole then. A pinned one is refused without `force`.
         """
         found, here = snapshot_id, True
         if snapshot_id not in catalogue.damaged:
@@ -128,6 +142,8 @@ def add_routes(
                 if not tier:
                     raise
                 here = False
+            if here and not force and catalogue.marked(found, PINNED):
+                raise SpecError(f"snapshot {found} is pinned: unpin it, or give force=1", code="pinned")
 
         async def everywhere(_: Progress) -> dict[str, Any]:
             # The tier first: when it fails, nothing has changed.
@@ -160,11 +176,15 @@ def add_routes(
         return await answer(jobs.start(f"verify {found}", lambda p: keeper().verify(found, p)), wait)
 
     @api.post("/v1/snapshots/gc", tags=["snapshots"])
-    async def gc(dry_run: bool = False, tier: bool = False, wait: float = Wait) -> Response:
-        """Remove from the page store what no snapshot and no container needs; with `tier`, from the tier instead."""
+    async def gc(dry_run: bool = False, rebuilt: bool = False, tier: bool = False, wait: float = Wait) -> Response:
+        """Remove from the page store what no snapshot and no container needs; with `tier`, from the tier instead.
+
+        `rebuilt`: also what is there for faster thaws only.
+        """
         if tier:
             return await answer(jobs.start("gc", lambda p: keeper().gc_tier(dry_run=dry_run, progress=p)), wait)
-        return await answer(jobs.start("gc", lambda p: keeper().gc(dry_run=dry_run, progress=p)), wait)
+        work: Work = lambda p: keeper().gc(dry_run=dry_run, rebuilt=rebuilt, progress=p)  # noqa: E731
+        return await answer(jobs.start("gc", work), wait)
 
     @api.post("/v1/snapshots/{snapshot_id}/pin", tags=["snapshots"])
     async def pin(snapshot_id: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from woodfrog.linux.skeleton import host_above, is_the_systems
 from woodfrog.settings import Settings
 from woodfrog.spec import AppSpec, FunctionSpec, SecretSpec, VolumeMount
 from woodfrog.store.content import ContentStore
-from woodfrog.store.files import remove_tree, store_error, write_atomic
+from woodfrog.store.files import fsync_dir, remove_tree, store_error, write_atomic
 
 __all__ = ["Resources"]
 
@@ -71,6 +71,21 @@ class Resources:
 
     def secret_names(self) -> list[str]:
         return sorted(p.stem for p in self._secrets.glob("*.json"))
+
+    def delete_secret(self, name: str) -> None:
+        """Remove a secret.
+
+        Raises:
+            NotFoundError: there is none of that name.
+        """
+        path = self._secrets / f"{check_name('secret', name)}.json"
+        try:
+            path.unlink()
+            fsync_dir(self._secrets)
+        except FileNotFoundError:
+            raise NotFoundError(f"no secret {name!r}; `woodfrog secret list` shows them") from None
+        except OSError as e:
+            raise store_error(f"cannot remove secret {name!r}", path, e) from e
 
     def _secret(self, spec: SecretSpec) -> dict[str, str]:
         if spec.name is None:

@@ -145,6 +145,8 @@ class Network:
             raise HostError(f"network_subnet {subnet!r}: {e}", code="network") from None
         if self.subnet.num_addresses < 8:
             raise HostError(f"network_subnet {subnet}: too small; use a /29 or wider", code="network")
+        if self.subnet.prefixlen < 8 or self.subnet.is_loopback or self.subnet.is_multicast:
+            raise HostError(f"network_subnet {subnet}: no machine can have such addresses", code="network")
         self.bridge = bridge
         self.gateway = str(self.subnet[1])
         self.table = f"woodfrog_{bridge}"

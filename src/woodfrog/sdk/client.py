@@ -26,10 +26,14 @@ from woodfrog.errors import DaemonError, HostError, SpecError, WoodfrogError
 from woodfrog.sdk.checks import note
 from woodfrog.settings import Settings, load
 
-__all__ = ["Client", "Reply", "connect", "segment", "start_daemon"]
+__all__ = ["Client", "Reply", "connect", "outdated", "segment", "start_daemon"]
 
 RECONNECT_S = 60.0
 """How long a lost daemon is waited for."""
+ABANDONED_S = 5.0
+"""How long a daemon that died is left to an init system, before a client that may starts another."""
+TELL_S = 1.0
+"""One that is away for longer is told of."""
 PATIENCE_S = 60.0
 """How long the daemon may take over an answer."""
 START_S = 30.0
@@ -161,6 +165,10 @@ class Client:
         self.reconnect_s = reconnect_s
         self.patience_s = patience_s
         self.where = settings.host or str(settings.socket)
+        self.on_lost: Callable[[str], None] = lambda text: note(f"daemon-lost-{time.monotonic()}", text)
+        """Told, in words, what is waited for when the daemon is away."""
+        self._told = False
+        self._starting = threading.Lock()
         self._base = "http://woodfrog"
         self._headers = {"accept": "*/*", "accept-encoding": "identity", "user-agent": "woodfrog"}
         if settings.host:
@@ -284,6 +292,7 @@ class Client:
             try:
                 reply = self._send(method, "/v1" + path, params=params, headers=headers, content=content, wait=wait)
                 if reply.status != 503:
+                    self._told = False
                     break
                 failure = error_from_answer(_json_or_none(reply), "the daemon is not ready")
                 if not failure.retryable and "error" in (_json_or_none(reply) or {}):
@@ -298,15 +307,42 @@ class Client:
             if now - lost > allowed:
                 raise DaemonError(
                     f"woodfrog's daemon at {self.where} went away and did not come back in {allowed:g} s "
-                    f"({type(trouble).__name__}: {trouble}){kept and '; ' + kept}",
+                    f"({type(trouble).__name__}: {trouble}){kept and '; ' + kept}{self._remedy()}",
                     code="daemon-lost",
                     retryable=True,
                 ) from None
+            if now - lost > TELL_S and isinstance(trouble, httpcore.ConnectError):
+                self._tell(f"woodfrog's daemon at {self.where} went away: waiting for another{self._remedy()}")
+            if now - lost > ABANDONED_S and _died(trouble) and not self.settings.host and os.geteuid() == 0:
+                self._start_another(kept)
             time.sleep(delay)
             delay = min(1.0, delay * 1.6)
         if reply.status >= 400 and method != "HEAD":
             raise error_from_answer(_json_or_none(reply), f"the daemon answered {reply.status} to {method} {path}")
         return reply
+
+    def _remedy(self) -> str:
+        if self.settings.host:
+            return ""
+        return f"; `{'' if os.geteuid() == 0 else 'sudo '}woodfrog daemon start` starts one"
+
+    def _tell(self, text: str) -> None:
+        """Once for each time that the daemon is away, whatever waits for it."""
+        if not self._told:
+            self._told = True
+            self.on_lost(text)
+
+    def _start_another(self, kept: str) -> None:
+        with self._starting:
+            if self.health(timeout=1.0) is not None:
+                return
+            self.on_lost(f"woodfrog's daemon at {self.where} died: starting another")
+            try:
+                start_daemon(self)
+            except DaemonError as e:
+                first, newline, log = e.message.partition("\n")
+                e.message = f"{first}{kept and '; ' + kept}{newline}{log}"
+                raise
 
     def upload(self, path: str, source: BinaryIO, size: int) -> dict[str, Any]:
         """Post a file of any size, once.
@@ -364,8 +400,11 @@ class Client:
             raise DaemonError(f"the daemon answered {reply.status} to HEAD {path}")
         return reply.status != 404
 
-    def health(self, timeout: float = 5.0) -> dict[str, Any] | None:
+    def health(self, timeout: float = 5.0, *, any_protocol: bool = False) -> dict[str, Any] | None:
         """What the daemon says of itself; None when none answers.
+
+        Args:
+            any_protocol: also one that is only to be stopped.
 
         Raises:
             HostError: this user may not use the socket.
@@ -382,10 +421,12 @@ class Client:
         if reply.status != 200:
             raise error_from_answer(_json_or_none(reply), f"{self.where} answered {reply.status} to a health check")
         found = reply.json()
-        if not isinstance(found, dict) or found.get("protocol", protocol.VERSION) != protocol.VERSION:
+        if not isinstance(found, dict):
+            raise DaemonError(f"{self.where} answers a health check with {found!r}: it is no woodfrog daemon")
+        if found.get("protocol", protocol.VERSION) != protocol.VERSION and not any_protocol:
             raise DaemonError(
                 f"the daemon at {self.where} is woodfrog {found.get('version')} and speaks protocol "
-                f"{found.get('protocol')}, this client {protocol.VERSION}: stop it with `woodfrog daemon stop`",
+                f"{found.get('protocol')}, this client {protocol.VERSION}: `woodfrog daemon restart`",
                 code="daemon-version",
             )
         return found
@@ -440,6 +481,15 @@ def _denied(error: BaseException | None) -> bool:
     return False
 
 
+def _died(error: BaseException | None) -> bool:
+    """Whether nobody listens where somebody did: one that was stopped takes its socket away."""
+    while error is not None:
+        if isinstance(error, ConnectionRefusedError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _no_permission(where: str) -> HostError:
     return HostError(
         f"this user may not use woodfrog's socket {where}: run the program with sudo, or let the daemon's "
@@ -477,6 +527,8 @@ def connect(settings: Settings | None = None, *, start: bool = True) -> Client:
                     code="no-daemon",
                 )
             start_daemon(client)
+        elif start and (old := outdated(found)):
+            note("daemon-outdated", old)
         _clients[key] = client
         return client
 
@@ -486,6 +538,16 @@ def _gone(found: dict[str, Any] | None) -> str:
     if found is None or found.get("intact", True):
         return ""
     return f"woodfrog's daemon (pid {found.get('pid')}) runs from {found.get('package')}, which is gone"
+
+
+def outdated(found: dict[str, Any]) -> str:
+    """Whether a daemon's code was updated since it began, with the remedy; empty when it was not."""
+    if found.get("current", True):
+        return ""
+    return (
+        f"woodfrog's daemon (pid {found.get('pid')}) is older than its code in {found.get('package')}, which was "
+        "updated: `woodfrog daemon restart`"
+    )
 
 
 def _end(client: Client, gone: str, timeout: float = END_S) -> None:

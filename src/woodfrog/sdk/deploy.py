@@ -137,7 +137,7 @@ def send(
         ).json()
     except SpecError as e:
         if "unknown field" in e.message:
-            e.message += ": the daemon is one of an older woodfrog: `woodfrog daemon stop`, and try again"
+            e.message += ": the daemon is one of an older woodfrog: `woodfrog daemon restart`, and try again"
         raise
     if not isinstance(answer, dict):
         raise DaemonError(f"the daemon answered the deploy of {bundle.spec.name} with {answer!r}")

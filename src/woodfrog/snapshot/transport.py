@@ -21,6 +21,7 @@ is known of something, it gets no more memory or disk than what was signed can n
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import tarfile
@@ -64,6 +65,8 @@ from woodfrog.store.pages import PageStore
 from woodfrog.store.tiers import DirectoryTier, Tier
 
 __all__ = ["Transport", "with_digests"]
+
+log = logging.getLogger("woodfrog")
 
 Progress = Callable[[str, int, int], None]
 """Told what is counted, how many are done, of how many."""
@@ -207,9 +210,8 @@ class Transport:
                     tier.put(f"{prefix}/{part}", room / part)
                 tier.put(f"{prefix}/packs.json", json.dumps({"place": self._place, "packs": kinds}).encode())
                 fault("push.files")
-                working_set = opened.path / WORKING_SET
-                if working_set.exists():
-                    tier.put(f"{prefix}/{WORKING_SET}", self._sealed(working_set.read_bytes()))
+                if working_set := _read_advice(opened.path / WORKING_SET):
+                    tier.put(f"{prefix}/{WORKING_SET}", self._sealed(working_set))
                 data = encode(manifest)
                 lease.check()
                 tier.put(f"{prefix}/{SIGNER}", public_text(self.signing).encode())
@@ -652,19 +654,30 @@ class Transport:
             IncompatibleSnapshot, StoreError: as `pull`.
         """
         with self._room() as room:
-            tier = DirectoryTier(room / "tier")
+            tier = DirectoryTier(room / "tier", "the file")
             try:
                 with tarfile.open(source, "r:") as tar:
                     ids = set(_take_members(tar, room / "tier"))
             except (tarfile.TarError, ValueError, OverflowError, EOFError) as e:
                 why = str(e).partition("\n")[0]
-                raise IntegrityError(f"{source} is not an exported snapshot: {why}", code="bad-export") from None
+                raise IntegrityError(f"the file is not an exported snapshot: {why}", code="bad-export") from None
             except OSError as e:
                 raise store_error("cannot import the snapshot", source, e) from e
             if len(ids) != 1:
-                raise IntegrityError(f"{source} is not an exported snapshot", code="bad-export")
+                raise IntegrityError("the file is not an exported snapshot", code="bad-export")
             self._catalogue.accept(snapshot_id := ids.pop())
             return self.pull(snapshot_id, tier, progress)
+
+
+def _read_advice(path: Path) -> bytes:
+    """A file that a snapshot can do without; empty where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as e:
+        log.warning("%s is not sent: %s", path, e.strerror)
+        return b""
 
 
 def _take_members(tar: tarfile.TarFile, target: Path) -> Iterable[str]:

@@ -585,10 +585,10 @@ class PageStore:
                 found.append((max(used.st_atime, used.st_mtime), size, pack))
         return found
 
-    def trim_cache(self, budget_bytes: int, keep: Collection[str] = ()) -> int:
+    def trim_cache(self, budget_bytes: int, keep: Collection[str] = (), *, dry_run: bool = False) -> int:
         """Drop rebuilt packs, least recently opened first, until they take no more than a budget; the bytes freed.
 
-        Leased packs and those of `keep` stay.
+        Leased packs and those of `keep` stay. `dry_run`: only say how much would go.
         """
         cached = sorted(self._cached())
         excess = sum(size for _, size, _ in cached) - budget_bytes
@@ -602,6 +602,9 @@ class PageStore:
                 if freed >= excess:
                     break
                 if pack not in leased and self.folder.path(pack, "delta").exists():
+                    if dry_run:
+                        freed += size
+                        continue
                     self._verified.pop(pack, None)
                     temporary = self.folder.temporary("pages")
                     with suppress(FileNotFoundError):

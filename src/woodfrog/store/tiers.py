@@ -90,7 +90,7 @@ class Tier(Protocol):
         """Remove an object; one that is gone already is fine."""
 
 
-def open_tier(url: str) -> Tier:
+def open_tier(url: str, *, make: bool = True) -> Tier:
     """The tier that a URL names.
 
     Args:
@@ -98,6 +98,7 @@ def open_tier(url: str) -> Tier:
             `az://container/prefix`, or `memory://` (this process only). Buckets take credentials, endpoint and region
             from the usual variables (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_SERVICE_ACCOUNT`, ...), never
             from the URL.
+        make: make a directory that is missing; otherwise that is an error.
 
     Raises:
         StoreError: the URL is not one of these, the directory cannot be made, or a package is missing.
@@ -109,7 +110,7 @@ def open_tier(url: str) -> Tier:
     if not separator:
         if not url.startswith(("/", "./", "../", "~")):
             raise _bad(url, "is neither an absolute path nor a URL; write file:///path or s3://bucket/prefix")
-        return DirectoryTier(Path(url).expanduser().absolute())
+        return _directory(Path(url).expanduser().absolute(), make)
     parts = urlsplit(url)
     if parts.username or parts.password or "@" in parts.netloc:
         raise _bad(f"{scheme}://…", "has credentials in it; put them into the environment")
@@ -119,7 +120,7 @@ def open_tier(url: str) -> Tier:
         case "file":
             if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
                 raise _bad(url, "names another machine; write file:///path")
-            return DirectoryTier(Path(unquote(parts.path)))
+            return _directory(Path(unquote(parts.path)), make)
         case "memory":
             return MemoryTier(name=url)
         case "s3" | "s3a" | "gs" | "az" | "azure" | "abfs" | "abfss":
@@ -127,6 +128,12 @@ def open_tier(url: str) -> Tier:
                 raise _bad(url, "names no bucket")
             return ObjectTier(url)
     raise _bad(url, "is of no known kind; use a path, file://, s3://, gs://, az:// or memory://")
+
+
+def _directory(path: Path, make: bool) -> DirectoryTier:
+    if not make and not path.is_dir():
+        raise _bad(str(path), "is no directory: mount what belongs there, or make it")
+    return DirectoryTier(path)
 
 
 def _bad(what: str, why: str) -> StoreError:
@@ -281,10 +288,14 @@ class DirectoryTier:
     """Objects as files below a directory: a disk, a tmpfs, a mounted share.
 
     What `put` has stored survives a power loss. Writers on several machines may share one directory.
+
+    Args:
+        name: what messages call it; its URL without.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, name: str = "") -> None:
         self.root = Path(root)
+        self._name = name or f"file://{self.root}"
         self._incoming = self.root / _TEMPORARY
         try:
             self._incoming.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -294,7 +305,7 @@ class DirectoryTier:
 
     @property
     def name(self) -> str:
-        return f"file://{self.root}"
+        return self._name
 
     def put(self, key: str, source: Path | bytes) -> None:
         final = self._path(key)
