@@ -37,7 +37,17 @@ def names(archive: source.Archive) -> list[str]:
 def test_what_is_left_out(tmp_path: Path) -> None:
     make(
         tmp_path,
-        *("app.py", "pkg/__init__.py", "pkg/data.txt", ".env", ".git/config", "__pycache__/a.pyc", "b.pyc"),
+        *(
+            "app.py",
+            "pkg/__init__.py",
+            "pkg/data.txt",
+            ".env",
+            ".git/config",
+            "__pycache__/a.pyc",
+            "b.pyc",
+            "app.py~",
+            "#app.py#",
+        ),
         *("venv/pyvenv.cfg", "venv/lib/x.py", "node_modules/x.js", "build/lib.py", "dist/x.whl", "x.egg-info/PKG-INFO"),
         *(
             "pkg/build/__init__.py",

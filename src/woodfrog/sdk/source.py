@@ -255,8 +255,8 @@ def pack(roots: Sequence[Root], files: Sequence[LocalFiles] = ()) -> Archive:
 
     Where several roots hold the same name the first counts, as on the import path; of `files` the last.
 
-    Left out: hidden files, caches, virtual environments, node_modules, build artefacts, and what `.woodfrogignore`
-    names (patterns as in .gitignore); of `files` what their own patterns name only.
+    Left out: hidden files, caches, editors' copies, virtual environments, node_modules, build artefacts, and what
+    `.woodfrogignore` names (patterns as in .gitignore); of `files` what their own patterns name only.
 
     Raises:
         SpecError: too many or too large files, an unreadable one, or a symbolic link that leaves the directory.
@@ -382,6 +382,8 @@ def _scan(
 def _never(entry: os.DirEntry[str], is_dir: bool) -> bool:
     name = entry.name
     if name.startswith(".") or name.endswith((".pyc", ".pyo", ".egg-info")):
+        return True
+    if name.endswith("~") or name[:1] == name[-1:] == "#":  # an editor's copies
         return True
     if not is_dir:
         return False
