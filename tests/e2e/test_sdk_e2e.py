@@ -565,9 +565,11 @@ def test_a_program_of_several_files(daemon: Daemon) -> None:
         "@app.function(enable_memory_snapshot=True)\n"
         "def say():\n"
         "    from zoo import helper\n"
-        "    return f'{name()}: {SOUND.read_text()} {helper.__name__} {__name__}'\n"
+        "    import beside\n"
+        "    return f'{name()}: {SOUND.read_text()} {helper.__name__} {__name__} {beside.word}'\n"
     )
-    said = "frog: ribbit zoo.helper zoo.main\n"
+    (folder / "beside.py").write_text("word = 'beside'\n")
+    said = "frog: ribbit zoo.helper zoo.main beside\n"
     assert daemon.cli("run", str(package / "main.py")).stdout == said
     assert daemon.cli("run", "-m", "zoo.main", cwd=folder).stdout == said
     (package / "helper.py").write_text("def name():\n    return 'toad'\n")

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 import woodfrog
 from woodfrog.errors import SpecError
+from woodfrog.sdk import follow as follow_module
 from woodfrog.sdk import source
+from woodfrog.sdk.follow import followed_roots
 from woodfrog.sdk.source import Root, import_program, merge_roots, pack, root_of
 
 
@@ -281,6 +283,73 @@ def test_a_named_module_that_is_nowhere(tmp_path: Path) -> None:
     ) as e:
         build("a", [f])
     assert e.value.code == "no-such-module"
+
+
+def follow(main: Path, name: str, shipped: Root) -> list[str]:
+    return [str(r.directory / (r.only or "")) for r in followed_roots([(name, main)], [shipped])]
+
+
+def test_imports_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies beside the package, on PYTHONPATH or in an editable install goes with the program, imported or not."""
+    proj, lib = tmp_path / "proj", tmp_path / "lib"
+    make(proj, "wf_own/__init__.py", "wf_common.py", "wf_later.py", "wf_never.py", "wf_doc.py", "wf_space/part.py")
+    make(lib, "wf_far/__init__.py", "wf_far/data.txt", "wf_deep.py", "wf_deeper.py", "json.py")
+    (proj / "wf_own/prog.py").write_text(
+        '"""For example:\n    import wf_doc\n"""\nimport json, woodfrog, pytest\nfrom . import part as x\n'
+        "from wf_space.part import (\n    one,\n)\ndef f():\n    if x: import os, wf_later\n"
+    )
+    (proj / "wf_own/part.py").write_text("from .sub.other import thing\n")
+    make(proj, "wf_own/sub/__init__.py")
+    (proj / "wf_own/sub/other.py").write_text(
+        "from ..part import x\nimport wf_common; import wf_far.missing, nowhere\n"
+    )
+    (lib / "wf_far/__init__.py").write_text("from wf_deep import *\n")
+    (lib / "wf_deep.py").write_text("# import wf_deeper\nno Python\nimport wf_deeper\n")
+    for folder in (lib, proj):
+        monkeypatch.syspath_prepend(str(folder))
+    found = follow(proj / "wf_own/prog.py", "wf_own.prog", Root(proj, "wf_own"))
+    assert found == [
+        *(str(lib / n) for n in ("wf_deep.py", "wf_far")),
+        *(str(proj / n) for n in ("wf_common.py", "wf_later.py", "wf_space")),
+    ]
+    assert not {"wf_common", "wf_far", "wf_later"} & sys.modules.keys()
+    # What is shipped whole needs nothing beside it; what was found by a path of the program's own is there already.
+    monkeypatch.syspath_prepend(str(proj / "wf_space"))
+    (proj / "wf_main.py").write_text("import wf_common, part, wf_own.prog\n")
+    assert follow(proj / "wf_main.py", "wf_main", Root(proj)) == [str(lib / n) for n in ("wf_deep.py", "wf_far")]
+
+
+def test_what_cannot_be_sent_stays_where_a_container_sees_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path, "wf_huge/__init__.py", "wf_huge/a.py", "prog/main.py")
+    (tmp_path / "prog/main.py").write_text("import wf_huge.a\n")
+    (tmp_path / "wf_huge/out").symlink_to("/etc/hostname")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    main = tmp_path / "prog/main.py"
+    assert follow(main, "main", Root(main.parent)) == []
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/wf_huge, imported by" in said and "is not sent" in said and said.count("\n") == 1
+    monkeypatch.setattr(follow_module, "places", lambda top, **_: [tmp_path / top] if top == "wf_huge" else [])
+    monkeypatch.setattr(sys, "path", [])  # as where an import hook finds it
+    with pytest.raises(SpecError, match="leads out of"):
+        follow(main, "main", Root(main.parent))
+
+
+@pytest.mark.parametrize(
+    ("path", "plain"),
+    [
+        ("/usr/bin/python3", "/usr/bin/python3"),
+        ("{tmp}/a/../venv/bin/python", "{tmp}/real/bin/python"),
+        ("{tmp}/a/..", "{tmp}"),
+    ],
+)
+def test_an_interpreter_that_was_named_by_a_relative_path(tmp_path: Path, path: str, plain: str) -> None:
+    (tmp_path / "real/bin").mkdir(parents=True)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "venv").symlink_to("real")
+    (tmp_path / "real/bin/python").symlink_to("/usr/bin/python3")
+    assert source._without_dots(path.format(tmp=tmp_path)) == plain.format(tmp=tmp_path)
 
 
 def test_the_programs_directory_comes_first(tmp_path: Path) -> None:
