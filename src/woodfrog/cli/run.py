@@ -166,7 +166,8 @@ def run(
     """Run a function of a program, with the program's app running meanwhile.
 
     Without NAME the only local entrypoint is run, else the only function. What follows FILE are the function's own
-    arguments, as options: `woodfrog run app.py::train --epochs 3`; `woodfrog run app.py::train --help` lists them.
+    arguments, as options: `woodfrog run app.py::train --epochs 3`; `woodfrog run app.py::train --help` lists them. An
+    option of a list is given once for each item, one of a dict as JSON.
     What the containers print appears here. Ctrl-C cancels.
     """
     from woodfrog.cli.program import arguments_from, load, parse_reference
