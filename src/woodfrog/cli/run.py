@@ -158,7 +158,7 @@ def run(
         bool, typer.Option("--detach", "-d", help="Leave the app running at the end: until 5 minutes without a call.")
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Show only what the program and functions print.")
+        bool, typer.Option("--quiet", "-q", help="Show only what the program and functions print, and errors.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     env: Env = None,
@@ -171,7 +171,9 @@ def run(
     What the containers print appears here. Ctrl-C cancels.
     """
     from woodfrog.cli.program import arguments_from, load, parse_reference
+    from woodfrog.sdk.checks import be_quiet
 
+    be_quiet(quiet)
     reference = parse_reference(target, module=module)
     _note_env(env)
     chosen = choose(load(reference), reference.source, reference.name)
