@@ -95,8 +95,8 @@ class Resources:
         missing = [k for k in spec.required_keys if k not in values]
         if missing:
             raise SpecError(
-                f"secret {spec.name!r} lacks the required key {missing[0]!r}: `woodfrog secret create {spec.name}` with "
-                "all its keys makes it anew",
+                f"secret {spec.name!r} lacks the required key {missing[0]!r}: "
+                f"`woodfrog secret create {spec.name}` with all its keys makes it anew",
                 code="secret-key",
             )
         return values
