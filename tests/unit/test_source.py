@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,7 @@ from hypothesis import strategies as st
 
 import woodfrog
 from woodfrog.errors import SpecError
-from woodfrog.sdk import follow as follow_module
-from woodfrog.sdk import source
+from woodfrog.sdk import checks, source
 from woodfrog.sdk.follow import followed_roots
 from woodfrog.sdk.source import Root, import_program, merge_roots, pack, root_of
 
@@ -285,8 +285,8 @@ def test_a_named_module_that_is_nowhere(tmp_path: Path) -> None:
     assert e.value.code == "no-such-module"
 
 
-def follow(main: Path, name: str, shipped: Root) -> list[str]:
-    return [str(r.directory / (r.only or "")) for r in followed_roots([(name, main)], [shipped])]
+def follow(main: Path, name: str, shipped: Root, visible: Sequence[str] = ()) -> list[str]:
+    return [str(r.directory / (r.only or "")) for r in followed_roots([(name, main)], [shipped], visible)]
 
 
 def test_imports_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,7 +296,7 @@ def test_imports_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     make(lib, "wf_far/__init__.py", "wf_far/data.txt", "wf_deep.py", "wf_deeper.py", "json.py")
     (proj / "wf_own/prog.py").write_text(
         '"""For example:\n    import wf_doc\n"""\nimport json, woodfrog, pytest\nfrom . import part as x\n'
-        "from wf_space.part import (\n    one,\n)\ndef f():\n    if x: import os, wf_later\n"
+        "from wf_space.part import (\n    zero,  # (all\n    one,\n)\ndef f():\n    if x: import os, wf_later\n"
     )
     (proj / "wf_own/part.py").write_text("from .sub.other import thing\n")
     make(proj, "wf_own/sub/__init__.py")
@@ -327,11 +327,16 @@ def test_what_cannot_be_sent_stays_where_a_container_sees_it(
     (tmp_path / "wf_huge/out").symlink_to("/etc/hostname")
     monkeypatch.syspath_prepend(str(tmp_path))
     main = tmp_path / "prog/main.py"
-    assert follow(main, "main", Root(main.parent)) == []
-    said = capsys.readouterr().err
-    assert f"{tmp_path}/wf_huge, imported by" in said and "is not sent" in said and said.count("\n") == 1
-    monkeypatch.setattr(follow_module, "places", lambda top, **_: [tmp_path / top] if top == "wf_huge" else [])
-    monkeypatch.setattr(sys, "path", [])  # as where an import hook finds it
+    for visible, word in (((str(tmp_path),), "a change of it makes no new snapshot"), ((), "a container has none")):
+        monkeypatch.setattr(checks, "_noted", set())
+        assert follow(main, "main", Root(main.parent), visible) == []
+        said = capsys.readouterr().err
+        assert f"{tmp_path}/wf_huge, imported by" in said and f"is not sent with the code: {word}" in said
+        assert said.count("\n") == 1
+    (tmp_path / ".woodfrogignore").write_text("wf_huge/\n")
+    assert follow(main, "main", Root(main.parent)) == [] and not capsys.readouterr().err
+    (tmp_path / ".woodfrogignore").unlink()
+    importlib.import_module("wf_huge")
     with pytest.raises(SpecError, match="leads out of"):
         follow(main, "main", Root(main.parent))
 

@@ -69,7 +69,9 @@ def build(name: str, handles: Sequence[Handle], program: tuple[str, str] | None 
         wanted.append(source.root_of(*program))
     shipped = source.merge_roots(wanted)
     imported = source.imported_roots() if roots else []
-    imported += follow.followed_roots([_module(specs[i]) for i in roots], [*shipped.values(), *imported])
+    runtime = source.runtime(shipped.values(), installed)
+    modules = [_module(specs[i]) for i in roots]
+    imported += follow.followed_roots(modules, [*shipped.values(), *imported], runtime.sys_path)
     contents: dict[int, tuple[tuple[source.Root, ...], tuple[LocalFiles, ...]]] = {}
     for i, spec in enumerate(specs):
         own = [shipped[roots[i]], *imported] if i in roots else []
@@ -90,7 +92,7 @@ def build(name: str, handles: Sequence[Handle], program: tuple[str, str] | None 
             made = replace(made, blob_digest=digest)
         functions.append(replace(spec, source=made))
     return Bundle(
-        AppSpec(name=name, runtime=source.runtime(shipped.values(), installed), functions=tuple(functions)),
+        AppSpec(name=name, runtime=runtime, functions=tuple(functions)),
         {a.digest: a.data for a in archives.values()},
         blobs,
     )

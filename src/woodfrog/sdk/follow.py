@@ -11,13 +11,13 @@ import ast
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from woodfrog.errors import SpecError
 from woodfrog.sdk import checks
-from woodfrog.sdk.source import Root, installed, link_target, places, scan
+from woodfrog.sdk.source import IGNORE_FILE, Root, ignore_rules, installed, link_target, places, scan
 
 __all__ = ["followed_roots"]
 
@@ -27,18 +27,22 @@ _IMPORT = re.compile(
     r"(?:^|[:;])[ \t]*(?:from[ \t]+(\.*)([\w.]*)[ \t]+import[ \t]*(\([^)]*\)|[^\n;#]*)|import[ \t]+([^\n;#]+))", re.M
 )
 """A fraction of the time that parsing takes. What it takes for an import in a text or comment is sorted out later."""
+_COMMENT = re.compile(r"#[^\n]*")
 _NAME = re.compile(r"[\w.]+")
 
 
-def followed_roots(modules: Iterable[tuple[str, Path]], shipped: Iterable[Root]) -> list[Root]:
+def followed_roots(
+    modules: Iterable[tuple[str, Path]], shipped: Iterable[Root], visible: Sequence[str] = ()
+) -> list[Root]:
     """Where else the code of these modules imports from, beside the Python environment.
 
     Args:
         modules: names and files.
         shipped: what is sent in any case.
+        visible: directories of this machine that a container has on its import path.
 
     Raises:
-        SpecError: something of it cannot be sent, and a container would not see it otherwise.
+        SpecError: the program has imported what cannot be sent, and a container would not see it otherwise.
     """
     inside = [r.directory / r.only if r.only is not None else r.directory for r in shipped]
     found: dict[Root, None] = {}
@@ -66,7 +70,7 @@ def followed_roots(modules: Iterable[tuple[str, Path]], shipped: Iterable[Root])
             for place in list(here[top]):
                 if place in new:
                     root = Root(place.parent, place.name)
-                    if not _can_go(root, path):
+                    if not _can_go(root, path, visible):
                         here[top].remove(place)
                         continue
                     found[root] = None
@@ -95,7 +99,7 @@ def _imports(text: str, package: str) -> Iterator[str]:
             module = ".".join([*above, *([module] if module else [])])
         if module:
             yield module
-            for part in names.strip("()").split(","):
+            for part in _COMMENT.sub("", names).strip("() ").split(","):
                 if match := _NAME.match(part.strip()):
                     yield f"{module}.{match[0]}"
 
@@ -120,8 +124,12 @@ def _local(top: str) -> list[Path]:
     """The files or directories of a top-level module that is not the Python environment's."""
     if top in sys.stdlib_module_names or top == "__main__":
         return []
-    found = [Path(os.path.abspath(p)) for p in places(top, working_directory=False) or ()]
+    try:
+        found = [Path(p) for p in places(top, working_directory=False) or ()]
+    except Exception:  # of an import hook
+        return []
     found = [p.parent if p.name == "__init__.py" else p for p in found]
+    found = [Path(os.path.realpath(p.parent), p.name) for p in found]
     return [p for p in found if p.exists() and not installed(p) and not _OWN.is_relative_to(p)]
 
 
@@ -139,19 +147,22 @@ def _files(place: Path, name: str) -> Iterator[tuple[str, Path]]:
                 yield ".".join(done), path
 
 
-def _can_go(root: Root, importer: Path) -> bool:
-    """False = it stays where it is; a container sees it there, since it is on the import path."""
+def _can_go(root: Root, importer: Path, visible: Sequence[str]) -> bool:
+    """Whether it is to be sent and can be."""
+    assert root.only is not None
+    path = root.directory / root.only
+    if ignore_rules(root.directory / IGNORE_FILE)(root.only, path.is_dir()):
+        return False
     try:
         for relative, kind in scan(root).items():
             if kind == "link":
                 link_target(root.directory, root.directory / relative)
         return True
     except SpecError as e:
-        if str(root.directory) not in {os.path.abspath(p) for p in sys.path if p}:
+        there = str(root.directory) in map(os.path.realpath, visible)
+        if not there and path.stem in sys.modules:
             raise
-        checks.note(
-            f"stays:{root}",
-            f"{root.directory / (root.only or '')}, imported by {checks.short(str(importer))}, is not sent with the "
-            f"code: a change of it makes no new snapshot ({e.message})",
-        )
+        what = "a change of it makes no new snapshot" if there else "a container has none"
+        text = f"{path}, imported by {checks.short(str(importer))}, is not sent with the code: {what} ({e.message})"
+        checks.note(f"stays:{path}", text)
         return False

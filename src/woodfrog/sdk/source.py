@@ -183,7 +183,7 @@ def imported_roots() -> list[Root]:
     named = [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     if here is None or (here not in _imported_from and str(here) not in named):
         return []
-    ignored = _ignore_rules(here / IGNORE_FILE)
+    ignored = ignore_rules(here / IGNORE_FILE)
     found = set()
     for name, module in list(sys.modules.items()):
         # Not by `getattr`, at which lazy modules import what they stand for.
@@ -331,7 +331,7 @@ def scan(root: Root, ignored: Callable[[str, bool], bool] | None = None, *, ever
         ignored: the rules; those of the directory's own file unless given.
         everything: hidden files, caches and so on, too.
     """
-    ignored = ignored or _ignore_rules(root.directory / IGNORE_FILE)
+    ignored = ignored or ignore_rules(root.directory / IGNORE_FILE)
     found: dict[str, str] = {}
     sizes: Counter[str] = Counter()
     files = 0
@@ -393,7 +393,7 @@ def _never(entry: os.DirEntry[str], is_dir: bool) -> bool:
     return os.path.exists(os.path.join(entry.path, "pyvenv.cfg"))
 
 
-def _ignore_rules(path: Path) -> Callable[[str, bool], bool]:
+def ignore_rules(path: Path) -> Callable[[str, bool], bool]:
     """The last matching pattern decides, `!` takes back; a directory left out takes all below with it."""
     try:
         return _rules(path.read_text().splitlines() if path.is_file() else (), str(path))
