@@ -29,6 +29,7 @@ __all__ = [
     "VolumeMount",
     "from_dict",
     "function_key",
+    "key_parts",
     "split_tag",
     "to_dict",
 ]
@@ -304,25 +305,28 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def function_key(spec: FunctionSpec, runtime: RuntimeSpec, params_digest: str = "") -> str:
-    """Digest of all that decides what a booted function looks like in memory.
+def key_parts(spec: FunctionSpec, runtime: RuntimeSpec, params_digest: str = "") -> dict[str, Any]:
+    """All that decides what a booted function looks like in memory, by name.
 
     Scaling, retries and timeouts are left out: changing them keeps the snapshots. Secrets count by name and keys,
     not by value, so that a rotated secret does not cost a capture (after a restore the new values are in place).
     """
-    return digest_of(
-        {
-            "kind": spec.kind,
-            "source": spec.source,
-            "methods": spec.methods,
-            "snapshot": spec.snapshot,
-            "gpu": spec.resources.gpu,
-            "block_network": spec.block_network,
-            "env": spec.env,
-            "secrets": [[s.name, sorted(s.values), sorted(s.required_keys)] for s in spec.secrets],
-            "volumes": spec.volumes,
-            "image": spec.image,
-            "runtime": runtime,
-            "params": params_digest,
-        }
-    )
+    return {
+        "kind": spec.kind,
+        "source": spec.source,
+        "methods": spec.methods,
+        "snapshot": spec.snapshot,
+        "gpu": spec.resources.gpu,
+        "block_network": spec.block_network,
+        "env": spec.env,
+        "secrets": [[s.name, sorted(s.values), sorted(s.required_keys)] for s in spec.secrets],
+        "volumes": spec.volumes,
+        "image": spec.image,
+        "runtime": runtime,
+        "params": params_digest,
+    }
+
+
+def function_key(spec: FunctionSpec, runtime: RuntimeSpec, params_digest: str = "") -> str:
+    """Digest of all that decides what a booted function looks like in memory."""
+    return digest_of(key_parts(spec, runtime, params_digest))

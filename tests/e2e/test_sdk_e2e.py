@@ -572,9 +572,11 @@ def test_a_program_of_several_files(daemon: Daemon) -> None:
         "@app.function(enable_memory_snapshot=True)\n"
         "def say():\n"
         "    from zoo import helper\n"
-        "    return f'{name()}: {SOUND.read_text()} {helper.__name__} {__name__}'\n"
+        "    import beside\n"
+        "    return f'{name()}: {SOUND.read_text()} {helper.__name__} {__name__} {beside.word}'\n"
     )
-    said = "frog: ribbit zoo.helper zoo.main\n"
+    (folder / "beside.py").write_text("word = 'beside'\n")
+    said = "frog: ribbit zoo.helper zoo.main beside\n"
     assert daemon.cli("run", str(package / "main.py")).stdout == said
     assert daemon.cli("run", "-m", "zoo.main", cwd=folder).stdout == said
     (package / "helper.py").write_text("def name():\n    return 'toad'\n")
@@ -939,8 +941,12 @@ def test_files_that_an_image_adds(daemon: Daemon) -> None:
     assert daemon.call("adder", "look") == [["made", "one.txt", "two.txt"], "one.txt+", "one.txt"]
     assert daemon.call("adder", "by_value") == [["one.txt", "two.txt"], "/root/work/in", True]
     (assets / "one.txt").write_text("anew")
+    until(lambda: len(daemon.snapshots("adder")) == 2)
+    (program.parent / "result.json").write_text("{}")
     daemon.cli("deploy", str(program), cwd=program.parent)
     assert daemon.call("adder", "look") == [["made", "one.txt", "two.txt"], "anew+", "anew"]
+    why = "starts cold: assets/one.txt changed, result.json is new, /root/assets/one.txt changed, 1 more file changed"
+    until(lambda: why in daemon.app_text("adder"))
     program.write_text(ADDER.replace("/srv-of-its-own", "/usr/share"))
     refused = daemon.cli("deploy", str(program), cwd=program.parent, check=False)
     assert refused.returncode == 2 and "adds files at /usr/share/deep/one.txt, where functions see" in refused.stderr

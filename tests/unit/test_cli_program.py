@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import enum
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal, NewType, Optional
 
 import pytest
 
@@ -190,13 +190,57 @@ def test_help_lists_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--dry-run" in shown and "Takes it all, 100% of it." in shown
 
 
-def test_parameters_that_no_option_can_give() -> None:
-    def needs(table: dict[str, int]) -> None: ...
-    def has_default(table: dict[str, int] | None = None) -> None: ...
+Size = NewType("Size", int)
 
-    with pytest.raises(SpecError, match="parameter 'table' has the type dict"):
+
+def structured(
+    table: dict[str, int] | None = None,
+    raw: bytes = b"",
+    either: int | float | str = 0,
+    flags: Sequence[bool] = (),
+    tables: list[dict[str, Any]] | None = None,
+    size: Size = Size(1),
+    number: bool | int = 0,
+) -> None: ...
+
+
+def test_structured_parameters() -> None:
+    argv = ["--table", '{"a": 1}', "--raw", "é", "--either", "2.5", "--flags", "yes", "--flags", "no", "--tables", "{}"]
+    assert arguments_from(structured, [*argv, "--size", "3", "--number", "7"], label="f")[1] == {
+        "table": {"a": 1},
+        "raw": "é".encode(),
+        "either": 2.5,
+        "flags": [True, False],
+        "tables": [{}],
+        "size": 3,
+        "number": 7,
+    }
+    found = arguments_from(structured, ["--either", "x", "--number", "1"], label="f")[1]
+    assert found == {"either": "x", "number": 1} and found["number"] is not True
+    for text in ("[1]", "a=1"):
+        with pytest.raises(SpecError, match="argument --table: invalid JSON object value"):
+            arguments_from(structured, ["--table", text], label="f")
+
+
+def test_parameters_that_no_option_can_give(capsys: pytest.CaptureFixture[str]) -> None:
+    def needs(when: complex) -> None: ...
+    def nested(rows: list[list[int]]) -> None: ...
+    def has_default(when: complex = 1j, either: Colour | list[int] = Colour.red, some: list[int] = []) -> None: ...  # noqa: B006
+
+    with pytest.raises(SpecError, match="parameter 'when' has the type complex, which no option can give"):
         arguments_from(needs, [], label="f")
+    with pytest.raises(SpecError, match="parameter 'rows' has the type list"):
+        arguments_from(nested, [], label="f")
     assert arguments_from(has_default, [], label="f") == ((), {})
+    for name in ("when", "either"):
+        with pytest.raises(
+            SpecError, match=f"parameter '{name}' has the type .*, which no option can give: it is left"
+        ):
+            arguments_from(has_default, [f"--{name}", "2"], label="f")
+    with pytest.raises(SystemExit):
+        arguments_from(has_default, ["--help"], label="f")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--when - cannot be given here; default: 1j" in shown and "once for each item; default: []" in shown
 
 
 def test_leftovers_go_to_a_star_parameter() -> None:

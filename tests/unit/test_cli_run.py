@@ -411,10 +411,9 @@ def test_options_of_run(tmp_path: Path, daemon: RunDaemon) -> None:
     file = program(tmp_path, PROGRAM)
     shown = run("run", "--quiet", "--name", "mine", "-e", "main", f"{file}::app.square", "--x", "1")
     assert shown.exit_code == 0, shown.output
-    assert shown.stderr.splitlines() == [
-        "woodfrog: note: --env has no meaning on your own machine and is ignored",
-        "to stderr",
-    ]
+    assert shown.stderr.splitlines() == ["to stderr"] and shown.stdout.splitlines() == ["to stdout"]
+    shown = run("run", "-e", "main", "nothing.py")
+    assert "woodfrog: note: --env has no meaning on your own machine and is ignored" in shown.stderr.splitlines()
     assert daemon.deploys[-1]["spec"]["name"].startswith("mine-") and len(daemon.stopped) == 1
     shown = run("run", "-d", f"{file}::square", "--x", "1")
     left = daemon.deploys[-1]["spec"]["name"]

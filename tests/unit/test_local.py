@@ -8,17 +8,20 @@ import os
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from woodfrog.backends.base import StartRequest
-from woodfrog.backends.local import LocalBackend, LocalConfig
+from woodfrog.backends.local import Instance, LocalBackend, LocalConfig
 from woodfrog.backends.memory import Memory
 from woodfrog.backends.zygote import ZygoteConfig
 from woodfrog.errors import HostError, SandboxError, WoodfrogError
+from woodfrog.snapshot.catalogue import Catalogue
 from woodfrog.snapshot.compat import WorkerClass
+from woodfrog.snapshot.manifest import FORMAT, Manifest, SigningKey
 from woodfrog.spec import FunctionSpec, MethodSpec, RuntimeSpec, SnapshotPolicy, SourceSpec
 
 
@@ -27,10 +30,13 @@ class Observer:
 
     def __init__(self) -> None:
         self.heard: list[tuple[str, Any]] = []
+        self.said: list[str] = []
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         def hear(*args: Any, **_: Any) -> None:
-            if name not in ("on_log", "on_stage"):
+            if name == "on_log" and args[1] == "system":
+                self.said.append(args[2].decode())
+            elif name not in ("on_log", "on_stage"):
                 self.heard.append((name, args))
 
         return hear
@@ -220,3 +226,32 @@ async def test_others_go_on_while_what_was_captured_is_removed(backend: Any) -> 
     assert backend._observer.heard == []
     go.set()
     await until(lambda: backend._observer.words == ["on_start_failed"])
+
+
+@pytest.mark.parametrize(
+    ("key", "worker_class", "retired", "said"),
+    [
+        ("other", "here", "", "starts cold: its name changed since its last snapshot\n"),
+        ("key", "there", "", "starts cold: its last snapshot does not fit this host: kernel 6.1 there, 6.2 here\n"),
+        ("key", "here", "damaged", "starts cold: its last snapshot is retired: damaged\n"),
+        ("key", "here", "invalidated", None),
+        ("other", "here", "invalidated", None),
+    ],
+)
+async def test_a_function_that_had_a_snapshot_says_why_it_starts_cold(
+    backend: Any, tmp_path: Path, key: str, worker_class: str, retired: str, said: str | None
+) -> None:
+    catalogue = Catalogue(tmp_path / "snapshots", SigningKey.load_or_create(tmp_path / "key"))
+    backend._catalogue, backend._worker_class = catalogue, WorkerClass("here", {"kernel": "6.2"})
+    asked = request()
+    manifest = Manifest(FORMAT, "s-1", key, worker_class, {"kernel": "6.1"}, "a", "f", "", 1.0, 100, 1, 0, 0, ())
+    before = replace(asked, spec=replace(asked.spec, source=SourceSpec("module", "m", "g")))
+    await backend._say_why_cold(Instance(asked))  # there is none yet
+    backend._store(before, catalogue.begin("s-1"), manifest)
+    if retired:
+        catalogue.retire("s-1", retired)
+    await backend._say_why_cold(Instance(asked))
+    assert backend._observer.said == ([said] if said else [])
+    await backend._say_why_cold(Instance(replace(asked, params_digest="other")))
+    await backend._say_why_cold(Instance(replace(asked, family="b")))
+    assert len(backend._observer.said) <= 1

@@ -80,12 +80,18 @@ def test_volumes_do_not_cover_the_systems_places(tmp_path: Path, path: str) -> N
 
 def test_names_that_must_exist(tmp_path: Path) -> None:
     held = resources(tmp_path)
-    with pytest.raises(NotFoundError, match="woodfrog secret create"):
+    with pytest.raises(
+        NotFoundError, match=r"^demo.f: no secret 'token': `woodfrog secret create token KEY=VALUE \.\.\.`"
+    ):
         held.check(app(secrets=(SecretSpec(name="token"),)))
+    with pytest.raises(NotFoundError, match=r"`woodfrog secret create token A=VALUE B=VALUE` makes it"):
+        held.check(app(secrets=(SecretSpec(name="token", required_keys=("A", "B", "no key")),)))
     held.put_secret("token", {"A": "1"})
     held.check(app(secrets=(SecretSpec(name="token", required_keys=("A",)),)))
-    with pytest.raises(SpecError, match="lacks the required key 'B'"):
+    with pytest.raises(
+        SpecError, match=r"^demo.f: secret 'token' lacks the required key 'B': `woodfrog secret create token`"
+    ):
         held.check(app(secrets=(SecretSpec(name="token", required_keys=("B",)),)))
-    with pytest.raises(NotFoundError, match="create_if_missing"):
+    with pytest.raises(NotFoundError, match=r"^demo.f: no volume 'v': `woodfrog volume create v` makes it, or Volume"):
         held.check(app(volumes=(VolumeMount("v", "/data", create=False),)))
     assert (tmp_path / "secrets" / "token.json").stat().st_mode & 0o077 == 0

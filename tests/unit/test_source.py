@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 
 import woodfrog
 from woodfrog.errors import SpecError
-from woodfrog.sdk import source
+from woodfrog.sdk import checks, source
+from woodfrog.sdk.follow import followed_roots
 from woodfrog.sdk.source import Root, import_program, merge_roots, pack, root_of
 
 
@@ -37,7 +39,17 @@ def names(archive: source.Archive) -> list[str]:
 def test_what_is_left_out(tmp_path: Path) -> None:
     make(
         tmp_path,
-        *("app.py", "pkg/__init__.py", "pkg/data.txt", ".env", ".git/config", "__pycache__/a.pyc", "b.pyc"),
+        *(
+            "app.py",
+            "pkg/__init__.py",
+            "pkg/data.txt",
+            ".env",
+            ".git/config",
+            "__pycache__/a.pyc",
+            "b.pyc",
+            "app.py~",
+            "#app.py#",
+        ),
         *("venv/pyvenv.cfg", "venv/lib/x.py", "node_modules/x.js", "build/lib.py", "dist/x.whl", "x.egg-info/PKG-INFO"),
         *(
             "pkg/build/__init__.py",
@@ -271,6 +283,78 @@ def test_a_named_module_that_is_nowhere(tmp_path: Path) -> None:
     ) as e:
         build("a", [f])
     assert e.value.code == "no-such-module"
+
+
+def follow(main: Path, name: str, shipped: Root, visible: Sequence[str] = ()) -> list[str]:
+    return [str(r.directory / (r.only or "")) for r in followed_roots([(name, main)], [shipped], visible)]
+
+
+def test_imports_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies beside the package, on PYTHONPATH or in an editable install goes with the program, imported or not."""
+    proj, lib = tmp_path / "proj", tmp_path / "lib"
+    make(proj, "wf_own/__init__.py", "wf_common.py", "wf_later.py", "wf_never.py", "wf_doc.py", "wf_space/part.py")
+    make(lib, "wf_far/__init__.py", "wf_far/data.txt", "wf_deep.py", "wf_deeper.py", "json.py")
+    (proj / "wf_own/prog.py").write_text(
+        '"""For example:\n    import wf_doc\n"""\nimport json, woodfrog, pytest\nfrom . import part as x\n'
+        "from wf_space.part import (\n    zero,  # (all\n    one,\n)\ndef f():\n    if x: import os, wf_later\n"
+    )
+    (proj / "wf_own/part.py").write_text("from .sub.other import thing\n")
+    make(proj, "wf_own/sub/__init__.py")
+    (proj / "wf_own/sub/other.py").write_text(
+        "from ..part import x\nimport wf_common; import wf_far.missing, nowhere\n"
+    )
+    (lib / "wf_far/__init__.py").write_text("from wf_deep import *\n")
+    (lib / "wf_deep.py").write_text("# import wf_deeper\nno Python\nimport wf_deeper\n")
+    for folder in (lib, proj):
+        monkeypatch.syspath_prepend(str(folder))
+    found = follow(proj / "wf_own/prog.py", "wf_own.prog", Root(proj, "wf_own"))
+    assert found == [
+        *(str(lib / n) for n in ("wf_deep.py", "wf_far")),
+        *(str(proj / n) for n in ("wf_common.py", "wf_later.py", "wf_space")),
+    ]
+    assert not {"wf_common", "wf_far", "wf_later"} & sys.modules.keys()
+    # What is shipped whole needs nothing beside it; what was found by a path of the program's own is there already.
+    monkeypatch.syspath_prepend(str(proj / "wf_space"))
+    (proj / "wf_main.py").write_text("import wf_common, part, wf_own.prog\n")
+    assert follow(proj / "wf_main.py", "wf_main", Root(proj)) == [str(lib / n) for n in ("wf_deep.py", "wf_far")]
+
+
+def test_what_cannot_be_sent_stays_where_a_container_sees_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path, "wf_huge/__init__.py", "wf_huge/a.py", "prog/main.py")
+    (tmp_path / "prog/main.py").write_text("import wf_huge.a\n")
+    (tmp_path / "wf_huge/out").symlink_to("/etc/hostname")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    main = tmp_path / "prog/main.py"
+    for visible, word in (((str(tmp_path),), "a change of it makes no new snapshot"), ((), "a container has none")):
+        monkeypatch.setattr(checks, "_noted", set())
+        assert follow(main, "main", Root(main.parent), visible) == []
+        said = capsys.readouterr().err
+        assert f"{tmp_path}/wf_huge, imported by" in said and f"is not sent with the code: {word}" in said
+        assert said.count("\n") == 1
+    (tmp_path / ".woodfrogignore").write_text("wf_huge/\n")
+    assert follow(main, "main", Root(main.parent)) == [] and not capsys.readouterr().err
+    (tmp_path / ".woodfrogignore").unlink()
+    importlib.import_module("wf_huge")
+    with pytest.raises(SpecError, match="leads out of"):
+        follow(main, "main", Root(main.parent))
+
+
+@pytest.mark.parametrize(
+    ("path", "plain"),
+    [
+        ("/usr/bin/python3", "/usr/bin/python3"),
+        ("{tmp}/a/../venv/bin/python", "{tmp}/real/bin/python"),
+        ("{tmp}/a/..", "{tmp}"),
+    ],
+)
+def test_an_interpreter_that_was_named_by_a_relative_path(tmp_path: Path, path: str, plain: str) -> None:
+    (tmp_path / "real/bin").mkdir(parents=True)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "venv").symlink_to("real")
+    (tmp_path / "real/bin/python").symlink_to("/usr/bin/python3")
+    assert source._without_dots(path.format(tmp=tmp_path)) == plain.format(tmp=tmp_path)
 
 
 def test_the_programs_directory_comes_first(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from woodfrog.cli import commands
 from woodfrog.daemon.volumes import VolumeFiles
 from woodfrog.errors import DaemonError, FileMissing, FileTaken, NotFoundError, SpecError
 from woodfrog.sdk import client as client_module
+from woodfrog.sdk import volume_files
 from woodfrog.sdk.client import Client
 from woodfrog.sdk.volume import Volume
 from woodfrog.sdk.volume_files import FileEntryType
@@ -228,7 +230,17 @@ def test_copy(files: VolumeFiles, top: Path) -> None:
     files.copy("v", ["a/one", "a/two"], "a", recursive=False)
     files.copy("v", ["a"], "new/", recursive=True)
     assert read(files, "b") == b"1" and read(files, "new/a/two") == b"2"
-    with pytest.raises(SpecError, match="a is a directory: recursive=True"):
+    (top / "a" / "empty").mkdir()
+    (top / "a" / "link").symlink_to("/etc")
+    for _ in range(2):
+        files.copy("v", ["a"], "new/", recursive=True)
+    assert (top / "new/a/empty").is_dir() and os.readlink(top / "new/a/link") == "/etc"
+    if os.geteuid() == 0:
+        assert (top / "new/a/link").lstat().st_uid == (top / "new/a/empty").stat().st_uid == UID
+    os.mkfifo(top / "a" / "pipe")
+    with pytest.raises(SpecError, match="new/a/pipe cannot be copied: a fifo"):
+        files.copy("v", ["a"], "new/", recursive=True)
+    with pytest.raises(SpecError, match=r"a is a directory: recursive=True \(--recursive\) copies it"):
         files.copy("v", ["a"], "c", recursive=False)
     with pytest.raises(SpecError, match="into itself"):
         files.copy("v", ["a"], "a/b/c", recursive=True)
@@ -345,6 +357,43 @@ async def test_sdk(served: Daemon, tmp_path: Path) -> None:
         await volume.read_file_into_fileobj.aio("big", io.BytesIO())
 
 
+async def test_nothing_of_a_directory_is_left_out_unsaid(
+    served: Daemon, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    volume = Volume.from_name("v", create_if_missing=True)
+    local, other = tmp_path / "local", tmp_path / "other"
+    for folder in (local / "empty" / "deep", local / "only", other / "below"):
+        folder.mkdir(parents=True)
+    (local / "one").write_text("1")
+    (other / "below" / "far").write_text("far")
+    for name, target in (("a", "one"), ("b", "only"), ("c", other), ("d", other / "below" / "far"), ("up", ".")):
+        (local / name).symlink_to(target)
+    (local / "only" / "gone").symlink_to("nowhere")
+    os.mkfifo(local / "pipe")
+
+    def use() -> None:
+        with volume.batch_upload() as batch:
+            batch.put_directory(local, "/x")
+            assert len(batch) == 4
+            batch.put_directory(local, "/flat", recursive=False)
+            batch.put_directory(local / "empty" / "deep", "/e")
+        listed = {e.path: e.type for e in volume.listdir("/", recursive=True)}
+        below = ["a", "b", "c", "c/below", "c/below/far", "d", "empty", "empty/deep", "one", "only"]
+        assert sorted(p for p in listed if p.startswith("x/")) == [f"x/{p}" for p in below]
+        assert sorted(p for p in listed if p.startswith("flat/")) == ["flat/a", "flat/d", "flat/one"] and "e" in listed
+        assert b"".join(volume.read_file("x/c/below/far")) == b"".join(volume.read_file("x/d")) == b"far"
+        with pytest.raises(SpecError, match="not a directory"), volume.batch_upload() as batch:
+            batch.put_directory(local / "empty", "/x/one")
+
+    await asyncio.to_thread(use)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"woodfrog: note: {local}: followed out of it: c -> {other}, d -> {other}/below/far"
+    assert said[1] == (
+        f"woodfrog: note: {local}: left out: pipe (not a file), up (a link to a directory above it), "
+        "b/gone (a link to nothing) and 1 more"
+    )
+
+
 async def test_an_upload_that_breaks_off_leaves_nothing(served: Daemon) -> None:
     volume = Volume.from_name("v", create_if_missing=True)
     top = served.settings.home / "volumes" / "v"
@@ -387,6 +436,10 @@ def run(*argv: str, stdin: str | None = None) -> tuple[int, str, str]:
     return done.exit_code, done.stdout, done.stderr
 
 
+def broken(*_: Any) -> int:
+    raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
 async def test_commands(served: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here" / "src" / "sub").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
@@ -414,6 +467,9 @@ async def test_commands(served: Daemon, tmp_path: Path, monkeypatch: pytest.Monk
         assert [(e["path"], e["type"]) for e in found] == [("data/one", "file"), ("data/sub", "directory")]
         assert run("ls", "v", "none") == (2, "", "error: volume 'v': none: no such file or directory\n")
         assert run("get", "v", "one", "-") == (0, "1", "")
+        with monkeypatch.context() as patched:
+            patched.setattr(volume_files, "read_into", broken)
+            assert run("get", "v", "one", "-") == (141, "", "")
         assert run("get", "v", "one", "new/")[0] == 0 and Path("new/one").read_text() == "1"
         assert run("get", "v", "one", "new") == (2, "", "error: new/one exists already: --force replaces it\n")
         assert run("get", "v", "one", "new", "--force")[0] == 0

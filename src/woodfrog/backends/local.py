@@ -32,6 +32,7 @@ from woodfrog.errors import (
     IncompatibleSnapshot,
     InstanceCrashed,
     IntegrityError,
+    NotFoundError,
     OutOfMemoryError,
     RestoreError,
     SandboxError,
@@ -42,9 +43,10 @@ from woodfrog.errors import (
 from woodfrog.linux.pageserver import ServedPages
 from woodfrog.linux.rootplan import APP
 from woodfrog.linux.sandbox import Sandbox, SandboxProcess
+from woodfrog.snapshot import origin
 from woodfrog.snapshot.capture import SnapshotIdentity, capture
 from woodfrog.snapshot.catalogue import Catalogue, Opened, Staging
-from woodfrog.snapshot.compat import WorkerClass
+from woodfrog.snapshot.compat import WorkerClass, explain_mismatch
 from woodfrog.snapshot.manifest import Manifest
 from woodfrog.snapshot.materialise import materialise
 from woodfrog.store.content import ContentStore
@@ -228,6 +230,8 @@ class LocalBackend:
                 self._observer.on_parked(instance.id)
                 return
         elif not (await self._thaw_stored_soon(instance) or (request.capture and await self._thaw_fetched(instance))):
+            if request.capture:
+                self._spawn(self._say_why_cold(instance))
             await self._boot(instance)
             if request.capture:
                 await self._freeze_and_thaw(instance)
@@ -370,6 +374,32 @@ class LocalBackend:
             )
             self._check_failed(instance, reply.header)
         self._take_phases(instance, reply.header, "boot")
+
+    async def _say_why_cold(self, instance: Instance) -> None:
+        """A function that had a snapshot is to get another: say what is not as it was."""
+        request, here = instance.request, self._class(instance.request)
+        last = self._catalogue.last_of(request.family, request.spec.tag, request.params_digest, request.function_key)
+        if last is None:
+            return
+        if last.function_key != request.function_key:
+            text = await asyncio.to_thread(self._explain, request, last.id)
+        elif last.worker_class != here.digest:
+            text = f"its last snapshot does not fit this host: {explain_mismatch(last.host, here.parts)}"
+        else:
+            text = f"its last snapshot is retired: {why}" if (why := self._catalogue.retired(last.id)) else ""
+        if text:
+            self._observer.on_log(instance.id, "system", f"starts cold: {text}\n".encode(errors="replace"))
+
+    def _explain(self, request: StartRequest, last: str) -> str:
+        before = origin.read(self._catalogue.path(last))
+        now = self._origin(request) if before is not None else None
+        return origin.explain(before, now) if before is not None and now is not None else ""
+
+    def _origin(self, request: StartRequest) -> origin.Origin | None:
+        """None = its code is gone."""
+        with contextlib.suppress(NotFoundError):
+            return origin.origin_of(request.spec, request.runtime, request.params_digest, self._code(request))
+        return None
 
     async def _spawn_worker(self, instance: Instance) -> None:
         request, phases = instance.request, instance.phases
@@ -590,7 +620,7 @@ class LocalBackend:
         key = draft.function_key, draft.worker_class
         try:
             try:
-                manifest = await asyncio.to_thread(self._catalogue.commit, staging, draft)
+                manifest = await asyncio.to_thread(self._store, instance.request, staging, draft)
             finally:
                 if self._storing.get(key) is instance:
                     del self._storing[key]
@@ -604,6 +634,12 @@ class LocalBackend:
         instance.staging = None
         counters["capture.done"] += 1
         self._observer.on_captured(instance.request, manifest.id)
+
+    def _store(self, request: StartRequest, staging: Staging, draft: Manifest) -> Manifest:
+        made_of = self._origin(request)
+        if made_of is not None:
+            origin.write(made_of, staging.path)
+        return self._catalogue.commit(staging, draft)
 
     # Thawing
 

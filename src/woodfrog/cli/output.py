@@ -27,6 +27,8 @@ DAEMON_ERROR = 3
 HOST_ERROR = 4
 """The machine lacks something."""
 INTERRUPTED = 130
+CLOSED = 141
+"""Nobody reads the output any more: what a shell says of a program that SIGPIPE ended."""
 
 
 def exit_code(error: WoodfrogError) -> int:

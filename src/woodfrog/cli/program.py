@@ -9,14 +9,15 @@ import argparse
 import ast
 import enum
 import inspect
+import json
 import os
 import sys
 import sysconfig
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path
@@ -163,8 +164,18 @@ def _day(text: str) -> date:
     return date.fromisoformat(text)
 
 
-_moment.__name__, _day.__name__ = "date and time", "date"
+def _object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
+_moment.__name__, _day.__name__, _object.__name__ = "date and time", "date", "JSON object"
 CONVERTERS: dict[Any, Callable[[str], Any]] = {
+    bytes: str.encode,
+    dict: _object,
+    Mapping: _object,
     str: str,
     int: int,
     float: float,
@@ -183,16 +194,19 @@ def _option(hint: Any, where: str) -> dict[str, Any]:
         return _option(args[0], where)
     if origin in (typing.Union, types.UnionType):
         inner = [a for a in args if a is not type(None)]
-        if len(inner) == 1:
-            return _option(inner[0], where)
+        return _option(inner[0], where) if len(inner) == 1 else _either(hint, inner, where)
+    if (meant := getattr(hint, "__supertype__", None)) is not None:
+        return _option(meant, where)
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     if origin is Literal and len({type(a) for a in args}) == 1 and type(args[0]) in (str, int):
         return {"type": type(args[0]), "choices": list(args)}
-    if origin in (list, Sequence, typing.get_origin(Sequence[int])) and len(args) == 1:
-        return {**(_option(args[0], where) if args[0] is not bool else {"type": _boolean}), "action": "append"}
+    if origin in (list, Sequence) and len(args) == 1 and "action" not in (one := _one(args[0], where)):
+        return {**one, "action": "append"}
     if hint is list:
         return {"type": str, "action": "append"}
+    if origin in (dict, Mapping):
+        hint = origin
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         kind = hint
 
@@ -203,10 +217,30 @@ def _option(hint: Any, where: str) -> dict[str, Any]:
                 raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(kind.__members__)}") from None
 
         return {"type": member, "metavar": "{" + ",".join(kind.__members__) + "}"}
-    if hint in CONVERTERS:
-        return {"type": CONVERTERS[hint]}
+    if isinstance(hint, Hashable) and hint in CONVERTERS:
+        return {"type": CONVERTERS[hint]} | ({"metavar": "JSON"} if CONVERTERS[hint] is _object else {})
     shown = getattr(hint, "__name__", str(hint))
     raise SpecError(f"{where} has the type {shown}, which no option can give", code="bad-parameter-type")
+
+
+def _one(hint: Any, where: str) -> dict[str, Any]:
+    """The keywords of an option with a value; a list's has an action all the same."""
+    return {"type": _boolean} if hint is bool else _option(hint, where)
+
+
+def _either(hint: Any, kinds: Sequence[Any], where: str) -> dict[str, Any]:
+    """The first of several types that a text is of. "1" is a number before it is true; any text is a `str`."""
+    options = [_one(kind, where) for kind in sorted(kinds, key=lambda kind: (kind is str, kind is bool))]
+    if any(o.keys() & {"action", "choices"} for o in options):
+        raise SpecError(f"{where} has the type {hint}, which no option can give", code="bad-parameter-type")
+
+    def convert(text: str) -> Any:
+        for option in options:
+            with suppress(ValueError, argparse.ArgumentTypeError):
+                return option["type"](text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the type {hint}")
+
+    return {"type": convert}
 
 
 def class_parameters(texts: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
@@ -226,17 +260,25 @@ def class_parameters(texts: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
 
 
 def _add(parser: _Parser, name: str, hint: Any, default: Any, label: str, *, of: str = "") -> None:
-    """An option for one parameter, unless it has a type that none can give and a default instead."""
+    """An option for one parameter. One of a type that none can give, with a default, is there to say so."""
     missing = default is inspect.Parameter.empty
     if hint is None:
         hint = type(default) if not missing and type(default) in (*CONVERTERS, bool) else str
     try:
         option = _option(hint, f"{label}: parameter {name!r}")
-    except SpecError:
+    except SpecError as e:
         if missing:
             raise
-        return
-    option["help"] = of + ("required" if missing else f"default: {default!r}".replace("%", "%%"))
+        trouble = e.message.removeprefix(f"{label}: ")
+
+        def refuse(text: str) -> NoReturn:
+            raise argparse.ArgumentTypeError(f"{trouble}: it is left at its default")
+
+        option = {"type": refuse, "metavar": "-"}
+        of += "cannot be given here; "
+    if option.get("action") == "append":
+        of += "once for each item; "
+    option["help"] = (of + ("required" if missing else f"default: {default!r}")).replace("%", "%%")
     flag = "--" + name.replace("_", "-")
     parser.add_argument(flag, dest=name, required=missing, default=argparse.SUPPRESS, **option)
 
@@ -251,9 +293,10 @@ def arguments_from(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Turn `--name value` options into the function's arguments, by its annotations.
 
-    `str`, `int`, `float`, `bool` (`--x` and `--no-x`), `Path`, `datetime`, `date`, `Enum`, `Literal`, `list[...]`
-    (repeat the option) and `Optional` of these; without an annotation the type of the default, else text. Underscores
-    in names become dashes. A `*args` parameter takes all that is left over.
+    `str`, `int`, `float`, `bool` (`--x` and `--no-x`), `bytes` (as UTF-8), `Path`, `datetime`, `date`, `Enum`,
+    `Literal`, `dict` (as JSON), `list[...]` (repeat the option), and `Optional` or a union of these; without an
+    annotation the type of the default, else text. Underscores in names become dashes. A `*args` parameter takes all
+    that is left over.
 
     Args:
         constructor: further options by name, each with its annotation and default: those of the method's class.

@@ -159,7 +159,7 @@ def run(
         bool, typer.Option("--detach", "-d", help="Leave the app running at the end: until 5 minutes without a call.")
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Show only what the program and functions print.")
+        bool, typer.Option("--quiet", "-q", help="Show only what the program and functions print, and errors.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     env: Env = None,
@@ -167,11 +167,14 @@ def run(
     """Run a function of a program, with the program's app running meanwhile.
 
     Without NAME the only local entrypoint is run, else the only function. What follows FILE are the function's own
-    arguments, as options: `woodfrog run app.py::train --epochs 3`; `woodfrog run app.py::train --help` lists them.
+    arguments, as options: `woodfrog run app.py::train --epochs 3`; `woodfrog run app.py::train --help` lists them. An
+    option of a list is given once for each item, one of a dict as JSON.
     What the containers print appears here. Ctrl-C cancels.
     """
     from woodfrog.cli.program import arguments_from, load, parse_reference
+    from woodfrog.sdk.checks import be_quiet
 
+    be_quiet(quiet)
     reference = parse_reference(target, module=module)
     _note_env(env)
     chosen = choose(load(reference), reference.source, reference.name)

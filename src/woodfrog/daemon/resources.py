@@ -7,7 +7,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from woodfrog.errors import NotFoundError, SandboxError, SpecError
@@ -21,6 +22,7 @@ from woodfrog.store.files import fsync_dir, remove_tree, store_error, write_atom
 __all__ = ["Resources"]
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 _EPHEMERAL = re.compile(r"ephemeral-[0-9a-f]{12}")
 _DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
 _UNUSED_S = 86400.0
@@ -47,6 +49,16 @@ def _check_open(name: str) -> None:
             raise SpecError(
                 f"{name} cannot be part of the Python environment: {part} is not open to all users", code="runtime"
             )
+
+
+@contextmanager
+def _of(where: str) -> Iterator[None]:
+    """Says whose it is that is missing."""
+    try:
+        yield
+    except (NotFoundError, SpecError) as e:
+        e.message = f"{where}: {e.message}"
+        raise
 
 
 class Resources:
@@ -92,13 +104,16 @@ class Resources:
             return dict(spec.values)
         path = self._secrets / f"{check_name('secret', spec.name)}.json"
         if not path.is_file():
-            raise NotFoundError(
-                f"no secret {spec.name!r}; make it with `woodfrog secret create {spec.name} KEY=VALUE ...`"
-            )
+            keys = " ".join(f"{k}=VALUE" for k in spec.required_keys if _KEY.fullmatch(k)) or "KEY=VALUE ..."
+            raise NotFoundError(f"no secret {spec.name!r}: `woodfrog secret create {spec.name} {keys}` makes it")
         values: dict[str, str] = {**json.loads(path.read_text()), **spec.values}
         missing = [k for k in spec.required_keys if k not in values]
         if missing:
-            raise SpecError(f"secret {spec.name!r} lacks the required key {missing[0]!r}", code="secret-key")
+            raise SpecError(
+                f"secret {spec.name!r} lacks the required key {missing[0]!r}: "
+                f"`woodfrog secret create {spec.name}` with all its keys makes it anew",
+                code="secret-key",
+            )
         return values
 
     def environment(self, function: FunctionSpec) -> dict[str, str]:
@@ -127,7 +142,8 @@ class Resources:
         if not path.is_dir():
             if not (mount.create or mount.ephemeral):
                 raise NotFoundError(
-                    f"no volume {mount.name!r}; use Volume.from_name({mount.name!r}, create_if_missing=True)"
+                    f"no volume {mount.name!r}: `woodfrog volume create {mount.name}` makes it, or "
+                    f"Volume.from_name({mount.name!r}, create_if_missing=True)"
                 )
             try:
                 path.mkdir(mode=0o755, exist_ok=True)
@@ -210,8 +226,9 @@ class Resources:
                         "elsewhere, such as at /root/...",
                         code="bad-path",
                     )
-            for secret in function.secrets:
-                self._secret(secret)
+            with _of(where):
+                for secret in function.secrets:
+                    self._secret(secret)
             for mount in function.volumes:
                 path = os.path.normpath(mount.path)
                 if not os.path.isabs(mount.path) or path == "/":
@@ -226,4 +243,5 @@ class Resources:
                     host_above(path)
                 except SandboxError as e:
                     raise SpecError(f"{where}: volume path {e.message}", code="bad-volume") from None
-                self.volume_path(mount)
+                with _of(where):
+                    self.volume_path(mount)

@@ -258,8 +258,19 @@ class VolumeFiles:
         self.check(name, [path], force=force)
         return Upload(self, name, path_parts(path), force=force, mode=mode & 0o777)
 
+    def make_directory(self, name: str, path: str) -> None:
+        """Make a directory, and those above it; one that is there is left as it is.
+
+        Raises:
+            SpecError, NotFoundError: something else has its name, or one above it.
+        """
+        with self._directory(name, path_parts(path), make=True):
+            pass
+
     def copy(self, name: str, sources: Sequence[str], target: str, *, recursive: bool) -> None:
         """Copy within a volume as `cp` does: several sources, or one to a directory, go into it; files are replaced.
+
+        Symbolic links below a directory are copied as links.
 
         Raises:
             FileMissing, SpecError: no such source; a directory without `recursive`, or into itself.
@@ -274,13 +285,20 @@ class VolumeFiles:
                 self._copy_file(name, source, goal)
                 continue
             if not recursive:
-                raise SpecError(f"{where} is a directory: recursive=True copies it", code="is-directory")
+                raise SpecError(f"{where} is a directory: recursive=True (--recursive) copies it", code="is-directory")
             if goal[: len(parts)] == parts:
                 raise SpecError(f"{where} cannot be copied into itself", code="bad-path")
+            self.make_directory(name, "/".join(goal))
             for entry in self.entries(name, source, recursive=True):
+                there = (*goal, *path_parts(entry["path"])[len(parts) :])
                 if entry["type"] == "file":
-                    below = path_parts(entry["path"])[len(parts) :]
-                    self._copy_file(name, entry["path"], (*goal, *below))
+                    self._copy_file(name, entry["path"], there)
+                elif entry["type"] == "directory":
+                    self.make_directory(name, "/".join(there))
+                elif entry["type"] == "symlink":
+                    self._copy_link(name, path_parts(entry["path"]), there)
+                else:
+                    raise SpecError(f"{_shown(name, there)} cannot be copied: a {entry['type']}", code="not-a-file")
 
     def _is_directory(self, name: str, parts: Sequence[str]) -> bool:
         try:
@@ -306,6 +324,17 @@ class VolumeFiles:
             upload.finish()
 
     # Removing
+
+    def _copy_link(self, name: str, source: Sequence[str], goal: Sequence[str]) -> None:
+        where = _shown(name, goal)
+        with self._directory(name, source[:-1]) as fd, _telling(_shown(name, source)):
+            target = os.readlink(source[-1], dir_fd=fd)
+        with self._directory(name, goal[:-1]) as fd, _telling(where):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(goal[-1], dir_fd=fd)
+            os.symlink(target, goal[-1], dir_fd=fd)
+            if os.geteuid() == 0:
+                os.chown(goal[-1], self._uid, self._uid, dir_fd=fd, follow_symlinks=False)
 
     def remove(self, name: str, path: str, *, recursive: bool) -> None:
         """Remove a file, or with `recursive` a directory; it is gone at once, the disk's room somewhat later.
@@ -583,6 +612,12 @@ def add_routes(api: FastAPI, controller: Controller) -> VolumeFiles:
         finally:
             upload.close()
         return {"path": "/".join(path_parts(path)), "size": size}
+
+    @api.put("/v1/volumes/{name}/directory", tags=["volumes"])
+    async def make_directory(name: str, path: str = Where) -> dict[str, Any]:
+        """Make a directory, if there is none; those above it are made, too."""
+        await asyncio.to_thread(files.make_directory, name, path)
+        return {"path": "/".join(path_parts(path))}
 
     @api.delete("/v1/volumes/{name}/file", tags=["volumes"])
     async def remove_file(name: str, path: str = Where, recursive: bool = False) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from typing import Any
 from woodfrog.errors import SpecError
 from woodfrog.sdk.hooks import in_worker
 
-__all__ = ["caller", "environment", "name", "nearest", "note", "number", "text_dict", "whole"]
+__all__ = ["be_quiet", "caller", "environment", "name", "nearest", "note", "number", "text_dict", "whole"]
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _NOT_CALLERS = (_PACKAGE, "<frozen importlib.")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _noted: set[str] = set()
+_quiet = False
 
 
 def caller() -> str:
@@ -37,9 +38,15 @@ def short(path: str) -> str:
     return relative if os.path.isabs(path) and not relative.startswith("..") else path
 
 
+def be_quiet(quiet: bool) -> None:
+    """Whether notes are kept from the user, who asked for that."""
+    global _quiet
+    _quiet = quiet
+
+
 def note(key: str, text: str) -> None:
     """Print a note to stderr, once in a process for each `key`; never inside a container."""
-    if key in _noted or in_worker():
+    if _quiet or key in _noted or in_worker():
         return
     _noted.add(key)
     print(f"woodfrog: note: {text}", file=sys.stderr)

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from woodfrog.errors import DaemonError, SpecError
-from woodfrog.sdk import checks, source
+from woodfrog.sdk import checks, follow, source
 from woodfrog.sdk.client import Client, segment
 from woodfrog.sdk.cls import Cls
 from woodfrog.sdk.functions import Function
@@ -68,6 +69,9 @@ def build(name: str, handles: Sequence[Handle], program: tuple[str, str] | None 
         wanted.append(source.root_of(*program))
     shipped = source.merge_roots(wanted)
     imported = source.imported_roots() if roots else []
+    runtime = source.runtime(shipped.values(), installed)
+    modules = [_module(specs[i]) for i in roots]
+    imported += follow.followed_roots(modules, [*shipped.values(), *imported], runtime.sys_path)
     contents: dict[int, tuple[tuple[source.Root, ...], tuple[LocalFiles, ...]]] = {}
     for i, spec in enumerate(specs):
         own = [shipped[roots[i]], *imported] if i in roots else []
@@ -88,7 +92,7 @@ def build(name: str, handles: Sequence[Handle], program: tuple[str, str] | None 
             made = replace(made, blob_digest=digest)
         functions.append(replace(spec, source=made))
     return Bundle(
-        AppSpec(name=name, runtime=source.runtime(shipped.values(), installed), functions=tuple(functions)),
+        AppSpec(name=name, runtime=runtime, functions=tuple(functions)),
         {a.digest: a.data for a in archives.values()},
         blobs,
     )
@@ -171,6 +175,12 @@ def _root(handle: Handle, spec: FunctionSpec) -> source.Root:
             code="not-importable",
         )
     return source.root_of(spec.source.module, file)
+
+
+def _module(spec: FunctionSpec) -> tuple[str, Path]:
+    file = getattr(source.loaded(spec.source.module), "__file__", None)
+    assert file is not None  # `_root` has seen it
+    return spec.source.module, Path(file).resolve()
 
 
 _NAME = re.compile(r"\s*([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)\s*(?:\[[^\]]*\])?\s*([^;]*?)\s*(?:;.*)?$")

@@ -1,7 +1,8 @@
 """Finds the program's code and packs it, so that a container imports the same modules as the client.
 
 A module of a package is shipped with its top package; a plain module or script with the directory that holds it. With
-them go the modules that the program imported from the working directory, and those that an image names.
+them go the modules that the program imported from the working directory, those that an image names, and those that
+`follow` finds.
 """
 
 from __future__ import annotations
@@ -162,10 +163,10 @@ def _working_directory() -> Path | None:
         here = Path.cwd()
     except OSError:
         return None
-    return None if _installed(here) else here
+    return None if installed(here) else here
 
 
-def _installed(path: Path) -> bool:
+def installed(path: Path) -> bool:
     """Whether it belongs to the Python environment, which containers see anyway."""
     return any(p in ("site-packages", "dist-packages") for p in path.parts) or path.is_relative_to(
         Path(os.__file__).parent
@@ -182,7 +183,7 @@ def imported_roots() -> list[Root]:
     named = [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     if here is None or (here not in _imported_from and str(here) not in named):
         return []
-    ignored = _ignore_rules(here / IGNORE_FILE)
+    ignored = ignore_rules(here / IGNORE_FILE)
     found = set()
     for name, module in list(sys.modules.items()):
         # Not by `getattr`, at which lazy modules import what they stand for.
@@ -208,24 +209,24 @@ def named_roots(names: Iterable[str], where: str) -> list[Root]:
     found: dict[Root, None] = {}
     for name in names:
         top = name.partition(".")[0]
-        places = _places(top)
-        if places is None:
+        where_it_is = places(top)
+        if where_it_is is None:
             raise SpecError(
                 f"{where}: add_local_python_source({name!r}): there is no module {top!r} beside the program, in the "
                 f"working directory {os.getcwd()}, or in the Python environment",
                 code="no-such-module",
             )
-        found.update((Root(p.parent, p.name), None) for p in places if not _installed(p))
+        found.update((Root(p.parent, p.name), None) for p in where_it_is if not installed(p))
     return list(found)
 
 
-def _places(top: str) -> list[Path] | None:
+def places(top: str, *, working_directory: bool = True) -> list[Path] | None:
     """The file or directories of a module of that name, which is not imported; None if there is none."""
     from importlib.machinery import PathFinder
     from importlib.util import find_spec
 
     try:
-        spec = find_spec(top) or PathFinder.find_spec(top, [os.getcwd()])
+        spec = find_spec(top) or (PathFinder.find_spec(top, [os.getcwd()]) if working_directory else None)
     except (ImportError, ValueError):  # it is imported, and has no specification
         file = vars(sys.modules[top]).get("__file__") if top in sys.modules else None
         return [Path(file)] if file else None
@@ -255,8 +256,8 @@ def pack(roots: Sequence[Root], files: Sequence[LocalFiles] = ()) -> Archive:
 
     Where several roots hold the same name the first counts, as on the import path; of `files` the last.
 
-    Left out: hidden files, caches, virtual environments, node_modules, build artefacts, and what `.woodfrogignore`
-    names (patterns as in .gitignore); of `files` what their own patterns name only.
+    Left out: hidden files, caches, editors' copies, virtual environments, node_modules, build artefacts, and what
+    `.woodfrogignore` names (patterns as in .gitignore); of `files` what their own patterns name only.
 
     Raises:
         SpecError: too many or too large files, an unreadable one, or a symbolic link that leaves the directory.
@@ -269,7 +270,7 @@ def pack(roots: Sequence[Root], files: Sequence[LocalFiles] = ()) -> Archive:
     whole = next(iter(roots), Root(Path()))
     for root in roots:
         if root is whole or whole.only is not None or root.only not in code:
-            for relative, kind in _scan(root).items():
+            for relative, kind in scan(root).items():
                 code.setdefault(relative, (root.directory / relative, kind, root.directory))
     entries = {f"{CODE}/{relative}": entry for relative, entry in code.items()}
     for added in files:
@@ -280,7 +281,7 @@ def pack(roots: Sequence[Root], files: Sequence[LocalFiles] = ()) -> Archive:
             path, kind, base = entries[name]
             info = tarfile.TarInfo(name)
             if kind == "link":
-                info.type, info.mode, info.linkname = tarfile.SYMTYPE, 0o777, _link(base, path)
+                info.type, info.mode, info.linkname = tarfile.SYMTYPE, 0o777, link_target(base, path)
                 tar.addfile(info)
             elif kind == "dir":
                 info.type, info.mode = tarfile.DIRTYPE, 0o755
@@ -307,11 +308,11 @@ def _added(files: LocalFiles) -> dict[str, tuple[Path, str, Path]]:
         return {name: (local, "file", local.parent)}
     if not local.is_dir():
         raise SpecError(f"Image.add_local_…: {files.local}: no such file or directory", code="no-such-file")
-    found = _scan(Root(local), _rules(files.ignore, f"ignore= of {files.local}"), everything=True)
+    found = scan(Root(local), _rules(files.ignore, f"ignore= of {files.local}"), everything=True)
     return {name: (local, "dir", local), **{f"{name}/{r}": (local / r, kind, local) for r, kind in found.items()}}
 
 
-def _link(base: Path, path: Path) -> str:
+def link_target(base: Path, path: Path) -> str:
     base = base.resolve()
     target = Path(os.path.normpath(path.parent.resolve() / os.readlink(path)))
     if not target.is_relative_to(base) or not Path(os.path.realpath(target)).is_relative_to(base):
@@ -323,16 +324,14 @@ def _link(base: Path, path: Path) -> str:
     return os.path.relpath(target, path.parent.resolve())
 
 
-def _scan(
-    root: Root, ignored: Callable[[str, bool], bool] | None = None, *, everything: bool = False
-) -> dict[str, str]:
+def scan(root: Root, ignored: Callable[[str, bool], bool] | None = None, *, everything: bool = False) -> dict[str, str]:
     """Relative path to "file", "dir" or "link".
 
     Args:
         ignored: the rules; those of the directory's own file unless given.
         everything: hidden files, caches and so on, too.
     """
-    ignored = ignored or _ignore_rules(root.directory / IGNORE_FILE)
+    ignored = ignored or ignore_rules(root.directory / IGNORE_FILE)
     found: dict[str, str] = {}
     sizes: Counter[str] = Counter()
     files = 0
@@ -383,6 +382,8 @@ def _never(entry: os.DirEntry[str], is_dir: bool) -> bool:
     name = entry.name
     if name.startswith(".") or name.endswith((".pyc", ".pyo", ".egg-info")):
         return True
+    if name.endswith("~") or name[:1] == name[-1:] == "#":  # an editor's copies
+        return True
     if not is_dir:
         return False
     if name in ("__pycache__", "node_modules"):
@@ -392,7 +393,7 @@ def _never(entry: os.DirEntry[str], is_dir: bool) -> bool:
     return os.path.exists(os.path.join(entry.path, "pyvenv.cfg"))
 
 
-def _ignore_rules(path: Path) -> Callable[[str, bool], bool]:
+def ignore_rules(path: Path) -> Callable[[str, bool], bool]:
     """The last matching pattern decides, `!` takes back; a directory left out takes all below with it."""
     try:
         return _rules(path.read_text().splitlines() if path.is_file() else (), str(path))
@@ -465,13 +466,21 @@ def runtime(roots: Iterable[Root], installed: Mapping[str, str]) -> RuntimeSpec:
         os.path.abspath(p) for p in sys.path if p and (p in libraries or os.path.abspath(p) not in own)
     )
     return RuntimeSpec(
-        executable=sys.executable,
-        prefix=sys.prefix,
-        base_prefix=sys.base_prefix,
+        executable=_without_dots(sys.executable),
+        prefix=_without_dots(sys.prefix),
+        base_prefix=_without_dots(sys.base_prefix),
         version=".".join(map(str, sys.version_info[:3])),
         sys_path=tuple(p for p in path if os.path.exists(p)),
         packages_digest=_packages_digest(installed),
     )
+
+
+def _without_dots(path: str) -> str:
+    """As it is unless a ".." is in it: of `../venv/bin/python`, the last part is what makes it that environment."""
+    if ".." not in Path(path).parts:
+        return path
+    folder, name = os.path.split(path)
+    return os.path.realpath(path) if name == ".." else os.path.join(os.path.realpath(folder), name)
 
 
 def installed_packages() -> dict[str, str]:

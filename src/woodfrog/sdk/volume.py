@@ -223,7 +223,7 @@ class Volume:
     def copy_files(self) -> Dual[..., None, Any]:
         """`copy_files(src_paths, dst_path, recursive=False)`: copy within the volume, as `cp` does.
 
-        Files that exist are replaced. Symbolic links are left out.
+        Files that exist are replaced. Symbolic links in a directory are copied as links.
 
         Raises:
             FileMissing (a FileNotFoundError, too): no such source. SpecError: a directory without `recursive`.

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 from woodfrog.errors import SpecError
+from woodfrog.sdk import checks
 
 if TYPE_CHECKING:
     from woodfrog.sdk.client import Client
@@ -22,6 +23,8 @@ _PIECE = 256 << 10
 _STALLED_S = 120.0
 """How long either side may send nothing."""
 _COPY_S = 3600.0
+_NAMED = 3
+"""So many files are named in a note."""
 
 
 class FileEntryType(enum.IntEnum):
@@ -141,6 +144,56 @@ class _Item:
     mode: int
 
 
+class _Tree:
+    """What a local directory holds."""
+
+    def __init__(self, top: Path) -> None:
+        self._top = top
+        self.files: list[Path] = []
+        self.empty: list[Path] = []
+        self._outside: list[str] = []
+        self._left: list[str] = []
+
+    def walk(self, *, recursive: bool) -> None:
+        """Find all of it.
+
+        Raises:
+            OSError: a directory cannot be read.
+        """
+        real = self._top.resolve()
+        todo: list[tuple[Path, frozenset[tuple[int, int]]]] = [(self._top, frozenset())]
+        while todo:
+            folder, above = todo.pop()
+            info = folder.stat()
+            above |= {(info.st_dev, info.st_ino)}
+            count = len(self.files)
+            below = []
+            for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+                path = Path(entry.path)
+                if entry.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(real):
+                    self._outside.append(f"{path.relative_to(self._top)} -> {os.path.realpath(path)}")
+                if path.is_file():
+                    self.files.append(path)
+                elif not path.is_dir():
+                    what = "a link to nothing" if entry.is_symlink() and not path.exists() else "not a file"
+                    self._left.append(f"{path.relative_to(self._top)} ({what})")
+                elif (found := path.stat()) and (found.st_dev, found.st_ino) in above:
+                    self._left.append(f"{path.relative_to(self._top)} (a link to a directory above it)")
+                elif recursive:
+                    below.append((path, above))
+            todo += reversed(below)
+            if len(self.files) == count and not below:
+                self.empty.append(folder)
+
+    def say(self) -> None:
+        """What a person would not expect."""
+        for what, names in (("followed out of it", self._outside), ("left out", self._left)):
+            if names:
+                more = f" and {len(names) - _NAMED} more" * (len(names) > _NAMED)
+                text = f"{self._top}: {what}: {', '.join(names[:_NAMED])}{more}"
+                checks.note(f"tree:{text}", text if text.isprintable() else repr(text))
+
+
 class BatchUpload:
     """Files on their way into a volume: they are sent when the `with` block ends, none if it ends by an exception.
 
@@ -163,6 +216,8 @@ class BatchUpload:
         self._connect, self._name, self._force = connect, name, bool(force)
         self._progress = progress
         self._items: list[_Item] = []
+        self._empty: list[str] = []
+        """Directories without a file in them."""
         self._client: Client | None = None
 
     def put_file(
@@ -196,7 +251,10 @@ class BatchUpload:
             self._items.append(_Item(local_file, remote, 0o644 if mode is None else mode))
 
     def put_directory(self, local_path: str | Path, remote_path: str | PurePosixPath, recursive: bool = True) -> None:
-        """Have the files of a directory sent; links to files are followed, links to directories are not.
+        """Have a directory sent with all that is in it, empty directories too. Symbolic links are followed.
+
+        A note says which links lead out of it, and what is left out: links to nothing or to a directory above them,
+        and what is no file (sockets, devices).
 
         Args:
             remote_path: the directory's path in the volume.
@@ -209,18 +267,12 @@ class BatchUpload:
         if not local.is_dir():
             kind = NotADirectoryError if local.exists() else FileNotFoundError
             raise kind(f"{local} is not a directory" if local.exists() else f"{local}: no such directory")
-
-        def fail(error: OSError) -> None:
-            raise error
-
-        for folder, below, names in os.walk(local, onerror=fail):
-            if not recursive:
-                below.clear()
-            for name in sorted(names):
-                source = Path(folder, name)
-                if source.is_file():
-                    remote = PurePosixPath(str(remote_path)) / source.relative_to(local).as_posix()
-                    self.put_file(source, str(remote))
+        found = _Tree(local)
+        found.walk(recursive=recursive)
+        for source in found.files:
+            self.put_file(source, str(PurePosixPath(str(remote_path)) / source.relative_to(local).as_posix()))
+        self._empty += [str(PurePosixPath(str(remote_path)) / e.relative_to(local).as_posix()) for e in found.empty]
+        found.say()
 
     def __len__(self) -> int:
         """How many files it has."""
@@ -248,12 +300,15 @@ class BatchUpload:
 
     def _send_all(self) -> None:
         items, self._items = self._items, []
-        if not items:
+        empty, self._empty = self._empty, []
+        if not items and not empty:
             return
         client = self._client or self._connect()
         paths = [_params(i.remote)["path"] for i in items]
-        # Before the first byte: several GB may be refused for a name.
-        client.request("POST", _route(self._name, "check"), data={"paths": paths, "force": self._force})
+        if paths:  # before the first byte: several GB may be refused for a name
+            client.request("POST", _route(self._name, "check"), data={"paths": paths, "force": self._force})
+        for directory in empty:
+            client.request("PUT", _route(self._name, "directory"), params=_params(directory))
         for item in items:
             if isinstance(item.source, Path):
                 with open(item.source, "rb") as file:

@@ -377,6 +377,17 @@ class Catalogue:
         ]
         return found[-1] if found else None
 
+    def last_of(self, app: str, tag: str, params_digest: str, function_key: str) -> Manifest | None:
+        """The newest snapshot of a function, of that function key if there is one, whether it is fit for use or not.
+
+        None where there is none, or the newest was invalidated: people know of that.
+        """
+        found = [m for m in self.manifests() if (m.app, m.tag, m.params_digest) == (app, tag, params_digest)]
+        found = [m for m in found if m.kind == "function"]
+        same = [m for m in found if m.function_key == function_key]
+        last = next(reversed(same or found), None)
+        return last if last is not None and self.retired(last.id) != "invalidated" else None
+
     def superseded(self, snapshot_id: str, keep: int) -> list[Manifest]:
         """Which of a function's earlier snapshots a new one makes superfluous.
 
