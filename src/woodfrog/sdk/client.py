@@ -30,8 +30,8 @@ __all__ = ["Client", "Reply", "connect", "outdated", "segment", "start_daemon"]
 
 RECONNECT_S = 60.0
 """How long a lost daemon is waited for."""
-ABANDONED_S = 5.0
-"""How long a daemon that died is left to an init system, before a client that may starts another."""
+ABANDONED_S = 15.0
+"""How long a daemon that died is left to an init system, which may be starting another, before a client does so."""
 TELL_S = 1.0
 """One that is away for longer is told of."""
 PATIENCE_S = 60.0
