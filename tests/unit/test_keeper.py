@@ -364,12 +364,13 @@ def test_what_is_sent_slowly_holds_up_neither_packing_nor_room(here: Machine, ti
 
     async def main() -> None:
         keeper = here.keeper(tier, budget=int(2.5 * PAGES * PAGE))
-        for number, snapshot in enumerate((A, B, C)):
+        for number, snapshot in enumerate((A, B)):
             here.make(snapshot, created=1.0 + number)
         keeper.pack_later(A)
         await until(lambda: keeper._in_tier(A))
         keeper.pack_later(B)
         await until(sending.is_set)
+        here.make(C, created=3.0)  # from now on there is no room for all
         keeper.pack_later(C)
         await until(lambda: here.catalogue.form(C) == "packed")
         await keeper.gc(dry_run=False, rebuilt=False, progress=quietly)
