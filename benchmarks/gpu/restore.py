@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import os
 import signal
 import sys
 import tempfile
@@ -32,7 +31,7 @@ from restore_cycles import part_cycles, show_cycles
 from restore_driver import part_bound, part_several, show_bound, show_several
 
 from engine_rig import Rig
-from woodfrog.backends.gpus import find_gpus
+from woodfrog.backends.gpus import find_gpus, library_path
 from woodfrog.settings import load
 
 PARTS: dict[str, tuple[Callable[..., Awaitable[None]], Callable[[dict[str, Any]], None]]] = {
@@ -67,7 +66,7 @@ async def measure(options: argparse.Namespace, hardware: Any) -> int:
         rig = Rig.make(home)
         rig.hardware = hardware
         place = str(hardware.folder) if hardware is not None else settings.cuda_dir
-        library = place or os.environ.get("LD_LIBRARY_PATH", "")
+        library = library_path(place)
         gpus = await find_gpus("", place)
         if not gpus.devices or gpus.cuda is None:
             console.print(f"gpu/restore.py: nothing measured: {gpus.why or 'no NVIDIA GPU'}")

@@ -378,6 +378,19 @@ async def test_no_driver_at_all(tmp_path: Path) -> None:
     await cuda.close()
 
 
+async def test_the_helper_finds_packages_where_the_daemon_does(
+    tmp_path: Path, hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "more/cuda").mkdir(parents=True)
+    (tmp_path / "more/cuda/__init__.py").write_text("raise ImportError('another one')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "more"))
+    cuda = Cuda(library=hardware.folder)
+    with pytest.raises(GpuError) as e:
+        await cuda.start()
+    assert e.value.code == "gpu-no-driver" and "another one" in e.value.message
+    await cuda.close()
+
+
 async def test_no_helper_is_left(hardware: Hardware, worker: Worker) -> None:
     cuda = Cuda(library=hardware.folder, ask_s=0.5)
     await cuda.start()

@@ -8,7 +8,8 @@
  *                               GPU; its flock says that the process lives. A file without one is swept, as a GPU
  *                               forgets what a dead process had.
  *   D/nvidiactl/config          read at every call: "version 13000", "context BYTES", "lossy 1" (a checkpoint saves
- *                               nothing), "shared 1" (it saves into shared memory),
+ *                               nothing), "shared 1" (it saves into shared memory), "scratch BYTES" (what NVML tells
+ *                               of a process beside what is saved),
  *                               "fault CALL ACTION [FIRST [TIMES]]" with ACTION fail=CODE, late=CODE (done, then an
  *                               error), hang, kill. FIRST counts from 1, over all processes.
  *   D/nvidia0/health            what NVML says of a GPU: "ecc COUNT", "pending 1", "failed 1", "retired 1", "lost 1",
@@ -1369,7 +1370,7 @@ int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, struc
             if (strncmp(e->d_name, "mem-", 4) || fstatat(dirfd(d), e->d_name, &st, 0) || st.st_ino != inode)
                 continue;
             if (n < room)
-                found[n] = (struct process){(unsigned)pid, (unsigned long long)st.st_size, 0, 0};
+                found[n] = (struct process){(unsigned)pid, (uint64_t)st.st_size + number("scratch", 0), 0, 0};
             n++;
         }
         if (d)

@@ -364,6 +364,15 @@ async def test_a_checkpoint_that_saves_nothing_is_noticed(rig: Rig, cuda: Cuda) 
     await rig.nothing_runs(sandbox)
 
 
+async def test_not_all_that_is_held_has_to_be_saved(rig: Rig, cuda: Cuda) -> None:
+    """The stacks of kernels, for one, which NVML counts too."""
+    hardware_of(rig).configure(f"scratch {4 * MIB}")
+    sandbox, _ = await rig.start(HOLDER, gpus=(0,))
+    await answers(rig, sandbox, "(1, True, '0')")
+    frozen = await rig.freeze(sandbox, gpu=side(rig, cuda, 0))
+    assert frozen.result.gpu_bytes < 10 * MIB
+
+
 @pytest.mark.parametrize("point", ["dump.before=raise", "dump.criu=kill-criu"])
 async def test_what_fails_later_is_taken_back_to_the_gpu(rig: Rig, cuda: Cuda, point: str) -> None:
     sandbox, _ = await rig.start(FAMILY, gpus=(0, 1))
