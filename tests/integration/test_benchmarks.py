@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,69 @@ def test_gpu_restore_sees_leaks() -> None:
     first = {"descriptors": 10, "processes": 2, "device_mib": 500}
     assert cycles.grown(first, {"descriptors": 12, "processes": 2, "device_mib": 505}) == []
     assert len(cycles.grown(first, {"descriptors": 15, "processes": 3, "device_mib": 600})) == 3
+
+
+SESSION = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import session
+from session import Step
+session.END_S, sh = (0.3, 0.3, 2.0), lambda text: ("/bin/sh", "-c", text)
+session.RESERVE_S = 2.0
+hangs = "trap '' INT TERM; setsid sleep 1000 & echo orphan $!; setsid sleep 1000; sleep 1000"
+status = session.run_all([
+    Step("told", sh("echo to the log >&2; echo to the file"), 0.2, output="told.txt"),
+    Step("fails", sh("echo no luck; exit 3"), 0.2),
+    Step("hangs", sh(hangs), 0.02, least=1),
+    Step("not there", ("/nowhere/program",), 0.2),
+    Step("clocked", sh("echo $0 $1"), 0.1, own_clock=True),
+    Step("too long", sh("exit 0"), 0.1, least=1000),
+], 1, Path(sys.argv[2]), {"gpu": "fake"})
+assert status == 1
+"""
+
+
+def test_a_gpu_session_goes_on_whatever_happens(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SESSION, str(BENCHMARKS / "gpu"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    steps = json.loads((tmp_path / "out/session.json").read_text())["steps"]
+    found = {name: (step["status"], step.get("exit_status"), step.get("left_behind")) for name, step in steps.items()}
+    log = (tmp_path / "out/session.log").read_text()
+    assert found["told"] == ("ended", 0, 0) and (tmp_path / "out/told.txt").read_text() == "to the file\n"
+    assert found["fails"] == ("ended", 3, 0) and "to the log" in log and "no luck" in log and "no luck" in done.stdout
+    assert found["hangs"] == ("out of time", -9, 2), log
+    assert "FileNotFoundError" in found["not there"][0] and found["too long"][0] == "left out, the time is over"
+    assert found["clocked"][:2] == ("ended", 0) and "--seconds" in log
+    for line in log.splitlines():
+        if line.startswith("orphan "):
+            assert not Path(f"/proc/{line.split()[1]}").exists()
+
+
+def test_gpu_probe_on_the_fake_driver(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "gpu/session.py"), "--fake", "--steps", "probe", "--out", str(tmp_path)],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "probe.jsonl").read_text().splitlines()]
+    asked = {row.pop("question"): row for row in rows}
+    assert len(asked) == 6 and all(row["fake"] and "error" not in row for row in rows)
+    assert asked["the moves"]["checkpointed"]["state"] == "CHECKPOINTED" and len(asked["the moves"]["restore_ms"]) == 2
+    assert asked["memory that follows"]["page-locked"]["pages_asked_for"] == 0, "what page-locks does not wait"
+    assert asked["in a pid namespace"]["states"][-1] == "RUNNING"
+
+
+def test_without_criu_the_driver_is_measured_alone(tmp_path: Path) -> None:
+    target, options = tmp_path / "gpu.json", ("--fake", "--rounds", "1", "--parts", "restore,several", "--json")
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "gpu/restore.py"), *options, str(target)],
+        env={**os.environ, "WOODFROG_CRIU": "/nowhere"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    result = json.loads(target.read_text())
+    assert done.returncode == 1 and result["machine"]["criu"] == "" and set(result["parts"]) == {"several"}
+    assert list(result["failed"]) == ["restore"] and "/nowhere cannot be run" in result["failed"]["restore"]
 
 
 @pytest.mark.parametrize("name", ["start", "restore"])
