@@ -73,11 +73,14 @@ def of_the_gpu(pid: int) -> dict[str, Any]:
     """What a process has of the GPU's devices, and what else of its own is unusual."""
     open_ = [t for t in procfs.descriptors(pid).values() if not t.startswith("/")]
     kinds = {t.partition(":")[0] + (f":{t[11:]}" if t.startswith("anon_inode:") else "") for t in open_}
+    maps = sorted(procfs.maps(pid), key=lambda m: m.start - m.end)
     return {
         "descriptors": sum(t.startswith("/dev/nvidia") for t in procfs.descriptors(pid).values()),
         "other_descriptors": sorted(kinds),
-        "mapped": sorted({m.path for m in procfs.maps(pid) if m.path.startswith("/dev/")}),
+        "mapped": sorted({m.path for m in maps if m.path.startswith("/dev/")}),
         "threads": procfs.status(pid).threads,
+        # Addresses that are reserved only: CRIU has to map them again.
+        "largest_maps_gib": [round((m.end - m.start) / 2**30, 2) for m in maps[:6]],
     }
 
 

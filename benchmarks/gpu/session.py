@@ -38,7 +38,8 @@ MACHINE = """
 uname -a; id; date; free -m; df -h /var/tmp /dev/shm /tmp; nproc; ulimit -a
 nvidia-smi; nvidia-smi --query-gpu=persistence_mode,pcie.link.gen.max,pcie.link.width.max --format=csv
 ls -l /dev/nvidia* /proc/driver/nvidia; cat /proc/driver/nvidia/version; mount | grep -i nvidia
-echo "LD_LIBRARY_PATH=$LD_LIBRARY_PATH"; ldconfig -p | grep -E 'libcuda|nvidia-ml'; stat -fc %T /sys/fs/cgroup
+cat /proc/sys/vm/overcommit_memory; command -v ip nft cc criu
+"$PYTHON" scripts/build_native.py; echo "LD_LIBRARY_PATH=$LD_LIBRARY_PATH"; ldconfig -p | grep -E 'libcuda|nvidia-ml'; stat -fc %T /sys/fs/cgroup
 "$PYTHON" -VV; "$PYTHON" -m pip list 2>/dev/null | grep -iE '^(cuda|torch|pytest|nvidia-ml|triton|woodfrog)'
 "$PYTHON" -c 'from woodfrog.cli import main; main()' doctor
 """
@@ -120,7 +121,9 @@ def sweep() -> int:
 
 def run(step: Step, limit: float, out: Path) -> dict[str, Any]:
     command = [*step.command, *(("--seconds", f"{limit - RESERVE_S:.0f}") if step.own_clock else ())]
-    env = {**os.environ, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1", "COLUMNS": "160", "PYTHON": sys.executable}
+    packages = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT / "src"))))
+    plain = {"PYTHONUNBUFFERED": "1", "NO_COLOR": "1", "COLUMNS": "160", "PYTHON": sys.executable}
+    env = {**os.environ, **plain, "PYTHONPATH": packages}
     begin = time.monotonic()
     status = "ended"
     with open(out / "session.log", "ab", buffering=0) as log:

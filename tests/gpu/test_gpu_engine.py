@@ -45,7 +45,9 @@ from gpuprogram import Cuda
 
 app = modal.App("holder")
 
-@app.cls(gpu="any", enable_memory_snapshot=True, experimental_options={"enable_gpu_snapshot": True})
+@app.cls(
+    gpu="any", enable_memory_snapshot=True, experimental_options={"enable_gpu_snapshot": True}, block_network=True,
+)
 class Holder:
     @modal.enter(snap=True)
     def load(self):

@@ -187,7 +187,7 @@ class SandboxFactory:
             ),
             kdat_dir=settings.kdat_dir,
             devices=devices,
-            network=not spec.block_network,
+            network=not spec.block_network or lease is None,  # one made for such a function has none
         )
         await sandbox.assemble(root_plan(request, self._host))
 
