@@ -39,7 +39,8 @@ uname -a; id; date; free -m; df -h /var/tmp /dev/shm /tmp; nproc; ulimit -a
 nvidia-smi; nvidia-smi --query-gpu=persistence_mode,pcie.link.gen.max,pcie.link.width.max --format=csv
 ls -l /dev/nvidia* /proc/driver/nvidia; cat /proc/driver/nvidia/version; mount | grep -i nvidia
 cat /proc/sys/vm/overcommit_memory; command -v ip nft cc criu
-"$PYTHON" scripts/build_native.py; echo "LD_LIBRARY_PATH=$LD_LIBRARY_PATH"; ldconfig -p | grep -E 'libcuda|nvidia-ml'; stat -fc %T /sys/fs/cgroup
+echo "LD_LIBRARY_PATH=$LD_LIBRARY_PATH"; ldconfig -p | grep -E 'libcuda|nvidia-ml'; stat -fc %T /sys/fs/cgroup
+"$PYTHON" scripts/build_native.py
 "$PYTHON" -VV; "$PYTHON" -m pip list 2>/dev/null | grep -iE '^(cuda|torch|pytest|nvidia-ml|triton|woodfrog)'
 "$PYTHON" -c 'from woodfrog.cli import main; main()' doctor
 """
