@@ -40,9 +40,9 @@ nvidia-smi; nvidia-smi --query-gpu=persistence_mode,pcie.link.gen.max,pcie.link.
 ls -l /dev/nvidia* /proc/driver/nvidia; cat /proc/driver/nvidia/version; mount | grep -i nvidia
 cat /proc/sys/vm/overcommit_memory; command -v ip nft cc criu
 echo "LD_LIBRARY_PATH=$LD_LIBRARY_PATH"; ldconfig -p | grep -E 'libcuda|nvidia-ml'; stat -fc %T /sys/fs/cgroup
-"$PYTHON" scripts/build_native.py
-"$PYTHON" -VV; "$PYTHON" -m pip list 2>/dev/null | grep -iE '^(cuda|torch|pytest|nvidia-ml|triton|woodfrog)'
+[ -x src/woodfrog/native/bin/woodfrog-init ] || "$PYTHON" scripts/build_native.py
 "$PYTHON" -c 'from woodfrog.cli import main; main()' doctor
+"$PYTHON" -VV; "$PYTHON" -m pip list 2>/dev/null | grep -iE '^(cuda|torch|pytest|nvidia-ml|triton|woodfrog)'
 """
 
 
