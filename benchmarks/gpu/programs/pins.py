@@ -20,7 +20,7 @@ from typing import Any
 from raw import Cuda
 
 PAGE = 4096
-PAGES = 256
+SMALL, LARGE = 1 << 20, 64 << 20
 USERFAULTFD = 323
 API, REGISTER, COPY = 0xC018AA3F, 0xC020AA00, 0xC028AA03
 
@@ -28,12 +28,12 @@ API, REGISTER, COPY = 0xC018AA3F, 0xC020AA00, 0xC028AA03
 class Follows:
     """Memory of which each page comes when it is touched."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         self.fd = ctypes.CDLL(None, use_errno=True).syscall(USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
         if self.fd < 0:
             raise OSError(ctypes.get_errno(), "userfaultfd")
         fcntl.ioctl(self.fd, API, struct.pack("=QQQ", 0xAA, 0, 0))
-        self.memory = mmap.mmap(-1, PAGES * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.at = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         fcntl.ioctl(self.fd, REGISTER, struct.pack("=QQQQ", self.at, len(self.memory), 1, 0))
         self.page = ctypes.create_string_buffer(b"x" * PAGE, PAGE)
@@ -54,22 +54,22 @@ class Follows:
 
 def main() -> None:
     cuda = Cuda()
-    size = PAGES * PAGE
-    device = cuda.alloc(size)
-    calls: dict[str, Callable[[Follows], Any]] = {
-        "copied to the GPU": lambda m: cuda.to_device(device, m.at, size),
-        "copied from the GPU": lambda m: cuda.to_host(m.at, device, size),
-        "page-locked": lambda m: cuda.register(m.at, size),
+    device = cuda.alloc(LARGE)
+    calls: dict[str, tuple[int, Callable[[Follows], Any]]] = {
+        "copied to the GPU": (SMALL, lambda m: cuda.to_device(device, m.at, SMALL)),
+        "64 MiB copied to the GPU": (LARGE, lambda m: cuda.to_device(device, m.at, LARGE)),
+        "64 MiB copied from the GPU": (LARGE, lambda m: cuda.to_host(m.at, device, LARGE)),
+        "page-locked": (SMALL, lambda m: cuda.register(m.at, SMALL)),
     }
     found = {}
-    for name, call in calls.items():
-        memory = Follows()
+    for name, (size, call) in calls.items():
+        memory = Follows(size)
         try:
             call(memory)
             result = "as it should"
         except RuntimeError as e:
             result = str(e)
-        found[name] = {"result": result, "pages_asked_for": memory.served, "pages": PAGES}
+        found[name] = {"result": result, "pages_asked_for": memory.served, "pages": size // PAGE}
     print(json.dumps(found), flush=True)
     os._exit(0)
 
