@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -138,18 +139,33 @@ async def the_moves(probe: Probe) -> dict[str, Any]:
 
 
 async def others(probe: Probe) -> dict[str, Any]:
-    """What it says of processes that are none of CUDA's, and of threads."""
-    found = {}
-    with probe.holder() as holder, subprocess.Popen(["sleep", "60"]) as sleep:
-        threads = sorted(map(int, os.listdir(f"/proc/{holder.process.pid}/task")))
-        asked = {"sleep": sleep.pid, "this one": os.getpid(), "no process": 4194303, "a thread": threads[-1]}
+    """What it says of processes that are none of CUDA's, of children left by fork, and of threads."""
+    found: dict[str, Any] = {}
+    code = f"import os, sys, time; sys.path.insert(0, {str(PROGRAMS)!r}); import raw; c = raw.Cuda(); child = os.fork()"
+    code += "\nif child: print(child, flush=True)\ntime.sleep(60)"
+    with contextlib.ExitStack() as stack:
+
+        def begin(*command: str) -> subprocess.Popen[str]:
+            env = {**os.environ, **probe.env}
+            process = stack.enter_context(subprocess.Popen(command, env=env, stdout=-1, text=True))
+            stack.callback(process.kill)
+            return process
+
+        sleep, parent = begin("sleep", "60"), begin(sys.executable, "-B", "-c", code)
+        assert parent.stdout is not None
+        child = int(await asyncio.to_thread(parent.stdout.readline))
+        stack.callback(os.kill, child, signal.SIGKILL)
+        threads = sorted(map(int, os.listdir(f"/proc/{parent.pid}/task")))
+        asked = {"sleep": sleep.pid, "this one": os.getpid(), "no process": 4194303}
+        asked |= {"parent": parent.pid, "its child": child, "its last thread": threads[-1]}
+        found["threads"] = threads
         for name, pid in asked.items():
-            try:
-                state = await probe.cuda.state(pid)
-                found[name] = state.name if state is not None else "no CUDA process"
-            except Exception as e:
-                found[name] = says(e)
-        sleep.kill()
+            row = found[name] = {"pid": pid}
+            for what in ("state", "thread"):
+                try:
+                    row[what] = await probe.cuda._call(what, pid, 10.0)
+                except Exception as e:
+                    row[what] = says(e)
     return found
 
 

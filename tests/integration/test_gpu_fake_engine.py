@@ -498,5 +498,11 @@ async def test_a_rocm_process_without_criu_s_plugin(rig: Rig, tmp_path: Path) ->
         with pytest.raises(RestoreError) as r:
             await rig.thaw(frozen, gpu=given)
         assert r.value.code == code and not r.value.snapshot_at_fault, r.value.message
-    thawed, _ = await rig.thaw(frozen, gpu=there)
-    await answers(rig, thawed, "2")
+    server = await PageServer.start(uid=64647, on_death=lambda: None)
+    try:
+        lazy = Lazy(server)
+        thawed, _ = await rig.thaw(frozen, gpu=there, lazy=lazy)
+        await answers(rig, thawed, "2")
+        assert lazy.served is None, "all of it was read before"
+    finally:
+        await server.close()

@@ -732,7 +732,12 @@ async def restore(
                 if amd.plugins is None:
                     cause, remedy = REFUSALS["gpu-amd-plugin"]
                     raise _Failure(f"cannot restore: {cause}", "gpu-amd-plugin", remedy)
-            page_files = await asyncio.to_thread(_page_files, images, lazy) if lazy is not None else None
+            # AMD's kernel driver asks for memory that programs gave it at the end of CRIU's restore, and as NVIDIA's it
+            # cannot wait for it.
+            served_later = lazy is not None and not (facts.amd and lazy.files is None)
+            page_files = (
+                await asyncio.to_thread(_page_files, images, lazy) if lazy is not None and served_later else None
+            )
             clock = _clock_ns(sandbox.init_pid)
             lazy_pages = page_files is not None
             plan = restore_plan(
