@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -231,6 +231,42 @@ def test_without_a_gpu_it_says_so(name: str) -> None:
         [sys.executable, str(BENCHMARKS / "gpu" / f"{name}.py")], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (0, f"gpu/{name}.py: nothing measured: needs an NVIDIA GPU\n")
+
+
+def test_a_gpu_workload_that_fails_is_told_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = import_module_alone(BENCHMARKS / "gpu" / "start.py")
+
+    class Workload:
+        def __init__(self, daemon: Any, module: Any, plan: Any) -> None:
+            self.plan, self.values = plan, {"gpu": [1.0] if plan.variant == "graphs" else []}
+            if plan.variant == "compile":
+                raise SystemExit("no compiler")
+
+        def round(self, *, counted: bool) -> None:
+            if self.plan.variant == "graphs":
+                raise ValueError("other bytes")
+            if self.plan.variant == "ended":
+                sys.exit(143)
+
+        def result(self) -> dict[str, Any]:
+            return {"variant": self.plan.variant}
+
+        def close(self) -> None:
+            pass
+
+    (tmp_path / "daemon.log").touch()
+    daemon: Any = SimpleNamespace(home=tmp_path, log=tmp_path / "daemon.log", stop_containers=lambda: None)
+    monkeypatch.setattr(start, "Workload", Workload)
+    monkeypatch.setattr(start, "fitting", lambda gib, arms, free: arms)
+    kept: dict[str, Any] = {}
+    plans = [start.Plan(1, variant, ("gpu",), 1) for variant in ("compile", "graphs", "plain")]
+    failed = start.measure(daemon, None, plans, float("inf"), kept.__setitem__)
+    assert failed == {"1 GiB, compile": "SystemExit: no compiler", "1 GiB, graphs": "ValueError: other bytes"}
+    assert list(kept) == ["1 GiB, graphs", "1 GiB"]
+    with pytest.raises(SystemExit):
+        start.measure(daemon, None, [start.Plan(1, "ended", ("gpu",), 1)], float("inf"), kept.__setitem__)
 
 
 def test_what_of_a_gpu_benchmark_there_is_room_for() -> None:
