@@ -85,6 +85,12 @@ def of_the_gpu(pid: int) -> dict[str, Any]:
     }
 
 
+def of_the_caller(probe: Probe) -> int:
+    """Descriptors of the helper: whether the driver keeps something open between calls."""
+    assert probe.cuda._helper is not None
+    return len(procfs.descriptors(probe.cuda._helper.process.pid))
+
+
 def _read(path: str) -> str:
     try:
         return Path(path).read_text().strip()
@@ -112,6 +118,7 @@ async def the_moves(probe: Probe) -> dict[str, Any]:
     with probe.holder() as holder:
         pid = holder.process.pid
         found["held"], found["before"] = await probe.cuda.held(pid), of_the_gpu(pid)
+        found["thread"], found["of_the_caller"] = await probe.cuda._call("thread", pid, 10.0), [of_the_caller(probe)]
         for turn in range(2):
             before: tuple[procfs.Resident, ...] = ()
             for move in MOVES:
@@ -135,6 +142,7 @@ async def the_moves(probe: Probe) -> dict[str, Any]:
                     }
             holder.check("full")
         found["after"] = of_the_gpu(pid)
+        found["of_the_caller"].append(of_the_caller(probe))
     return found
 
 
