@@ -9,7 +9,8 @@
  *                               forgets what a dead process had.
  *   D/nvidiactl/config          read at every call: "version 13000", "context BYTES", "lossy 1" (a checkpoint saves
  *                               nothing), "shared 1" (it saves into shared memory), "scratch BYTES" (what NVML tells
- *                               of a process beside what is saved),
+ *                               of a process beside what is saved), "map 1" (a map of GPUs may name those alone that
+ *                               the process can reach; else it must name all of the machine),
  *                               "fault CALL ACTION [FIRST [TIMES]]" with ACTION fail=CODE, late=CODE (done, then an
  *                               error), hang, kill. FIRST counts from 1, over all processes.
  *   D/nvidia0/health            what NVML says of a GPU: "ecc COUNT", "pending 1", "failed 1", "retired 1", "lost 1",
@@ -1182,7 +1183,20 @@ CUresult cuCheckpointProcessRestore(int pid, CUcheckpointRestoreArgs *args)
         return INVALID_VALUE;
     for (unsigned i = 0; i < o.pairs; i++)
         o.pair[i] = (struct pair){args->gpuPairs[i].oldUuid, args->gpuPairs[i].newUuid};
-    /* A map must name every GPU of the machine, once. */
+    /* A map must name every GPU of the machine, once; or each of the process's own and no other. */
+    if (number("map", 0) && o.pairs) {
+        for (unsigned j = 0; j < o.pairs; j++) {
+            int found = 0;
+            for (int i = 0; i < count; i++) {
+                char path[96];
+                snprintf(path, sizeof path, "/proc/%d/root/dev/nvidia%d/info", pid, all[i].minor);
+                found |= !access(path, F_OK) && !memcmp(&o.pair[j].to, &all[i].uuid, 16);
+            }
+            if (!found)
+                return INVALID_VALUE;
+        }
+        count = 0;
+    }
     for (int i = 0; o.pairs && i < count; i++) {
         int named = 0;
         for (unsigned j = 0; j < o.pairs; j++)

@@ -142,7 +142,9 @@ async def test_frozen_again_after_a_thaw(rig: Rig, cuda: Cuda) -> None:
         await answers(rig, sandbox, f"({turn}, True, '0')")
 
 
-async def test_on_another_gpu_of_the_chip(rig: Rig, cuda: Cuda) -> None:
+@pytest.mark.parametrize("line", ["map 0", "map 1"])
+async def test_on_another_gpu_of_the_chip(rig: Rig, cuda: Cuda, line: str) -> None:
+    hardware_of(rig).configure(line)
     sandbox, _ = await rig.start(HOLDER, gpus=(0,))
     await answers(rig, sandbox, "(1, True, '0')")
     frozen = await rig.freeze(sandbox, gpu=side(rig, cuda, 0))
