@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from woodfrog.criu.binary import find_criu
-from woodfrog.errors import WoodfrogError
+from woodfrog.errors import HostError, WoodfrogError
 from woodfrog.sdk import deploy
 from woodfrog.sdk.call import Call, Target
 from woodfrog.sdk.client import Client
@@ -277,14 +277,17 @@ def machine(settings: Settings) -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text()
     model = re.search(r"^model name\s*:\s*(.*)$", info, re.M)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    criu = find_criu(Path(settings.criu) if settings.criu else None)
+    try:
+        criu = ".".join(map(str, find_criu(Path(settings.criu) if settings.criu else None).version))
+    except HostError:
+        criu = ""  # some measure what needs none
     return {
         "kernel": platform.release(),
         "cpu": model[1].strip() if model else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory / (1 << 30), 1),
         "python": platform.python_version(),
-        "criu": ".".join(map(str, criu.version)),
+        "criu": criu,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "load_before": [round(x, 2) for x in os.getloadavg()],
     }

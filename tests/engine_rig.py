@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fake_cuda.hardware import Hardware
+from woodfrog.backends.gpus import library_path
 from woodfrog.criu.binary import Criu, find_criu
 from woodfrog.engine.engine import AmdSide, DumpResult, GpuSide, Lazy, dump, restore
 from woodfrog.linux import procfs
@@ -142,7 +143,8 @@ class Rig:
         """Run a program: `setup` defines `check()`, whose repr every connection gets."""
         (self.home / "code/app/program.py").write_text(PROGRAM.replace("{setup}", setup).replace("{socket}", SOCKET))
         sandbox = await self.sandbox(gpus=gpus)
-        library = {"LD_LIBRARY_PATH": str(self.hardware.folder)} if self.hardware is not None else {}
+        place = library_path(str(self.hardware.folder) if self.hardware is not None else "")
+        library = {"LD_LIBRARY_PATH": place} if place else {}
         return sandbox, await self.spawn(sandbox, "program.py", env={**library, **(env or {})}, seccomp=seccomp)
 
     async def spawn(

@@ -24,10 +24,12 @@ from woodfrog.telemetry import Phases
 
 ARMS = {
     "ours": "ours",
+    "follows": "ours, memory follows meanwhile",
     "whole": "ours, no page server",
     "plain": "plain: criu, then the driver",
     "lazy": "plain, criu lazy-pages",
 }
+OURS = ("ours", "follows", "whole")
 AROUND_LEARNING, AROUND = 4 << 10, 64 << 10
 """Bytes that the page server gives around a fault, as the daemon has it."""
 
@@ -66,17 +68,22 @@ class Ours:
         self.capture = times(phases)
 
     async def learn(self) -> None:
-        """The first thaw with the page server, which knows of device memory alone what to push."""
-        assert self.frozen.result.gpu is not None
-        self.server = await PageServer.start(uid=PAGES_UID, on_death=lambda: None)
+        """The first thaw whose memory follows, which knows of device memory alone what to push."""
+        assert self.frozen.result.gpu is not None and self.server is not None
         self.working_set.write_bytes(make_set(self.frozen.result.gpu.memory))
         lazy = Lazy(self.server, self.working_set, AROUND_LEARNING)
         self.first_ms, _ = await self._thaw(lazy, "full", keep=True)
 
-    async def measure(self, how: str, *, paged: bool) -> tuple[float, dict[str, float]]:
-        if paged and self.server is None:
+    async def measure(self, arm: str, how: str) -> tuple[float, dict[str, float]]:
+        if arm == "whole":
+            return await self._thaw(None, how)
+        if self.server is None:
+            self.server = await PageServer.start(uid=PAGES_UID, on_death=lambda: None)
+        if arm == "ours":
+            return await self._thaw(Lazy(self.server, everything=True), how)
+        if not self.working_set.exists():
             await self.learn()
-        return await self._thaw(Lazy(self.server, self.working_set, AROUND) if paged and self.server else None, how)
+        return await self._thaw(Lazy(self.server, self.working_set, AROUND), how)
 
     async def _thaw(self, lazy: Lazy | None, how: str, *, keep: bool = False) -> tuple[float, dict[str, float]]:
         bench, phases = self.bench, Phases()
@@ -96,7 +103,9 @@ class Ours:
                 # What the check of every byte reads besides does not belong to a start.
                 seen = await lazy.served.record() if keep else b""
                 if lazy.served.ready.done():
-                    self.pushed_pages, found["page server: push"] = lazy.served.ready.result()
+                    pages, found["page server: push"] = lazy.served.ready.result()
+                    if lazy.everything:
+                        self.pushed_pages = pages
                 if keep:
                     self.working_set.write_bytes(merge_sets(seen, self.working_set.read_bytes()))
             if how == "full":
@@ -201,7 +210,7 @@ class Restore:
         self.in_a_row = dict.fromkeys(ARMS, 0)
 
     async def prepare(self) -> None:
-        for arms, one in ((("ours", "whole"), self.ours), (("plain", "lazy"), self.plain)):
+        for arms, one in ((OURS, self.ours), (("plain", "lazy"), self.plain)):
             try:
                 await one.prepare()
             except (Exception, SystemExit) as e:
@@ -209,8 +218,8 @@ class Restore:
         await write_back()
 
     async def measure(self, arm: str, how: str) -> tuple[float, dict[str, float]]:
-        if arm in ("ours", "whole"):
-            return await self.ours.measure(how, paged=arm == "ours")
+        if arm in OURS:
+            return await self.ours.measure(arm, how)
         return await self.plain.measure(how, paged=arm == "lazy")
 
     async def round(self, turn: int) -> None:
@@ -312,5 +321,5 @@ def show_restore(found: dict[str, Any]) -> None:
             listed(f"capture, {ARMS[arm]}" + (f" ({speed:.2f} GiB/s)" if speed else ""), phases)
         console.print(
             f"   pushed in {result['pushed_bytes'] / GIB:.2f} GiB; "
-            f"the thaw that learned it: {result['first_thaw_ms']:.0f} ms"
+            f"the thaw that learned what to push before the rest: {result['first_thaw_ms']:.0f} ms"
         )

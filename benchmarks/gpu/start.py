@@ -225,13 +225,17 @@ def show(name: str, result: dict[str, Any]) -> None:
 
 def measure(
     daemon: Daemon, module: ModuleType, plans: Sequence[Plan], until: float, keep: Callable[[str, dict[str, Any]], None]
-) -> None:
+) -> dict[str, str]:
     """All workloads, smallest first, as many rounds of each as there is time for.
 
     Args:
         until: no workload begins after it, and no round that would take longer than what is left.
         keep: takes what was measured of each.
+
+    Returns:
+        Those that failed, and why; the others went on.
     """
+    failed: dict[str, str] = {}
     for plan in plans:
         if time.monotonic() >= until:
             console.print(f"{plan.name}: left out, the time is over (--seconds)")
@@ -244,9 +248,10 @@ def measure(
         if not arms:
             continue
         plan = Plan(plan.gib, plan.variant, arms, plan.rounds)
-        with console.status(f"{plan.name}: freeze"):
-            workload = Workload(daemon, module, plan)
+        workload: Workload | None = None
         try:
+            with console.status(f"{plan.name}: freeze"):
+                workload = Workload(daemon, module, plan)
             longest = 0.0
             # Of small ones a round that is not counted: page cache, what the page server learns.
             for turn in range(-1 if plan.gib < 16 else 0, plan.rounds):
@@ -258,8 +263,20 @@ def measure(
                     workload.round(counted=turn >= 0)
                 longest = max(longest, time.monotonic() - begin)
             keep(plan.name, workload.result())
+        except (Exception, SystemExit) as e:
+            if isinstance(e, SystemExit) and not isinstance(e.code, str):
+                raise  # told to end
+            failed[plan.name] = f"{type(e).__name__}: {e}".strip()[:2000]
+            console.print(f"[red]{plan.name}: {failed[plan.name]}", soft_wrap=True)
+            console.print(f"[dim]the end of the daemon's log:\n{daemon.log.read_text()[-3000:]}")
+            if workload is not None and any(workload.values.values()):
+                keep(plan.name, workload.result())
         finally:
-            workload.close()
+            if workload is not None:
+                workload.close()
+            else:
+                daemon.stop_containers()
+    return failed
 
 
 @contextlib.contextmanager
@@ -329,8 +346,10 @@ def main() -> int:
                 path = save("gpu/start", result, options.json)
                 console.print(f"Numbers in {path}")
 
-        measure(daemon, module, plans, time.monotonic() + options.seconds, keep)
-    return 0
+        result["failed"] = measure(daemon, module, plans, time.monotonic() + options.seconds, keep)
+        if result["failed"] and (options.json or not options.fake):
+            save("gpu/start", result, options.json)
+    return 1 if result["failed"] else 0
 
 
 if __name__ == "__main__":

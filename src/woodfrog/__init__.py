@@ -136,9 +136,12 @@ def __getattr__(name: str) -> Any:
     elif name == "exception":
         import woodfrog.exception as value
     elif name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        value = version("woodfrog")
+        try:
+            value = version("woodfrog")
+        except PackageNotFoundError:  # sources that PYTHONPATH names, not installed
+            value = "unknown"
     elif name in _NOT_YET:
         raise _not_yet(name)
     else:

@@ -223,12 +223,12 @@ async def test_out_of_memory_at_a_restore_is_for_ever(cuda: Cuda, hardware: Hard
         with pytest.raises(GpuError) as e:
             await cuda.move(worker.pid, "restore")
         assert e.value.code == "gpu-out-of-memory" and e.value.fields["pid"] == worker.pid
-        assert await cuda.state(worker.pid) is State.FAILED
+        assert await cuda.state(worker.pid) is State.CHECKPOINTED
     finally:
         other.end()
     with pytest.raises(GpuError) as e:
         await cuda.move(worker.pid, "restore")
-    assert e.value.code == "gpu-stuck"
+    assert e.value.code == "gpu-driver" and "CUDA_ERROR_OPERATING_SYSTEM" in e.value.message
 
 
 async def test_what_a_dead_process_had_is_free(cuda: Cuda, hardware: Hardware) -> None:
@@ -375,6 +375,19 @@ async def test_no_driver_at_all(tmp_path: Path) -> None:
     with pytest.raises(GpuError) as e:
         await cuda.start()
     assert e.value.code == "gpu-no-driver" and "woodfrog[gpu]" in e.value.message
+    await cuda.close()
+
+
+async def test_the_helper_finds_packages_where_the_daemon_does(
+    tmp_path: Path, hardware: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "more/cuda").mkdir(parents=True)
+    (tmp_path / "more/cuda/__init__.py").write_text("raise ImportError('another one')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "more"))
+    cuda = Cuda(library=hardware.folder)
+    with pytest.raises(GpuError) as e:
+        await cuda.start()
+    assert e.value.code == "gpu-no-driver" and "another one" in e.value.message
     await cuda.close()
 
 

@@ -21,6 +21,9 @@ from woodfrog.sdk.client import Client, error_from_answer
 from woodfrog.settings import Settings
 
 BIN = Path(sys.executable).parent
+WOODFROG: Sequence[str] = (str(BIN / "woodfrog"),)
+if not Path(WOODFROG[0]).exists():  # a package that lies in PYTHONPATH has no programs
+    WOODFROG = (sys.executable, "-c", "from woodfrog.cli import main; main()")
 
 
 def until(condition: Callable[[], Any], seconds: float = 30, every: float = 0.05) -> Any:
@@ -114,7 +117,7 @@ class Daemon:
         self, *args: str, timeout: float = 180, check: bool = True, env: Mapping[str, str] | None = None, **kwargs: Any
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [str(BIN / "woodfrog"), *args],
+            [*WOODFROG, *args],
             env={**self.env, **(env or {})},
             capture_output=True,
             text=True,

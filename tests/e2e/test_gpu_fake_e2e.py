@@ -46,6 +46,7 @@ class Holder:
         data = os.urandom(24 << 20)
         self.held = self.gpu.put(data)
         self.digest = hashlib.sha256(data).hexdigest()
+        self.locked = self.gpu.lock(data[:1 << 20])
         self.booted = time.time()
 
     @modal.method()

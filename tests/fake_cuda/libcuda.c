@@ -7,7 +7,10 @@
  *                               mem-XXXXXX per process and GPU that is used. Its size is what the process has of the
  *                               GPU; its flock says that the process lives. A file without one is swept, as a GPU
  *                               forgets what a dead process had.
- *   D/nvidiactl/config          read at every call: "version 13000", "context BYTES", "lossy 1",
+ *   D/nvidiactl/config          read at every call: "version 13000", "context BYTES", "lossy 1" (a checkpoint saves
+ *                               nothing), "shared 1" (it saves into shared memory), "scratch BYTES" (what NVML tells
+ *                               of a process beside what is saved), "map 1" (a map of GPUs may name those alone that
+ *                               the process can reach; else it must name all of the machine),
  *                               "fault CALL ACTION [FIRST [TIMES]]" with ACTION fail=CODE, late=CODE (done, then an
  *                               error), hang, kill. FIRST counts from 1, over all processes.
  *   D/nvidia0/health            what NVML says of a GPU: "ecc COUNT", "pending 1", "failed 1", "retired 1", "lost 1",
@@ -62,6 +65,7 @@ enum { RUNNING, LOCKED, CHECKPOINTED, FAILED };
 
 #define MAX_GPUS 16
 #define MAX_BLOCKS 4096
+#define MAX_PINNED 64
 #define BASE 0x700000000000ULL
 #define PER_GPU (1ULL << 40)
 
@@ -77,14 +81,16 @@ struct device {
     char *saved;
     void *page;
 };
+struct pinned { uintptr_t at; size_t size; int ours; };
 struct context { int device; };
 
 static struct {
     pthread_mutex_t mutex;
     pthread_cond_t changed;
-    int ready, forked, lost, state, locked, active, count, ctl, uvm, tid;
+    int ready, forked, lost, stuck, state, locked, active, count, ctl, uvm, tid;
     uint64_t born;
     struct device devices[MAX_GPUS];
+    struct pinned pinned[MAX_PINNED];
 } P = {.mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER, .ctl = -1, .uvm = -1};
 static __thread struct context *stack[32];
 static __thread int depth, late;
@@ -368,6 +374,8 @@ static int leave(int result)
 }
 
 #define ENTER(call) do { int r_ = enter(call); if (r_) return r_; } while (0)
+/* Of calls that work in the thread's current context: each thread begins with none. */
+#define ENTER_CONTEXT(call) do { ENTER(call); if (!depth || !stack[depth - 1]) return leave(INVALID_CONTEXT); } while (0)
 
 struct pair { CUuuid from, to; };
 struct order { int op; unsigned timeout, pairs, pad; struct pair pair[MAX_GPUS]; };
@@ -404,7 +412,8 @@ static int do_checkpoint(void)
         struct device *d = &P.devices[i];
         if (d->fd < 0)
             continue;
-        d->saved = mmap(NULL, d->size + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        int kind = number("shared", 0) ? MAP_SHARED : MAP_PRIVATE;
+        d->saved = mmap(NULL, d->size + 4096, PROT_READ | PROT_WRITE, kind | MAP_ANONYMOUS, -1, 0);
         if (d->saved == MAP_FAILED) {
             d->saved = NULL;
             return OPERATING_SYSTEM;
@@ -453,17 +462,50 @@ static int put_back(struct device *d, const struct order *o, const struct gpu *h
     return result;
 }
 
+/* As NVIDIA's kernel module does it, by pin_user_pages with the memory map locked: such a fault cannot wait for whoever
+ * serves a userfaultfd, and fails. */
+static int pin(uintptr_t at, size_t size)
+{
+    FILE *smaps = fopen("/proc/self/smaps", "re");
+    int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    char line[512];
+    uintptr_t begin = 0, end = 0, next;
+    int failed = !smaps || pagemap < 0;
+    while (!failed && fgets(line, sizeof line, smaps)) {
+        uintptr_t other;
+        if (sscanf(line, "%lx-%lx ", &next, &other) == 2)
+            begin = next, end = other;
+        if (strncmp(line, "VmFlags:", 8) || !strstr(line, " um"))
+            continue;
+        uintptr_t last = end < at + size ? end : at + size;
+        for (uintptr_t page = (begin > at ? begin : at) & ~4095UL; page < last && !failed; page += 4096) {
+            uint64_t entry;
+            failed = pread(pagemap, &entry, sizeof entry, (off_t)(page / 4096 * sizeof entry)) != sizeof entry
+                     || !(entry >> 62);
+        }
+    }
+    if (smaps)
+        fclose(smaps);
+    if (pagemap >= 0)
+        close(pagemap);
+    return failed ? OPERATING_SYSTEM : OK;
+}
+
 static int do_restore(const struct order *o)
 {
     struct gpu here[MAX_GPUS];
-    int count = scan(here);
+    int count = scan(here), stuck = P.stuck;
+    for (int i = 0; i < MAX_PINNED && !stuck; i++)
+        stuck = P.pinned[i].size ? pin(P.pinned[i].at, P.pinned[i].size) : OK;
+    /* As with the real one: what failed here never comes back, and says so in this way. */
+    if ((P.stuck = stuck))
+        return OPERATING_SYSTEM;
     P.born = birth();
     for (int i = 0; i < P.count; i++) {
         struct device *d = &P.devices[i];
         int unused = !d->saved, result = put_back(d, o, here, count);
         if (result && !(unused && (result == NO_DEVICE || result == INVALID_DEVICE))) {
-            /* As with the real one: what failed here never comes back. */
-            P.state = FAILED;
+            P.stuck = 1;
             return result;
         }
     }
@@ -849,7 +891,7 @@ static struct device *owner(CUdeviceptr p, size_t size, uint64_t *offset)
 
 CUresult cuMemFree_v2(CUdeviceptr p)
 {
-    ENTER("cuMemFree");
+    ENTER_CONTEXT("cuMemFree");
     uint64_t offset;
     pthread_mutex_lock(&P.mutex);
     struct device *d = owner(p, 0, &offset);
@@ -884,19 +926,19 @@ static int move(CUdeviceptr p, char *host, size_t size, int to_device)
 
 CUresult cuMemcpyHtoD_v2(CUdeviceptr to, const void *from, size_t size)
 {
-    ENTER("cuMemcpyHtoD");
+    ENTER_CONTEXT("cuMemcpyHtoD");
     return leave(move(to, (char *)from, size, 1));
 }
 
 CUresult cuMemcpyDtoH_v2(void *to, CUdeviceptr from, size_t size)
 {
-    ENTER("cuMemcpyDtoH");
+    ENTER_CONTEXT("cuMemcpyDtoH");
     return leave(move(from, to, size, 0));
 }
 
 CUresult cuMemcpyDtoD_v2(CUdeviceptr to, CUdeviceptr from, size_t size)
 {
-    ENTER("cuMemcpyDtoD");
+    ENTER_CONTEXT("cuMemcpyDtoD");
     char *buffer = malloc(size ? size : 1);
     int result = move(from, buffer, size, 0);
     if (!result)
@@ -907,7 +949,7 @@ CUresult cuMemcpyDtoD_v2(CUdeviceptr to, CUdeviceptr from, size_t size)
 
 CUresult cuMemsetD8_v2(CUdeviceptr to, unsigned char value, size_t count)
 {
-    ENTER("cuMemsetD8");
+    ENTER_CONTEXT("cuMemsetD8");
     char *buffer = malloc(count ? count : 1);
     memset(buffer, value, count);
     int result = move(to, buffer, count, 1);
@@ -915,40 +957,67 @@ CUresult cuMemsetD8_v2(CUdeviceptr to, unsigned char value, size_t count)
     return leave(result);
 }
 
-/* Pinned memory is ordinary here, and a stream's work is done when it is given: what copies come to is right, how they
- * overlap is not shown. */
+/* Page-locked memory is only remembered, and a stream's work is done when it is given: what copies come to is right, how
+ * they overlap is not shown. */
+static int add_pinned(void *p, size_t size, int ours)
+{
+    int result = pin((uintptr_t)p, size);
+    pthread_mutex_lock(&P.mutex);
+    for (int i = 0; i < MAX_PINNED && !result; i++)
+        if (!P.pinned[i].size) {
+            P.pinned[i] = (struct pinned){(uintptr_t)p, size, ours};
+            break;
+        }
+    pthread_mutex_unlock(&P.mutex);
+    return result;
+}
+
+static size_t drop_pinned(void *p, int ours)
+{
+    size_t size = 0;
+    pthread_mutex_lock(&P.mutex);
+    for (int i = 0; i < MAX_PINNED && !size; i++)
+        if (P.pinned[i].size && P.pinned[i].at == (uintptr_t)p && P.pinned[i].ours == ours) {
+            size = P.pinned[i].size;
+            P.pinned[i] = (struct pinned){0};
+        }
+    pthread_mutex_unlock(&P.mutex);
+    return size;
+}
+
 CUresult cuMemHostAlloc(void **p, size_t size, unsigned flags)
 {
     (void)flags;
-    ENTER("cuMemHostAlloc");
-    *p = aligned_alloc(4096, (size + 4095) & ~4095UL);
-    return leave(*p ? OK : OUT_OF_MEMORY);
+    ENTER_CONTEXT("cuMemHostAlloc");
+    /* Shared, as the real one's: "/dev/zero (deleted)" among the mappings. */
+    *p = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    return leave(*p == MAP_FAILED ? OUT_OF_MEMORY : add_pinned(*p, size, 1));
 }
 
 CUresult cuMemFreeHost(void *p)
 {
-    ENTER("cuMemFreeHost");
-    free(p);
-    return leave(OK);
+    ENTER_CONTEXT("cuMemFreeHost");
+    size_t size = drop_pinned(p, 1);
+    return leave(size && !munmap(p, size) ? OK : INVALID_VALUE);
 }
 
 CUresult cuMemHostRegister_v2(void *p, size_t size, unsigned flags)
 {
     (void)flags;
-    ENTER("cuMemHostRegister");
-    return leave(p && size ? OK : INVALID_VALUE);
+    ENTER_CONTEXT("cuMemHostRegister");
+    return leave(p && size ? add_pinned(p, size, 0) : INVALID_VALUE);
 }
 
 CUresult cuMemHostUnregister(void *p)
 {
-    ENTER("cuMemHostUnregister");
-    return leave(p ? OK : INVALID_VALUE);
+    ENTER_CONTEXT("cuMemHostUnregister");
+    return leave(drop_pinned(p, 0) ? OK : INVALID_VALUE);
 }
 
 CUresult cuStreamCreate(void **stream, unsigned flags)
 {
     (void)flags;
-    ENTER("cuStreamCreate");
+    ENTER_CONTEXT("cuStreamCreate");
     *stream = malloc(1);
     return leave(OK);
 }
@@ -970,14 +1039,14 @@ CUresult cuStreamDestroy_v2(void *stream)
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t size, void *stream)
 {
     (void)stream;
-    ENTER("cuMemcpyHtoDAsync");
+    ENTER_CONTEXT("cuMemcpyHtoDAsync");
     return leave(move(to, (char *)from, size, 1));
 }
 
 CUresult cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t size, void *stream)
 {
     (void)stream;
-    ENTER("cuMemcpyDtoHAsync");
+    ENTER_CONTEXT("cuMemcpyDtoHAsync");
     return leave(move(from, to, size, 0));
 }
 
@@ -1114,7 +1183,20 @@ CUresult cuCheckpointProcessRestore(int pid, CUcheckpointRestoreArgs *args)
         return INVALID_VALUE;
     for (unsigned i = 0; i < o.pairs; i++)
         o.pair[i] = (struct pair){args->gpuPairs[i].oldUuid, args->gpuPairs[i].newUuid};
-    /* A map must name every GPU of the machine, once. */
+    /* A map must name every GPU of the machine, once; or each of the process's own and no other. */
+    if (number("map", 0) && o.pairs) {
+        for (unsigned j = 0; j < o.pairs; j++) {
+            int found = 0;
+            for (int i = 0; i < count; i++) {
+                char path[96];
+                snprintf(path, sizeof path, "/proc/%d/root/dev/nvidia%d/info", pid, all[i].minor);
+                found |= !access(path, F_OK) && !memcmp(&o.pair[j].to, &all[i].uuid, 16);
+            }
+            if (!found)
+                return INVALID_VALUE;
+        }
+        count = 0;
+    }
     for (int i = 0; o.pairs && i < count; i++) {
         int named = 0;
         for (unsigned j = 0; j < o.pairs; j++)
@@ -1302,7 +1384,7 @@ int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, struc
             if (strncmp(e->d_name, "mem-", 4) || fstatat(dirfd(d), e->d_name, &st, 0) || st.st_ino != inode)
                 continue;
             if (n < room)
-                found[n] = (struct process){(unsigned)pid, (unsigned long long)st.st_size, 0, 0};
+                found[n] = (struct process){(unsigned)pid, (uint64_t)st.st_size + number("scratch", 0), 0, 0};
             n++;
         }
         if (d)

@@ -25,8 +25,27 @@ class Cuda:
     def get(self, held):
         pointer, size = held
         out = _ct.create_string_buffer(size)
+        self.ok("cuCtxPushCurrent_v2", self.context)  # a thread begins with none
         self.ok("cuMemcpyDtoH_v2", out, pointer, _ct.c_size_t(size))
+        self.ok("cuCtxPopCurrent_v2", None)
         return out.raw
+    def lock(self, data):
+        """A copy of the data in ordinary memory that is page-locked where it lies."""
+        import mmap
+        memory = mmap.mmap(-1, len(data), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory[:] = data
+        self.ok("cuCtxPushCurrent_v2", self.context)
+        self.ok("cuMemHostRegister_v2", _ct.byref(_ct.c_char.from_buffer(memory)), _ct.c_size_t(len(data)), 0)
+        self.ok("cuCtxPopCurrent_v2", None)
+        return memory
+    def host(self, data):
+        """A copy of the data in page-locked memory of the driver's."""
+        pointer = _ct.c_void_p()
+        self.ok("cuCtxPushCurrent_v2", self.context)
+        self.ok("cuMemHostAlloc", _ct.byref(pointer), _ct.c_size_t(len(data)), 0)
+        self.ok("cuCtxPopCurrent_v2", None)
+        _ct.memmove(pointer, data, len(data))
+        return (_ct.c_char * len(data)).from_address(pointer.value)
     def name(self):
         text, device = _ct.create_string_buffer(96), _ct.c_int()
         self.ok("cuCtxPushCurrent_v2", self.context)

@@ -28,12 +28,14 @@ gpu = Cuda()
 data = os.urandom(256 << 20)
 held = gpu.put(data)
 digest = hashlib.sha256(data).hexdigest()
+part = data[:4 << 20]
+locked = gpu.lock(part), gpu.host(part)
 del data
 n = 0
 def check():
     global n
     n += 1
-    return n, hashlib.sha256(gpu.get(held)).hexdigest() == digest
+    return n, hashlib.sha256(gpu.get(held)).hexdigest() == digest and [bytes(m) for m in locked] == [part, part]
 """
 )
 PROGRAM = """
@@ -43,7 +45,9 @@ from gpuprogram import Cuda
 
 app = modal.App("holder")
 
-@app.cls(gpu="any", enable_memory_snapshot=True, experimental_options={"enable_gpu_snapshot": True})
+@app.cls(
+    gpu="any", enable_memory_snapshot=True, experimental_options={"enable_gpu_snapshot": True}, block_network=True,
+)
 class Holder:
     @modal.enter(snap=True)
     def load(self):
@@ -87,14 +91,24 @@ async def test_freeze_and_thaw(rig: Rig, gpus: Gpus) -> None:
     print([(p.name, p.ms) for p in phases.items if p.name.startswith("gpu.")])
 
 
-async def test_memory_follows_the_processes(rig: Rig, gpus: Gpus) -> None:
+@pytest.mark.parametrize(
+    "everything",
+    [
+        True,
+        pytest.param(
+            False, marks=pytest.mark.xfail(reason="the driver locks pages that are still to come", strict=False)
+        ),
+    ],
+)
+async def test_memory_from_the_page_server(rig: Rig, gpus: Gpus, everything: bool) -> None:
+    """All before the driver begins, as the daemon has it; and, to know what a driver stands, while it works."""
     side = gpus.side([gpus.devices[0].uuid])
     sandbox, _ = await rig.start(HOLDER, gpus=(0,))
     assert await rig.ask(sandbox, patience=60) == "(1, True)"
     frozen = await rig.freeze(sandbox, gpu=side)
     server = await PageServer.start(uid=64647, on_death=lambda: None)
     try:
-        thawed, _ = await rig.thaw(frozen, gpu=side, gpus=(0,), lazy=Lazy(server))
+        thawed, _ = await rig.thaw(frozen, gpu=side, gpus=(0,), lazy=Lazy(server, everything=everything))
         assert await rig.ask(thawed, patience=60) == "(2, True)"
     finally:
         await server.close()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,7 +90,9 @@ def test_gpu_restore_on_the_fake_driver(tmp_path: Path) -> None:
     assert result["gpu"] == {"name": "fake"} and result["failed"] == {}
     (found,) = parts["restore"].values()
     assert found["failed"] == {} and found["image_bytes"] > 32 << 20 < found["pushed_bytes"]
-    assert {arm: v["n"] for arm, v in found["ms"].items()} == {"ours": 1, "whole": 1, "plain": 1, "lazy": 1}
+    assert {arm: v["n"] for arm, v in found["ms"].items()} == dict.fromkeys(
+        ("ours", "follows", "whole", "plain", "lazy"), 1
+    )
     assert all({"criu", "gpu.restore", "gpu.unlock", "answer"} <= set(p) for p in found["phases_ms"].values())
     assert all(v > 0 for rates in found["gib_s"].values() for v in rates.values()) and len(found["gib_s"]) == 2
     copies, driver = parts["bound"]["copies"], parts["bound"]["driver"]
@@ -148,6 +151,69 @@ def test_gpu_restore_sees_leaks() -> None:
     assert len(cycles.grown(first, {"descriptors": 15, "processes": 3, "device_mib": 600})) == 3
 
 
+SESSION = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import session
+from session import Step
+session.END_S, sh = (0.3, 0.3, 2.0), lambda text: ("/bin/sh", "-c", text)
+session.RESERVE_S = 2.0
+hangs = "trap '' INT TERM; setsid sleep 1000 & echo orphan $!; setsid sleep 1000; sleep 1000"
+status = session.run_all([
+    Step("told", sh("echo to the log >&2; echo to the file"), 0.2, output="told.txt"),
+    Step("fails", sh("echo no luck; exit 3"), 0.2),
+    Step("hangs", sh(hangs), 0.02, least=1),
+    Step("not there", ("/nowhere/program",), 0.2),
+    Step("clocked", sh("echo $0 $1"), 0.1, own_clock=True),
+    Step("too long", sh("exit 0"), 0.1, least=1000),
+], 1, Path(sys.argv[2]), {"gpu": "fake"})
+assert status == 1
+"""
+
+
+def test_a_gpu_session_goes_on_whatever_happens(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SESSION, str(BENCHMARKS / "gpu"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    steps = json.loads((tmp_path / "out/session.json").read_text())["steps"]
+    found = {name: (step["status"], step.get("exit_status"), step.get("left_behind")) for name, step in steps.items()}
+    log = (tmp_path / "out/session.log").read_text()
+    assert found["told"] == ("ended", 0, 0) and (tmp_path / "out/told.txt").read_text() == "to the file\n"
+    assert found["fails"] == ("ended", 3, 0) and "to the log" in log and "no luck" in log and "no luck" in done.stdout
+    assert found["hangs"] == ("out of time", -9, 2), log
+    assert "FileNotFoundError" in found["not there"][0] and found["too long"][0] == "left out, the time is over"
+    assert found["clocked"][:2] == ("ended", 0) and "--seconds" in log
+    for line in log.splitlines():
+        if line.startswith("orphan "):
+            assert not Path(f"/proc/{line.split()[1]}").exists()
+
+
+def test_gpu_probe_on_the_fake_driver(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "gpu/session.py"), "--fake", "--steps", "probe", "--out", str(tmp_path)],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "probe.jsonl").read_text().splitlines()]
+    asked = {row.pop("question"): row for row in rows}
+    assert len(asked) == 6 and all(row["fake"] and "error" not in row for row in rows)
+    assert asked["the moves"]["checkpointed"]["state"] == "CHECKPOINTED" and len(asked["the moves"]["restore_ms"]) == 2
+    assert asked["memory that follows"]["page-locked"]["pages_asked_for"] == 0, "what page-locks does not wait"
+    assert asked["in a pid namespace"]["states"][-1] == "RUNNING"
+
+
+def test_without_criu_the_driver_is_measured_alone(tmp_path: Path) -> None:
+    target, options = tmp_path / "gpu.json", ("--fake", "--rounds", "1", "--parts", "restore,several", "--json")
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "gpu/restore.py"), *options, str(target)],
+        env={**os.environ, "WOODFROG_CRIU": "/nowhere"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    result = json.loads(target.read_text())
+    assert done.returncode == 1 and result["machine"]["criu"] == "" and set(result["parts"]) == {"several"}
+    assert list(result["failed"]) == ["restore"] and "/nowhere cannot be run" in result["failed"]["restore"]
+
+
 @pytest.mark.parametrize("name", ["start", "restore"])
 def test_numbers_of_the_fake_driver_are_not_a_gpus(name: str) -> None:
     target = BENCHMARKS / "results" / "gpu" / f"{name}.json"
@@ -165,6 +231,42 @@ def test_without_a_gpu_it_says_so(name: str) -> None:
         [sys.executable, str(BENCHMARKS / "gpu" / f"{name}.py")], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (0, f"gpu/{name}.py: nothing measured: needs an NVIDIA GPU\n")
+
+
+def test_a_gpu_workload_that_fails_is_told_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = import_module_alone(BENCHMARKS / "gpu" / "start.py")
+
+    class Workload:
+        def __init__(self, daemon: Any, module: Any, plan: Any) -> None:
+            self.plan, self.values = plan, {"gpu": [1.0] if plan.variant == "graphs" else []}
+            if plan.variant == "compile":
+                raise SystemExit("no compiler")
+
+        def round(self, *, counted: bool) -> None:
+            if self.plan.variant == "graphs":
+                raise ValueError("other bytes")
+            if self.plan.variant == "ended":
+                sys.exit(143)
+
+        def result(self) -> dict[str, Any]:
+            return {"variant": self.plan.variant}
+
+        def close(self) -> None:
+            pass
+
+    (tmp_path / "daemon.log").touch()
+    daemon: Any = SimpleNamespace(home=tmp_path, log=tmp_path / "daemon.log", stop_containers=lambda: None)
+    monkeypatch.setattr(start, "Workload", Workload)
+    monkeypatch.setattr(start, "fitting", lambda gib, arms, free: arms)
+    kept: dict[str, Any] = {}
+    plans = [start.Plan(1, variant, ("gpu",), 1) for variant in ("compile", "graphs", "plain")]
+    failed = start.measure(daemon, None, plans, float("inf"), kept.__setitem__)
+    assert failed == {"1 GiB, compile": "SystemExit: no compiler", "1 GiB, graphs": "ValueError: other bytes"}
+    assert list(kept) == ["1 GiB, graphs", "1 GiB"]
+    with pytest.raises(SystemExit):
+        start.measure(daemon, None, [start.Plan(1, "ended", ("gpu",), 1)], float("inf"), kept.__setitem__)
 
 
 def test_what_of_a_gpu_benchmark_there_is_room_for() -> None:

@@ -47,6 +47,16 @@ def check():
     return n, hashlib.sha256(gpu.get(held)).hexdigest() == digest, gpu.uuid()[-1]
 """
 )
+LOCKED = (
+    HOLDER
+    + """
+pattern = os.urandom(1 << 20) * 4
+inside = check
+SETUP
+def check():
+    return inside(), bytes(memory) == pattern
+"""
+)
 FAMILY = (
     "CODE = r'''"
     + GPU
@@ -132,7 +142,9 @@ async def test_frozen_again_after_a_thaw(rig: Rig, cuda: Cuda) -> None:
         await answers(rig, sandbox, f"({turn}, True, '0')")
 
 
-async def test_on_another_gpu_of_the_chip(rig: Rig, cuda: Cuda) -> None:
+@pytest.mark.parametrize("line", ["map 0", "map 1"])
+async def test_on_another_gpu_of_the_chip(rig: Rig, cuda: Cuda, line: str) -> None:
+    hardware_of(rig).configure(line)
     sandbox, _ = await rig.start(HOLDER, gpus=(0,))
     await answers(rig, sandbox, "(1, True, '0')")
     frozen = await rig.freeze(sandbox, gpu=side(rig, cuda, 0))
@@ -165,6 +177,39 @@ async def test_memory_follows_the_processes(rig: Rig, cuda: Cuda) -> None:
         assert lazy.served is not None
         _, faults, demanded = await lazy.served.drop()
         assert faults and demanded * 4096 >= 8 * MIB
+    finally:
+        await server.close()
+
+
+async def test_memory_that_is_page_locked(rig: Rig, cuda: Cuda) -> None:
+    """The driver locks it again in the restore, which memory that is still to come does not stand."""
+    sandbox, _ = await rig.start(LOCKED.replace("SETUP", "memory = gpu.lock(pattern)"), gpus=(0,))
+    await answers(rig, sandbox, "((1, True, '0'), True)")
+    frozen = await rig.freeze(sandbox, gpu=side(rig, cuda, 0))
+    server = await PageServer.start(uid=64647, on_death=lambda: None)
+    try:
+        with pytest.raises(RestoreError) as e:
+            await rig.thaw(frozen, gpu=side(rig, cuda, 0), gpus=(0,), lazy=Lazy(server))
+        assert e.value.code == "gpu-driver" and "CUDA_ERROR_OPERATING_SYSTEM" in e.value.message
+        lazy = Lazy(server, everything=True)
+        thawed, _ = await rig.thaw(frozen, gpu=side(rig, cuda, 0), gpus=(0,), lazy=lazy)
+        await answers(rig, thawed, "((2, True, '0'), True)")
+    finally:
+        await server.close()
+
+
+async def test_a_driver_that_saves_into_shared_memory(rig: Rig, cuda: Cuda) -> None:
+    """As its own page-locked memory is. CRIU itself brings such memory back, before the processes run."""
+    hardware_of(rig).configure("shared 1")
+    sandbox, _ = await rig.start(LOCKED.replace("SETUP", "memory = gpu.host(pattern)"), gpus=(0,))
+    await answers(rig, sandbox, "((1, True, '0'), True)")
+    frozen = await rig.freeze(sandbox, gpu=side(rig, cuda, 0))
+    assert frozen.result.gpu is not None and frozen.result.gpu_bytes >= 8 * MIB
+    server = await PageServer.start(uid=64647, on_death=lambda: None)
+    try:
+        for lazy in (None, Lazy(server)):
+            thawed, _ = await rig.thaw(frozen, gpu=side(rig, cuda, 0), gpus=(0,), lazy=lazy)
+            await answers(rig, thawed, "((2, True, '0'), True)")
     finally:
         await server.close()
 
@@ -322,6 +367,15 @@ async def test_a_checkpoint_that_saves_nothing_is_noticed(rig: Rig, cuda: Cuda) 
     await rig.nothing_runs(sandbox)
 
 
+async def test_not_all_that_is_held_has_to_be_saved(rig: Rig, cuda: Cuda) -> None:
+    """The stacks of kernels, for one, which NVML counts too."""
+    hardware_of(rig).configure(f"scratch {4 * MIB}")
+    sandbox, _ = await rig.start(HOLDER, gpus=(0,))
+    await answers(rig, sandbox, "(1, True, '0')")
+    frozen = await rig.freeze(sandbox, gpu=side(rig, cuda, 0))
+    assert frozen.result.gpu_bytes < 10 * MIB
+
+
 @pytest.mark.parametrize("point", ["dump.before=raise", "dump.criu=kill-criu"])
 async def test_what_fails_later_is_taken_back_to_the_gpu(rig: Rig, cuda: Cuda, point: str) -> None:
     sandbox, _ = await rig.start(FAMILY, gpus=(0, 1))
@@ -447,5 +501,11 @@ async def test_a_rocm_process_without_criu_s_plugin(rig: Rig, tmp_path: Path) ->
         with pytest.raises(RestoreError) as r:
             await rig.thaw(frozen, gpu=given)
         assert r.value.code == code and not r.value.snapshot_at_fault, r.value.message
-    thawed, _ = await rig.thaw(frozen, gpu=there)
-    await answers(rig, thawed, "2")
+    server = await PageServer.start(uid=64647, on_death=lambda: None)
+    try:
+        lazy = Lazy(server)
+        thawed, _ = await rig.thaw(frozen, gpu=there, lazy=lazy)
+        await answers(rig, thawed, "2")
+        assert lazy.served is None, "all of it was read before"
+    finally:
+        await server.close()

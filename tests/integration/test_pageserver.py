@@ -515,6 +515,36 @@ def check():
 """
 
 
+RESERVED = """
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+at = libc.mmap(None, SIZE, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+used = at + (1 << 30)
+def use(n):
+    assert libc.mprotect(used, n, 3) == 0
+    ctypes.memset(used, 7, n)
+use(1 << 20)
+def check():
+    use(2 << 20)
+    return ctypes.string_at(used + (2 << 20) - 2, 2)
+"""
+
+
+@pytest.mark.criu
+async def test_more_is_reserved_than_there_is(rig: Rig) -> None:
+    """As CUDA does, and garbage collectors: addresses for more than the machine has, of which little is used."""
+    lines = [line.split() for line in Path("/proc/meminfo").read_text().splitlines()]
+    size = sum(int(words[1]) << 10 for words in lines if words[0] in ("MemTotal:", "SwapTotal:")) + (4 << 30)
+    sandbox, _ = await rig.start(RESERVED.replace("SIZE", str(size)))
+    assert await rig.ask(sandbox) == repr(b"\7\7")
+    frozen = await rig.freeze(sandbox)
+    async with page_server() as server:
+        for lazy in (None, Lazy(server), Lazy(server, everything=True)):
+            thawed, _ = await rig.thaw(frozen, lazy=lazy)
+            assert await rig.ask(thawed) == repr(b"\7\7")
+
+
 @pytest.mark.criu
 async def test_several_processes(rig: Rig) -> None:
     right = [True, b"y", b"y", b"y"]

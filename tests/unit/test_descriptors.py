@@ -6,12 +6,14 @@ import asyncio
 import logging
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from woodfrog.backends.factory import SandboxFactory
+from woodfrog.linux.rootplan import HostRoot, RootPlan
 
 CHILD = """
 import resource
@@ -54,3 +56,28 @@ async def test_sandboxes_are_prepared_again_after_any_error(
     assert len(factory._ready) == 2 and not factory._filling.done()
     assert "Too many open files" in caplog.text
     factory._filling.cancel()
+
+
+@pytest.mark.parametrize(
+    ("blocked", "leased", "taken"), [(True, False, False), (True, True, True), (False, True, False)]
+)
+async def test_a_sandbox_without_a_network_has_none_to_take_away(
+    tmp_path: Path, blocked: bool, leased: bool, taken: bool
+) -> None:
+    factory: Any = SandboxFactory.__new__(SandboxFactory)
+    factory._settings = SimpleNamespace(home=tmp_path, worker_uid=64646, kdat_dir=tmp_path)
+    factory._host, factory._scratch, factory._disk_bytes = HostRoot(()), tmp_path, 1 << 20
+    factory._network = SimpleNamespace(resolver=lambda: SimpleNamespace(text=""))
+    factory._look_at_host, factory._base = lambda: None, lambda runtime: ((), tmp_path / "lowest")
+    plans: list[RootPlan] = []
+
+    async def assemble(plan: RootPlan) -> None:
+        plans.append(plan)
+
+    lease = SimpleNamespace(address="10.231.0.2") if leased else None
+    spec = SimpleNamespace(block_network=blocked, resources=SimpleNamespace(disk_mib=0))
+    sandbox = SimpleNamespace(network=lease, assemble=assemble)
+    await factory.assemble(
+        sandbox, spec=spec, runtime=None, code=None, volumes=(), layers=(), shm=None, hostname="frog"
+    )
+    assert ("linkdel" in [op.name for op in plans[0].ops]) is taken

@@ -1,9 +1,16 @@
-"""When a GPU is not given out: what NVML's answers mean."""
+"""When a GPU is not given out: what NVML's answers mean. Where sandboxes find the driver."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from woodfrog.backends.factory import SandboxFactory
+from woodfrog.backends.gpus import library_path
 from woodfrog.cuda.health import FATAL_XIDS, Vitals, judge
 
 GIB = 1 << 30
@@ -41,3 +48,28 @@ def test_how_much_memory_must_be_free() -> None:
     assert at(20 * GIB) == "" and "others use 20481 of its 81920 MiB" in at(20 * GIB + (1 << 20))
     assert at(80 * GIB, 0) == ""
     assert judge(Vitals(memory=80 * GIB), free_percent=75) == "", "NVML does not say"
+
+
+def test_where_the_drivers_libraries_are(tmp_path: Path) -> None:
+    for name, library in (("driver", "libcuda.so.1"), ("nvml", "libnvidia-ml.so.1"), ("other", "libother.so")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / library).touch()
+    driver, nvml, other = (str(tmp_path / n) for n in ("driver", "nvml", "other"))
+    named = {"LD_LIBRARY_PATH": f"{other}:{driver}::{nvml}:{driver}:relative:/nowhere"}
+    assert library_path("", named) == f"{driver}:{nvml}"
+    assert library_path("/set", named) == "/set"
+    assert library_path("", {}) == library_path("", {"LD_LIBRARY_PATH": other}) == ""
+
+
+def test_sandboxes_find_them(tmp_path: Path) -> None:
+    factory: Any = SandboxFactory.__new__(SandboxFactory)
+    factory._settings, factory.package_root = SimpleNamespace(home=tmp_path / "home"), tmp_path
+    runtime: Any = SimpleNamespace(prefix="/usr", base_prefix="/usr", executable=sys.executable, sys_path=())
+    places = [tmp_path / "a", tmp_path / "b"]
+    for place in places:
+        place.mkdir()
+    factory._libraries = f"{places[0]}:{places[1]}"
+    assert factory.library_env() == {"LD_LIBRARY_PATH": factory._libraries}
+    assert set(places) <= set(factory._prefixes(runtime))
+    factory._libraries = ""
+    assert factory.library_env() == {} and not set(places) & set(factory._prefixes(runtime))

@@ -39,6 +39,14 @@ def test_a_walk_is_legal_or_named_and_always_leads_back(moves: list[Move]) -> No
     assert state is State.RUNNING
 
 
+@pytest.mark.parametrize("state", [State.CHECKPOINTING, State.RESTORING])
+def test_where_somebody_else_is_at_work(state: State) -> None:
+    for attempt, code in ((lambda: after(state, "unlock"), "gpu-illegal-move"), (lambda: way_back(state), "gpu-stuck")):
+        with pytest.raises(GpuError) as e:
+            attempt()
+        assert e.value.code == code and state.name in str(e.value.fields)
+
+
 @given(MOVE)
 def test_nothing_leads_out_of_failed(move: Move) -> None:
     for attempt in (lambda: after(State.FAILED, move), lambda: way_back(State.FAILED)):

@@ -15,6 +15,7 @@ from woodfrog.criu.pagemap import (
     build_index,
     index_files,
     keep_arguments,
+    keep_reservations,
     parse_pagemap,
     read_index,
     wiped_on_fork,
@@ -181,6 +182,37 @@ def test_what_a_fork_empties(tmp_path: Path) -> None:
     (tmp_path / "pagemap-100.img").write_bytes(pagemap((0x5000, 4, PRESENT | LAZY)))
     (tmp_path / "mm-100.img").write_bytes(MAGICS + message(f1=0x48, f14=wiped))
     assert build_index(tmp_path).wiped == ((100, 4, 0x5000),)
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("end", "prot", "flags", "then"),
+    [
+        (400 * GIB, 0, 0x22, 0x4022),
+        (3 * GIB, 1, 0x22, 0x4022),
+        (400 * GIB, 0, 0x4022, 0x4022),
+        (400 * GIB, 3, 0x22, 0x22),  # writable: the kernel has been asked
+        (400 * GIB, 0, 0x21, 0x21),  # shared
+        (400 * GIB, 1, 0x02, 0x02),  # a file
+        (2 * GIB - 4096, 0, 0x22, 0x22),
+    ],
+)
+def test_what_is_reserved_and_not_used(tmp_path: Path, end: int, prot: int, flags: int, then: int) -> None:
+    def image(flags: int) -> bytes:
+        other = fields(f1=0x1000, f2=0x2000, f3=0, f4=0, f5=0, f6=0x22, f7=0x201, f8=1)
+        vma = fields(f1=GIB, f2=end, f3=0, f4=0, f5=prot, f6=flags, f7=0x201, f8=1, f9=1 << 16)
+        body = fields(f1=0x48, f8=0x7FFC00000000, f13=2**64 - 1) + fields(f14=other) + fields(f14=vma)
+        body += fields(f15=2**64 - 1, f16=b"an aio ring")
+        return MAGICS + struct.pack("<I", len(body)) + body
+
+    path = tmp_path / "mm-100.img"
+    for _ in range(2):
+        path.write_bytes(image(flags))
+        keep_reservations(tmp_path)
+        assert path.read_bytes() == image(then)
+        flags = then
 
 
 def test_the_page_maps_of_a_dump(tmp_path: Path) -> None:

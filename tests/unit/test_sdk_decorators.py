@@ -512,6 +512,14 @@ def test_names_that_are_missing() -> None:
     for name in ("Queue", "nonsense", "__wrapped__", "__file__x"):
         assert not hasattr(modal, name) and getattr(modal, name, 3) == 3
     assert {"App", "Volume", "Error", "__version__"} <= set(dir(modal))
+
+
+def test_sources_that_are_not_installed_have_a_version_too(tmp_path: Path) -> None:
+    source = Path(modal.__file__).parents[1]
+    (tmp_path / "woodfrog").symlink_to(source / "woodfrog")
+    code = "import sys; sys.path = [sys.argv[1], *sys.path]; import woodfrog; print(woodfrog.__version__)"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout == "unknown\n", done.stderr
     assert not set(dir(modal)) & set(modal._NOT_YET)
     inspect.getmembers(modal)
     with pytest.raises(AttributeError), mock.patch("woodfrog.Queue"):

@@ -53,10 +53,11 @@ class Model:
         return 1
 
 
-@app.cls(
-    gpu="any", enable_memory_snapshot=True, experimental_options={"enable_gpu_snapshot": True}, env=ENV,
-    scaledown_window=600,
-)  # fmt: skip
+# No network: what it needs, machines that lend a GPU may not have.
+LIMITS = {"env": ENV, "scaledown_window": 600, "block_network": True}
+
+
+@app.cls(gpu="any", enable_memory_snapshot=True, experimental_options={"enable_gpu_snapshot": True}, **LIMITS)
 class OnGpu(Served):
     @modal.enter(snap=True)
     def load(self):
@@ -65,7 +66,7 @@ class OnGpu(Served):
         self.seen = 1
 
 
-@app.cls(gpu="any", enable_memory_snapshot=True, env=ENV, scaledown_window=600)
+@app.cls(gpu="any", enable_memory_snapshot=True, **LIMITS)
 class OnCpu(Served):
     @modal.enter(snap=True)
     def load(self):

@@ -22,7 +22,8 @@ ENV = {
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
 }
 GIB, VARIANT, DEVICE = float(ENV["MODEL_GIB"]), ENV["MODEL_VARIANT"], ENV["MODEL_DEVICE"]
-LIMITS = {"timeout": 900, "startup_timeout": 900, "scaledown_window": 600}
+# No network: what it needs, machines that lend a GPU may not have.
+LIMITS = {"timeout": 900, "startup_timeout": 900, "scaledown_window": 600, "block_network": True}
 
 WIDTHS = (128, 512, 1024, 2048, 4096, 8192)
 VOCABULARY, TOKENS, HEAD = 4096, 128, 64

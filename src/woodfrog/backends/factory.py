@@ -11,6 +11,7 @@ from typing import Any
 
 import woodfrog
 from woodfrog import protocol
+from woodfrog.backends.gpus import library_path
 from woodfrog.errors import SandboxError, WoodfrogError
 from woodfrog.linux import cgroups, descriptors
 from woodfrog.linux.network import Network
@@ -37,6 +38,7 @@ class SandboxFactory:
         self._groups = groups
         self._network = network
         self._root_seen = 0
+        self._libraries = library_path(settings.cuda_dir)
         self._look_at_host()
         self._scratch = settings.home / "scratch"
         self._scratch.mkdir(mode=0o700, exist_ok=True)
@@ -185,7 +187,7 @@ class SandboxFactory:
             ),
             kdat_dir=settings.kdat_dir,
             devices=devices,
-            network=not spec.block_network,
+            network=not spec.block_network or lease is None,  # one made for such a function has none
         )
         await sandbox.assemble(root_plan(request, self._host))
 
@@ -209,7 +211,7 @@ class SandboxFactory:
         """Directories the interpreter needs, at the paths it knows them by and at their real ones."""
         wanted = [runtime.prefix, runtime.base_prefix, os.path.dirname(runtime.executable), *runtime.sys_path]
         wanted += [str(self.package_root), os.path.dirname(os.path.realpath(runtime.executable))]
-        wanted += [self._settings.cuda_dir] if self._settings.cuda_dir else []
+        wanted += filter(None, self._libraries.split(os.pathsep))
         found: dict[Path, None] = {}
         for text in wanted:
             for path in (Path(text), Path(os.path.realpath(text))):
@@ -224,7 +226,7 @@ class SandboxFactory:
 
     def library_env(self) -> dict[str, str]:
         """Where programs find the GPU's library, if not where all libraries are."""
-        return {"LD_LIBRARY_PATH": self._settings.cuda_dir} if self._settings.cuda_dir else {}
+        return {"LD_LIBRARY_PATH": self._libraries} if self._libraries else {}
 
     async def spawn_worker(self, sandbox: Sandbox, runtime: RuntimeSpec) -> SandboxProcess:
         """Start a worker of this Python environment; it has no program yet."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +18,29 @@ from woodfrog.linux.kfd import KfdGpu, find_kfd
 from woodfrog.linux.rootplan import DeviceNode
 from woodfrog.snapshot.compat import WorkerClass, with_gpu
 
-__all__ = ["Gpus", "amd_gpus", "find_gpus"]
+__all__ = ["Gpus", "amd_gpus", "find_gpus", "library_path"]
 
 log = logging.getLogger("woodfrog")
 
 DEV = Path("/dev")
 _SHARED = ("nvidiactl", "nvidia-uvm", "nvidia-uvm-tools")
 """Device nodes that every CUDA program needs, whichever GPU it has."""
+_LIBRARIES = ("libcuda.so.1", "libnvidia-ml.so.1")
+
+
+def library_path(setting: str, environ: Mapping[str, str] = os.environ) -> str:
+    """LD_LIBRARY_PATH for sandboxes: where the driver's libraries are, if not where all libraries are.
+
+    In many images the driver is mounted at a place that only LD_LIBRARY_PATH names. The rest of it is the daemon's own.
+
+    Args:
+        setting: the setting `cuda_dir`.
+    """
+    if setting:
+        return setting
+    named = environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
+    found = [d for d in named if d.startswith("/") and any(Path(d, name).exists() for name in _LIBRARIES)]
+    return os.pathsep.join(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)

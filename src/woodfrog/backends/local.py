@@ -711,7 +711,10 @@ class LocalBackend:
     async def _thaw(self, instance: Instance, opened: Opened) -> None:
         self._stage(instance, "restoring")
         request, found = instance.request, opened.manifest.id
-        lazy = await self._memory.lazy(opened, parked=request.parked)
+        # What was page-locked the driver locks again when it restores: in the kernel, where a fault cannot wait for the
+        # page server (handle_userfault without FAULT_FLAG_ALLOW_RETRY). It fails, and the restore with it.
+        everything = self._saves_gpu(request)
+        lazy = await self._memory.lazy(opened, everything=everything, parked=request.parked)
         if lazy is not None and not request.parked and not request.gpus:
 
             def held() -> None:

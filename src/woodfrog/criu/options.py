@@ -11,6 +11,8 @@ Why these options (measured, and tried on trees of every kind):
 - `--manage-cgroups=ignore`, `--network-lock skip`: both belong to the sandbox, which only this tree lives in.
 - `--link-remap`, `--ghost-limit`, `--file-locks`: files deleted but open, semaphores, and locks are captured.
 - `--no-default-config`: the host's /etc/criu is visible in the sandbox and must not change what we do.
+- `--libdir`: so is /usr/lib/criu. The plugin for CUDA that distributions put there brings device memory back by itself
+  where it finds `cuda-checkpoint`, and what we do after it would fail.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ COMMON = (
     "--network-lock", "skip",
     "--file-validation", "filesize",
 )  # fmt: skip
+NO_PLUGINS = "/sys/fs"
+"""A directory that every sandbox has, and without files: CRIU wants one that exists."""
 TCP: dict[Tcp, tuple[str, ...]] = {
     "none": (),
     "established": ("--tcp-established",),
@@ -49,7 +53,7 @@ class Dump:
         tcp: what to do with connected TCP sockets.
         irmap_paths: directories searched for the paths of inotify watches; empty when there are none.
         freeze_seconds: how long stopping all tasks may take.
-        plugins: directory of the plugins that it is to load; empty = CRIU's own choice.
+        plugins: directory of the plugins that it is to load; empty = none.
     """
 
     pid: int
@@ -97,7 +101,7 @@ def dump_command(criu: str, dump: Dump) -> tuple[str, ...]:
         "--ghost-limit", "1048576G",
         "--timeout", str(dump.freeze_seconds),
         *TCP[dump.tcp],
-        *(("--libdir", dump.plugins) if dump.plugins else ()),
+        "--libdir", dump.plugins or NO_PLUGINS,
         *(irmap if dump.irmap_paths else ()),
     )  # fmt: skip
 
@@ -115,7 +119,7 @@ def restore_command(criu: str, restore: Restore) -> tuple[str, ...]:
         *(("--lazy-pages",) if restore.lazy_pages else ()),
         *(("--leave-stopped",) if restore.stopped else ()),
         *TCP[restore.tcp],
-        *(("--libdir", restore.plugins) if restore.plugins else ()),
+        "--libdir", restore.plugins or NO_PLUGINS,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from woodfrog.criu.stats import encode_int, fields_of
+from woodfrog.criu.stats import encode_bytes, encode_int, fields_of
 
 __all__ = [
     "INDEX",
@@ -24,6 +24,7 @@ __all__ = [
     "build_index",
     "index_files",
     "keep_arguments",
+    "keep_reservations",
     "parse_pagemap",
     "read_index",
     "wiped_on_fork",
@@ -50,6 +51,12 @@ _SET_MAGIC = int.from_bytes(b"FROGSET1", "little")
 _MM_ARGUMENTS = (8, 9, 10, 11)
 """Where arguments begin and end, and environment."""
 _MM_VMAS = 14
+_VMA_PROT, _VMA_FLAGS = 5, 6
+_PROT_WRITE = 2
+_MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x02, 0x20, 0x4000
+_LARGE = 1 << 30
+"""A machine has more memory than this."""
+_END_KEY = bytes([2 << 3])
 _MADVISE_KEY = bytes([9 << 3])
 _MADV_WIPEONFORK = 18
 _INDEX_MAGIC = int.from_bytes(b"FROGIDX2", "little")
@@ -184,6 +191,60 @@ def keep_arguments(images: Path) -> None:
             kept = _read_by_criu(data, min(bounds) & -PAGE, max(bounds))
             if kept != data:
                 path.write_bytes(kept)
+
+
+def keep_reservations(images: Path) -> None:
+    """Let CRIU map what programs reserve and do not use (CUDA does, by the size of its GPU's memory) without the kernel
+    asking whether there is so much.
+
+    When a page server is to give the pages CRIU maps all private memory writable at first, and the kernel refuses that
+    of one map larger than the machine's memory. It is writable to nobody before and after.
+
+    Raises:
+        ValueError: an image that is not what it should be; nothing was changed in it.
+    """
+    for path in sorted(images.glob("mm-*.img")):
+        data = path.read_bytes()
+        kept = _not_accounted(data)
+        if kept != data:
+            path.write_bytes(kept)
+
+
+def _not_accounted(mm: bytes) -> bytes:
+    """The image of a task's maps with the large ones that are not writable marked so."""
+    marked: dict[bytes, bytes] = {}
+    for number, value in _of_maps(mm):
+        # Of thousands of maps few are large. The bits of both addresses above the lowest 28, as they are encoded:
+        if (
+            number == _MM_VMAS
+            and isinstance(value, bytes)
+            and not (value[8:9] == _END_KEY and value[5:8] == value[13:16])
+        ):
+            (_, begin), (_, end) = itertools.islice(fields_of(value), 2)
+            if (
+                isinstance(begin, int)
+                and isinstance(end, int)
+                and end - begin >= _LARGE
+                and (new := _unreserved(value))
+            ):
+                marked[value] = new
+    if not marked:
+        return mm
+    out = [
+        encode_int(n, v) if isinstance(v, int) else encode_bytes(n, marked.get(v, v) if n == _MM_VMAS else v)
+        for n, v in _of_maps(mm)
+    ]
+    body = b"".join(out)
+    return mm[:8] + struct.pack("<I", len(body)) + body
+
+
+def _unreserved(vma: bytes) -> bytes:
+    fields = {n: v for n, v in fields_of(vma) if isinstance(v, int)}
+    flags, private = fields[_VMA_FLAGS], _MAP_PRIVATE | _MAP_ANONYMOUS
+    if fields[_VMA_PROT] & _PROT_WRITE or flags & private != private or flags & _MAP_NORESERVE:
+        return b""
+    fields[_VMA_FLAGS] |= _MAP_NORESERVE
+    return b"".join(encode_int(n, v) for n, v in fields.items())
 
 
 def write_index(index: PageIndex) -> bytes:

@@ -124,8 +124,10 @@ class Cuda:
         async with self._starting:
             if self._helper is not None and not self._helper.retired:
                 return self._helper
-            env = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "PYTHONPATH")}
-            env["PYTHONPATH"] = str(Path(__file__).parents[2])
+            env = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+            env["PYTHONPATH"] = os.pathsep.join(
+                filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")))
+            )
             if self._library is not None:
                 env["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (str(self._library), env.get("LD_LIBRARY_PATH"))))
             process = await asyncio.create_subprocess_exec(

@@ -22,6 +22,9 @@ class State(IntEnum):
     LOCKED = 1
     CHECKPOINTED = 2
     FAILED = 3
+    CHECKPOINTING = 4
+    """This and the next: between two calls of one who keeps the memory elsewhere, which this program does not."""
+    RESTORING = 5
 
 
 MOVES: dict[Move, tuple[State, State]] = {
@@ -61,5 +64,5 @@ def way_back(state: State, who: str = "process") -> tuple[Move, ...]:
             return ("unlock",)
         case State.CHECKPOINTED:
             return ("restore", "unlock")
-        case State.FAILED:
+        case _:
             raise gpu_error("gpu-stuck", who, state=state.name)

@@ -24,7 +24,15 @@ from typing import Any, TypeVar
 from woodfrog.criu.binary import Criu
 from woodfrog.criu.diagnose import Diagnosis, diagnose, tail
 from woodfrog.criu.options import check_command, dump_command, environment, restore_command
-from woodfrog.criu.pagemap import INDEX, MAX_FILES, build_index, index_files, keep_arguments, write_index
+from woodfrog.criu.pagemap import (
+    INDEX,
+    MAX_FILES,
+    build_index,
+    index_files,
+    keep_arguments,
+    keep_reservations,
+    write_index,
+)
 from woodfrog.criu.stats import parse_stats
 from woodfrog.cuda.failures import gpu_error
 from woodfrog.engine.amd import AmdSide
@@ -309,6 +317,7 @@ def _write_index(images: Path) -> None:
     """Without an index the images restore as plain CRIU does it: everything is read first."""
     try:
         keep_arguments(images)
+        keep_reservations(images)
         index = write_index(build_index(images))
     except (ValueError, KeyError, IndexError, struct.error):
         return
@@ -723,7 +732,12 @@ async def restore(
                 if amd.plugins is None:
                     cause, remedy = REFUSALS["gpu-amd-plugin"]
                     raise _Failure(f"cannot restore: {cause}", "gpu-amd-plugin", remedy)
-            page_files = await asyncio.to_thread(_page_files, images, lazy) if lazy is not None else None
+            # AMD's kernel driver asks for memory that programs gave it at the end of CRIU's restore, and as NVIDIA's it
+            # cannot wait for it.
+            served_later = lazy is not None and not (facts.amd and lazy.files is None)
+            page_files = (
+                await asyncio.to_thread(_page_files, images, lazy) if lazy is not None and served_later else None
+            )
             clock = _clock_ns(sandbox.init_pid)
             lazy_pages = page_files is not None
             plan = restore_plan(

@@ -168,8 +168,9 @@ class GpuCapture:
                     sum(r.own + r.shared for r in now) - sum(r.own + r.shared for r in process.before), 0
                 )
                 process.before = ()
+                # What it held and need not be saved (contexts, the stacks of kernels) is known roughly.
                 spared = cuda.context_bytes * len(self.side.uuids)
-                if process.held is not None and process.grown + spared < process.held:
+                if process.held is not None and 2 * process.grown + spared < process.held:
                     raise gpu_error(
                         "gpu-bytes-missing",
                         f"{process.who}: {process.held >> 20} MiB on the GPU, {process.grown >> 20} MiB saved",
@@ -253,7 +254,20 @@ async def put_back(
     if missing:
         raise gpu_error("gpu-not-cuda", f"process {missing[0]}: restore")
     who = {inner: f"process {inner}" for inner, _ in facts.processes}
+    # Which GPUs a map must name: those that a process can reach, as a sandbox's does its own, says one who runs them in
+    # containers; all of the machine, says the driver of one that can reach all and uses some. It refuses the wrong one
+    # before it does anything.
+    own = tuple(pair for pair in pairs if pair[0] in facts.visible)
+
+    async def restore(inner: int, size: int) -> None:
+        try:
+            await _move(cuda, pids[inner], who[inner], "restore", size=size, pairs=own)
+        except GpuError as e:
+            if own == tuple(pairs) or e.fields.get("result") != "CUDA_ERROR_INVALID_VALUE":
+                raise
+            await _move(cuda, pids[inner], who[inner], "restore", size=size, pairs=pairs)
+
     with phases("gpu.restore"):
-        await _all([_move(cuda, pids[i], who[i], "restore", size=size, pairs=pairs) for i, size in facts.processes])
+        await _all([restore(inner, size) for inner, size in facts.processes])
     with phases("gpu.unlock"):
         await _all([_move(cuda, pids[i], who[i], "unlock") for i, _ in facts.processes])
