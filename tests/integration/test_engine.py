@@ -295,6 +295,7 @@ REFUSED = {
     "sysv-shm": (
         "libc.shmat.restype = ctypes.c_void_p\nlibc.shmat(libc.shmget(0, 4096, 0o1600), None, 0)\n"
     ),
+    "ipc-object": "libc.semget(0x5EED, 1, 0o1600)\n",
     "nested-namespace": "p = subprocess.Popen(['unshare', '-U', '-r', 'sleep', '1000']); time.sleep(0.5)\n",
     "own-address": (
         "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.setsockopt(0, 15, 1); s.bind(('10.99.9.9', 5353))\n"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from woodfrog.linux import procfs
+from woodfrog.linux import ipc, procfs
 from woodfrog.linux.sandbox import PRESTART_PID
 
 __all__ = [
@@ -112,6 +112,8 @@ class Tree:
     bound: tuple[str, ...] = ()
     """Sockets bound to the sandbox's own address, which another sandbox does not have: `udp 10.231.0.2:5353`."""
     files: tuple[ExternalFile, ...] = ()
+    ipc: tuple[str, ...] = ()
+    """What belongs to the sandbox and to no process: `semaphores 0 (key 0x00005eed)`, `message queue /frogs`."""
 
 
 class HostPaths:
@@ -348,7 +350,8 @@ def inspect_tree(root_pid: int, init_pid: int) -> Tree:
             connections += parse_inet(text, sockets)
         bound += parse_bound(text, sockets, table[:3])
     everything = tuple(tasks)
-    return Tree(everything, tuple(strays), connections, bound, _external_files(everything, maps, init_pid))
+    files = _external_files(everything, maps, init_pid)
+    return Tree(everything, tuple(strays), connections, bound, files, ipc.objects(root_pid))
 
 
 def _descends(pid: int, root_pid: int) -> bool:

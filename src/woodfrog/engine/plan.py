@@ -111,6 +111,12 @@ REFUSALS: dict[str, tuple[str, str]] = {
         "a process uses System V shared memory (shmget), which is not captured",
         "use POSIX shared memory (multiprocessing.shared_memory), or attach it after the snapshot",
     ),
+    "ipc-object": (
+        "System V semaphores, message queues and shared memory, and POSIX message queues (mq_open), belong to no "
+        "process and are not captured",
+        "use POSIX semaphores and shared memory (multiprocessing's), make it after the snapshot (enter(snap=False)), "
+        "or remove it in a register_before_snapshot hook",
+    ),
     "own-address": (
         "a socket is bound to the sandbox's own address, which it has only before the snapshot",
         "bind servers to 127.0.0.1 or 0.0.0.0; close connected UDP sockets in a register_before_snapshot hook",
@@ -190,9 +196,10 @@ def refuse(
             found = _refused_map(name)
             if code := codes.get(found, found):
                 return _refusal(code, task, f"mapped {name}")
-    if tree.bound:
-        cause, remedy = REFUSALS["own-address"]
-        return Refusal("own-address", f"{tree.bound[0]}: {cause}", remedy)
+    for code, names in (("own-address", tree.bound), ("ipc-object", tree.ipc)):
+        if names:
+            cause, remedy = REFUSALS[code]
+            return Refusal(code, f"{names[0]}: {cause}", remedy)
     return _refusal("stray-process", tree.strays[0]) if tree.strays else None
 
 
