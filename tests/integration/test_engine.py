@@ -161,6 +161,14 @@ HELD = {
         "1", "1",
     ),
     "zombie": ("p = subprocess.Popen(['true']); time.sleep(0.2)\ncheck = lambda: p.poll()", None, "0"),
+    "reserved-addresses": (  # more than the machine has, as a browser does; its child has them in common with it
+        "libc.mmap.restype = ctypes.c_void_p\n"
+        "at = libc.mmap(None, ctypes.c_size_t(1 << 40), 0, 0x22, -1, ctypes.c_long(0))\n"
+        "libc.mprotect(ctypes.c_void_p(at + (1 << 39)), 4096, 3); ctypes.memmove(at + (1 << 39), b'used', 4)\n"
+        "child = os.fork()\nif child == 0: time.sleep(1000)\n"
+        "check = lambda: (ctypes.string_at(at + (1 << 39), 4), os.waitpid(child, os.WNOHANG))",
+        "(b'used', (0, 0))", "(b'used', (0, 0))",
+    ),
     "seccomp-and-no-new-privs": (
         "lines = lambda: [l.split()[1] for l in open('/proc/self/status') if l.startswith(('NoNewPrivs', "
         "'Seccomp:', 'CapEff'))]\n"

@@ -10,11 +10,11 @@ import itertools
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from woodfrog.criu.stats import encode_int, fields_of
+from woodfrog.criu.stats import encode_bytes, encode_int, fields_of
 
 __all__ = [
     "INDEX",
@@ -24,8 +24,10 @@ __all__ = [
     "build_index",
     "index_files",
     "keep_arguments",
+    "keep_reservations",
     "parse_pagemap",
     "read_index",
+    "unreserved",
     "wiped_on_fork",
     "write_index",
 ]
@@ -50,6 +52,9 @@ _SET_MAGIC = int.from_bytes(b"FROGSET1", "little")
 _MM_ARGUMENTS = (8, 9, 10, 11)
 """Where arguments begin and end, and environment."""
 _MM_VMAS = 14
+_VMA_END, _VMA_PROT, _VMA_FLAGS = 2, 5, 6
+_WRITE, _PRIVATE, _NORESERVE = 2, 2, 0x4000
+_LARGE = 1 << 30
 _MADVISE_KEY = bytes([9 << 3])
 _MADV_WIPEONFORK = 18
 _INDEX_MAGIC = int.from_bytes(b"FROGIDX2", "little")
@@ -184,6 +189,50 @@ def keep_arguments(images: Path) -> None:
             kept = _read_by_criu(data, min(bounds) & -PAGE, max(bounds))
             if kept != data:
                 path.write_bytes(kept)
+
+
+def keep_reservations(images: Path) -> None:
+    """Let maps that only reserve addresses be mapped again, however large they are.
+
+    CRIU maps what is private writable, to begin with: of a page server's memory all, of any other what a child has in
+    common with its parent. The kernel refuses that of more than the machine has, as a browser's reservation of a
+    terabyte. With MAP_NORESERVE it does not count what nobody may write to.
+
+    Raises:
+        ValueError: an image that is not what it should be; nothing was changed in it.
+    """
+    for path in sorted(images.glob("mm-*.img")):
+        data = path.read_bytes()
+        kept = unreserved(data)
+        if kept != data:
+            path.write_bytes(kept)
+
+
+def unreserved(mm: bytes) -> bytes:
+    """An image of a task's maps in which large ones that are private and not writable reserve no memory."""
+    fields = list(_of_maps(mm))
+    changed = [(n, _unreserved(v) if n == _MM_VMAS and isinstance(v, bytes) else v) for n, v in fields]
+    if changed == fields or _maps_image(mm, fields) != mm:  # else there is more in it than is understood here
+        return mm
+    return _maps_image(mm, changed)
+
+
+def _unreserved(vma: bytes) -> bytes:
+    # Of a thousand maps, few are large: the others are read no further.
+    begin, end = itertools.islice(fields_of(vma), 2)
+    if end[0] != _VMA_END or not isinstance(begin[1], int) or not isinstance(end[1], int) or end[1] - begin[1] < _LARGE:
+        return vma
+    fields = {n: v for n, v in fields_of(vma) if isinstance(v, int)}
+    if fields[_VMA_PROT] & _WRITE or not fields[_VMA_FLAGS] & _PRIVATE:
+        return vma
+    fields[_VMA_FLAGS] |= _NORESERVE
+    return b"".join(encode_int(n, v) for n, v in fields.items())
+
+
+def _maps_image(mm: bytes, fields: Iterable[tuple[int, int | bytes]]) -> bytes:
+    """`mm` with other fields."""
+    body = b"".join(encode_int(n, v) if isinstance(v, int) else encode_bytes(n, v) for n, v in fields)
+    return mm[:8] + struct.pack("<I", len(body)) + body
 
 
 def write_index(index: PageIndex) -> bytes:

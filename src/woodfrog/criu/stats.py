@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-__all__ = ["encode_int", "fields_of", "parse_stats"]
+__all__ = ["encode_bytes", "encode_int", "fields_of", "parse_stats"]
 
 MAGIC = 0x57093306
 DUMP = {
@@ -28,8 +28,17 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 def encode_int(number: int, value: int) -> bytes:
     """One field of a protobuf message with an integer in it."""
+    return _varints(number << 3, value)
+
+
+def encode_bytes(number: int, value: bytes) -> bytes:
+    """The same with bytes, or a message."""
+    return _varints(number << 3 | 2, len(value)) + value
+
+
+def _varints(*values: int) -> bytes:
     out = bytearray()
-    for left in (number << 3, value):
+    for left in values:
         while left > 0x7F:
             out.append(left & 0x7F | 0x80)
             left >>= 7

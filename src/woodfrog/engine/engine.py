@@ -24,7 +24,15 @@ from typing import Any, TypeVar
 from woodfrog.criu.binary import Criu
 from woodfrog.criu.diagnose import Diagnosis, diagnose, tail
 from woodfrog.criu.options import check_command, dump_command, environment, restore_command
-from woodfrog.criu.pagemap import INDEX, MAX_FILES, build_index, index_files, keep_arguments, write_index
+from woodfrog.criu.pagemap import (
+    INDEX,
+    MAX_FILES,
+    build_index,
+    index_files,
+    keep_arguments,
+    keep_reservations,
+    write_index,
+)
 from woodfrog.criu.stats import parse_stats
 from woodfrog.cuda.failures import gpu_error
 from woodfrog.engine.amd import AmdSide
@@ -308,6 +316,7 @@ def _image_sizes(images: Path) -> dict[str, int]:
 def _write_index(images: Path) -> None:
     """Without an index the images restore as plain CRIU does it: everything is read first."""
     try:
+        keep_reservations(images)
         keep_arguments(images)
         index = write_index(build_index(images))
     except (ValueError, KeyError, IndexError, struct.error):
