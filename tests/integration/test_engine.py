@@ -278,6 +278,37 @@ def check():
     assert "BrokenPipeError" in await rig.ask(thawed)
 
 
+async def test_a_connection_to_the_outside_takes_no_other_with_it(rig: Rig) -> None:
+    """Those within the sandbox go on with what was on its way; the others read as ended."""
+    setup = """
+pairs = []
+def connect(address):
+    listening = socket.create_server(("0.0.0.0", 0))
+    one = socket.create_connection((address, listening.getsockname()[1]))
+    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    pairs.append((one, listening.accept()[0]))
+    one.sendall(b"frozen")
+def check():
+    if not pairs:
+        for address in ("127.0.0.1", "10.99.9.2"):
+            connect(address)
+        return len(pairs)
+    (inner, served), (outer, other) = pairs
+    inner.sendall(b"+")
+    ended = [select.select([s], [], [], 5)[0] == [s] and s.recv(10) for s in (outer, other)]
+    return served.recv(10), ended, outer.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+"""
+    sandbox, _ = await rig.start(setup)
+    address = ("nsenter", "-t", str(sandbox.init_pid), "-n", "ip", "addr", "add", "10.99.9.2/32", "dev", "lo")
+    subprocess.run(address, check=True)
+    assert await rig.ask(sandbox) == "2"
+    frozen = await rig.freeze(sandbox)
+    assert len(frozen.result.warnings) == 1 and "2 TCP connections to the outside" in frozen.result.warnings[0]
+    for _ in range(2):
+        thawed, _ = await rig.thaw(frozen)
+        assert await rig.ask(thawed) == "(b'frozen+', [b'', b''], 1)"
+
+
 async def test_external_files_are_named_by_the_hosts_paths(rig: Rig) -> None:
     data = rig.home / "files" / "data.bin"
     data.write_bytes(b"x" * 5000)

@@ -110,7 +110,7 @@ OUTSIDE = Connection("10.231.0.2:5", "93.184.216.34:443", False)
         ((), "none", ""),
         ((INSIDE, INSIDE), "established", ""),
         ((OUTSIDE,), "close", "1 TCP connection to the outside (first: 93.184.216.34:443) will be closed"),
-        ((INSIDE, OUTSIDE, OUTSIDE), "close", "and so will 1 within the sandbox"),
+        ((INSIDE, OUTSIDE, OUTSIDE), "established", "2 TCP connections to the outside"),
     ],
 )
 def test_connections(connections: tuple[Connection, ...], tcp: str, says: str) -> None:

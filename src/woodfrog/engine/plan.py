@@ -222,20 +222,17 @@ def _refused_gpu(task: Task, known: bool, peers: bool) -> Refusal | None:
 def _tcp(tree: Tree) -> Tcp:
     if not tree.connections:
         return "none"
-    return "established" if all(c.inside for c in tree.connections) else "close"
+    return "established" if any(c.inside for c in tree.connections) else "close"
 
 
 def warnings(tree: Tree) -> tuple[str, ...]:
     """What of the tree a snapshot will not keep, one line each."""
-    if _tcp(tree) != "close":
-        return ()
     outside = [c for c in tree.connections if not c.inside]
-    inside = len(tree.connections) - len(outside)
-    also = f", and so will {inside} within the sandbox" if inside else ""
+    if not outside:
+        return ()
     return (
-        f"{len(outside)} TCP connection{'s' * (len(outside) > 1)} to the outside (first: {outside[0].remote}) "
-        f"will be closed"
-        f" after the restore{also}: close connections in a register_before_snapshot hook",
+        f"{len(outside)} TCP connection{'s' * (len(outside) > 1)} to the outside (first: {outside[0].remote}) will be "
+        f"closed after the restore: close connections in a register_before_snapshot hook",
     )
 
 
