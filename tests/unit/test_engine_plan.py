@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from woodfrog import faults
+from woodfrog.engine import inspect
 from woodfrog.engine.inspect import Connection, Descriptor, HostPaths, Task, Tree, parse_bound, parse_inet
 from woodfrog.engine.plan import (
     REFUSALS,
@@ -249,6 +251,13 @@ def test_sockets_at_the_sandboxs_own_address_are_refused() -> None:
     assert parse_bound(listening, frozenset({10}), "tcp") == ("tcp 10.231.0.2:8123",)
     refusal = refuse(Tree((TASK,), bound=("udp 10.231.0.2:35458",)))
     assert refusal is not None and refusal.code == "own-address" and "10.231.0.2:35458" in refusal.cause
+
+
+def test_a_thread_that_ends_meanwhile_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a program whose threads come and go is said to be gone, and its snapshot fails."""
+    listed = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: [str(2**22 + 1), *listed(path)])
+    assert inspect._max_thread(os.getpid()) >= os.getpid()
 
 
 def test_what_belongs_to_no_process_is_refused_by_name() -> None:

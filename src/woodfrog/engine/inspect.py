@@ -257,7 +257,11 @@ def _special(entry: procfs.MapEntry) -> bool:
 def _max_thread(pid: int) -> int:
     highest = 0
     for thread in os.listdir(f"/proc/{pid}/task"):
-        for line in Path(f"/proc/{pid}/task/{thread}/status").read_text(errors="replace").splitlines():
+        try:
+            status = Path(f"/proc/{pid}/task/{thread}/status").read_text(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # that thread ended meanwhile
+        for line in status.splitlines():
             if line.startswith("NSpid:"):
                 highest = max(highest, int(line.split()[-1]))
                 break
