@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from s3_server import S3Server, s3_server
@@ -23,6 +24,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# On a busy machine an example may take any time; pytest's own time limit bounds a test.
+hypothesis.settings.register_profile("woodfrog", deadline=None)
+hypothesis.settings.load_profile("woodfrog")
 
 CRIU_PLACES = (os.environ.get("WOODFROG_CRIU"), "/usr/local/lib/woodfrog/criu/bin/criu")
 

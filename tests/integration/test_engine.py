@@ -161,6 +161,14 @@ HELD = {
         "1", "1",
     ),
     "zombie": ("p = subprocess.Popen(['true']); time.sleep(0.2)\ncheck = lambda: p.poll()", None, "0"),
+    "reserved-addresses": (  # more than the machine has, as a browser does; its child has them in common with it
+        "libc.mmap.restype = ctypes.c_void_p\n"
+        "at = libc.mmap(None, ctypes.c_size_t(1 << 40), 0, 0x22, -1, ctypes.c_long(0))\n"
+        "libc.mprotect(ctypes.c_void_p(at + (1 << 39)), 4096, 3); ctypes.memmove(at + (1 << 39), b'used', 4)\n"
+        "child = os.fork()\nif child == 0: time.sleep(1000)\n"
+        "check = lambda: (ctypes.string_at(at + (1 << 39), 4), os.waitpid(child, os.WNOHANG))",
+        "(b'used', (0, 0))", "(b'used', (0, 0))",
+    ),
     "seccomp-and-no-new-privs": (
         "lines = lambda: [l.split()[1] for l in open('/proc/self/status') if l.startswith(('NoNewPrivs', "
         "'Seccomp:', 'CapEff'))]\n"
@@ -270,6 +278,37 @@ def check():
     assert "BrokenPipeError" in await rig.ask(thawed)
 
 
+async def test_a_connection_to_the_outside_takes_no_other_with_it(rig: Rig) -> None:
+    """Those within the sandbox go on with what was on its way; the others read as ended."""
+    setup = """
+pairs = []
+def connect(address):
+    listening = socket.create_server(("0.0.0.0", 0))
+    one = socket.create_connection((address, listening.getsockname()[1]))
+    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    pairs.append((one, listening.accept()[0]))
+    one.sendall(b"frozen")
+def check():
+    if not pairs:
+        for address in ("127.0.0.1", "10.99.9.2"):
+            connect(address)
+        return len(pairs)
+    (inner, served), (outer, other) = pairs
+    inner.sendall(b"+")
+    ended = [select.select([s], [], [], 5)[0] == [s] and s.recv(10) for s in (outer, other)]
+    return served.recv(10), ended, outer.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+"""
+    sandbox, _ = await rig.start(setup)
+    address = ("nsenter", "-t", str(sandbox.init_pid), "-n", "ip", "addr", "add", "10.99.9.2/32", "dev", "lo")
+    subprocess.run(address, check=True)
+    assert await rig.ask(sandbox) == "2"
+    frozen = await rig.freeze(sandbox)
+    assert len(frozen.result.warnings) == 1 and "2 TCP connections to the outside" in frozen.result.warnings[0]
+    for _ in range(2):
+        thawed, _ = await rig.thaw(frozen)
+        assert await rig.ask(thawed) == "(b'frozen+', [b'', b''], 1)"
+
+
 async def test_external_files_are_named_by_the_hosts_paths(rig: Rig) -> None:
     data = rig.home / "files" / "data.bin"
     data.write_bytes(b"x" * 5000)
@@ -295,6 +334,7 @@ REFUSED = {
     "sysv-shm": (
         "libc.shmat.restype = ctypes.c_void_p\nlibc.shmat(libc.shmget(0, 4096, 0o1600), None, 0)\n"
     ),
+    "ipc-object": "libc.semget(0x5EED, 1, 0o1600)\n",
     "nested-namespace": "p = subprocess.Popen(['unshare', '-U', '-r', 'sleep', '1000']); time.sleep(0.5)\n",
     "own-address": (
         "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.setsockopt(0, 15, 1); s.bind(('10.99.9.9', 5353))\n"

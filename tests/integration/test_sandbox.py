@@ -80,6 +80,7 @@ async def test_forbidden_system_calls(yard: Yard) -> None:
         x86 = platform.machine() == "x86_64"
         assert [call(n, 1, 0, 0) for n in (425, 426, 427)] == ["ENOSYS"] * 3          # io_uring
         assert call(435, 0, 0) == "ENOSYS"                                            # clone3
+        assert call(330 if x86 else 289, 0, 0) == "ENOSYS"                            # pkey_alloc
         assert call(272 if x86 else 97, 0x10000000) == "EPERM"                        # unshare(CLONE_NEWUSER)
         assert call(56 if x86 else 220, 0x20000000 | 17, 0, 0, 0, 0) == "EPERM"       # clone(CLONE_NEWPID)
         assert call(165 if x86 else 40, b"none", b"/tmp", b"tmpfs", 0, 0) == "EPERM"  # mount

@@ -644,6 +644,26 @@ def test_a_child_forked_in_a_generator_leaves(worker: Callable[[str], Worker]) -
     assert w.receive()[0]["type"] == "done" and w.err() == ""
 
 
+def test_a_loop_has_heard_of_closed_connections_before_the_first_call(worker: Callable[[str], Worker]) -> None:
+    """One to the outside reads as ended after a thaw; a session must not hand it out once more."""
+    w = worker(
+        """
+        import asyncio, socket
+        import woodfrog.sdk.hooks as hooks
+        near, far = socket.socketpair()
+        class Client:
+            @enter(snap=True)
+            async def connect(self): self.reader, self.writer = await asyncio.open_connection(sock=near)
+            async def ended(self): return self.reader.at_eof()
+        hooks.register_before_snapshot(far.close)
+        """
+    )
+    w.boot("Client", kind="class", methods=("ended",), snapshot=True)
+    w.freeze()
+    assert "notice" in w.start(restored=True)["phases"]
+    assert w.call("ended") is True
+
+
 def test_async_calls_share_one_event_loop(worker: Callable[[str], Worker]) -> None:
     w = worker(
         """

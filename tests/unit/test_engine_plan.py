@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from woodfrog import faults
+from woodfrog.engine import inspect
 from woodfrog.engine.inspect import Connection, Descriptor, HostPaths, Task, Tree, parse_bound, parse_inet
 from woodfrog.engine.plan import (
     REFUSALS,
@@ -23,6 +25,7 @@ from woodfrog.engine.plan import (
     warnings,
 )
 from woodfrog.errors import SpecError
+from woodfrog.linux.ipc import parse_sysv
 from woodfrog.linux.procfs import MountEntry
 
 TASK = Task(pid=4000, inner_pid=100, name="python3", state="S", start_ticks=1, uid=64646, max_thread=304)
@@ -109,7 +112,7 @@ OUTSIDE = Connection("10.231.0.2:5", "93.184.216.34:443", False)
         ((), "none", ""),
         ((INSIDE, INSIDE), "established", ""),
         ((OUTSIDE,), "close", "1 TCP connection to the outside (first: 93.184.216.34:443) will be closed"),
-        ((INSIDE, OUTSIDE, OUTSIDE), "close", "and so will 1 within the sandbox"),
+        ((INSIDE, OUTSIDE, OUTSIDE), "established", "2 TCP connections to the outside"),
     ],
 )
 def test_connections(connections: tuple[Connection, ...], tcp: str, says: str) -> None:
@@ -248,6 +251,26 @@ def test_sockets_at_the_sandboxs_own_address_are_refused() -> None:
     assert parse_bound(listening, frozenset({10}), "tcp") == ("tcp 10.231.0.2:8123",)
     refusal = refuse(Tree((TASK,), bound=("udp 10.231.0.2:35458",)))
     assert refusal is not None and refusal.code == "own-address" and "10.231.0.2:35458" in refusal.cause
+
+
+def test_a_thread_that_ends_meanwhile_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a program whose threads come and go is said to be gone, and its snapshot fails."""
+    listed = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: [str(2**22 + 1), *listed(path)])
+    assert inspect._max_thread(os.getpid()) >= os.getpid()
+
+
+def test_what_belongs_to_no_process_is_refused_by_name() -> None:
+    """Nothing in /proc/PID tells of it: without a look at the namespace it would be lost without a word."""
+    semaphores = (
+        "       key      semid perms      nsems   uid   gid\n     24301          0   600          3 64646 64646\n"
+    )
+    memory = "       key      shmid perms\n        -5          7  1600\n"
+    assert parse_sysv(semaphores, "sem") == ("semaphores 0 (key 0x00005eed)",)
+    assert parse_sysv(memory, "shm") == ("shared memory 7 (key 0xfffffffb)",)
+    assert parse_sysv("       key      msqid perms\n", "msg") == ()
+    refusal = refuse(Tree((TASK,), ipc=("message queue /frogs",)))
+    assert refusal is not None and refusal.code == "ipc-object" and refusal.cause.startswith("message queue /frogs: ")
 
 
 def test_faults() -> None:

@@ -70,6 +70,7 @@ class Machine:
         (staging.images / "pages-1.img").write_bytes(memory)
         index = PageIndex((PageTask(100, ((BASE, PAGES - 5, 5 * PAGE, 0),)),), ("pages-1.img",))
         (staging.images / INDEX).write_bytes(write_index(index))
+        (staging.images / "core-100.img").write_bytes(b"registers")
         (staging.fs / "file").write_bytes(b"in the layer")
         self.catalogue.commit(
             staging,
@@ -432,6 +433,26 @@ def test_what_is_known_of_a_snapshot_is_what_is_on_disk(here: Machine) -> None:
     live = {pack for m in here.catalogue.manifests() for pack in m.packs}
     here.store.gc(live, min_age_s=0)
     assert here.whole(A)
+
+
+def test_a_packed_snapshot_is_not_read_anew_for_the_names_that_went(
+    here: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files had names among the old images: another thaw would wait for gigabytes of files to be read."""
+    here.make(A)
+    old, new = prepare(here.catalogue, here.store, A, owner="me")
+    ready = here.catalogue.ready_images(old, new)
+    here.catalogue.swap_images(old, ready)
+    time.sleep(0.02)  # the kernel's clock for files ticks
+    here.catalogue.remove_replaced(ready.manifest)
+    read: list[object] = []
+    monkeypatch.setattr(here.catalogue, "_verify_files", lambda *arguments: read.append(arguments))
+    opened = here.catalogue.open_verified(A)
+    assert read == []
+    image = opened.images / "core-100.img"
+    os.utime(image, ns=(0, image.stat().st_mtime_ns))  # its change time alone
+    here.catalogue.open_verified(A)
+    assert len(read) == 1
 
 
 def test_a_snapshot_removed_while_it_is_packed_stays_away(here: Machine) -> None:

@@ -18,6 +18,7 @@ from woodfrog.criu.pagemap import (
     keep_reservations,
     parse_pagemap,
     read_index,
+    unreserved,
     wiped_on_fork,
     write_index,
 )
@@ -195,7 +196,7 @@ GIB = 1 << 30
         (400 * GIB, 0, 0x4022, 0x4022),
         (400 * GIB, 3, 0x22, 0x22),  # writable: the kernel has been asked
         (400 * GIB, 0, 0x21, 0x21),  # shared
-        (400 * GIB, 1, 0x02, 0x02),  # a file
+        (400 * GIB, 1, 0x02, 0x4002),  # a file: it is writable at first, too
         (2 * GIB - 4096, 0, 0x22, 0x22),
     ],
 )
@@ -213,6 +214,26 @@ def test_what_is_reserved_and_not_used(tmp_path: Path, end: int, prot: int, flag
         keep_reservations(tmp_path)
         assert path.read_bytes() == image(then)
         flags = then
+
+
+def test_maps_that_only_reserve_addresses_count_no_memory() -> None:
+    """Large ones that are private and not writable get MAP_NORESERVE; nothing else changes."""
+
+    def vma(size: int, prot: int, flags: int) -> bytes:
+        more = {"f3": 0, "f4": 0, "f7": 1, "f8": 1, "f9": 1 << 16}
+        return fields(**{"f1": 0x7000_0000_0000, "f2": 0x7000_0000_0000 + size, "f5": prot, "f6": flags, **more})
+
+    def image(*vmas: bytes, more: bytes = b"") -> bytes:
+        body = fields(f1=0x48, f8=2**64 - 1) + b"".join(fields(f14=v) for v in vmas) + more
+        return MAGICS + struct.pack("<I", len(body)) + body
+
+    terabyte, reserved, written = 1 << 40, 0x4022, 0x22
+    others = vma(4096, 0, 0x22), vma(terabyte, 3, written), vma(terabyte, 0, 0x21), vma(terabyte, 0, reserved)
+    assert unreserved(image(*others)) == image(*others)
+    assert unreserved(image(others[0], vma(terabyte, 0, 0x22))) == image(others[0], vma(terabyte, 0, reserved))
+    assert unreserved(image(vma(terabyte, 1, 0x2), *others)) == image(vma(terabyte, 1, 0x4002), *others)
+    unknown = image(vma(terabyte, 0, 0x22), more=bytes([31 << 3 & 0x7F | 0x85, 1, 1, 2, 3, 4]))
+    assert unreserved(unknown) == unknown  # what would be lost is left as it is
 
 
 def test_the_page_maps_of_a_dump(tmp_path: Path) -> None:

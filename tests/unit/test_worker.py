@@ -206,6 +206,26 @@ def test_a_seed_that_waits_for_cuda_is_renewed(monkeypatch: pytest.MonkeyPatch) 
     assert len(seen) == 3 and 1 not in seen
 
 
+def test_polars_and_numba_draw_from_seeds_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[tuple[Any, int]] = []
+    numba = SimpleNamespace(
+        rnd_get_np_state_ptr=lambda: "np",
+        rnd_get_py_state_ptr=lambda: "py",
+        rnd_seed=lambda *given: seeds.append(given),
+    )
+    polars = SimpleNamespace(set_random_seed=lambda seed: seeds.append(("polars", seed)))
+    for name, module in (("numba._helperlib", numba), ("polars", polars)):
+        monkeypatch.setitem(sys.modules, name, module)  # type: ignore[arg-type]
+    for _ in range(2):
+        renew.renew(bytes(64))
+    drawn = [of for of, _ in seeds]
+    assert sorted(drawn) == ["np", "np", "polars", "polars", "py", "py"] and len({seed for _, seed in seeds}) == 6
+    assert all(0 <= seed < 2 ** (64 if of == "polars" else 32) for of, seed in seeds)
+    for name in ("numba._helperlib", "polars"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace())  # type: ignore[arg-type]
+    renew.renew(bytes(64))  # versions without these functions
+
+
 def test_every_family_is_documented() -> None:
     page = Path(__file__).parents[2] / "docs" / "uniqueness.md"
     text = page.read_text()

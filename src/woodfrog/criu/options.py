@@ -24,7 +24,8 @@ from typing import Literal
 __all__ = ["Dump", "Restore", "Tcp", "check_command", "dump_command", "environment", "restore_command"]
 
 Tcp = Literal["none", "established", "close"]
-"""What becomes of connected TCP sockets: there are none; both ends are captured; they come back closed."""
+"""What becomes of connected TCP sockets: there are none; they are kept (those to the outside are made closed ones in
+the images, `criu/sockets.py`); all come back closed."""
 
 COMMON = (
     "--unprivileged",

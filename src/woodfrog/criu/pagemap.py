@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ __all__ = [
     "keep_reservations",
     "parse_pagemap",
     "read_index",
+    "unreserved",
     "wiped_on_fork",
     "write_index",
 ]
@@ -51,12 +52,9 @@ _SET_MAGIC = int.from_bytes(b"FROGSET1", "little")
 _MM_ARGUMENTS = (8, 9, 10, 11)
 """Where arguments begin and end, and environment."""
 _MM_VMAS = 14
-_VMA_PROT, _VMA_FLAGS = 5, 6
-_PROT_WRITE = 2
-_MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x02, 0x20, 0x4000
+_VMA_END, _VMA_PROT, _VMA_FLAGS = 2, 5, 6
+_WRITE, _PRIVATE, _NORESERVE = 2, 2, 0x4000
 _LARGE = 1 << 30
-"""A machine has more memory than this."""
-_END_KEY = bytes([2 << 3])
 _MADVISE_KEY = bytes([9 << 3])
 _MADV_WIPEONFORK = 18
 _INDEX_MAGIC = int.from_bytes(b"FROGIDX2", "little")
@@ -194,57 +192,47 @@ def keep_arguments(images: Path) -> None:
 
 
 def keep_reservations(images: Path) -> None:
-    """Let CRIU map what programs reserve and do not use (CUDA does, by the size of its GPU's memory) without the kernel
-    asking whether there is so much.
+    """Let maps that only reserve addresses be mapped again, however large they are.
 
-    When a page server is to give the pages CRIU maps all private memory writable at first, and the kernel refuses that
-    of one map larger than the machine's memory. It is writable to nobody before and after.
+    CRIU maps what is private writable, to begin with: of a page server's memory all, of any other what a child has in
+    common with its parent. The kernel refuses that of more than the machine has, as a browser's reservation of a
+    terabyte. With MAP_NORESERVE it does not count what nobody may write to.
 
     Raises:
         ValueError: an image that is not what it should be; nothing was changed in it.
     """
     for path in sorted(images.glob("mm-*.img")):
         data = path.read_bytes()
-        kept = _not_accounted(data)
+        kept = unreserved(data)
         if kept != data:
             path.write_bytes(kept)
 
 
-def _not_accounted(mm: bytes) -> bytes:
-    """The image of a task's maps with the large ones that are not writable marked so."""
-    marked: dict[bytes, bytes] = {}
-    for number, value in _of_maps(mm):
-        # Of thousands of maps few are large. The bits of both addresses above the lowest 28, as they are encoded:
-        if (
-            number == _MM_VMAS
-            and isinstance(value, bytes)
-            and not (value[8:9] == _END_KEY and value[5:8] == value[13:16])
-        ):
-            (_, begin), (_, end) = itertools.islice(fields_of(value), 2)
-            if (
-                isinstance(begin, int)
-                and isinstance(end, int)
-                and end - begin >= _LARGE
-                and (new := _unreserved(value))
-            ):
-                marked[value] = new
-    if not marked:
+def unreserved(mm: bytes) -> bytes:
+    """An image of a task's maps in which large ones that are private and not writable reserve no memory."""
+    fields = list(_of_maps(mm))
+    changed = [(n, _unreserved(v) if n == _MM_VMAS and isinstance(v, bytes) else v) for n, v in fields]
+    if changed == fields or _maps_image(mm, fields) != mm:  # else there is more in it than is understood here
         return mm
-    out = [
-        encode_int(n, v) if isinstance(v, int) else encode_bytes(n, marked.get(v, v) if n == _MM_VMAS else v)
-        for n, v in _of_maps(mm)
-    ]
-    body = b"".join(out)
-    return mm[:8] + struct.pack("<I", len(body)) + body
+    return _maps_image(mm, changed)
 
 
 def _unreserved(vma: bytes) -> bytes:
+    # Of a thousand maps, few are large: the others are read no further.
+    begin, end = itertools.islice(fields_of(vma), 2)
+    if end[0] != _VMA_END or not isinstance(begin[1], int) or not isinstance(end[1], int) or end[1] - begin[1] < _LARGE:
+        return vma
     fields = {n: v for n, v in fields_of(vma) if isinstance(v, int)}
-    flags, private = fields[_VMA_FLAGS], _MAP_PRIVATE | _MAP_ANONYMOUS
-    if fields[_VMA_PROT] & _PROT_WRITE or flags & private != private or flags & _MAP_NORESERVE:
-        return b""
-    fields[_VMA_FLAGS] |= _MAP_NORESERVE
+    if fields[_VMA_PROT] & _WRITE or not fields[_VMA_FLAGS] & _PRIVATE:
+        return vma
+    fields[_VMA_FLAGS] |= _NORESERVE
     return b"".join(encode_int(n, v) for n, v in fields.items())
+
+
+def _maps_image(mm: bytes, fields: Iterable[tuple[int, int | bytes]]) -> bytes:
+    """`mm` with other fields."""
+    body = b"".join(encode_int(n, v) if isinstance(v, int) else encode_bytes(n, v) for n, v in fields)
+    return mm[:8] + struct.pack("<I", len(body)) + body
 
 
 def write_index(index: PageIndex) -> bytes:

@@ -26,6 +26,16 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         shift += 7
 
 
+def encode_int(number: int, value: int) -> bytes:
+    """One field of a protobuf message with an integer in it."""
+    return _varints(number << 3, value)
+
+
+def encode_bytes(number: int, value: bytes) -> bytes:
+    """The same with bytes, or a message."""
+    return _varints(number << 3 | 2, len(value)) + value
+
+
 def _varints(*values: int) -> bytes:
     out = bytearray()
     for left in values:
@@ -34,16 +44,6 @@ def _varints(*values: int) -> bytes:
             left >>= 7
         out.append(left)
     return bytes(out)
-
-
-def encode_int(number: int, value: int) -> bytes:
-    """One field of a protobuf message with an integer in it."""
-    return _varints(number << 3, value)
-
-
-def encode_bytes(number: int, value: bytes) -> bytes:
-    """One field of a protobuf message with something in it that has a length."""
-    return _varints(number << 3 | 2, len(value)) + value
 
 
 def fields_of(data: bytes) -> Iterator[tuple[int, int | bytes]]:

@@ -33,6 +33,7 @@ from woodfrog.criu.pagemap import (
     keep_reservations,
     write_index,
 )
+from woodfrog.criu.sockets import close_outside
 from woodfrog.criu.stats import parse_stats
 from woodfrog.cuda.failures import gpu_error
 from woodfrog.engine.amd import AmdSide
@@ -313,11 +314,20 @@ def _image_sizes(images: Path) -> dict[str, int]:
         return {e.name: e.stat().st_size for e in entries if e.name.endswith(".img")}
 
 
+def _close_outside(images: Path) -> bool:
+    """Whether only connections within the tree are left in the images."""
+    try:
+        close_outside(images)
+    except (ValueError, IndexError, OSError):
+        return False
+    return True
+
+
 def _write_index(images: Path) -> None:
     """Without an index the images restore as plain CRIU does it: everything is read first."""
     try:
-        keep_arguments(images)
         keep_reservations(images)
+        keep_arguments(images)
         index = write_index(build_index(images))
     except (ValueError, KeyError, IndexError, struct.error):
         return
@@ -575,6 +585,12 @@ async def dump(
             await sandbox.unbind(IMAGES)
             stats = _stats(images / "stats-dump")
             await asyncio.to_thread(_write_index, images)
+            lost = warnings(tree)
+            if facts.tcp == "established" and not await asyncio.to_thread(_close_outside, images) and lost:
+                facts = replace(facts, tcp="close")
+                lost += (
+                    "connections within the sandbox will be closed too: CRIU's image of sockets is an unknown one",
+                )
             await asyncio.to_thread(_seal, images, facts)
             pages = _pages_bytes(images)
     except asyncio.CancelledError:
@@ -607,7 +623,7 @@ async def dump(
         tasks=len(tree.tasks),
         log=log_path,
         files=tuple((f.path, f.size, f.mtime_ns) for f in tree.files),
-        warnings=warnings(tree),
+        warnings=lost,
         gpu=facts.gpu,
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from woodfrog.linux import procfs
+from woodfrog.linux import ipc, procfs
 from woodfrog.linux.sandbox import PRESTART_PID
 
 __all__ = [
@@ -112,6 +112,8 @@ class Tree:
     bound: tuple[str, ...] = ()
     """Sockets bound to the sandbox's own address, which another sandbox does not have: `udp 10.231.0.2:5353`."""
     files: tuple[ExternalFile, ...] = ()
+    ipc: tuple[str, ...] = ()
+    """What belongs to the sandbox and to no process: `semaphores 0 (key 0x00005eed)`, `message queue /frogs`."""
 
 
 class HostPaths:
@@ -255,7 +257,11 @@ def _special(entry: procfs.MapEntry) -> bool:
 def _max_thread(pid: int) -> int:
     highest = 0
     for thread in os.listdir(f"/proc/{pid}/task"):
-        for line in Path(f"/proc/{pid}/task/{thread}/status").read_text(errors="replace").splitlines():
+        try:
+            status = Path(f"/proc/{pid}/task/{thread}/status").read_text(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # that thread ended meanwhile
+        for line in status.splitlines():
             if line.startswith("NSpid:"):
                 highest = max(highest, int(line.split()[-1]))
                 break
@@ -348,7 +354,8 @@ def inspect_tree(root_pid: int, init_pid: int) -> Tree:
             connections += parse_inet(text, sockets)
         bound += parse_bound(text, sockets, table[:3])
     everything = tuple(tasks)
-    return Tree(everything, tuple(strays), connections, bound, _external_files(everything, maps, init_pid))
+    files = _external_files(everything, maps, init_pid)
+    return Tree(everything, tuple(strays), connections, bound, files, ipc.objects(root_pid))
 
 
 def _descends(pid: int, root_pid: int) -> bool:

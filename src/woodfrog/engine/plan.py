@@ -111,6 +111,12 @@ REFUSALS: dict[str, tuple[str, str]] = {
         "a process uses System V shared memory (shmget), which is not captured",
         "use POSIX shared memory (multiprocessing.shared_memory), or attach it after the snapshot",
     ),
+    "ipc-object": (
+        "System V semaphores, message queues and shared memory, and POSIX message queues (mq_open), belong to no "
+        "process and are not captured",
+        "use POSIX semaphores and shared memory (multiprocessing's), make it after the snapshot (enter(snap=False)), "
+        "or remove it in a register_before_snapshot hook",
+    ),
     "own-address": (
         "a socket is bound to the sandbox's own address, which it has only before the snapshot",
         "bind servers to 127.0.0.1 or 0.0.0.0; close connected UDP sockets in a register_before_snapshot hook",
@@ -190,9 +196,10 @@ def refuse(
             found = _refused_map(name)
             if code := codes.get(found, found):
                 return _refusal(code, task, f"mapped {name}")
-    if tree.bound:
-        cause, remedy = REFUSALS["own-address"]
-        return Refusal("own-address", f"{tree.bound[0]}: {cause}", remedy)
+    for code, names in (("own-address", tree.bound), ("ipc-object", tree.ipc)):
+        if names:
+            cause, remedy = REFUSALS[code]
+            return Refusal(code, f"{names[0]}: {cause}", remedy)
     return _refusal("stray-process", tree.strays[0]) if tree.strays else None
 
 
@@ -215,20 +222,17 @@ def _refused_gpu(task: Task, known: bool, peers: bool) -> Refusal | None:
 def _tcp(tree: Tree) -> Tcp:
     if not tree.connections:
         return "none"
-    return "established" if all(c.inside for c in tree.connections) else "close"
+    return "established" if any(c.inside for c in tree.connections) else "close"
 
 
 def warnings(tree: Tree) -> tuple[str, ...]:
     """What of the tree a snapshot will not keep, one line each."""
-    if _tcp(tree) != "close":
-        return ()
     outside = [c for c in tree.connections if not c.inside]
-    inside = len(tree.connections) - len(outside)
-    also = f", and so will {inside} within the sandbox" if inside else ""
+    if not outside:
+        return ()
     return (
-        f"{len(outside)} TCP connection{'s' * (len(outside) > 1)} to the outside (first: {outside[0].remote}) "
-        f"will be closed"
-        f" after the restore{also}: close connections in a register_before_snapshot hook",
+        f"{len(outside)} TCP connection{'s' * (len(outside) > 1)} to the outside (first: {outside[0].remote}) will be "
+        f"closed after the restore: close connections in a register_before_snapshot hook",
     )
 
 

@@ -132,6 +132,20 @@ def _torch(seed: Seed) -> None:
         waiting.queue_seed_all(lambda: [device.manual_seed(value) for device in cuda.default_generators], [])
 
 
+def _polars(seed: Seed) -> None:
+    set_seed = getattr(sys.modules.get("polars"), "set_random_seed", None)
+    if set_seed is not None:
+        set_seed(int.from_bytes(seed(8), "little"))
+
+
+def _numba(seed: Seed) -> None:
+    # What compiled code draws from, one for `numpy.random` in it and one for `random`; each thread has its own.
+    helpers: Any = sys.modules.get("numba._helperlib")
+    if hasattr(helpers, "rnd_seed"):
+        for state in (helpers.rnd_get_np_state_ptr(), helpers.rnd_get_py_state_ptr()):
+            helpers.rnd_seed(state, int.from_bytes(seed(4), "little"))
+
+
 def _openssl(seed: Seed) -> None:
     # RAND_add reseeds the primary generator from the kernel and mixes this in. The per-thread generators see at
     # their next use that their parent was reseeded, and reseed from it: so one call serves every thread.
@@ -191,6 +205,8 @@ _FAMILIES: dict[str, Callable[[Seed], None]] = {
     "random": _random,
     "numpy": _numpy,
     "torch": _torch,
+    "polars": _polars,
+    "numba": _numba,
     "openssl": _openssl,
     "sqlite": _sqlite,
     "libc": _libc,

@@ -359,6 +359,10 @@ class Runtime:
         if self._boot["kind"] == "class":
             with self._stage("enter-restore", "enter_restore"):
                 self._run_hooks("enter", snap=False)
+        if restored and self._loop is not None:
+            # A session would hand out a connection that the freeze has closed before the loop has heard of its end.
+            with self._timed("notice"):
+                self._loop.run_until_complete(_two_rounds())
         return self.phases, warnings
 
     def stop(self) -> None:
@@ -473,6 +477,14 @@ def _bound(instance: Any, name: str) -> Callable[..., Any]:
         if name in vars(klass):
             break
     return getattr(instance, name)  # type: ignore[no-any-return]
+
+
+async def _two_rounds() -> None:
+    """The event loop hears of what has happened in one, and tells who is concerned in the other."""
+    import asyncio
+
+    for _ in range(2):
+        await asyncio.sleep(0)
 
 
 def _registered(name: str) -> list[Callable[[], Any]]:
