@@ -91,7 +91,7 @@ CASES = {
         ("torch",),
     ),
 }
-FOR_RENEWAL = {"_ctypes", "ctypes", "ctypes._endian", "_blake2"}
+FOR_RENEWAL = {"_ctypes", "ctypes", "ctypes._endian", "sysconfig", "_blake2"}
 """What the worker renews generators with; it has loaded it when it is thawed, and otherwise when it is frozen."""
 
 
