@@ -37,7 +37,8 @@ def look():
     tops = ("/tmp", "/dev/shm", "/var/tmp", os.environ["HOME"])
     files = sorted(os.path.join(at, n) for top in tops for at, _, names in os.walk(top) for n in names)
     held = {f: os.readlink(f"/proc/self/fd/{f}") for f in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{f}")}
-    fds = sorted(re.sub(r"\\d+", "N", target) for number, target in held.items() if int(number) > 2)
+    # Newer libffi keeps its own library open, from when ctypes is loaded.
+    fds = sorted(re.sub(r"\\d+", "N", target) for n, target in held.items() if int(n) > 2 and "/libffi" not in target)
     status = dict(line.split(":\\t", 1) for line in open("/proc/self/status").read().splitlines())
     mine = ("WOODFROG_INSTANCE", "WOODFROG_APP")
     kinds = lambda items: [re.sub(r" at 0x.*", "", repr(i)) for i in items]
@@ -91,7 +92,7 @@ CASES = {
         ("torch",),
     ),
 }
-FOR_RENEWAL = {"_ctypes", "ctypes", "ctypes._endian", "_blake2"}
+FOR_RENEWAL = {"_ctypes", "ctypes", "ctypes._endian", "sysconfig", "_blake2"}
 """What the worker renews generators with; it has loaded it when it is thawed, and otherwise when it is frozen."""
 
 

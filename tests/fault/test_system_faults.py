@@ -77,8 +77,8 @@ class Stray(Base):
 
     @woodfrog.method()
     def run(self, x):
-        count = subprocess.run(["pgrep", "-xc", "sleep"], capture_output=True, text=True)
-        return self.answer(x) + [count.stdout.strip()]
+        names = [open(f"/proc/{pid}/comm").read().strip() for pid in os.listdir("/proc") if pid.isdigit()]
+        return self.answer(x) + [names.count("sleep")]
 
 @app.cls(**frozen)
 class SystemV(Base):
@@ -377,10 +377,10 @@ def test_worker_that_cannot_be_dumped_runs_on(daemon: Daemon) -> None:
 
 
 def test_process_that_detached_itself_is_captured_too(daemon: Daemon) -> None:
-    assert call(daemon, "Stray.run", x=1)[0] == [*answer(1), "1"]
+    assert call(daemon, "Stray.run", x=1)[0] == [*answer(1), 1]
     until(lambda: of_function(daemon, "Stray"))
     value, log = call(daemon, "Stray.run", x=2)
-    assert value == [*answer(2), "1"] and "thawed in" in log
+    assert value == [*answer(2), 1] and "thawed in" in log
 
 
 # Memory that follows after the thaw
@@ -633,7 +633,8 @@ def test_rotated_secret_is_seen_and_shown_nowhere(daemon: Daemon) -> None:
         assert not any(t in shown for t in texts)
     daemon.get("/health")
     for path in daemon.home.rglob("*"):
-        if path.is_symlink() or not path.is_file() or path.name == "faulty.py" or readable_by_none(path, daemon.home):
+        program = path.name.startswith("faulty.")
+        if path.is_symlink() or not path.is_file() or program or readable_by_none(path, daemon.home):
             continue
         data = path.read_bytes()
         assert not any(t.encode() in data for t in texts), path

@@ -125,7 +125,8 @@ HELD = {
         "1", "1",
     ),
     "pool": (
-        "from concurrent.futures import ProcessPoolExecutor\np = ProcessPoolExecutor(2); list(p.map(abs, range(4)))\n"
+        "from concurrent.futures import ProcessPoolExecutor\nimport multiprocessing as mp\n"
+        "p = ProcessPoolExecutor(2, mp_context=mp.get_context('fork')); list(p.map(abs, range(4)))\n"
         "check = lambda: list(p.map(abs, [-1, -2]))",
         "[1, 2]", "[1, 2]",
     ),

@@ -103,7 +103,7 @@ class Reader:
         self.machine, self.opened = machine, opened
         self.index = read_index((opened.images / INDEX).read_bytes())
         assert opened.files is not None
-        self.files = [path.open("rb") for path in opened.files]
+        self.files = [path.open("rb", buffering=0) for path in opened.files]
 
     def place(self, page: int) -> tuple[int, int]:
         for address, pages, offset, file in self.index.tasks[0].extents:

@@ -29,6 +29,7 @@ def look(root: Path) -> dict[str, tuple[Any, ...]]:
     found: dict[str, tuple[Any, ...]] = {}
     names: dict[int, str] = {}
     for folder, folders, files in os.walk(root):
+        folders.sort()
         for path in sorted(os.path.join(folder, name) for name in [".", *folders, *files]):
             info = os.lstat(path)
             kind = stat.S_IFMT(info.st_mode)
@@ -400,7 +401,9 @@ def test_damaged_archives_are_refused(tmp_path: Path) -> None:
         archive.addfile(entry(*DOT))
         archive.addfile(entry("a", data=b"x" * 2000), io.BytesIO(b"x" * 2000))
     whole = plain.getvalue()
-    for content in (b"", bytes(10240), b"garbage" * 1000, whole[:2048], whole[512:]):
+    # The last two: nothing behind the first member, and a header that `tarfile` alone would take for the end.
+    cut_off, broken = whole[:512], whole[:512] + b"b" + whole[513:]
+    for content in (b"", bytes(10240), b"garbage" * 1000, whole[:2048], whole[512:], cut_off, broken):
         with pytest.raises(IntegrityError) as error:
             unpack_tree(sealed(tmp_path, content), tmp_path / "root", key=None)
         assert error.value.code == "bad-bundle"

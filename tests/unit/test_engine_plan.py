@@ -164,9 +164,14 @@ SANDBOX = (
     mount("/", kind="overlay", device=(0, 50)), mount("/usr", "/usr"), mount("/app", "/var/lib/woodfrog/code/ab"),
     mount("/data", "/vol", device=(254, 1)), mount("/dev/shm", kind="tmpfs", device=(0, 47)),
     mount("/var", "/var"), mount("/var/tmp", "/.var-tmp", kind="overlay", device=(0, 50)),
-    mount("/lost", device=(9, 9)),
+    mount("/lost", device=(9, 9)), mount("/tmp/venv", "/venv", kind="tmpfs", device=(0, 28)),
+    mount("/opt", "/opt", kind="overlay", device=(0, 29)), mount("/sys", kind="sysfs", device=(0, 30)),
 )  # fmt: skip
-HOST = (mount("/"), mount("/mnt/disk", device=(254, 1)), mount("/dev/shm", kind="tmpfs", device=(0, 27)))
+HOST = (
+    mount("/"), mount("/mnt/disk", device=(254, 1)), mount("/dev/shm", kind="tmpfs", device=(0, 27)),
+    mount("/tmp", kind="tmpfs", device=(0, 28)), mount("/image", kind="overlay", device=(0, 29)),
+    mount("/sys", kind="sysfs", device=(0, 30)),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -181,6 +186,9 @@ HOST = (mount("/"), mount("/mnt/disk", device=(254, 1)), mount("/dev/shm", kind=
         ("/appendix/x", None),
         ("/dev/shm/x", None),
         ("/lost/x", "/lost/x"),
+        ("/tmp/venv/lib/x.so", "/tmp/venv/lib/x.so"),
+        ("/opt/x", "/image/opt/x"),
+        ("/sys/kernel/x", None),
     ],
 )
 def test_host_path(inner: str, outer: str | None) -> None:

@@ -37,7 +37,7 @@ def app(*, sys_path: tuple[str, ...] = (), **function: object) -> AppSpec:
     return AppSpec("demo", runtime, (spec,))
 
 
-def test_clients_that_are_not_root_name_no_closed_directory(tmp_path: Path) -> None:
+def test_clients_that_are_not_root_name_no_closed_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed = tmp_path / "closed"
     (closed / "lib").mkdir(parents=True)
     closed.chmod(0o700)
@@ -47,6 +47,11 @@ def test_clients_that_are_not_root_name_no_closed_directory(tmp_path: Path) -> N
         strict.check(app())
         with pytest.raises(SpecError, match="not open to all users"):
             strict.check(app(sys_path=(str(closed / "lib"),)))
+    # The daemon's own code, in a clone below /root.
+    monkeypatch.setattr(
+        "woodfrog.daemon.resources.__file__", str(closed / "lib" / "woodfrog" / "daemon" / "resources.py")
+    )
+    strict.check(app(sys_path=(str(closed / "lib"),)))
 
 
 def test_where_a_volumes_mount_point_has_to_be_added_to_the_hosts_directory(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_two_starters_start_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_daemon_that_dies_shows_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     client = Client(Settings(home=tmp_path))
-    command = [sys.executable, "-c", "import sys; print('first line'); sys.exit('no CRIU here')"]
+    command = [sys.executable, "-c", "import sys; print('first line', flush=True); sys.exit('no CRIU here')"]
     with pytest.raises(
         DaemonError, match=r"ended with status 1 while starting; the end of .*daemon.log:\nfirst line\nno CRIU"
     ):

@@ -627,6 +627,32 @@ def test_importing_is_light(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="until Python 3.14 a class with such annotations is none")
+def test_annotations_may_name_what_only_type_checkers_know() -> None:
+    program = """
+class Sized:
+    size: int = modal.parameter(default=1)
+    other: Missing
+
+    @modal.method()
+    def run(self): return self.size
+
+class Plain:
+    def __init__(self, x: Missing): ...
+
+    @modal.method()
+    def run(self): ...
+"""
+    classes: dict[str, Any] = {"modal": modal, "__name__": "__main__"}
+    exec(compile(program, "program", "exec", dont_inherit=True), classes)
+    app = modal.App("a")
+    sized, plain = (app.cls(serialized=True)(classes[name]) for name in ("Sized", "Plain"))
+    assert sized(size=2).run.local() == 2
+    assert plain(1)
+    with pytest.raises(TypeError, match="too many"):
+        plain(1, 2)
+
+
 def test_no_warnings_for_present_names() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

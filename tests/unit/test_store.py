@@ -104,6 +104,8 @@ LEAVES: dict[str, bytes] = {
     "long name": make_tar((info("n" * 300), b"x")),
     "not a tar": b"hello" * 400,
     "truncated": GOOD[:-103_000],
+    "truncated behind a file": GOOD[:1024],
+    "damaged header": GOOD[:1024] + b"?" + GOOD[1025:],
 }
 
 

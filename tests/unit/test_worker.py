@@ -165,6 +165,19 @@ def test_renewal_reseeds_what_the_program_seeded(monkeypatch: pytest.MonkeyPatch
     assert len(seen) == 3 and {"random", "numpy", "torch", "openssl", "sqlite", "tempfile", "uuid"} <= set(timings)
 
 
+def test_renewal_has_nothing_left_to_import() -> None:
+    program = """
+import random, sys, tempfile, uuid
+from woodfrog.worker import renew
+renew.prepare()
+before = set(sys.modules)
+renew.renew(bytes(64))
+print(*set(sys.modules) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 def test_numpy_with_another_bit_generator_is_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
     numpy = pytest.importorskip("numpy")
     original = numpy.random.get_bit_generator()

@@ -304,8 +304,8 @@ def arguments_from(
     Raises:
         SpecError: an unknown or missing option, a value of the wrong type, or a type that has no form as an option.
     """
-    signature = inspect.signature(function)
     try:
+        signature = inspect.signature(function)  # evaluates them from Python 3.14 on
         hints = typing.get_type_hints(function, include_extras=True)
     except Exception as e:
         raise SpecError(f"{label}: its annotations cannot be resolved: {e}", code="bad-parameter-type") from e

@@ -36,13 +36,15 @@ def check_name(kind: str, name: str) -> str:
 
 
 def _check_open(name: str) -> None:
-    """A client that is not root may name directories anybody can enter, or the daemon's own Python.
+    """A client that is not root may name directories anybody can enter, or those of the daemon's own Python.
 
     Raises:
         SpecError: it would get to see, inside its sandbox, what is closed to it outside.
     """
     path = Path(os.path.realpath(name))
-    if any(own == path or own in path.parents for own in (Path(sys.prefix), Path(sys.base_prefix))):
+    # The last is where woodfrog's own code is, in a clone.
+    owns = {Path(own).resolve() for own in (sys.prefix, sys.base_prefix, Path(__file__).parents[2])}
+    if owns & {path, *path.parents}:
         return
     for part in (path, *path.parents):
         if part.is_dir() and not part.stat().st_mode & 0o001:

@@ -29,6 +29,8 @@ PRIVATE_KINDS = frozenset(
     {"overlay", "tmpfs", "ramfs", "proc", "sysfs", "devpts", "mqueue", "cgroup", "cgroup2", "devtmpfs"}
 )
 """File systems of the sandbox itself: what lies on them is in the snapshot, or made anew."""
+HOST_KINDS = frozenset({"overlay", "tmpfs", "ramfs"})
+"""Those of them that may be the host's, too: a container's root, a `/tmp` in memory."""
 GPU_NODES = ("/dev/nvidia", "/dev/dri/", "/dev/kfd")
 AMD_NODES = ("/dev/kfd", "/dev/dri/renderD")
 """What a ROCm process has open."""
@@ -129,6 +131,7 @@ class HostPaths:
         self._outside: dict[tuple[tuple[int, int], str], procfs.MountEntry] = {}
         for mount in outside:
             self._outside.setdefault((mount.device, mount.root), mount)
+        self._devices = {mount.device for mount in outside if mount.kind in HOST_KINDS}
         self._directories: dict[str, tuple[procfs.MountEntry | None, str | None]] = {}
 
     def of(self, path: str) -> str | None:
@@ -146,7 +149,7 @@ class HostPaths:
 
     def _look_up(self, path: str) -> str | None:
         mount = next((found for at in _ancestors(path) if (found := self._inside.get(at))), None)
-        if mount is None or mount.kind in PRIVATE_KINDS:
+        if mount is None or (mount.kind in PRIVATE_KINDS and mount.device not in self._devices):
             return None
         within = _within(mount, path)
         for at in _ancestors(within):

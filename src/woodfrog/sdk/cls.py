@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import warnings
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -200,14 +201,28 @@ class _Field:
         return self.type.__name__ + ("" if default is _UNSET else f" = {default!r}")
 
 
+if sys.version_info >= (3, 14):
+    # Annotations are evaluated when they are asked for, and may name what only type checkers import.
+    from annotationlib import Format
+
+    def _annotations(cls: type) -> Mapping[str, Any]:
+        return inspect.get_annotations(cls, format=Format.FORWARDREF)
+
+    def _signature(cls: type) -> inspect.Signature:
+        return inspect.signature(cls, annotation_format=Format.FORWARDREF)
+
+else:
+    _annotations, _signature = inspect.get_annotations, inspect.signature
+
+
 def _fields(cls: type, where: str) -> dict[str, _Field]:
     """Parameters of a class and its bases, checked."""
     found: dict[str, _Field] = {}
     for klass in reversed(cls.__mro__):
-        for name, value in vars(klass).items():
+        for name, value in list(vars(klass).items()):  # a cache of the annotations may come into it
             if not isinstance(value, Parameter):
                 continue
-            annotation = inspect.get_annotations(klass).get(name)
+            annotation = _annotations(klass).get(name)
             if isinstance(annotation, str):
                 try:
                     annotation = get_type_hints(klass).get(name)
@@ -434,7 +449,7 @@ class Obj:
             self._kwargs = {k: v for k, v in values.items() if v != fields[k].parameter.default}
         else:
             with contextlib.suppress(ValueError):  # Some classes of C code tell no signature.
-                signature = inspect.signature(user_cls)
+                signature = _signature(user_cls)
                 try:
                     signature.bind(*args, **kwargs)
                 except TypeError as e:

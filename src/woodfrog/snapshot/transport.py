@@ -58,7 +58,7 @@ from woodfrog.store.cold import (
     frame_table,
     is_cold,
 )
-from woodfrog.store.files import remove_tree, sha256_file, store_error
+from woodfrog.store.files import Member, remove_tree, sha256_file, store_error
 from woodfrog.store.leases import sending
 from woodfrog.store.packs import NAME, PAGE, pack_id, read_delta
 from woodfrog.store.pages import PageStore
@@ -656,7 +656,7 @@ class Transport:
         with self._room() as room:
             tier = DirectoryTier(room / "tier", "the file")
             try:
-                with tarfile.open(source, "r:") as tar:
+                with tarfile.open(source, "r:", tarinfo=Member) as tar:
                     ids = set(_take_members(tar, room / "tier"))
             except (tarfile.TarError, ValueError, OverflowError, EOFError) as e:
                 why = str(e).partition("\n")[0]

@@ -23,7 +23,7 @@ from typing import IO, cast
 from woodfrog.errors import IntegrityError, StoreError
 from woodfrog.store.chunks import LARGE, Large
 from woodfrog.store.cold import LEVEL, Key, decode_stream, encode_stream, replacing
-from woodfrog.store.files import remove_tree, store_error
+from woodfrog.store.files import Member, remove_tree, store_error
 
 __all__ = ["large_files", "pack_tree", "unpack_tree"]
 
@@ -124,7 +124,7 @@ def large_files(source: Path, *, key: Key | None) -> list[Large]:
         with tempfile.TemporaryFile(dir=source.parent) as plain:
             decode_stream(source, plain, key=key)
             plain.seek(0)
-            with tarfile.open(fileobj=plain, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
+            with _open(plain) as archive:
                 texts = [text for member in archive if (text := member.pax_headers.get(_CHUNKS)) is not None]
             return [Large.parse(text) for text in texts]
     except (tarfile.TarError, ValueError, OverflowError, EOFError) as e:
@@ -279,6 +279,10 @@ class _Parts:
 # -- unpacking -----------------------------------------------------------------------------------------------------
 
 
+def _open(plain: IO[bytes]) -> tarfile.TarFile:
+    return tarfile.open(fileobj=plain, mode="r:", encoding="utf-8", errors="surrogateescape", tarinfo=Member)
+
+
 def _unpack(
     plain: IO[bytes], staging: Path, what: str, devices: bool, bring: Callable[[str, Large, int], None] | None
 ) -> None:
@@ -287,7 +291,7 @@ def _unpack(
     folders: list[tuple[str, tarfile.TarInfo]] = []
     at = -1
     try:
-        with tarfile.open(fileobj=plain, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
+        with _open(plain) as archive:
             for member in archive:
                 name = member.pax_headers.get("GNU.sparse.name", member.name) if member.issparse() else member.name
                 if member.offset <= at or member.size < 0:

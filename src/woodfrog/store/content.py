@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from woodfrog.errors import NotFoundError, SpecError
-from woodfrog.store.files import fsync_dir, fsync_tree, remove_tree, store_error, write_atomic
+from woodfrog.store.files import Member, fsync_dir, fsync_tree, remove_tree, store_error, write_atomic
 
 __all__ = ["ContentStore"]
 
@@ -46,7 +46,7 @@ def _unpack(tar: bytes, root: Path) -> None:
     `tarfile`'s own extraction is not used: its filters had holes in several releases, and the daemon is root.
     """
     links: dict[Path, str] = {}
-    with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
+    with tarfile.open(fileobj=io.BytesIO(tar), mode="r:", tarinfo=Member) as archive:
         for member in archive:
             path = _inside(root, member.name)
             if member.isdir():

@@ -6,12 +6,13 @@ import errno
 import hashlib
 import os
 import shutil
+import tarfile
 import uuid
 from pathlib import Path
 
 from woodfrog.errors import StoreError
 
-__all__ = ["fsync_dir", "fsync_tree", "remove_tree", "sha256_file", "store_error", "write_atomic"]
+__all__ = ["Member", "fsync_dir", "fsync_tree", "remove_tree", "sha256_file", "store_error", "write_atomic"]
 
 
 def store_error(what: str, path: Path, error: OSError) -> StoreError:
@@ -23,6 +24,22 @@ def store_error(what: str, path: Path, error: OSError) -> StoreError:
             path=str(path),
         )
     return StoreError(f"{what}: {path}: {error.strerror or error}", path=str(path))
+
+
+class Member(tarfile.TarInfo):
+    """For `tarfile.open(tarinfo=...)`: raises ReadError for a header that cannot be read, and where the end is missing.
+
+    `tarfile` alone takes both for the end of the archive, and says nothing of what may come behind it.
+    """
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Member:
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.HeaderError as e:
+            if isinstance(e, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
+                raise
+            raise tarfile.ReadError(f"cut off or damaged: {e}") from None
 
 
 def fsync_dir(path: Path) -> None:

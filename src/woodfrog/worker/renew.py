@@ -97,7 +97,7 @@ Seed = Callable[[int], bytes]
 def _random(seed: Seed) -> None:
     module = sys.modules.get("random")
     if module is not None:
-        module.seed(seed(64))
+        module.seed(int.from_bytes(seed(64), "little"))  # of bytes, Python 3.13 would import a hash first
 
 
 def _numpy(seed: Seed) -> None:
