@@ -17,6 +17,7 @@ import pytest
 from woodfrog.backends.connection import Payload
 from woodfrog.daemon import journal as module
 from woodfrog.daemon.journal import INLINE_BYTES, CallRow, Journal
+from woodfrog.daemon.room import Room
 from woodfrog.errors import OutputExpired, StoreError
 
 BIG = bytes(range(256)) * ((INLINE_BYTES // 256) + 1)
@@ -229,16 +230,16 @@ def test_failures_are_store_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     journal = Journal(tmp_path)
     add(journal, "c1")
     os.rename(tmp_path / "calls", tmp_path / "away")
-    with pytest.raises(StoreError, match="cannot keep a call's out"):
+    with pytest.raises(StoreError, match="cannot keep a call's result"):
         finish(journal, "c1", Payload(data=BIG))
     row = journal.call("c1")
     assert row is not None and row.outcome is None
-    with pytest.raises(StoreError, match="cannot keep a call's in"):
+    with pytest.raises(StoreError, match="cannot keep a call's arguments"):
         add(journal, "c2", Payload(data=BIG))
     assert journal.call("c2") is None
     os.rename(tmp_path / "away", tmp_path / "calls")
     journal._db.execute("PRAGMA query_only=1")
-    with pytest.raises(StoreError, match="journal cannot be used"):
+    with pytest.raises(StoreError, match=r"journal\.sqlite cannot be used"):
         add(journal, "c3", Payload(data=BIG))
     assert bodies(tmp_path) == set()
     journal.close()
@@ -272,6 +273,51 @@ def test_a_full_disk(tmp_path: Path) -> None:
         again = Journal(home)
         assert [r.id for r in again.unfinished()] == taken and again.payload("c0").read() == b"first"
         again.close()
+    finally:
+        subprocess.run(["umount", str(home)], check=True)
+
+
+@pytest.mark.root
+def test_a_full_disk_is_no_end_while_there_is_a_reserve(tmp_path: Path) -> None:
+    home = tmp_path / "disk"
+    home.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "woodfrog-test", str(home)], check=True)
+    try:
+        room = Room(home)
+        room.take(0)
+        reserve = (home / "reserve").stat()
+        assert reserve.st_size == reserve.st_blocks * 512 == 16 << 20
+        journal = Journal(home, room)
+        add(journal, "c0")
+        finish(journal, "c0", Payload(data=os.urandom(100_000)))
+        (home / "volumes" / "data").mkdir(parents=True)
+        with open(home / "volumes" / "data" / "x", "wb", buffering=0) as f, pytest.raises(OSError, match="No space"):
+            while f.write(bytes(4096)):
+                pass
+        for number in range(1, 20):
+            add(journal, f"c{number}", Payload(data=os.urandom(100_000)))
+            finish(journal, f"c{number}")
+        assert journal.prune(time.time() + 1, most=0)[0] == "c0"
+        with pytest.raises(StoreError) as caught:
+            for number in range(100, 1000):
+                add(journal, f"c{number}", Payload(data=os.urandom(100_000)))
+        said = caught.value.message
+        assert caught.value.code == "disk-full" and str(home / "journal.sqlite") in said and "volume delete" in said
+        # The rest is for a start, when nothing runs that would take it.
+        assert (home / "reserve").stat().st_size == 4 << 20
+        asyncio.run(room.look())
+        with pytest.raises(StoreError, match=r"; it holds volumes \d MiB \(data \d MiB\), snapshots 0 MiB, results"):
+            add(journal, "again", Payload(data=os.urandom(100_000)))
+        journal.close()
+        room.give_all()
+        again = Journal(home, room)
+        add(again, "again")
+        again.close()
+        (home / "volumes" / "data" / "x").unlink()
+        room.take(1 << 20)
+        assert 0 < (home / "reserve").stat().st_size < 16 << 20 and 1 << 19 < room.free() < 2 << 20
+        room.take()
+        assert room.free() > 1 << 19  # not in the face of who needs it
     finally:
         subprocess.run(["umount", str(home)], check=True)
 

@@ -47,6 +47,7 @@ from woodfrog.snapshot.compat import WorkerClass, explain_mismatch
 from woodfrog.snapshot.manifest import Manifest
 from woodfrog.spec import function_key, split_tag, to_dict
 from woodfrog.store.content import ContentStore
+from woodfrog.store.files import store_error
 from woodfrog.telemetry import counters
 
 __all__ = ["TokenAuth", "build"]
@@ -132,7 +133,7 @@ async def _body(request: Request, spool: Path) -> Payload:
             file[0].close()
             file[1].unlink(missing_ok=True)
         if isinstance(e, OSError):
-            raise StoreError(f"cannot take the payload: {e.strerror}", code="disk-full") from e
+            raise store_error("cannot take the payload", spool / "payload", e) from e
         raise
 
 

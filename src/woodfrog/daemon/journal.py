@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from woodfrog.backends.connection import Payload
+from woodfrog.daemon.room import Room
 from woodfrog.errors import OutputExpired, StoreError
 
 __all__ = ["INLINE_BYTES", "CallRow", "DeployRow", "Journal"]
@@ -104,7 +105,9 @@ class Journal:
         """Whether a daemon ran there before."""
         return (home / _FILE).exists()
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, room: Room | None = None) -> None:
+        self._home = home
+        self._room = room or Room(home)
         self.bodies = home / "calls"
         self.bodies.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = home / _FILE
@@ -140,10 +143,18 @@ class Journal:
         """Bytes that finished calls take."""
 
     def _execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
-        try:
-            return self._db.execute(sql, values)
-        except sqlite3.Error as e:
-            raise StoreError(f"the daemon's journal cannot be used: {e}", code="journal") from e
+        while True:
+            alone = False
+            try:
+                alone = not self._db.in_transaction  # else all of it is to be done again
+                return self._db.execute(sql, values)
+            except sqlite3.Error as e:
+                path = self._home / _FILE
+                if not _is_full(self._home, e):
+                    raise StoreError(f"the daemon's journal {path} cannot be used: {e}", code="journal") from e
+                if not (alone and self._room.give()):
+                    text = f"no space left for the daemon's journal {path}: {self._room.remedy}"
+                    raise StoreError(text, code="disk-full") from e
 
     def _sweep(self) -> None:
         """Remove body files that no row owns (half-written when the daemon was killed), and arguments of finished
@@ -218,10 +229,10 @@ class Journal:
                 path.write_bytes(payload.read())
         except OSError as e:
             self._drop(path)
-            full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise StoreError(
-                f"cannot keep a call's {kind}: {e.strerror}: {path}", code="disk-full" if full else None
-            ) from e
+            what = f"cannot keep a call's {'arguments' if kind == 'in' else 'result'}"
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreError(f"{what}: {e.strerror}: {path}; {self._room.remedy}", code="disk-full") from e
+            raise StoreError(f"{what}: {e.strerror}: {path}") from e
         return None
 
     @staticmethod
@@ -344,18 +355,27 @@ class Journal:
                 # Before its row: on a full disk there is no room to delete rows in until something has gone.
                 self._drop(self.bodies / f"{call_id}.out")
         if gone:
-            self._execute("BEGIN")
-            try:
-                for call_id in gone:
-                    self._execute("DELETE FROM calls WHERE id = ?", call_id)
-                self._execute(
-                    "DELETE FROM params WHERE NOT EXISTS"
-                    " (SELECT 1 FROM calls WHERE params_digest = params.digest AND params_digest != '')"
-                )
-                self._execute("COMMIT")
-            except StoreError:
-                with contextlib.suppress(sqlite3.Error):
-                    self._db.execute("ROLLBACK")  # it may have been rolled back by itself
-                raise
+            while True:
+                try:
+                    self._remove(gone)
+                    break
+                except StoreError as e:
+                    if e.code != "disk-full" or not self._room.give():
+                        raise
             self.kept = left
         return gone
+
+    def _remove(self, calls: list[str]) -> None:
+        self._execute("BEGIN")
+        try:
+            for call_id in calls:
+                self._execute("DELETE FROM calls WHERE id = ?", call_id)
+            self._execute(
+                "DELETE FROM params WHERE NOT EXISTS"
+                " (SELECT 1 FROM calls WHERE params_digest = params.digest AND params_digest != '')"
+            )
+            self._execute("COMMIT")
+        except StoreError:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")  # it may have been rolled back by itself
+            raise
