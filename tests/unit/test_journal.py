@@ -124,6 +124,25 @@ def test_sweep_and_prune(tmp_path: Path) -> None:
     assert journal.params("used") == b"used" and journal.params("unused") == b""
 
 
+def test_what_was_delivered_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(module.time, "time", lambda: clock[0])
+    journal = Journal(tmp_path)
+    for number in range(8):
+        clock[0] += 1
+        add(journal, f"c{number}")
+        finish(journal, f"c{number}", Payload(data=BIG))
+    one = journal.kept // 8
+    journal.mark_delivered(["c3", "c5", "c7", "nobody's"])
+    assert journal.prune(0.0, most=10 * one, spared=1005.0, delivered=1007.5) == []
+    # c7 is too new to go.
+    assert journal.prune(0.0, most=7 * one, spared=1005.0, delivered=1007.5) == ["c3"]
+    assert journal.prune(0.0, most=one, spared=1002.5, delivered=1007.5) == ["c5", "c0", "c1"]
+    assert journal.prune(1004.0, most=3 * one, spared=1007.0, delivered=1007.5) == ["c2"]
+    assert bodies(tmp_path) == {"c4.out", "c6.out", "c7.out"} and journal.kept == 3 * one
+    journal.close()
+
+
 def test_same_id_twice_harms_nothing(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     add(journal, "c1", Payload(data=b"first"))
@@ -329,9 +348,10 @@ def test_no_room_to_bring_an_old_database_to_this_version_s_form(tmp_path: Path)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "woodfrog-test", str(home)], check=True)
     try:
         old = Journal(home)
-        for index in ("calls_submitted", "calls_params", "calls_kept"):
+        for index in ("calls_submitted", "calls_params", "calls_kept", "calls_delivered"):
             old._db.execute(f"DROP INDEX {index}")
         old._db.execute("ALTER TABLE calls DROP COLUMN size")
+        old._db.execute("ALTER TABLE calls DROP COLUMN delivered")
         old._db.execute("BEGIN")
         old._db.executemany(
             "INSERT INTO calls (id, app, version, tag, method, params_digest, encoding, submitted, finished)"
@@ -358,9 +378,10 @@ def test_no_room_to_bring_an_old_database_to_this_version_s_form(tmp_path: Path)
 def test_nothing_goes_through_all_calls(tmp_path: Path) -> None:
     """The event loop waits for each of these; also in a database that an earlier version made."""
     journal = Journal(tmp_path)
-    for index in ("calls_submitted", "calls_params", "calls_kept"):
+    for index in ("calls_submitted", "calls_params", "calls_kept", "calls_delivered"):
         journal._db.execute(f"DROP INDEX {index}")
     journal._db.execute("ALTER TABLE calls DROP COLUMN size")
+    journal._db.execute("ALTER TABLE calls DROP COLUMN delivered")
     journal._db.execute("CREATE INDEX calls_finished ON calls (finished) WHERE finished IS NOT NULL")
     journal.close()
     journal = Journal(tmp_path)
@@ -373,7 +394,8 @@ def test_nothing_goes_through_all_calls(tmp_path: Path) -> None:
     journal.unfinished()
     journal.result("c1")
     journal.live()
-    journal.prune(time.time() + 1)
+    journal.mark_delivered(["c1"])
+    journal.prune(time.time() + 1, most=1, spared=1.0, delivered=1.0)
     journal._db.set_trace_callback(None)
     plans = [(sql, row[3]) for sql in set(said) for row in journal._db.execute(f"EXPLAIN QUERY PLAN {sql}")]
     assert any("calls_params" in step for _, step in plans) and any("calls_submitted" in step for _, step in plans)
