@@ -316,6 +316,7 @@ async def serve(settings: Settings) -> None:
         cls.digest[:12],
     )
     running = [asyncio.ensure_future(s.serve(sockets=[sock])) for s, sock in servers]
+    _tell_ready()
     tidy = asyncio.ensure_future(_tidy(controller, room, settings.home / "daemon.log"))
     try:
         await asyncio.wait([asyncio.ensure_future(down.wait()), *running], return_when=asyncio.FIRST_COMPLETED)
@@ -331,6 +332,14 @@ async def serve(settings: Settings) -> None:
         journal.close()
         # What hangs in a thread (a tier that does not answer) must not keep the daemon; the lock goes with the process.
         threading.Thread(target=_leave_in, args=(_LEAVE_S,), daemon=True).start()
+
+
+def _tell_ready() -> None:
+    """Tell systemd, where that has started it (sd_notify): the sockets listen, and what connects is served."""
+    address = os.environ.pop("NOTIFY_SOCKET", "")
+    if address:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
+            s.sendto(b"READY=1", f"\0{address[1:]}" if address.startswith("@") else address)
 
 
 def _leave_in(seconds: float) -> None:
