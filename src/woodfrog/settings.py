@@ -82,7 +82,8 @@ class Settings:
     keep_results_s: float = 7 * 86400.0
     """How long a finished call's result can be fetched, in seconds."""
     keep_results_mib: int = 4096
-    """What such results may take of the disk, in MiB; the oldest go first, none of the last hour; 0 = no limit."""
+    """What such results may take of the disk, in MiB; the oldest go first: of those that were fetched, after 2 minutes,
+    then of the others, after an hour; 0 = no limit."""
     log_mib: int = 64
     """Log kept per app, in MiB."""
     keep_snapshots: int = 3

@@ -543,7 +543,22 @@ class Big:
 @app.function()
 def large(n: int):
     return "z" * n
+
+@app.function(volumes={"/data": woodfrog.Volume.from_name("data", create_if_missing=True)})
+def fill():
+    try:
+        with open("/data/x", "wb", buffering=0) as f:
+            while f.write(bytes(1 << 16)):
+                pass
+    except OSError as e:
+        return e.strerror
 """
+
+
+def brim(path: Path) -> None:
+    with open(path, "wb", buffering=0) as f, pytest.raises(OSError, match="No space left"):
+        while f.write(bytes(4096)):
+            pass
 
 
 def test_state_directory_fills_up_in_mid_capture() -> None:
@@ -555,7 +570,7 @@ def test_state_directory_fills_up_in_mid_capture() -> None:
         with Daemon(under=mount, WOODFROG_ZYGOTES="0") as daemon:
             daemon.cli("deploy", str(daemon.program(FULL, "full.py")))
             # The daemon starts with no less than a gibibyte.
-            subprocess.run(["mount", "-o", "remount,size=48m", str(mount)], check=True)
+            subprocess.run(["mount", "-o", "remount,size=64m", str(mount)], check=True)
             assert json.loads(daemon.cli("call", "full.Big.ok").stdout) is True
             log = daemon.app_text("full")
             (reason,) = [line for line in log.splitlines() if "no snapshot: " in line]
@@ -571,13 +586,25 @@ def test_state_directory_fills_up_in_mid_capture() -> None:
             assert json.loads(daemon.cli("call", "full.large", "n=3").stdout) == "zzz"
             assert shutil.disk_usage(mount).free > 30 << 20
             # And a disk that is full to the brim: calls that need none of it are told the truth, then work again.
-            with open(mount / "filler", "wb", buffering=0) as f, pytest.raises(OSError, match="No space left"):
-                while f.write(bytes(1 << 16)):
-                    pass
+            brim(mount / "filler")
             done = daemon.cli("call", "full.large", "n=4", check=False, timeout=30)
             assert done.returncode == 0 or "error: " in done.stderr, done.stderr
             (mount / "filler").unlink()
             assert json.loads(daemon.cli("call", "full.large", "n=5").stdout) == "zzzzz"
+            # One function fills it with its volume: the others go on. So does a daemon that was killed then, and one
+            # that finds nothing of its reserve.
+            for reserve in (True, False):
+                assert json.loads(daemon.cli("call", "full.fill").stdout) == "No space left on device"
+                assert json.loads(daemon.cli("call", "full.large", "n=6").stdout) == "z" * 6
+                daemon.kill()
+                if not reserve:
+                    (daemon.home / "reserve").unlink()
+                    brim(mount / "filler")
+                daemon.start()
+                daemon.cli("volume", "delete", "data", "--yes")
+                until(lambda: shutil.disk_usage(mount).free > 8 << 20)
+                (mount / "filler").unlink(missing_ok=True)
+                assert json.loads(daemon.cli("call", "full.large", "n=7").stdout) == "z" * 7
             daemon.stop()
             assert [line for line in daemon.mounts() if str(daemon.home) in line] == []
     finally:

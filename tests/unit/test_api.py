@@ -300,6 +300,28 @@ async def test_answers_in_memory_are_bounded_in_bytes(daemon: Daemon, monkeypatc
     assert not daemon.controller.calls and daemon.controller._answer_bytes == 0
 
 
+async def test_results_that_were_fetched_make_room(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon.controller.settings = replace(daemon.settings, keep_results_mib=1)
+    daemon.backend.functions = {**FUNCTIONS, "square": lambda x: b"x" * (600 << 10)}
+    await daemon.deploy(function("square"))
+    fetched = [(await daemon.submit("square", 1, wait=10)).headers["woodfrog-call"] for _ in range(3)]
+    spawned = [(await daemon.submit("square", 1)).headers["woodfrog-call"] for _ in range(3)]
+    await asyncio.gather(*(daemon.controller.calls[c].done.wait() for c in spawned))
+    daemon.controller.tidy()
+    assert len(daemon.spooled()) == 6  # a client that lost its connection may ask again
+    monkeypatch.setattr("woodfrog.daemon.controller._FETCHED_S", -1.0)
+    daemon.controller.tidy()
+    assert daemon.spooled() == sorted(f"{c}.out" for c in spawned)
+    gone = await daemon.http.get(f"/calls/{fetched[0]}")
+    assert gone.status_code == 404 and "WOODFROG_KEEP_RESULTS_MIB" in error_of(gone)["message"]
+    # With little room they go below the limit, too; what nobody has fetched stays.
+    daemon.controller.settings = daemon.settings
+    assert len((await daemon.http.get(f"/calls/{spawned[0]}")).content) > 600 << 10
+    monkeypatch.setattr("woodfrog.daemon.controller._LITTLE_ROOM", 1 << 60)
+    daemon.controller.tidy()
+    assert daemon.spooled() == sorted(f"{c}.out" for c in spawned[1:])
+
+
 async def test_the_same_call_id_is_the_same_call(daemon: Daemon) -> None:
     ran: list[int] = []
     daemon.backend.functions = {**FUNCTIONS, "square": lambda x: ran.append(x) or x * x}

@@ -494,6 +494,14 @@ def test_a_daemon_that_is_older_than_its_code(daemon: Daemon, monkeypatch: pytes
     assert "older" not in run("app", "list").stderr  # once is enough for a program
 
 
+def test_daemon_logs_of_one_that_writes_elsewhere(daemon: Daemon, home: Path) -> None:
+    (home / "daemon.log").write_text("an earlier one's\n")
+    daemon.routes["GET /health"] = {**HEALTH, "pid": os.getpid()}
+    shown = run("daemon", "logs")
+    assert shown.stdout == "an earlier one's\n"
+    assert f"note: the daemon that runs (pid {os.getpid()}) does not write to {home}/daemon.log" in shown.stderr
+
+
 def test_daemon_logs_from_its_end(home: Path) -> None:
     (home / "daemon.log").write_text("one\ntwo\nthree\n")
     assert run("daemon", "logs").stdout == "one\ntwo\nthree\n"

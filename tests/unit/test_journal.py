@@ -17,6 +17,7 @@ import pytest
 from woodfrog.backends.connection import Payload
 from woodfrog.daemon import journal as module
 from woodfrog.daemon.journal import INLINE_BYTES, CallRow, Journal
+from woodfrog.daemon.room import Room
 from woodfrog.errors import OutputExpired, StoreError
 
 BIG = bytes(range(256)) * ((INLINE_BYTES // 256) + 1)
@@ -121,6 +122,25 @@ def test_sweep_and_prune(tmp_path: Path) -> None:
     assert bodies(tmp_path) == {"c1.in"}  # an unfinished one is never pruned
     assert journal.call("c2") is None and journal.call("c1") is not None
     assert journal.params("used") == b"used" and journal.params("unused") == b""
+
+
+def test_what_was_delivered_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(module.time, "time", lambda: clock[0])
+    journal = Journal(tmp_path)
+    for number in range(8):
+        clock[0] += 1
+        add(journal, f"c{number}")
+        finish(journal, f"c{number}", Payload(data=BIG))
+    one = journal.kept // 8
+    journal.mark_delivered(["c3", "c5", "c7", "nobody's"])
+    assert journal.prune(0.0, most=10 * one, spared=1005.0, delivered=1007.5) == []
+    # c7 is too new to go.
+    assert journal.prune(0.0, most=7 * one, spared=1005.0, delivered=1007.5) == ["c3"]
+    assert journal.prune(0.0, most=one, spared=1002.5, delivered=1007.5) == ["c5", "c0", "c1"]
+    assert journal.prune(1004.0, most=3 * one, spared=1007.0, delivered=1007.5) == ["c2"]
+    assert bodies(tmp_path) == {"c4.out", "c6.out", "c7.out"} and journal.kept == 3 * one
+    journal.close()
 
 
 def test_same_id_twice_harms_nothing(tmp_path: Path) -> None:
@@ -229,16 +249,16 @@ def test_failures_are_store_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     journal = Journal(tmp_path)
     add(journal, "c1")
     os.rename(tmp_path / "calls", tmp_path / "away")
-    with pytest.raises(StoreError, match="cannot keep a call's out"):
+    with pytest.raises(StoreError, match="cannot keep a call's result"):
         finish(journal, "c1", Payload(data=BIG))
     row = journal.call("c1")
     assert row is not None and row.outcome is None
-    with pytest.raises(StoreError, match="cannot keep a call's in"):
+    with pytest.raises(StoreError, match="cannot keep a call's arguments"):
         add(journal, "c2", Payload(data=BIG))
     assert journal.call("c2") is None
     os.rename(tmp_path / "away", tmp_path / "calls")
     journal._db.execute("PRAGMA query_only=1")
-    with pytest.raises(StoreError, match="journal cannot be used"):
+    with pytest.raises(StoreError, match=r"journal\.sqlite cannot be used"):
         add(journal, "c3", Payload(data=BIG))
     assert bodies(tmp_path) == set()
     journal.close()
@@ -277,15 +297,61 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
+def test_a_full_disk_is_no_end_while_there_is_a_reserve(tmp_path: Path) -> None:
+    home = tmp_path / "disk"
+    home.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "woodfrog-test", str(home)], check=True)
+    try:
+        room = Room(home)
+        room.take(0)
+        reserve = (home / "reserve").stat()
+        assert reserve.st_size == reserve.st_blocks * 512 == 16 << 20
+        journal = Journal(home, room)
+        add(journal, "c0")
+        finish(journal, "c0", Payload(data=os.urandom(100_000)))
+        (home / "volumes" / "data").mkdir(parents=True)
+        with open(home / "volumes" / "data" / "x", "wb", buffering=0) as f, pytest.raises(OSError, match="No space"):
+            while f.write(bytes(4096)):
+                pass
+        for number in range(1, 20):
+            add(journal, f"c{number}", Payload(data=os.urandom(100_000)))
+            finish(journal, f"c{number}")
+        assert journal.prune(time.time() + 1, most=0)[0] == "c0"
+        with pytest.raises(StoreError) as caught:
+            for number in range(100, 1000):
+                add(journal, f"c{number}", Payload(data=os.urandom(100_000)))
+        said = caught.value.message
+        assert caught.value.code == "disk-full" and str(home / "journal.sqlite") in said and "volume delete" in said
+        # The rest is for a start, when nothing runs that would take it.
+        assert (home / "reserve").stat().st_size == 4 << 20
+        asyncio.run(room.look())
+        with pytest.raises(StoreError, match=r"; it holds volumes \d MiB \(data \d MiB\), snapshots 0 MiB, results"):
+            add(journal, "again", Payload(data=os.urandom(100_000)))
+        journal.close()
+        room.give_all()
+        again = Journal(home, room)
+        add(again, "again")
+        again.close()
+        (home / "volumes" / "data" / "x").unlink()
+        room.take(1 << 20)
+        assert 0 < (home / "reserve").stat().st_size < 16 << 20 and 1 << 19 < room.free() < 2 << 20
+        room.take()
+        assert room.free() > 1 << 19  # not in the face of who needs it
+    finally:
+        subprocess.run(["umount", str(home)], check=True)
+
+
+@pytest.mark.root
 def test_no_room_to_bring_an_old_database_to_this_version_s_form(tmp_path: Path) -> None:
     home = tmp_path / "disk"
     home.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "woodfrog-test", str(home)], check=True)
     try:
         old = Journal(home)
-        for index in ("calls_submitted", "calls_params", "calls_kept"):
+        for index in ("calls_submitted", "calls_params", "calls_kept", "calls_delivered"):
             old._db.execute(f"DROP INDEX {index}")
         old._db.execute("ALTER TABLE calls DROP COLUMN size")
+        old._db.execute("ALTER TABLE calls DROP COLUMN delivered")
         old._db.execute("BEGIN")
         old._db.executemany(
             "INSERT INTO calls (id, app, version, tag, method, params_digest, encoding, submitted, finished)"
@@ -312,9 +378,10 @@ def test_no_room_to_bring_an_old_database_to_this_version_s_form(tmp_path: Path)
 def test_nothing_goes_through_all_calls(tmp_path: Path) -> None:
     """The event loop waits for each of these; also in a database that an earlier version made."""
     journal = Journal(tmp_path)
-    for index in ("calls_submitted", "calls_params", "calls_kept"):
+    for index in ("calls_submitted", "calls_params", "calls_kept", "calls_delivered"):
         journal._db.execute(f"DROP INDEX {index}")
     journal._db.execute("ALTER TABLE calls DROP COLUMN size")
+    journal._db.execute("ALTER TABLE calls DROP COLUMN delivered")
     journal._db.execute("CREATE INDEX calls_finished ON calls (finished) WHERE finished IS NOT NULL")
     journal.close()
     journal = Journal(tmp_path)
@@ -327,7 +394,8 @@ def test_nothing_goes_through_all_calls(tmp_path: Path) -> None:
     journal.unfinished()
     journal.result("c1")
     journal.live()
-    journal.prune(time.time() + 1)
+    journal.mark_delivered(["c1"])
+    journal.prune(time.time() + 1, most=1, spared=1.0, delivered=1.0)
     journal._db.set_trace_callback(None)
     plans = [(sql, row[3]) for sql in set(said) for row in journal._db.execute(f"EXPLAIN QUERY PLAN {sql}")]
     assert any("calls_params" in step for _, step in plans) and any("calls_submitted" in step for _, step in plans)

@@ -176,7 +176,7 @@ def test_errors_are_told_by_type_or_by_code() -> None:
 def test_the_daemon_gets_no_secrets_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     monkeypatch.setenv("WOODFROG_GPU", "none")
-    found = module._daemon_environ()
+    found = module.daemon_environ(Settings())
     assert "AWS_SECRET_ACCESS_KEY" not in found and found["WOODFROG_GPU"] == "none" and "PATH" in found
     json.dumps(found)
 

@@ -14,6 +14,7 @@ from typing import Any
 from woodfrog.errors import InstanceCrashed, StoreError
 from woodfrog.linux.sandbox import Sandbox, SandboxProcess
 from woodfrog.protocol import HEAD, SPOOL_BYTES, WORKER_SOCKET, ProtocolError, pack, parse_head, parse_header
+from woodfrog.store.files import FREE_SOME
 
 __all__ = ["Payload", "Reply", "WorkerConnection", "connect", "connect_now"]
 
@@ -160,7 +161,8 @@ class WorkerConnection:
                         os.ftruncate(fd, 0)
             if name is None or failure is not None:
                 why = failure.strerror if failure else ""
-                raise StoreError(f"cannot keep what the worker sent: {why}: {self._spool}", code="disk-full")
+                what = f"cannot keep what the worker sent: {why}: {self._spool}"
+                raise StoreError(f"{what}; {FREE_SOME}", code="disk-full")
             complete = True
             return Payload(path=Path(name))
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -120,6 +121,86 @@ def _is_zombie(pid: int) -> bool:
 
 
 @app.command()
+def install(
+    show: Annotated[bool, typer.Option("--print", help="Print the unit's file, and change nothing.")] = False,
+) -> None:
+    """Have systemd start the daemon, now and at every boot, with this program's WOODFROG_* variables."""
+    from woodfrog.sdk import systemd
+    from woodfrog.sdk.client import DAEMON, daemon_environ
+
+    config = settings.load()
+    text = systemd.unit_text(config, DAEMON)
+    if show:
+        sys.stdout.write(text)
+        return
+    unit, path = _service(config, "install")
+    variables = systemd.environment_text(daemon_environ(config))
+    with output.Progress() as progress:
+        if (old := _health()) is not None:
+            _end(old.get("pid"), 60.0, progress)
+        progress.say(f"starting {unit}")
+        config.home.mkdir(parents=True, exist_ok=True)
+        _write(config.home / systemd.ENVIRONMENT, variables, 0o600)
+        _write(path, text, 0o644)
+        _systemctl("daemon-reload")
+        _systemctl("enable", unit)
+        health = connect().health() or {}
+    output.note(f"installed {path}, with the variables in {config.home / systemd.ENVIRONMENT}: pid {health.get('pid')}")
+
+
+@app.command()
+def uninstall() -> None:
+    """Stop the daemon and take it from systemd again. The state directory stays."""
+    from woodfrog.sdk import systemd
+
+    config = settings.load()
+    unit, path = _service(config, "uninstall")
+    if not path.exists():
+        raise DaemonError(f"no {path}: nothing to uninstall", code="no-unit")
+    _systemctl("disable", "--now", unit)
+    path.unlink()
+    (config.home / systemd.ENVIRONMENT).unlink(missing_ok=True)
+    _systemctl("daemon-reload")
+    output.note(f"removed {path}")
+
+
+def _service(config: settings.Settings, verb: str) -> tuple[str, Path]:
+    """The unit's name and file.
+
+    Raises:
+        HostError: systemd does not run here, or this is not root.
+    """
+    from woodfrog.sdk import systemd
+
+    if os.geteuid() != 0:
+        raise HostError(f"this needs root: run `sudo woodfrog daemon {verb}`", code="not-root")
+    if config.host:
+        raise DaemonError(f"the daemon at {config.host} (WOODFROG_HOST) is not this machine's", code="no-daemon")
+    if not systemd.runs():
+        raise HostError(
+            "systemd does not run here: have this machine's init system run `woodfrogd`, which stays in the foreground",
+            code="no-systemd",
+        )
+    return systemd.unit_name(config), systemd.unit_path(config)
+
+
+def _write(path: Path, text: str, mode: int) -> None:
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode), "w") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(text)
+    except OSError as e:
+        raise HostError(f"{path}: {e.strerror}", code="no-unit") from None
+
+
+def _systemctl(*arguments: str) -> None:
+    done = subprocess.run(["systemctl", *arguments], capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        why = " ".join(done.stderr.split())
+        raise DaemonError(f"systemctl {' '.join(arguments)} failed: {why}", code="systemd")
+
+
+@app.command()
 def status(as_json: Json = False) -> None:
     """Tell whether the daemon runs. Exit status 3 when it does not."""
     from woodfrog.sdk.client import outdated
@@ -146,6 +227,8 @@ def logs(
 ) -> None:
     """Print the daemon's own log."""
     path = settings.load().home / "daemon.log"
+    if elsewhere := _writes_elsewhere(path):
+        output.note(f"note: {elsewhere}")
     try:
         with contextlib.ExitStack() as opened:
             file = opened.enter_context(path.open(errors="replace"))
@@ -167,3 +250,18 @@ def logs(
         raise DaemonError(f"no log at {path}: the daemon has not run here yet", code="no-daemon-log") from None
     except OSError as e:
         raise WoodfrogError(f"{path}: {e.strerror}", code="daemon-log") from None
+
+
+def _writes_elsewhere(path: Path) -> str:
+    """Whether the daemon that runs now writes its log to another place, as under an init system."""
+    from woodfrog.sdk import systemd
+
+    with contextlib.suppress(WoodfrogError, OSError):
+        pid = (_health() or {}).get("pid")
+        if isinstance(pid, int):
+            target = os.stat(f"/proc/{pid}/fd/2")
+            if not (path.exists() and os.path.samestat(target, os.stat(path))):
+                unit = systemd.unit_of(Path(f"/proc/{pid}/cgroup").read_text())
+                where = f"`journalctl -u {unit}` shows it" if unit else "ask what started it"
+                return f"the daemon that runs (pid {pid}) does not write to {path}, which is an earlier one's: {where}"
+    return ""

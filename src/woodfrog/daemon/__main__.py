@@ -39,6 +39,7 @@ from woodfrog.daemon.controller import Controller
 from woodfrog.daemon.journal import Journal
 from woodfrog.daemon.logs import LogBook, rotate_own
 from woodfrog.daemon.resources import Resources
+from woodfrog.daemon.room import Room
 from woodfrog.daemon.shm import claim, sweep
 from woodfrog.errors import DaemonError, HostError, SpecError, WoodfrogError
 from woodfrog.linux import descriptors, heap, requirements
@@ -64,6 +65,8 @@ log = logging.getLogger("woodfrog")
 _TIDY_S = 15.0
 _LEAVE_S = 5.0
 _OWN_LOG = 16 << 20
+_ROOM_LEFT = 1 << 20
+"""What a start leaves free on a full disk, of what it was given."""
 EVERYTHING_MIB = 1 << 40
 
 
@@ -94,8 +97,9 @@ def _prepare_home(settings: Settings) -> int:
     except BlockingIOError:
         pid = os.pread(fd, 32, 0).decode(errors="replace").strip() or "?"
         raise DaemonError(f"a daemon runs already for {home} (pid {pid})", code="already-running") from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    with contextlib.suppress(OSError):  # it is for people, and a full disk has no room for it
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
 
 
@@ -208,12 +212,14 @@ async def serve(settings: Settings) -> None:
     heap.confine()
     descriptors.raise_limit()
     _prepare_home(settings)
+    room = Room(settings.home)
+    room.give_all()
     faults.configure(settings.faults)
     criu, settings = _check_host(settings)
     if keep_quick() is None:  # it lives as long as this process
         log.info("no performance counters here: each restore waits some 15 ms for the kernel to switch breakpoints on")
     run_id = uuid.uuid4().hex[:6]
-    journal = Journal(settings.home)
+    journal = Journal(settings.home, room)
     content = ContentStore(settings.home, settings.worker_uid)
     logs = LogBook(settings.home / "logs", settings.log_mib << 20)
     resources = Resources(settings, content)
@@ -295,6 +301,7 @@ async def serve(settings: Settings) -> None:
     if tcp is not None:
         server(TokenAuth(api, settings.token), tcp)
 
+    room.take(_ROOM_LEFT)
     controller.recover()
     gc.collect()
     gc.freeze()  # what has been loaded stays: no collection has to go through it again while calls wait
@@ -309,7 +316,8 @@ async def serve(settings: Settings) -> None:
         cls.digest[:12],
     )
     running = [asyncio.ensure_future(s.serve(sockets=[sock])) for s, sock in servers]
-    tidy = asyncio.ensure_future(_tidy(controller, settings.home / "daemon.log"))
+    _tell_ready()
+    tidy = asyncio.ensure_future(_tidy(controller, room, settings.home / "daemon.log"))
     try:
         await asyncio.wait([asyncio.ensure_future(down.wait()), *running], return_when=asyncio.FIRST_COMPLETED)
         log.info("stopping")
@@ -326,17 +334,29 @@ async def serve(settings: Settings) -> None:
         threading.Thread(target=_leave_in, args=(_LEAVE_S,), daemon=True).start()
 
 
+def _tell_ready() -> None:
+    """Tell systemd, where that has started it (sd_notify): the sockets listen, and what connects is served."""
+    address = os.environ.pop("NOTIFY_SOCKET", "")
+    if address:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
+            s.sendto(b"READY=1", f"\0{address[1:]}" if address.startswith("@") else address)
+
+
 def _leave_in(seconds: float) -> None:
     time.sleep(seconds)
     logging.shutdown()
     os._exit(0)
 
 
-async def _tidy(controller: Controller, own_log: Path) -> None:
+async def _tidy(controller: Controller, room: Room, own_log: Path) -> None:
     while True:
         await asyncio.sleep(_TIDY_S)
         controller.tidy()
-        with contextlib.suppress(OSError):  # it grows on, and is tried again
+        with contextlib.suppress(OSError):  # each is tried again
+            room.take()
+        with contextlib.suppress(OSError):
+            await room.look()
+        with contextlib.suppress(OSError):
             rotate_own(own_log, _OWN_LOG)
 
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from woodfrog.snapshot.compat import WorkerClass, explain_mismatch
 from woodfrog.snapshot.manifest import Manifest
 from woodfrog.spec import function_key, split_tag, to_dict
 from woodfrog.store.content import ContentStore
+from woodfrog.store.files import store_error
 from woodfrog.telemetry import counters
 
 __all__ = ["TokenAuth", "build"]
@@ -132,7 +134,7 @@ async def _body(request: Request, spool: Path) -> Payload:
             file[0].close()
             file[1].unlink(missing_ok=True)
         if isinstance(e, OSError):
-            raise StoreError(f"cannot take the payload: {e.strerror}", code="disk-full") from e
+            raise store_error("cannot take the payload", spool / "payload", e) from e
         raise
 
 
@@ -149,17 +151,38 @@ async def _small_body(request: Request) -> bytes:
     return bytes(data)
 
 
-def _answer(record: CallRecord) -> Response:
+class _File(FileResponse):
+    """A large answer; `sent` is told when all of it has gone out."""
+
+    chunk_size = 1 << 20  # each is read in a thread
+
+    def __init__(self, path: Path, sent: Callable[[], None], **more: Any) -> None:
+        super().__init__(path, **more)
+        self._sent = sent
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def watched(message: MutableMapping[str, Any]) -> None:
+            await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                self._sent()
+
+        await super().__call__(scope, receive, watched)
+
+
+def _answer(record: CallRecord, fetched: Callable[[str], None]) -> Response:
     headers = {"Woodfrog-Call": record.row.id, "Woodfrog-Status": record.outcome or "pending"}
     if record.outcome is None:
         return Response(status_code=202, headers=headers)
+    if record.result.path is None or record.row.encoding == "json":
+        fetched(record.row.id)
     if record.outcome in ("success", "exception"):
         if record.row.encoding == "json":
             if record.outcome == "exception":
                 return _Json({"error": record.error}, headers=headers)
             return Response(record.result.read(), media_type="application/json", headers=headers)
         if record.result.path is not None:
-            return FileResponse(record.result.path, media_type="application/octet-stream", headers=headers)
+            sent = partial(fetched, record.row.id)
+            return _File(record.result.path, sent, media_type="application/octet-stream", headers=headers)
         return Response(record.result.data, media_type="application/octet-stream", headers=headers)
     return _Json({"error": failure_of(record).to_dict()}, headers=headers)
 
@@ -267,7 +290,8 @@ def build(
             seconds = f"{settings.keep_results_s:.0f}"
             text = f"no call {call_id!r}; results are kept for {seconds} s (WOODFROG_KEEP_RESULTS_S)"
             if settings.keep_results_mib:
-                text += f", the newest {settings.keep_results_mib} MiB of them (WOODFROG_KEEP_RESULTS_MIB)"
+                text += f", {settings.keep_results_mib} MiB of them (WOODFROG_KEEP_RESULTS_MIB)"
+            text += "; where the disk has little room, those that were fetched go earlier"
             raise NotFoundError(text, call=call_id)
         return record
 
@@ -481,7 +505,7 @@ def build(
             if payload.path is not None:  # the journal has moved it, or nobody wants it
                 payload.path.unlink(missing_ok=True)
         await _wait(record.done, wait)
-        return _answer(record)
+        return _answer(record, controller.fetched)
 
     @api.get("/v1/calls")
     async def recent_calls(limit: int = Query(50, ge=1, le=1000)) -> dict[str, Any]:
@@ -491,7 +515,7 @@ def build(
     async def get_call(call_id: str, wait: float = 0.0) -> Response:
         record = call_of(call_id)
         await _wait(record.done, wait)
-        return _answer(record)
+        return _answer(record, controller.fetched)
 
     @api.get("/v1/calls/{call_id}/items")
     async def items(call_id: str, after: int = Query(0, ge=0), wait: float = 0.0) -> Response:

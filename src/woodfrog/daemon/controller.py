@@ -54,7 +54,12 @@ _CLIENT_LOST_S = _EPHEMERAL_TTL_S + 60.0
 """How long the client of a run may be silent while a call is under way. Its last word may be a minute old when it is
 suspended: one that is back within 5 minutes has lost nothing."""
 _SPARED_S = 3600.0
-"""Results younger than that are kept, however many they are."""
+"""Results that nobody has fetched are kept for so long, however many they are."""
+_FETCHED_S = 120.0
+"""And fetched ones for so long: a client that lost its connection may ask again."""
+_FETCHED_AT_ONCE = 500
+_LITTLE_ROOM = 256 << 20
+"""With less on the disk, fetched results go."""
 _RUNS_AT_ONCE = 20
 _MANY = 100
 """So many calls may have left much memory."""
@@ -202,6 +207,8 @@ class Controller:
         self._answers: dict[str, int] = {}
         """Sizes of the answers in memory, the oldest first."""
         self._answer_bytes = 0
+        self._fetched: list[str] = []
+        """Calls whose answers have been delivered, that the journal has not been told of."""
         self.instances: dict[str, InstanceInfo] = {}
         self.apps: dict[tuple[str, int], tuple[DeployRow, AppSpec]] = {}
         self.active: dict[str, int] = {}
@@ -1047,10 +1054,28 @@ class Controller:
             except Exception:  # what is left undone now is done the next time
                 log.exception("housekeeping")
 
+    def fetched(self, call_id: str) -> None:
+        """A client has got the answer: it is among the first to go where results take too much."""
+        self._fetched.append(call_id)
+        if len(self._fetched) >= _FETCHED_AT_ONCE:
+            self._tell_fetched()
+
+    def _tell_fetched(self) -> None:
+        calls, self._fetched = self._fetched, []
+        if calls:
+            try:
+                self.journal.mark_delivered(calls)
+            except StoreError as e:  # they stay for longer
+                log.error("%s", e.message)
+
     def _forget_results(self) -> None:
+        self._tell_fetched()
         now = time.time()
-        most = self.settings.keep_results_mib << 20
-        for call_id in self.journal.prune(now - self.settings.keep_results_s, most, now - _SPARED_S):
+        before, most = now - self.settings.keep_results_s, self.settings.keep_results_mib << 20
+        gone = self.journal.prune(before, most, now - _SPARED_S, now - _FETCHED_S)
+        if self.journal.room.free() < _LITTLE_ROOM:
+            gone += self.journal.prune(0.0, 1, 0.0, now - _FETCHED_S)
+        for call_id in gone:
             self._forget_call(call_id)
 
     def _forget_calls(self) -> None:
@@ -1135,6 +1160,7 @@ class Controller:
         if self._wake is not None:
             self._wake.cancel()
         await self.backend.close()
+        self._tell_fetched()
         for record in self.calls.values():
             if record.unwritten:
                 self._write_failure(record)

@@ -12,11 +12,13 @@ import json
 import os
 import sqlite3
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from woodfrog.backends.connection import Payload
+from woodfrog.daemon.room import Room
 from woodfrog.errors import OutputExpired, StoreError
 
 __all__ = ["INLINE_BYTES", "CallRow", "DeployRow", "Journal"]
@@ -32,7 +34,8 @@ CREATE TABLE IF NOT EXISTS params (digest TEXT PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS calls (
     id TEXT PRIMARY KEY, app TEXT NOT NULL, version INTEGER NOT NULL, tag TEXT NOT NULL, method TEXT NOT NULL,
     params_digest TEXT NOT NULL, encoding TEXT NOT NULL, payload BLOB, submitted REAL NOT NULL,
-    finished REAL, outcome TEXT, error TEXT, result BLOB, trace TEXT, size INTEGER NOT NULL DEFAULT 0
+    finished REAL, outcome TEXT, error TEXT, result BLOB, trace TEXT, size INTEGER NOT NULL DEFAULT 0,
+    delivered INTEGER NOT NULL DEFAULT 0
 );
 """
 _INDEXES = """
@@ -40,6 +43,7 @@ CREATE INDEX IF NOT EXISTS deploys_live ON deploys (app, version) WHERE stopped 
 CREATE INDEX IF NOT EXISTS deploys_runs ON deploys (stopped) WHERE ephemeral AND stopped IS NOT NULL;
 CREATE INDEX IF NOT EXISTS calls_open ON calls (finished) WHERE finished IS NULL;
 CREATE INDEX IF NOT EXISTS calls_kept ON calls (finished, size) WHERE finished IS NOT NULL;
+CREATE INDEX IF NOT EXISTS calls_delivered ON calls (finished, size) WHERE delivered;
 DROP INDEX IF EXISTS calls_finished;
 CREATE INDEX IF NOT EXISTS calls_submitted ON calls (submitted);
 CREATE INDEX IF NOT EXISTS calls_params ON calls (params_digest) WHERE params_digest != '';
@@ -104,7 +108,9 @@ class Journal:
         """Whether a daemon ran there before."""
         return (home / _FILE).exists()
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, room: Room | None = None) -> None:
+        self._home = home
+        self.room = room or Room(home)
         self.bodies = home / "calls"
         self.bodies.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = home / _FILE
@@ -133,17 +139,27 @@ class Journal:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.executescript(_SCHEMA)
-        if "size" not in [row[1] for row in self._db.execute("PRAGMA table_info(calls)")]:
-            self._db.execute("ALTER TABLE calls ADD COLUMN size INTEGER NOT NULL DEFAULT 0")
+        there = {row[1] for row in self._db.execute("PRAGMA table_info(calls)")}
+        for column in ("size", "delivered"):
+            if column not in there:
+                self._db.execute(f"ALTER TABLE calls ADD COLUMN {column} INTEGER NOT NULL DEFAULT 0")
         self._db.executescript(_INDEXES)
         self.kept = int(self._db.execute("SELECT total(size) FROM calls WHERE finished IS NOT NULL").fetchone()[0])
         """Bytes that finished calls take."""
 
     def _execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
-        try:
-            return self._db.execute(sql, values)
-        except sqlite3.Error as e:
-            raise StoreError(f"the daemon's journal cannot be used: {e}", code="journal") from e
+        while True:
+            alone = False
+            try:
+                alone = not self._db.in_transaction  # else all of it is to be done again
+                return self._db.execute(sql, values)
+            except sqlite3.Error as e:
+                path = self._home / _FILE
+                if not _is_full(self._home, e):
+                    raise StoreError(f"the daemon's journal {path} cannot be used: {e}", code="journal") from e
+                if not (alone and self.room.give()):
+                    text = f"no space left for the daemon's journal {path}: {self.room.remedy}"
+                    raise StoreError(text, code="disk-full") from e
 
     def _sweep(self) -> None:
         """Remove body files that no row owns (half-written when the daemon was killed), and arguments of finished
@@ -218,10 +234,10 @@ class Journal:
                 path.write_bytes(payload.read())
         except OSError as e:
             self._drop(path)
-            full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise StoreError(
-                f"cannot keep a call's {kind}: {e.strerror}: {path}", code="disk-full" if full else None
-            ) from e
+            what = f"cannot keep a call's {'arguments' if kind == 'in' else 'result'}"
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreError(f"{what}: {e.strerror}: {path}; {self.room.remedy}", code="disk-full") from e
+            raise StoreError(f"{what}: {e.strerror}: {path}") from e
         return None
 
     @staticmethod
@@ -322,40 +338,69 @@ class Journal:
             CallRow(*(*r[:10], json.loads(r[10]) if r[10] else None, json.loads(r[11]) if r[11] else [])) for r in rows
         ]
 
-    def prune(self, before: float, most: int = 0, spared: float = 0.0) -> list[str]:
+    def mark_delivered(self, calls: Sequence[str]) -> None:
+        """Their clients have got the answers."""
+        with self._at_once():
+            for call_id in calls:
+                self._execute("UPDATE calls SET delivered = 1 WHERE id = ? AND NOT delivered", call_id)
+
+    def prune(self, before: float, most: int = 0, spared: float = 0.0, delivered: float = 0.0) -> list[str]:
         """Forget finished calls, the oldest first; returns the ids of those that went. What is left for want of time
         goes the next time.
 
         Args:
             before: those finished before it go (Unix time).
             most: beyond so many bytes of them others go as well; 0 = no limit.
-            spared: but not those that finished after it (Unix time).
+            delivered: first those with delivered answers that finished before it (Unix time).
+            spared: then the rest, but not those that finished after it (Unix time).
         """
-        oldest = "SELECT id, size, finished, result IS NULL FROM calls WHERE finished < ? ORDER BY finished LIMIT ?"
-        gone = []
+        gone: dict[str, None] = {}
         left = self.kept
-        rows = self._execute(oldest, max(before, spared if most else 0.0), _PRUNED_AT_ONCE).fetchall()
-        for call_id, size, finished, in_file in rows:
-            if finished >= before and left <= most:
+        for kind, limit, over in (("", before, False), ("delivered AND", delivered, True), ("", spared, True)):
+            if over and (not most or left <= most):
                 break
-            gone.append(call_id)
-            left -= size
-            if in_file:
-                # Before its row: on a full disk there is no room to delete rows in until something has gone.
-                self._drop(self.bodies / f"{call_id}.out")
+            rows = self._execute(
+                "SELECT id, size, result IS NULL FROM calls"
+                f" WHERE {kind} finished IS NOT NULL AND finished < ? ORDER BY finished LIMIT ?",
+                *(limit, _PRUNED_AT_ONCE),
+            )
+            for call_id, size, in_file in rows.fetchall():
+                if over and left <= most:
+                    break
+                if call_id in gone:
+                    continue
+                gone[call_id] = None
+                left -= size
+                if in_file:
+                    # Before its row: on a full disk there is no room to delete rows in until something has gone.
+                    self._drop(self.bodies / f"{call_id}.out")
         if gone:
-            self._execute("BEGIN")
-            try:
-                for call_id in gone:
-                    self._execute("DELETE FROM calls WHERE id = ?", call_id)
-                self._execute(
-                    "DELETE FROM params WHERE NOT EXISTS"
-                    " (SELECT 1 FROM calls WHERE params_digest = params.digest AND params_digest != '')"
-                )
-                self._execute("COMMIT")
-            except StoreError:
-                with contextlib.suppress(sqlite3.Error):
-                    self._db.execute("ROLLBACK")  # it may have been rolled back by itself
-                raise
+            while True:
+                try:
+                    self._remove(gone)
+                    break
+                except StoreError as e:
+                    if e.code != "disk-full" or not self.room.give():
+                        raise
             self.kept = left
-        return gone
+        return list(gone)
+
+    def _remove(self, calls: Iterable[str]) -> None:
+        with self._at_once():
+            for call_id in calls:
+                self._execute("DELETE FROM calls WHERE id = ?", call_id)
+            self._execute(
+                "DELETE FROM params WHERE NOT EXISTS"
+                " (SELECT 1 FROM calls WHERE params_digest = params.digest AND params_digest != '')"
+            )
+
+    @contextlib.contextmanager
+    def _at_once(self) -> Iterator[None]:
+        self._execute("BEGIN")
+        try:
+            yield
+            self._execute("COMMIT")
+        except StoreError:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")  # it may have been rolled back by itself
+            raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import tempfile
@@ -18,11 +19,13 @@ from starlette.types import Receive, Scope, Send
 from woodfrog.backends.base import Progress, SnapshotKeeper
 from woodfrog.daemon.controller import Controller
 from woodfrog.daemon.jobs import Job, Jobs
-from woodfrog.errors import HostError, NotFoundError, SpecError
+from woodfrog.errors import HostError, NotFoundError, SpecError, StoreError
 from woodfrog.snapshot.catalogue import PINNED, Catalogue
 from woodfrog.store.files import store_error, write_atomic
 
 __all__ = ["ADMIN", "add_routes"]
+
+log = logging.getLogger("woodfrog")
 
 ADMIN = "admin"
 """Below `<home>/keys`, for root's eyes only: who sends what is in it may do what only root may."""
@@ -36,10 +39,17 @@ class _Admin:
 
     def __init__(self, path: Path) -> None:
         self._secret = secrets.token_hex(32)
+        self._unwritten: StoreError | None = None
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomic(path, self._secret.encode())
+        try:
+            write_atomic(path, self._secret.encode())
+        except StoreError as e:  # on a full disk a daemon has to start, to make room
+            self._unwritten = e
+            log.warning("keys cannot be trusted, nor distrusted, until the daemon is started again: %s", e.message)
 
     def check(self, request: Request) -> None:
+        if self._unwritten is not None:
+            raise self._unwritten
         given = request.headers.get("woodfrog-admin", "")
         if not secrets.compare_digest(given.encode(), self._secret.encode()):
             raise HostError("only root on the daemon's machine may change whom it trusts: use sudo", code="not-root")

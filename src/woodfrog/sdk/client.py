@@ -23,10 +23,11 @@ import httpcore
 
 from woodfrog import errors, protocol
 from woodfrog.errors import DaemonError, HostError, SpecError, WoodfrogError
+from woodfrog.sdk import systemd
 from woodfrog.sdk.checks import note
 from woodfrog.settings import Settings, load
 
-__all__ = ["Client", "Reply", "connect", "outdated", "segment", "start_daemon"]
+__all__ = ["Client", "Reply", "connect", "daemon_environ", "outdated", "segment", "start_daemon"]
 
 RECONNECT_S = 60.0
 """How long a lost daemon is waited for."""
@@ -40,6 +41,7 @@ START_S = 30.0
 """How long a daemon may take from its start to its first answer."""
 END_S = 60.0
 """How long one may take to its end that has nothing to do any more."""
+DAEMON = [sys.executable, "-P", "-m", "woodfrog.daemon"]
 _PIECE = 256 << 10
 """A request's body is handed to the connection in pieces of this size."""
 _TEMPORARY = (httpcore.NetworkError, httpcore.TimeoutException, httpcore.RemoteProtocolError)
@@ -579,7 +581,7 @@ def _end(client: Client, gone: str, timeout: float = END_S) -> None:
 def start_daemon(client: Client, *, command: list[str] | None = None, timeout: float = START_S) -> None:
     """Start a daemon for the client's settings, and wait until it answers. Several at once start one.
 
-    One whose own code is gone is ended first.
+    One whose own code is gone is ended first. Where it is installed as a service of systemd's, that is started.
 
     Raises:
         HostError: not root.
@@ -600,7 +602,10 @@ def start_daemon(client: Client, *, command: list[str] | None = None, timeout: f
             deadline = time.monotonic() + timeout
         elif found is not None:
             return
-        command = command or [sys.executable, "-P", "-m", "woodfrog.daemon"]
+        if command is None and systemd.installed(settings):
+            _start_unit(client, systemd.unit_name(settings), deadline)
+            return
+        command = command or [*systemd.apart(), *DAEMON]
         with open(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600), "ab") as out:
             begin = out.tell()
             process = subprocess.Popen(
@@ -609,7 +614,7 @@ def start_daemon(client: Client, *, command: list[str] | None = None, timeout: f
                 stdout=out,
                 stderr=out,
                 cwd="/",
-                env={**_daemon_environ(), "WOODFROG_HOME": str(settings.home)},
+                env=daemon_environ(settings),
                 start_new_session=True,
             )
         ended: float | None = None
@@ -660,10 +665,31 @@ def _start_lock(home: Path, deadline: float) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _daemon_environ() -> dict[str, str]:
+def _start_unit(client: Client, unit: str, deadline: float) -> None:
+    try:
+        done = subprocess.run(
+            ["systemctl", "start", unit],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=max(1.0, deadline - time.monotonic()),
+        )
+        why = "" if done.returncode == 0 else " ".join(done.stderr.split())
+    except subprocess.TimeoutExpired:
+        why = "it takes too long"
+    while not why and client.health(timeout=1.0) is None:
+        if time.monotonic() > deadline:
+            why = "it does not answer"
+        time.sleep(0.05)
+    if why:
+        raise DaemonError(f"{unit} did not start: {why}; `journalctl -u {unit}` says more", code="daemon-start")
+
+
+def daemon_environ(settings: Settings) -> dict[str, str]:
     """What the daemon needs of this environment; the rest (the user's keys and tokens) is none of its business."""
     keep = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_HOME")
-    return {k: v for k, v in os.environ.items() if k in keep or k.startswith(("WOODFROG_", "PYTHON", "LC_"))}
+    found = {k: v for k, v in os.environ.items() if k in keep or k.startswith(("WOODFROG_", "PYTHON", "LC_"))}
+    return {**found, "WOODFROG_HOME": str(settings.home)}
 
 
 def _tail(log: Path, begin: int, lines: int = 15) -> str:

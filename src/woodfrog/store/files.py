@@ -12,14 +12,29 @@ from pathlib import Path
 
 from woodfrog.errors import StoreError
 
-__all__ = ["Member", "fsync_dir", "fsync_tree", "remove_tree", "sha256_file", "store_error", "write_atomic"]
+__all__ = [
+    "FREE_SOME",
+    "Member",
+    "fsync_dir",
+    "fsync_tree",
+    "remove_tree",
+    "sha256_file",
+    "store_error",
+    "write_atomic",
+]
+
+FREE_SOME = (
+    "free some (`woodfrog volume rm`, `woodfrog volume delete`, `woodfrog snapshot gc --rebuilt`, "
+    "`woodfrog snapshot invalidate`)"
+)
+"""What makes room in a state directory."""
 
 
 def store_error(what: str, path: Path, error: OSError) -> StoreError:
     """One line that says what could not be stored, where and why."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreError(
-            f"{what}: no space left at {path.parent}; free some or set WOODFROG_HOME to a larger disk",
+            f"{what}: no space left at {path.parent}; {FREE_SOME} or set WOODFROG_HOME to a larger disk",
             code="disk-full",
             path=str(path),
         )

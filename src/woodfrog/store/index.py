@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from woodfrog.errors import StoreError
-from woodfrog.store.files import store_error
+from woodfrog.store.files import FREE_SOME, store_error
 
 __all__ = ["BrokenIndex", "Identity", "Index", "identity", "is_alive", "page_key"]
 
@@ -173,7 +173,7 @@ class Index:
     def _error(self, e: Exception) -> StoreError:
         if getattr(e, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
             return StoreError(
-                f"cannot write {self.path}: no space left; free some or set WOODFROG_HOME to a larger disk",
+                f"cannot write {self.path}: no space left; {FREE_SOME} or set WOODFROG_HOME to a larger disk",
                 code="disk-full",
                 path=str(self.path),
             )
