@@ -634,3 +634,57 @@ def test_ctrl_c_cancels_the_call(daemon: FakeDaemon, tmp_path: Path) -> None:
     assert process.returncode != 0 and "KeyboardInterrupt" in errors
     assert [c.status for c in daemon.calls.values() if c.tag == "wait_long"] == ["cancelled"]
     assert not any(a.startswith("waits-") for a in daemon.apps)
+
+
+FORKS = """
+import asyncio, multiprocessing, os, sys, threading, time
+import woodfrog
+from woodfrog.sdk import client
+
+app = woodfrog.App("forks")
+
+@app.function()
+def echo(x):
+    return x
+
+@app.function()
+def forever():
+    while True:
+        yield 0
+
+async def several(numbers):
+    return await asyncio.gather(*(echo.remote.aio(n) for n in numbers))
+
+def work(k):
+    numbers = [k * 1000 + i for i in range(8)]
+    return [echo.remote(n) for n in numbers] == numbers == asyncio.run(several(numbers)) == list(echo.map(numbers))
+
+def hold(lock):
+    with lock:
+        time.sleep(1)
+
+if __name__ == "__main__":
+    with app.run():
+        assert work(9)
+        items = forever.remote_gen()
+        next(items)
+        for lock in (client._lock, app.reach("echo")[0]._starting):
+            threading.Thread(target=hold, args=(lock,), daemon=True).start()
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            assert pool.map(work, range(2), 1) == [True] * 2
+        if not (pid := os.fork()):
+            client.connect()
+            sys.exit(0 if work(5) else 3)  # leaves the block, and the loop
+        assert os.waitpid(pid, 0)[1] == 0
+        assert work(10) and next(items) == 0
+        items.close()
+"""
+
+
+def test_processes_after_a_fork_get_their_own_answers(daemon: FakeDaemon, tmp_path: Path) -> None:
+    (tmp_path / "forks.py").write_text(FORKS)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "forks.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not any(a.startswith("forks-") for a in daemon.apps)

@@ -373,6 +373,7 @@ class RunningApp:
         self._app, self._detach = app, detach
         self._logs: threading.Thread | None = None
         self._over: threading.Event | None = None
+        self._process = os.getpid()
 
     def __enter__(self) -> App:
         app = self._app
@@ -409,7 +410,7 @@ class RunningApp:
         running, self._app._running = self._app._running, None
         if self._over is not None:
             self._over.set()
-        if running is None or self._detach:
+        if running is None or self._detach or os.getpid() != self._process:  # a forked child leaves its copy
             return
         client, name = running
         with contextlib.suppress(NotFoundError):

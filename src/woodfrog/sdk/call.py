@@ -7,6 +7,7 @@ import base64
 import contextlib
 import contextvars
 import json
+import os
 import queue
 import threading
 import time
@@ -71,6 +72,7 @@ class Call:
     def __init__(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.id = uuid4().hex
         self.target = target
+        self._process = os.getpid()
         self._body = payload.dumps_arguments(args, kwargs, target.tag)
         self._cancelled = False
         self._over = False
@@ -107,7 +109,12 @@ class Call:
             self._over = True
 
     def cancel(self) -> None:
-        """Cancel from any thread; also a call that is on its way to the daemon, and may arrive after this."""
+        """Cancel from any thread; also a call that is on its way to the daemon, and may arrive after this.
+
+        Not from a forked child, which leaves its copy of a loop or a map behind while the parent goes on with its own.
+        """
+        if os.getpid() != self._process:
+            return
         self._cancelled = True
         deadline = time.monotonic() + (0.2 if self._over else CANCEL_S)
         with self.target.client.apart(CANCEL_S) as client:
@@ -233,6 +240,14 @@ def _threads() -> ThreadPoolExecutor:
     if _aio_pool is None:
         _aio_pool = ThreadPoolExecutor(256, thread_name_prefix="woodfrog-aio")
     return _aio_pool
+
+
+def _after_fork() -> None:
+    global _aio_pool
+    _aio_pool = None  # its threads are the parent's
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 async def _run_in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:

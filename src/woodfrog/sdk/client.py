@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -151,8 +152,11 @@ def error_from_answer(data: Any, fallback: str) -> WoodfrogError:
     return errors.error_from_dict(error)
 
 
+_all_clients: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
 class Client:
-    """Speaks to one daemon. Safe to use from many threads.
+    """Speaks to one daemon. Safe to use from many threads, and on both sides of a fork.
 
     Args:
         settings: where the daemon is (`host` and `token`, or the socket in `home`).
@@ -168,16 +172,22 @@ class Client:
         self.on_lost: Callable[[str], None] = lambda text: note(f"daemon-lost-{time.monotonic()}", text)
         """Told, in words, what is waited for when the daemon is away."""
         self._told = False
-        self._starting = threading.Lock()
         self._base = "http://woodfrog"
         self._headers = {"accept": "*/*", "accept-encoding": "identity", "user-agent": "woodfrog"}
         if settings.host:
             self._base = _address(settings.host)
             if settings.token:
                 self._headers["authorization"] = f"Bearer {settings.token}"
+        self._begin()
+        _all_clients.add(self)
+
+    def _begin(self) -> None:
+        """With connections and locks of this process's own. Its parent's would carry the answers to others' calls, and
+        a lock that one of its threads held at the fork would never be free here."""
+        self._starting = threading.Lock()
         # Without httpx above it, which is slow to import and a quarter of a small call.
         self._pool = httpcore.ConnectionPool(
-            uds=None if settings.host else str(settings.socket),
+            uds=None if self.settings.host else str(self.settings.socket),
             max_connections=None,
             max_keepalive_connections=64,
             keepalive_expiry=30,
@@ -498,8 +508,18 @@ def _no_permission(where: str) -> HostError:
     )
 
 
-_clients: dict[tuple[int, Settings], Client] = {}
+_clients: dict[Settings, Client] = {}
 _lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+    for client in _all_clients:
+        client._begin()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def connect(settings: Settings | None = None, *, start: bool = True) -> Client:
@@ -510,9 +530,8 @@ def connect(settings: Settings | None = None, *, start: bool = True) -> Client:
         DaemonError: the daemon does not answer, or could not be started; with the end of its log.
     """
     settings = settings or load()
-    key = (os.getpid(), settings)  # A forked child must not share its parent's connections.
     with _lock:
-        client = _clients.get(key) or Client(settings)
+        client = _clients.get(settings) or Client(settings)
         found = client.health()
         gone = _gone(found)
         if found is None or (gone and start):
@@ -529,7 +548,7 @@ def connect(settings: Settings | None = None, *, start: bool = True) -> Client:
             start_daemon(client)
         elif start and (old := outdated(found)):
             note("daemon-outdated", old)
-        _clients[key] = client
+        _clients[settings] = client
         return client
 
 
