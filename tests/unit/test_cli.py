@@ -130,6 +130,22 @@ def test_logs_go_where_they_were_written(daemon: Daemon) -> None:
     assert run("app", "logs", "demo", "--since", "soon").exit_code == 2
 
 
+def test_who_follows_a_log_goes_on_with_the_next_daemon(daemon: Daemon) -> None:
+    def answer(lines: list[dict[str, Any]], breaks_off: bool = False) -> Answer:
+        body = "".join(json.dumps({**line, "n": n}) + "\n" for n, line in enumerate(lines, 4)).encode()
+        return Answer(body, breaks_off=breaks_off)
+
+    daemon.routes["GET /apps/demo/logs"] = [answer(LINES[:1], breaks_off=True), answer([], breaks_off=True), answer([])]
+    assert run("app", "logs", "demo", "-f", "--since", "5").stdout == "out\n"
+    queries = [r.query for r in daemon.seen("GET /apps/demo/logs")]
+    assert queries == ["follow=1&since=5.0", *["follow=1&since=5.0&after=4"] * 2]
+    assert len(daemon.seen("GET /health")) == 3, "it waits for a daemon, and one is started where none is"
+    daemon.routes["GET /apps/demo/logs"] = daemon.routes["GET /containers/i1/logs"] = answer(LINES[:1], breaks_off=True)
+    for argv in (["app", "logs", "demo"], ["container", "logs", "i1", "-f"]):
+        shown = run(*argv)
+        assert (shown.exit_code, shown.stdout) == (3, "out\n") and "went away in the middle" in shown.stderr
+
+
 CONTAINER = {
     "id": "i1",
     "app": "demo",

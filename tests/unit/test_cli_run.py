@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import cloudpickle
 import pytest
@@ -95,7 +96,9 @@ class RunDaemon:
                 self.stopped.append(name)
                 return Answer({"app": name, "stopped": True})
             case ("GET", "apps", _, "logs"):
-                return Answer("".join(json.dumps(line) + "\n" for line in self.lines).encode())
+                after = int(parse_qs(request.query)["after"][0])
+                numbered = list(enumerate(self.lines, 1))[after:]
+                return Answer("".join(json.dumps({**line, "n": n}) + "\n" for n, line in numbered).encode())
             case ("GET", "containers"):
                 return Answer({"containers": []})
             case ("POST", "apps", _, "calls", tag):

@@ -305,7 +305,8 @@ class Follower:
         self._client, self._app, self._progress, self._quiet = client, app, progress, quiet
         self._errors = shown
         self._lock = threading.Lock()
-        self._shown = 0
+        self._at = 0
+        """Number of the last line that is shown."""
         self._over = threading.Event()
 
     def start(self) -> None:
@@ -315,7 +316,7 @@ class Follower:
 
     def _follow(self) -> None:
         try:
-            for entry in self._client.logs(self._app, follow=True):
+            for entry in self._client.logs(self._app, follow=True, after=0):
                 with self._lock:
                     if self._over.is_set():
                         return
@@ -339,7 +340,7 @@ class Follower:
         return [c for c in get(client or self._client, "/containers")["containers"] if c.get("app") == self._app]
 
     def _show(self, entry: dict[str, Any]) -> None:
-        self._shown += 1
+        self._at = entry.get("n") or self._at
         # Lines of no container tell of the app's own beginning and end.
         if entry.get("stream") != "system" or (entry.get("instance") and not self._quiet):
             self._progress.write(line_text(entry), error=entry.get("stream") != "stdout")
@@ -353,11 +354,10 @@ class Follower:
             with self._client.apart(seconds) as client:
                 while self._containers(client) and time.monotonic() < deadline:
                     time.sleep(0.05)
-                entries = list(client.logs(self._app))
-            with self._lock:
-                self._over.set()
-                for entry in entries[self._shown :]:
-                    self._show(entry)
+                with self._lock:
+                    self._over.set()
+                    for entry in client.logs(self._app, after=self._at):
+                        self._show(entry)
         except (NotFoundError, DaemonError) as e:
             output.note(f"the end of the output is missing: {e.message}")
         finally:

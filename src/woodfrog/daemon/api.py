@@ -443,9 +443,11 @@ def build(
         }
 
     @api.get("/v1/apps/{app}/logs")
-    async def app_logs(app: str, follow: bool = False, since: float = 0.0) -> StreamingResponse:
+    async def app_logs(
+        app: str, follow: bool = False, since: float = 0.0, after: int | None = Query(None, ge=0)
+    ) -> StreamingResponse:
         over = controller.is_over(app)
-        lines = controller.logs.app(app).read(since=since, follow=follow and not over)
+        lines = controller.logs.app(app).read(since=since, after=after, follow=follow and not over)
         return StreamingResponse(lines, media_type="application/x-ndjson")
 
     # Calls
@@ -594,7 +596,7 @@ def build(
         needle = json.dumps(found).encode()
 
         async def only() -> AsyncIterator[bytes]:
-            async for chunk in source.read(since=0.0, follow=follow):
+            async for chunk in source.read(follow=follow):
                 for line in chunk.splitlines(keepends=True):
                     if needle in line:
                         yield line

@@ -445,7 +445,7 @@ class Client:
         """An NDJSON answer line by line (logs); with `follow` for as long as the daemon sends.
 
         Raises:
-            DaemonError: without `follow`: the daemon went away before the end.
+            DaemonError: the daemon went away before the end.
         """
         follow = bool(params and params.get("follow"))
         read = None if follow else self.patience_s
@@ -457,19 +457,37 @@ class Client:
                     if line.strip():
                         yield json.loads(line)
         except _TEMPORARY as e:
-            if not follow:
-                raise DaemonError(
-                    f"woodfrog's daemon at {self.where} went away in the middle of an answer ({type(e).__name__}: {e})",
-                    code="daemon-lost",
-                    retryable=True,
-                ) from None
+            raise DaemonError(
+                f"woodfrog's daemon at {self.where} went away in the middle of an answer ({type(e).__name__}: {e})",
+                code="daemon-lost",
+                retryable=True,
+            ) from None
 
-    def logs(self, app: str, *, follow: bool = False, since: float | None = None) -> Iterator[dict[str, Any]]:
-        """Log lines of an app: {t, instance, function, stream, line, call}."""
-        params: dict[str, Any] = {"follow": "1"} if follow else {}
-        if since is not None:
-            params["since"] = since
-        return self.lines(f"/apps/{segment(app)}/logs", params)
+    def logs(
+        self, app: str, *, follow: bool = False, since: float | None = None, after: int | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Log lines of an app: {t, n, instance, function, stream, line, call}.
+
+        Args:
+            follow: until the app's end, also when another daemon takes over meanwhile.
+            after: the `n` of the line before the first.
+
+        Raises:
+            DaemonError: the daemon went away; with `follow`: and did not come back in `reconnect_s`.
+        """
+        path = f"/apps/{segment(app)}/logs"
+        while True:
+            params = {"follow": "1" if follow else None, "since": since, "after": after}
+            try:
+                for entry in self.lines(path, {k: v for k, v in params.items() if v is not None}):
+                    after = entry.get("n") or after or 0
+                    yield entry
+                return
+            except DaemonError as e:
+                if not follow or e.code != "daemon-lost":
+                    raise
+            time.sleep(0.1)
+            self.request("GET", "/health")  # as every request, it waits for a daemon or starts one
 
 
 def _or_none(body: bytes) -> Any:
