@@ -92,7 +92,8 @@ class Call:
             headers=headers,
             content=self._body,
             wait=wait,
-            kept=f"the call may have been taken on as {self.id!r}",
+            kept=f"the call may have been taken on: {_asked_again(self.id)}",
+            new=True,
         )
 
     def run(self) -> Any:
@@ -174,7 +175,11 @@ def _failure(body: bytes, tag: str) -> WoodfrogError:
 
 
 def _kept(call_id: str) -> str:
-    return f"the call is kept: woodfrog.FunctionCall.from_id({call_id!r}).get() asks for it again"
+    return f"the call is kept: {_asked_again(call_id)}"
+
+
+def _asked_again(call_id: str) -> str:
+    return f"woodfrog.FunctionCall.from_id({call_id!r}).get() asks for it again"
 
 
 def cancel(client: Client, call_id: str) -> bool:
@@ -189,19 +194,31 @@ def wait_for(client: Client, call_id: str, reply: Reply | None, deadline: float 
     """Poll until the call is over, however often the daemon is restarted meanwhile.
 
     Raises:
-        NotOverYet: `deadline` (monotonic seconds) has passed.
+        NotOverYet: `deadline` (monotonic seconds) has passed, also where the daemon is away.
         CallNotFound: the daemon knows no such call (any more).
     """
     while reply is None or reply.status == 202 or reply.headers.get("woodfrog-status") == "pending":
-        wait = WAIT_S
+        wait, patience = WAIT_S, client.reconnect_s
         if deadline is not None:
-            wait = max(0.0, min(WAIT_S, deadline - time.monotonic()))
-            if wait == 0.0 and reply is not None:
+            left = max(0.0, deadline - time.monotonic())
+            wait, patience = min(wait, left), min(patience, left)
+            if left == 0.0 and reply is not None:
                 raise NotOverYet(f"call {call_id} is not over yet")
         try:
-            reply = client.request("GET", f"/calls/{call_id}", wait=wait, kept=_kept(call_id))
+            new = reply is None
+            reply = client.request(
+                "GET", f"/calls/{call_id}", wait=wait, kept=_kept(call_id), reconnect_s=patience, new=new
+            )
         except NotFoundError as e:
             raise CallNotFound(e.message, code=e.code, **e.fields) from None
+        except DaemonError as e:
+            if e.code != "daemon-lost" or patience == client.reconnect_s:
+                raise
+            raise NotOverYet(
+                f"call {call_id} is not over yet, as far as is known: woodfrog's daemon at {client.where} is away"
+                f"{client.remedy()}",
+                retryable=True,
+            ) from None
     return reply
 
 

@@ -172,6 +172,8 @@ class Client:
         self.on_lost: Callable[[str], None] = lambda text: note(f"daemon-lost-{time.monotonic()}", text)
         """Told, in words, what is waited for when the daemon is away."""
         self._told = False
+        self._away: float | None = None
+        """Since when no daemon answers, over all requests: who asks again and again, each time briefly, waits as well."""
         self._base = "http://woodfrog"
         self._headers = {"accept": "*/*", "accept-encoding": "identity", "user-agent": "woodfrog"}
         if settings.host:
@@ -278,6 +280,7 @@ class Client:
         wait: float = 0.0,
         kept: str = "",
         reconnect_s: float | None = None,
+        new: bool = False,
     ) -> Reply:
         """One request under `/v1`; repeated while the daemon is away, so it must do no harm twice.
 
@@ -285,6 +288,8 @@ class Client:
             data: sent as JSON, instead of `content`.
             wait: seconds the daemon may hold the answer back.
             kept: words for the error when the daemon stays away.
+            new: nothing is under way yet: where no daemon runs, one is started as `connect` would, also when the last
+                one was stopped.
 
         Raises:
             DaemonError: the daemon went away and did not come back in `reconnect_s`.
@@ -296,13 +301,14 @@ class Client:
             params = {**(params or {}), "wait": f"{wait:g}"}
         allowed = self.reconnect_s if reconnect_s is None else reconnect_s
         lost: float | None = None
+        absent = False
         delay = 0.05
         while True:
             trouble: Exception | None = None
             try:
                 reply = self._send(method, "/v1" + path, params=params, headers=headers, content=content, wait=wait)
                 if reply.status != 503:
-                    self._told = False
+                    self._told, self._away = False, None
                     break
                 failure = error_from_answer(_json_or_none(reply), "the daemon is not ready")
                 if not failure.retryable and "error" in (_json_or_none(reply) or {}):
@@ -313,25 +319,30 @@ class Client:
                 if _denied(e):
                     raise _no_permission(self.where) from None
             now = time.monotonic()
-            lost = lost or now
+            if lost is None:
+                lost, absent = now, isinstance(trouble, httpcore.ConnectError)
+            self._away = self._away or lost
             if now - lost > allowed:
                 raise DaemonError(
                     f"woodfrog's daemon at {self.where} went away and did not come back in {allowed:g} s "
-                    f"({type(trouble).__name__}: {trouble}){kept and '; ' + kept}{self._remedy()}",
+                    f"({type(trouble).__name__}: {trouble}){kept and '; ' + kept}{self.remedy()}",
                     code="daemon-lost",
                     retryable=True,
                 ) from None
             if now - lost > TELL_S and isinstance(trouble, httpcore.ConnectError):
-                self._tell(f"woodfrog's daemon at {self.where} went away: waiting for another{self._remedy()}")
-            if now - lost > ABANDONED_S and _died(trouble) and not self.settings.host and os.geteuid() == 0:
-                self._start_another(kept)
-            time.sleep(delay)
+                self._tell(f"woodfrog's daemon at {self.where} went away: waiting for another{self.remedy()}")
+            died = _died(trouble) and allowed > 0
+            may = not self.settings.host and os.geteuid() == 0
+            if now - self._away > ABANDONED_S and may and (died or (new and absent)):
+                self._start_another("died" if died else "is not running", kept)
+            time.sleep(min(delay, max(0.01, lost + allowed - now)))
             delay = min(1.0, delay * 1.6)
         if reply.status >= 400 and method != "HEAD":
             raise error_from_answer(_json_or_none(reply), f"the daemon answered {reply.status} to {method} {path}")
         return reply
 
-    def _remedy(self) -> str:
+    def remedy(self) -> str:
+        """What to do where no daemon answers, as the end of a message."""
         if self.settings.host:
             return ""
         return f"; `{'' if os.geteuid() == 0 else 'sudo '}woodfrog daemon start` starts one"
@@ -342,11 +353,11 @@ class Client:
             self._told = True
             self.on_lost(text)
 
-    def _start_another(self, kept: str) -> None:
+    def _start_another(self, why: str, kept: str) -> None:
         with self._starting:
             if self.health(timeout=1.0) is not None:
                 return
-            self.on_lost(f"woodfrog's daemon at {self.where} died: starting another")
+            self.on_lost(f"woodfrog's daemon at {self.where} {why}: starting another")
             try:
                 start_daemon(self)
             except DaemonError as e:
@@ -428,6 +439,7 @@ class Client:
             return None
         if reply.status == 503:
             return None
+        self._away = None
         if reply.status != 200:
             raise error_from_answer(_json_or_none(reply), f"{self.where} answered {reply.status} to a health check")
         found = reply.json()

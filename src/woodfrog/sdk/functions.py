@@ -96,7 +96,7 @@ def ask(owner: Owner, tag: str) -> None:
     from woodfrog.sdk.client import segment
 
     client, app = owner.reach(tag)
-    found = client.request("GET", f"/apps/{segment(app)}").json()
+    found = client.request("GET", f"/apps/{segment(app)}", new=True).json()
     tags = {f["tag"]: f["kind"] for f in found["functions"]}
     tags |= {
         f"{f['tag']}.{m['name']}": "method" for f in found["functions"] if f["kind"] == "class" for m in f["methods"]
