@@ -706,7 +706,7 @@ async def test_stopping_an_app_cancels_what_waits(daemon: Daemon) -> None:
     await daemon.deploy(function("wait", scaling=ScalingPolicy(max_containers=1)))
     calls = [(await daemon.submit("wait")).headers["woodfrog-call"] for _ in range(3)]
     await settle()
-    assert (await daemon.http.post("/apps/demo/stop")).json() == {"app": "demo", "stopped": True}
+    assert (await daemon.http.post("/apps/demo/stop")).json() == {"app": "demo", "stopped": True, "cancelled": 3}
     for call in calls:
         answer = await daemon.http.get(f"/calls/{call}", params={"wait": 5})
         assert answer.headers["woodfrog-status"] == "cancelled" and "was stopped" in answer.text

@@ -156,7 +156,12 @@ def run(
     module: Module = False,
     name: Annotated[str, typer.Option("--name", "-n", help="Name of this run's app instead of the app's own.")] = "",
     detach: Annotated[
-        bool, typer.Option("--detach", "-d", help="Leave the app running at the end: until 5 minutes without a call.")
+        bool,
+        typer.Option(
+            "--detach",
+            "-d",
+            help="Leave the app running at the end, also after Ctrl-C: until 5 minutes without a call.",
+        ),
     ] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Show only what the program and functions print, and errors.")
@@ -169,7 +174,7 @@ def run(
     Without NAME the only local entrypoint is run, else the only function. What follows FILE are the function's own
     arguments, as options: `woodfrog run app.py::train --epochs 3`; `woodfrog run app.py::train --help` lists them. An
     option of a list is given once for each item, one of a dict as JSON.
-    What the containers print appears here. Ctrl-C cancels.
+    What the containers print appears here. Ctrl-C cancels; what runs with --detach goes on.
     """
     from woodfrog.cli.program import arguments_from, load, parse_reference
     from woodfrog.sdk.checks import be_quiet
@@ -276,7 +281,7 @@ def _running(app: App, shown: Shown, *, detach: bool = False, quiet: bool = Fals
                 follower.start()
                 yield progress
         except KeyboardInterrupt:
-            seconds = INTERRUPTED_DRAIN_S
+            seconds = min(seconds, INTERRUPTED_DRAIN_S)
             raise
         finally:
             if follower is not None:

@@ -411,8 +411,7 @@ def build(
 
     @api.post("/v1/apps/{app}/stop")
     async def stop_app(app: str) -> dict[str, Any]:
-        controller.stop_app(app)
-        return {"app": app, "stopped": True}
+        return {"app": app, "stopped": True, "cancelled": controller.stop_app(app)}
 
     @api.post("/v1/apps/{app}/touch")
     async def touch_app(app: str) -> dict[str, Any]:

@@ -173,7 +173,7 @@ class Client:
         """Told, in words, what is waited for when the daemon is away."""
         self._told = False
         self._away: float | None = None
-        """Since when no daemon answers, over all requests: who asks again and again, each time briefly, waits as well."""
+        """Since when no daemon answers, over all requests: who asks briefly, again and again, waits as well."""
         self._base = "http://woodfrog"
         self._headers = {"accept": "*/*", "accept-encoding": "identity", "user-agent": "woodfrog"}
         if settings.host:
