@@ -451,6 +451,27 @@ def build(
 
     # Calls
 
+    @api.get("/v1/apps/{app}/calls")
+    async def app_calls(app: str, limit: int = Query(50, ge=1, le=1000)) -> dict[str, Any]:
+        deploys = controller.journal.deploys(app)
+        if not deploys:
+            raise NotFoundError(f"no app {app!r} was ever deployed here", app=app)
+        classes = {f["tag"] for row in deploys for f in row.spec.get("functions", []) if f.get("kind") == "class"}
+        unfinished = controller.state.calls
+        return {
+            "calls": [
+                {
+                    "id": row.id,
+                    "function": f"{row.tag}.{row.method}" if row.tag in classes else row.tag,
+                    "status": row.outcome or (unfinished[row.id].state if row.id in unfinished else "queued"),
+                    "submitted": row.submitted,
+                    "finished": row.finished,
+                    "error": row.error,
+                }
+                for row in controller.journal.recent_of(app, limit)
+            ]
+        }
+
     @api.post("/v1/apps/{app}/calls/{tag}")
     async def submit(app: str, tag: str, request: Request, wait: float = 0.0) -> Response:
         encoding = request.headers.get("woodfrog-encoding", "")

@@ -466,7 +466,7 @@ def _leave(name: str) -> None:
     calls = [f"{call.id} ({call.target.tag})" for call in run.left]
     if not calls:
         return
-    more = f" and {len(calls) - TOLD} more" if len(calls) > TOLD else ""
+    more = f" and {len(calls) - TOLD} more (`woodfrog app calls {name}`)" if len(calls) > TOLD else ""
     checks.note(
         f"left:{name}",
         f"{name} goes on with call {', '.join(calls[:TOLD])}{more}: `woodfrog app logs {name} -f` shows its output, "
