@@ -25,6 +25,7 @@ class Answer:
     body: Any = None
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
+    breaks_off: bool = False
 
 
 @dataclass
@@ -88,7 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value)
-        self.send_header("content-length", str(len(body)))
+        self.send_header("content-length", str(len(body) + answer.breaks_off))
+        self.close_connection = self.close_connection or answer.breaks_off
         self.end_headers()
         self.wfile.write(body)
 

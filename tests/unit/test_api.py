@@ -27,6 +27,7 @@ import pytest
 from contract.fake_backend import WORKER_CLASS, FakeBackend, FaultyBackend
 from woodfrog.control.events import RunCall
 from woodfrog.daemon import api as api_module
+from woodfrog.daemon import journal as journal_module
 from woodfrog.daemon.api import TokenAuth, build
 from woodfrog.daemon.controller import Controller
 from woodfrog.daemon.journal import Journal
@@ -219,6 +220,28 @@ async def test_call_and_poll(daemon: Daemon) -> None:
     assert [p["name"] for p in trace["phases"]][-1] == "run"
     listed = (await daemon.http.get("/calls")).json()["calls"]
     assert listed[0]["id"] == call and listed[0]["outcome"] == "success"
+
+
+async def test_calls_of_an_app(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is older than what is looked through, while it is not finished."""
+    await daemon.deploy(function("square"), function("wait"))
+    await daemon.deploy(function("square"), app="other")
+    waits = (await daemon.submit("wait")).headers["woodfrog-call"]
+    await settle()
+    await daemon.call("square", 7)
+    await daemon.call("square", 7, app="other")
+
+    async def listed(**params: int) -> list[tuple[str, str, bool]]:
+        found = (await daemon.http.get("/apps/demo/calls", params=params)).json()["calls"]
+        return [(c["function"], c["status"], c["finished"] is not None) for c in found]
+
+    assert await listed() == [("square", "success", True), ("wait", "running", False)]
+    assert await listed(limit=1) == [("square", "success", True)]
+    monkeypatch.setattr(journal_module, "_LOOKED_THROUGH", 1)
+    assert await listed() == [("wait", "running", False)]
+    assert (await daemon.http.get("/apps/none/calls")).status_code == 404
+    await daemon.http.post(f"/calls/{waits}/cancel")
+    assert await listed() == []
 
 
 async def test_exceptions_are_the_user_s(daemon: Daemon) -> None:
@@ -728,7 +751,7 @@ async def test_stopping_an_app_cancels_what_waits(daemon: Daemon) -> None:
     await daemon.deploy(function("wait", scaling=ScalingPolicy(max_containers=1)))
     calls = [(await daemon.submit("wait")).headers["woodfrog-call"] for _ in range(3)]
     await settle()
-    assert (await daemon.http.post("/apps/demo/stop")).json() == {"app": "demo", "stopped": True}
+    assert (await daemon.http.post("/apps/demo/stop")).json() == {"app": "demo", "stopped": True, "cancelled": 3}
     for call in calls:
         answer = await daemon.http.get(f"/calls/{call}", params={"wait": 5})
         assert answer.headers["woodfrog-status"] == "cancelled" and "was stopped" in answer.text

@@ -128,6 +128,47 @@ def test_logs_go_where_they_were_written(daemon: Daemon) -> None:
     shown = run("app", "logs", "demo", "--json")
     assert [json.loads(line) for line in shown.stdout.splitlines()] == LINES
     assert run("app", "logs", "demo", "--since", "soon").exit_code == 2
+    for argv in (["app", "logs", "demo", "-t"], ["container", "logs", "i1", "--timestamps"]):
+        shown = run(*argv)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:01\.000 square i1: out\n", shown.stdout)
+        assert shown.stderr.splitlines()[1].endswith(":03.000 square i1: · thawed in 40 ms")
+
+
+def test_app_calls(daemon: Daemon) -> None:
+    now = time.time()
+    calls = [
+        {
+            "id": "c2",
+            "function": "square",
+            "status": "running",
+            "submitted": now - 300,
+            "finished": None,
+            "error": None,
+        },
+        {"id": "c1", "function": "M.run", "status": "success", "submitted": 5.0, "finished": 5.25, "error": None},
+    ]
+    daemon.routes["GET /apps/demo/calls"] = {"calls": calls}
+    lines = [re.split("  +", line.strip()) for line in run("app", "calls", "demo", "-n", "2").stdout.splitlines()]
+    assert lines[1] == ["c2", "square", "running", "5 min ago", "5.0 min"]
+    assert lines[2][:3] == ["c1", "M.run", "success"] and lines[2][-1] == "250 ms"
+    assert daemon.seen("GET /apps/demo/calls")[0].query == "limit=2"
+    assert json.loads(run("app", "calls", "demo", "--json").stdout) == calls
+
+
+def test_who_follows_a_log_goes_on_with_the_next_daemon(daemon: Daemon) -> None:
+    def answer(lines: list[dict[str, Any]], breaks_off: bool = False) -> Answer:
+        body = "".join(json.dumps({**line, "n": n}) + "\n" for n, line in enumerate(lines, 4)).encode()
+        return Answer(body, breaks_off=breaks_off)
+
+    daemon.routes["GET /apps/demo/logs"] = [answer(LINES[:1], breaks_off=True), answer([], breaks_off=True), answer([])]
+    assert run("app", "logs", "demo", "-f", "--since", "5").stdout == "out\n"
+    queries = [r.query for r in daemon.seen("GET /apps/demo/logs")]
+    assert queries == ["follow=1&since=5.0", *["follow=1&since=5.0&after=4"] * 2]
+    assert len(daemon.seen("GET /health")) == 3, "it waits for a daemon, and one is started where none is"
+    daemon.routes["GET /apps/demo/logs"] = daemon.routes["GET /containers/i1/logs"] = answer(LINES[:1], breaks_off=True)
+    for argv in (["app", "logs", "demo"], ["container", "logs", "i1", "-f"]):
+        shown = run(*argv)
+        assert (shown.exit_code, shown.stdout) == (3, "out\n") and "went away in the middle" in shown.stderr
 
 
 CONTAINER = {

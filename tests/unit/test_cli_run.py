@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import cloudpickle
 import pytest
@@ -77,6 +78,7 @@ class RunDaemon:
         self.stopped: list[str] = []
         self.lines: list[dict[str, Any]] = []
         self.items: list[tuple[bytes, bytes]] = []
+        self.unfinished = 0
         self.plain = fake.answer
         fake.answer = self.answer  # type: ignore[method-assign]
 
@@ -93,9 +95,11 @@ class RunDaemon:
                 return Answer({"app": name, "version": 4, "functions": [{**f, "key": "k"} for f in spec["functions"]]})
             case ("POST", "apps", name, "stop"):
                 self.stopped.append(name)
-                return Answer({"app": name, "stopped": True})
+                return Answer({"app": name, "stopped": True, "cancelled": self.unfinished})
             case ("GET", "apps", _, "logs"):
-                return Answer("".join(json.dumps(line) + "\n" for line in self.lines).encode())
+                after = int(parse_qs(request.query)["after"][0])
+                numbered = list(enumerate(self.lines, 1))[after:]
+                return Answer("".join(json.dumps({**line, "n": n}) + "\n" for n, line in numbered).encode())
             case ("GET", "containers"):
                 return Answer({"containers": []})
             case ("POST", "apps", _, "calls", tag):
@@ -347,6 +351,15 @@ def test_ctrl_c_cancels_the_call_and_stops_the_app(tmp_path: Path, daemon: RunDa
     assert shown.exit_code == 130
     assert shown.stderr.splitlines()[-1] == "interrupted"
     assert len(daemon.stopped) == 1
+
+
+def test_calls_that_end_with_the_run_are_told(tmp_path: Path, daemon: RunDaemon) -> None:
+    text = PROGRAM + "\n@app.local_entrypoint()\ndef main():\n    square.spawn(2)\n"
+    for daemon.unfinished, words in ((1, "note: 1 call of demo-"), (3, "note: 3 calls of demo-")):
+        shown = run("run", program(tmp_path, text))
+        assert shown.exit_code == 0 and words in shown.stderr and "woodfrog run --detach" in shown.stderr
+    daemon.unfinished = 0
+    assert "note:" not in run("run", program(tmp_path, text)).stderr
 
 
 CLASSES = """\

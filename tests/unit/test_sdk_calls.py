@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -634,3 +635,157 @@ def test_ctrl_c_cancels_the_call(daemon: FakeDaemon, tmp_path: Path) -> None:
     assert process.returncode != 0 and "KeyboardInterrupt" in errors
     assert [c.status for c in daemon.calls.values() if c.tag == "wait_long"] == ["cancelled"]
     assert not any(a.startswith("waits-") for a in daemon.apps)
+
+
+STAYS = """
+import asyncio, sys, time
+import woodfrog
+
+app = woodfrog.App("stays")
+
+@app.function()
+def stay(x, seconds=60):
+    time.sleep(seconds)
+    return x
+
+@app.function()
+def drips():
+    while True:
+        yield 0
+        time.sleep(0.01)
+
+async def several():
+    await asyncio.gather(*(stay.remote.aio(n) for n in range(2)))
+
+async def within():
+    async with app.run(detach=True):
+        await asyncio.gather(several(), stay.remote.aio(2))
+
+def many():
+    for _ in stay.starmap([(0, 0), (1, 60), (2, 60)]):
+        time.sleep(60)  # interrupted outside of the map
+
+def items():
+    for _ in drips.remote_gen():
+        time.sleep(60)
+
+if __name__ == "__main__":
+    if sys.argv[1] == "within":
+        asyncio.run(within())
+    with app.run(detach=True):
+        match sys.argv[1]:
+            case "remote":
+                stay.remote(1)
+            case name:
+                globals()[name]()
+"""
+
+
+def test_ctrl_c_leaves_the_calls_of_a_detached_run(daemon: FakeDaemon, tmp_path: Path) -> None:
+    import signal
+
+    (tmp_path / "stays.py").write_text(STAYS)
+    before = set(daemon.calls)
+    expected = {"remote": 1, "within": 3, "many": 2, "items": 1}
+    programs = {
+        name: subprocess.Popen([sys.executable, "stays.py", name], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        for name in expected
+    }
+
+    def pending() -> dict[str, str]:
+        return {i: c.tag for i, c in list(daemon.calls.items()) if i not in before and c.status == "pending"}
+
+    count = sum(expected.values())
+    deadline = time.monotonic() + 60
+    while (len(daemon.calls) - len(before), len(pending())) != (count + 1, count) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    for process in programs.values():
+        process.send_signal(signal.SIGINT)
+    for name, process in programs.items():
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode != 0 and "KeyboardInterrupt" in errors
+        found = re.search(r"note: (stays-\w+) goes on with call (.*): `woodfrog app logs \1 -f`", errors)
+        assert found, errors
+        assert len(found[2].split(", ")) == expected[name]
+        assert all(i.split()[0] in pending() for i in found[2].split(", "))
+    assert len(pending()) == count
+    for call_id in pending():
+        daemon.calls[call_id].finish("cancelled", b"{}")
+
+
+def test_loops_and_tasks_of_a_detached_run_that_are_left_are_cancelled(daemon: FakeDaemon, program: Any) -> None:
+    app = woodfrog.App("detached")
+    app.include(program.app)
+
+    async def cancelled() -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(program.slow.remote.aio(1, seconds=60), 0.2)
+
+    before = set(daemon.calls)
+    program.app._running, running = None, program.app._running
+    try:
+        with app.run(detach=True):
+            next(program.drip.remote_gen())
+            asyncio.run(cancelled())
+            deadline = time.monotonic() + 10
+            calls = [daemon.calls[i] for i in set(daemon.calls) - before]
+            while {c.status for c in calls} != {"cancelled"} and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert [c.status for c in calls] == ["cancelled"] * 2
+    finally:
+        program.app._running = running
+
+
+FORKS = """
+import asyncio, multiprocessing, os, sys, threading, time
+import woodfrog
+from woodfrog.sdk import client
+
+app = woodfrog.App("forks")
+
+@app.function()
+def echo(x):
+    return x
+
+@app.function()
+def forever():
+    while True:
+        yield 0
+
+async def several(numbers):
+    return await asyncio.gather(*(echo.remote.aio(n) for n in numbers))
+
+def work(k):
+    numbers = [k * 1000 + i for i in range(8)]
+    return [echo.remote(n) for n in numbers] == numbers == asyncio.run(several(numbers)) == list(echo.map(numbers))
+
+def hold(lock):
+    with lock:
+        time.sleep(1)
+
+if __name__ == "__main__":
+    with app.run():
+        assert work(9)
+        items = forever.remote_gen()
+        next(items)
+        for lock in (client._lock, app.reach("echo")[0]._starting):
+            threading.Thread(target=hold, args=(lock,), daemon=True).start()
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            assert pool.map(work, range(2), 1) == [True] * 2
+        if not (pid := os.fork()):
+            client.connect()
+            sys.exit(0 if work(5) else 3)  # leaves the block, and the loop
+        assert os.waitpid(pid, 0)[1] == 0
+        assert work(10) and next(items) == 0
+        items.close()
+"""
+
+
+def test_processes_after_a_fork_get_their_own_answers(daemon: FakeDaemon, tmp_path: Path) -> None:
+    (tmp_path / "forks.py").write_text(FORKS)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "forks.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not any(a.startswith("forks-") for a in daemon.apps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -15,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from unit.fake_daemon import FakeDaemon
-from woodfrog.errors import DaemonError, HostError, OutOfMemoryError, SpecError
+from woodfrog.errors import CallNotFound, DaemonError, HostError, NotOverYet, OutOfMemoryError, SpecError
 from woodfrog.sdk import client as module
+from woodfrog.sdk.call import FunctionCall
 from woodfrog.sdk.client import Client, connect, error_from_answer, start_daemon
 from woodfrog.settings import Settings
 
@@ -120,11 +122,15 @@ def test_a_daemon_that_stays_away(daemon: FakeDaemon) -> None:
     daemon.start()
 
 
-@pytest.mark.parametrize(("died", "uid", "starts"), [(True, 0, 1), (True, 1000, 0), (False, 0, 0)])
+@pytest.mark.parametrize(
+    ("died", "uid", "new", "starts"),
+    [(True, 0, False, 1), (True, 1000, True, 0), (False, 0, False, 0), (False, 0, True, 1)],
+)
 def test_a_daemon_that_died_is_replaced_by_who_waits_for_it(
-    daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch, died: bool, uid: int, starts: int
+    daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch, died: bool, uid: int, new: bool, starts: int
 ) -> None:
-    """One that was stopped, and so took its socket with it, is not: somebody wants it so."""
+    """One that was stopped, and so took its socket with it, is not while something is under way: somebody wants it so.
+    What begins then has one started, as a new program would."""
     monkeypatch.setattr(module, "ABANDONED_S", 0.2)
     monkeypatch.setattr(module, "TELL_S", 0.1)
     monkeypatch.setattr(os, "geteuid", lambda: uid)
@@ -146,7 +152,7 @@ def test_a_daemon_that_died_is_replaced_by_who_waits_for_it(
 
     def ask() -> None:
         try:
-            outcomes.append(client.request("GET", "/health").json()["version"])
+            outcomes.append(client.request("GET", "/health", new=new).json()["version"])
         except DaemonError as e:
             outcomes.append(e.message)
 
@@ -158,11 +164,44 @@ def test_a_daemon_that_died_is_replaced_by_who_waits_for_it(
     assert len(started) == starts
     remedy = f"`{'sudo ' if uid else ''}woodfrog daemon start` starts one"
     if starts:
-        assert outcomes == ["fake"] * 4 and told[-1].endswith("died: starting another") and len(told) == 2
+        assert (
+            outcomes == ["fake"] * 4
+            and told[-1].endswith(f"{'died' if died else 'is not running'}: starting another")
+            and len(told) == 2
+        )
     else:
         assert all(text.endswith(f"; {remedy}") for text in outcomes) and len(told) == 1
         daemon.start()
     assert told[0].endswith(f"went away: waiting for another; {remedy}")
+
+
+def test_a_timeout_counts_while_the_daemon_is_away(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    patient, short = (FunctionCall("c1", Client(Settings(home=daemon.home), reconnect_s=s)) for s in (60.0, 0.2))
+    daemon.stop()
+    for timeout in (0, 0.2):
+        begin = time.monotonic()
+        with pytest.raises(NotOverYet, match=r"daemon at \S+ is away; `sudo woodfrog daemon start` starts one"):
+            patient.get(timeout=timeout)
+        assert timeout <= time.monotonic() - begin < 30
+    for longer in (5, None):
+        with pytest.raises(DaemonError, match=r"FunctionCall.from_id\('c1'\).get\(\) asks for it again"):
+            short.get(timeout=longer)
+    daemon.start()
+
+
+def test_who_asks_again_and_again_waits_for_the_daemon_too(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time too shortly to see that it has been away for long enough to start another."""
+    monkeypatch.setattr(module, "ABANDONED_S", 0.2)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(module, "start_daemon", lambda client: daemon.start())
+    call = FunctionCall("c1", Client(Settings(home=daemon.home)))
+    daemon.stop()
+    deadline = time.monotonic() + 5
+    with pytest.raises(CallNotFound):  # by the next daemon
+        while time.monotonic() < deadline:
+            with contextlib.suppress(NotOverYet):
+                call.get(timeout=0)
 
 
 def test_errors_are_told_by_type_or_by_code() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from woodfrog.cli import output
-from woodfrog.cli.logs import show_logs, since_time
+from woodfrog.cli.logs import Timestamps, show_logs, since_time
 from woodfrog.cli.remote import connect, get, post, segment
 
 app = typer.Typer(help="List, watch and stop apps.", no_args_is_help=True)
@@ -43,11 +43,39 @@ def logs(
     name: Name,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more.")] = False,
     since: Annotated[str, typer.Option(help="Only what is younger: 30s, 10m, 2h, 1d, or a Unix time.")] = "",
+    timestamps: Timestamps = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Print what an app's functions wrote, and what became of its containers."""
     begin = since_time(since, time.time())
-    show_logs(connect().logs(name, follow=follow, since=begin), as_json=as_json)
+    show_logs(connect().logs(name, follow=follow, since=begin), as_json=as_json, timestamps=timestamps)
+
+
+@app.command()
+def calls(
+    name: Name,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=1000, help="So many, the newest.")] = 50,
+    as_json: Json = False,
+) -> None:
+    """Show an app's latest calls: an id that was lost, what still runs, what failed.
+
+    `woodfrog.FunctionCall.from_id(CALL).get()` in Python gets the result of one.
+    """
+    found = get(connect(), f"/apps/{segment(name)}/calls", limit=limit)["calls"]
+    if as_json:
+        output.show_json(found)
+        return
+    rows = [
+        (
+            c["id"],
+            c["function"],
+            c["status"],
+            output.ago(c["submitted"]),
+            output.span((c["finished"] or time.time()) - c["submitted"]),
+        )
+        for c in found
+    ]
+    output.table(["call", "function", "status", "submitted", "took"], rows, empty="no calls")
 
 
 @app.command()

@@ -215,7 +215,7 @@ class _Run:
     def _send(self, wait: float = 0.0) -> Reply:
         headers = {**self._headers, "woodfrog-call": self.id}
         return self._client.request(
-            "POST", self._path, headers=headers, content=self._content, wait=wait, kept=self._kept
+            "POST", self._path, headers=headers, content=self._content, wait=wait, kept=self._kept, new=True
         )
 
     @property

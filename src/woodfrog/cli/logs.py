@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
-from typing import Any
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
 
 from woodfrog.errors import SpecError
 
+Timestamps = Annotated[
+    bool, typer.Option("--timestamps", "-t", help="Begin each line with its time, function and container.")
+]
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -28,20 +34,29 @@ def since_time(text: str, now: float) -> float | None:
         raise SpecError(f"--since {text!r}: expected 30s, 10m, 2h, 1d, or a Unix time", code="bad-since") from None
 
 
-def show_logs(entries: Iterable[dict[str, Any]], *, as_json: bool) -> None:
+def show_logs(entries: Iterable[dict[str, Any]], *, as_json: bool, timestamps: bool = False) -> None:
     for entry in entries:
         if as_json:
             print(json.dumps(entry, ensure_ascii=False), flush=True)
         else:
             stream = sys.stdout if entry.get("stream") == "stdout" else sys.stderr
-            stream.write(line_text(entry))
+            stream.write(line_text(entry, timestamps=timestamps))
             stream.flush()
 
 
-def line_text(entry: dict[str, Any]) -> str:
-    """A line as it is printed; the system's own are marked and name the container."""
+def line_text(entry: dict[str, Any], *, timestamps: bool = False) -> str:
+    """A line as it is printed; the system's own are marked and name the container.
+
+    Args:
+        timestamps: before each line its time here, function and container.
+    """
     line = str(entry.get("line", "")).rstrip("\n")
-    if entry.get("stream") == "system":
-        who = " ".join(str(entry[k]) for k in ("function", "instance") if entry.get(k))
-        line = f"· {who}: {line}" if who else f"· {line}"
+    who = " ".join(str(entry[k]) for k in ("function", "instance") if entry.get(k))
+    who = f"{who}: " if who else ""
+    system = entry.get("stream") == "system"
+    if timestamps:
+        when = datetime.fromtimestamp(entry.get("t", 0.0)).isoformat(" ", "milliseconds")
+        line = f"{when} {who}{'· ' if system else ''}{line}"
+    elif system:
+        line = f"· {who}{line}"
     return line + "\n"

@@ -97,6 +97,16 @@ def ago(when: Any) -> str:
     return f"{seconds / 86400:.0f} d ago"
 
 
+def span(seconds: float) -> str:
+    """A duration for people."""
+    if seconds < 1:
+        return f"{max(0.0, seconds) * 1000:.0f} ms"
+    for limit, unit, length in ((120, "s", 1), (7200, "min", 60)):
+        if seconds < limit:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds / 3600:.1f} h"
+
+
 def table(headers: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str = "none") -> None:
     """Aligned columns; on a terminal they are fitted to its width."""
     cells = [[text(cell) for cell in row] for row in rows]

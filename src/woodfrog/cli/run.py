@@ -156,7 +156,12 @@ def run(
     module: Module = False,
     name: Annotated[str, typer.Option("--name", "-n", help="Name of this run's app instead of the app's own.")] = "",
     detach: Annotated[
-        bool, typer.Option("--detach", "-d", help="Leave the app running at the end: until 5 minutes without a call.")
+        bool,
+        typer.Option(
+            "--detach",
+            "-d",
+            help="Leave the app running at the end, also after Ctrl-C: until 5 minutes without a call.",
+        ),
     ] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Show only what the program and functions print, and errors.")
@@ -169,7 +174,7 @@ def run(
     Without NAME the only local entrypoint is run, else the only function. What follows FILE are the function's own
     arguments, as options: `woodfrog run app.py::train --epochs 3`; `woodfrog run app.py::train --help` lists them. An
     option of a list is given once for each item, one of a dict as JSON.
-    What the containers print appears here. Ctrl-C cancels.
+    What the containers print appears here. Ctrl-C cancels; what runs with --detach goes on.
     """
     from woodfrog.cli.program import arguments_from, load, parse_reference
     from woodfrog.sdk.checks import be_quiet
@@ -276,7 +281,7 @@ def _running(app: App, shown: Shown, *, detach: bool = False, quiet: bool = Fals
                 follower.start()
                 yield progress
         except KeyboardInterrupt:
-            seconds = INTERRUPTED_DRAIN_S
+            seconds = min(seconds, INTERRUPTED_DRAIN_S)
             raise
         finally:
             if follower is not None:
@@ -305,7 +310,8 @@ class Follower:
         self._client, self._app, self._progress, self._quiet = client, app, progress, quiet
         self._errors = shown
         self._lock = threading.Lock()
-        self._shown = 0
+        self._at = 0
+        """Number of the last line that is shown."""
         self._over = threading.Event()
 
     def start(self) -> None:
@@ -315,7 +321,7 @@ class Follower:
 
     def _follow(self) -> None:
         try:
-            for entry in self._client.logs(self._app, follow=True):
+            for entry in self._client.logs(self._app, follow=True, after=0):
                 with self._lock:
                     if self._over.is_set():
                         return
@@ -339,7 +345,7 @@ class Follower:
         return [c for c in get(client or self._client, "/containers")["containers"] if c.get("app") == self._app]
 
     def _show(self, entry: dict[str, Any]) -> None:
-        self._shown += 1
+        self._at = entry.get("n") or self._at
         # Lines of no container tell of the app's own beginning and end.
         if entry.get("stream") != "system" or (entry.get("instance") and not self._quiet):
             self._progress.write(line_text(entry), error=entry.get("stream") != "stdout")
@@ -353,11 +359,10 @@ class Follower:
             with self._client.apart(seconds) as client:
                 while self._containers(client) and time.monotonic() < deadline:
                     time.sleep(0.05)
-                entries = list(client.logs(self._app))
-            with self._lock:
-                self._over.set()
-                for entry in entries[self._shown :]:
-                    self._show(entry)
+                with self._lock:
+                    self._over.set()
+                    for entry in client.logs(self._app, after=self._at):
+                        self._show(entry)
         except (NotFoundError, DaemonError) as e:
             output.note(f"the end of the output is missing: {e.message}")
         finally:

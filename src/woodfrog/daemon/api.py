@@ -435,8 +435,7 @@ def build(
 
     @api.post("/v1/apps/{app}/stop")
     async def stop_app(app: str) -> dict[str, Any]:
-        controller.stop_app(app)
-        return {"app": app, "stopped": True}
+        return {"app": app, "stopped": True, "cancelled": controller.stop_app(app)}
 
     @api.post("/v1/apps/{app}/touch")
     async def touch_app(app: str) -> dict[str, Any]:
@@ -467,12 +466,35 @@ def build(
         }
 
     @api.get("/v1/apps/{app}/logs")
-    async def app_logs(app: str, follow: bool = False, since: float = 0.0) -> StreamingResponse:
+    async def app_logs(
+        app: str, follow: bool = False, since: float = 0.0, after: int | None = Query(None, ge=0)
+    ) -> StreamingResponse:
         over = controller.is_over(app)
-        lines = controller.logs.app(app).read(since=since, follow=follow and not over)
+        lines = controller.logs.app(app).read(since=since, after=after, follow=follow and not over)
         return StreamingResponse(lines, media_type="application/x-ndjson")
 
     # Calls
+
+    @api.get("/v1/apps/{app}/calls")
+    async def app_calls(app: str, limit: int = Query(50, ge=1, le=1000)) -> dict[str, Any]:
+        deploys = controller.journal.deploys(app)
+        if not deploys:
+            raise NotFoundError(f"no app {app!r} was ever deployed here", app=app)
+        classes = {f["tag"] for row in deploys for f in row.spec.get("functions", []) if f.get("kind") == "class"}
+        unfinished = controller.state.calls
+        return {
+            "calls": [
+                {
+                    "id": row.id,
+                    "function": f"{row.tag}.{row.method}" if row.tag in classes else row.tag,
+                    "status": row.outcome or (unfinished[row.id].state if row.id in unfinished else "queued"),
+                    "submitted": row.submitted,
+                    "finished": row.finished,
+                    "error": row.error,
+                }
+                for row in controller.journal.recent_of(app, limit)
+            ]
+        }
 
     @api.post("/v1/apps/{app}/calls/{tag}")
     async def submit(app: str, tag: str, request: Request, wait: float = 0.0) -> Response:
@@ -618,7 +640,7 @@ def build(
         needle = json.dumps(found).encode()
 
         async def only() -> AsyncIterator[bytes]:
-            async for chunk in source.read(since=0.0, follow=follow):
+            async for chunk in source.read(follow=follow):
                 for line in chunk.splitlines(keepends=True):
                     if needle in line:
                         yield line

@@ -495,8 +495,14 @@ class Controller:
             raise NotFoundError(f"app {app!r} has no function {tag!r}; it has: {names}", app=app, tag=tag)
         return row, function
 
-    def stop_app(self, name: str, why: str = "") -> None:
+    def stop_app(self, name: str, why: str = "") -> int:
+        """The number of calls that are cancelled.
+
+        Raises:
+            NotFoundError: no such app runs.
+        """
         row, _ = self.app(name)
+        unfinished = sum(call.group.service.app == name for call in self.state.calls.values())
         self.journal.stop_app(name)
         if row.ephemeral:
             self._leaving.add(name)
@@ -509,6 +515,7 @@ class Controller:
         self._known_groups = {g for g in self._known_groups if g[0] != name}
         self.call_log.settle(name)
         self.logs.note(name, f"stopped: {why}" if why else "stopped")
+        return unfinished
 
     def is_over(self, name: str) -> bool:
         """Whether nothing is written of an app any more: it was ephemeral, was stopped, and has no container.

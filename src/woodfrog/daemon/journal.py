@@ -52,6 +52,7 @@ _FILE = "journal.sqlite"
 _ROW_BYTES = 1024
 """What a finished call takes beside its answer, its error and its trace."""
 _PRUNED_AT_ONCE = 5000
+_LOOKED_THROUGH = 10_000
 _LITTLE = 1 << 20
 """With less room than that a disk is full."""
 _LIVE = """stopped IS NULL AND (
@@ -327,6 +328,13 @@ class Journal:
 
     def recent(self, limit: int) -> list[CallRow]:
         return self._calls("ORDER BY submitted DESC LIMIT ?", limit)
+
+    def recent_of(self, app: str, limit: int) -> list[CallRow]:
+        """The latest of one app: all that are unfinished, and those among the newest of all apps."""
+        # Without an index by app, which every call would pay for.
+        newest = f"SELECT rowid FROM calls ORDER BY submitted DESC LIMIT {_LOOKED_THROUGH}"
+        among = f"SELECT rowid FROM calls WHERE finished IS NULL UNION SELECT * FROM ({newest})"
+        return self._calls(f"WHERE rowid IN ({among}) AND app = ? ORDER BY submitted DESC LIMIT ?", app, limit)
 
     def _calls(self, where: str, *values: Any) -> list[CallRow]:
         rows = self._execute(

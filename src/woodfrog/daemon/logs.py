@@ -8,46 +8,19 @@ import json
 import os
 import re
 import time
-from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 __all__ = ["AppLog", "LogBook", "rotate_own"]
 
 _LINE_LIMIT = 64 << 10
 _BLOCK = 64 << 10
-_BACKLOG = 4 << 20
-
-
-@dataclass(eq=False)
-class _Follower:
-    """Lines on their way to one reader. One that reads too slowly misses some, and is told so."""
-
-    chunks: deque[bytes] = field(default_factory=deque)
-    size: int = 0
-    missed: int = 0
-
-    def put(self, data: bytes, lines: int) -> None:
-        if self.size + len(data) > _BACKLOG:
-            self.missed += lines
-            return
-        self.chunks.append(data)
-        self.size += len(data)
-
-    def take(self) -> bytes:
-        data = b"".join(self.chunks)
-        self.chunks.clear()
-        self.size = 0
-        if self.missed:
-            data += _encode([_own(f"{self.missed} lines left out: read too slowly")])
-            self.missed = 0
-        return data
+_HEAD = re.compile(rb'\{"t":([0-9.]+)(?:,"n":([0-9]+))?')
 
 
 class AppLog:
-    """Lines of one app. Half of the byte budget is the current file, half the one before."""
+    """Lines of one app, numbered from 1 on. Half of the byte budget is the current file, half the one before."""
 
     def __init__(self, path: Path, budget: int) -> None:
         self._path = path
@@ -55,13 +28,17 @@ class AppLog:
         self._limit = max(budget // 2, 1 << 16)
         self._fd = -1
         self._size = 0
-        with contextlib.suppress(OSError):  # then the next write tries again
-            self._open()
-        self._followers: set[_Follower] = set()
+        self._last: int | None = None
+        """Number of the last line."""
+        self._file = 1
+        """Which file is the current one; the old one is the one before."""
+        self._readers = 0
         self._changed = asyncio.Event()
         self._ended = False
         self.dropped = 0
         """Lines that could not be written, on a full disk or for want of a descriptor; said in the log afterwards."""
+        with contextlib.suppress(OSError):  # then the next write tries again
+            self._open()
 
     def _open(self) -> None:
         fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -69,6 +46,8 @@ class AppLog:
             size = os.fstat(fd).st_size
             if size and os.pread(fd, 1, size - 1) != b"\n":
                 size += os.write(fd, b"\n")  # the daemon was killed in the middle of a line
+            if self._last is None:
+                self._last = _last_number(self._path) or _last_number(self._old)
         except OSError:
             os.close(fd)
             raise
@@ -76,27 +55,28 @@ class AppLog:
 
     def write(self, records: list[dict[str, Any]]) -> None:
         """Append; a full disk must not take the functions down, so this never fails."""
-        data = _encode(records)
-        for follower in self._followers:
-            follower.put(data, len(records))
-        self._changed.set()
         try:
             if self.dropped:
-                self._append(_encode([_own(f"{self.dropped} lines lost: no room for them")]))
+                # As of one of its containers: a run shows these.
+                self._append([_own(f"{self.dropped} lines lost: no room for them", *records[:1])])
                 self.dropped = 0
-            self._append(data)
+            self._append(records)
         except OSError:
             self.dropped += len(records)
         if self._size > self._limit:
             with contextlib.suppress(OSError):  # then the file grows on, and the next write tries again
                 os.replace(self._path, self._old)
+                self._file += 1
                 self.close()
                 self._open()
+        self._changed.set()
 
-    def _append(self, data: bytes) -> None:
-        """All of `data`, or nothing of it."""
+    def _append(self, records: list[dict[str, Any]]) -> None:
+        """All of them, or nothing."""
         if self._fd < 0:
             self._open()
+        first = (self._last or 0) + 1
+        data = b"".join(_encode(number, record) for number, record in enumerate(records, first))
         try:
             rest = memoryview(data)
             while rest:
@@ -105,43 +85,55 @@ class AppLog:
             os.ftruncate(self._fd, self._size)
             raise
         self._size += len(data)
+        self._last = first + len(records) - 1
 
-    async def read(self, *, since: float, follow: bool) -> AsyncIterator[bytes]:
-        """NDJSON from `since` (Unix time) on, whole lines; with `follow`, on and on until `end`."""
-        follower = _Follower()
-        files: list[tuple[BinaryIO, int]] = []
-        # One moment for both: what is in the files now is read there, what comes later goes to the follower.
-        for path in (self._old, self._path):
-            with contextlib.suppress(FileNotFoundError):
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                files.append((os.fdopen(fd, "rb"), os.fstat(fd).st_size))
-        if follow:
-            self._followers.add(follower)
+    async def read(self, *, since: float = 0.0, after: int | None = None, follow: bool) -> AsyncIterator[bytes]:
+        """NDJSON, whole lines. A reader who falls behind goes on in the files, and is told of lines that are no longer
+        there.
+
+        Args:
+            since: Unix time of the first.
+            after: number of the line before the first.
+            follow: on and on until `end`.
+        """
+        last = self._last or 0
+        if after is not None and after > last:
+            after = 0  # of a log that was removed since
+        number, file = self._file - 1, None
+        self._readers += 1
         try:
-            for file, size in files:
-                while size and (lines := file.readlines(min(size, _BLOCK))):
-                    read = sum(map(len, lines))
-                    if read > size:  # appended to since
-                        lines = b"".join(lines)[:size].splitlines(keepends=True)
-                    size -= min(read, size)
-                    block = b"".join(line for line in lines if not since or _time_of(line) >= since)
-                    if block:
-                        yield block
-            while follow:
-                while follower.chunks or follower.missed:
-                    yield follower.take()
-                if self._ended:
+            while True:
+                if file is None:
+                    with contextlib.suppress(FileNotFoundError):
+                        file = (self._path if number == self._file else self._old).open("rb")
+                # Nothing is written between this look and the wait below: no line comes unseen.
+                if file is not None and (lines := file.readlines(_BLOCK)):
+                    wanted, after = _pick(lines, since, after)
+                    if wanted:
+                        yield b"".join(wanted)
+                    else:
+                        await asyncio.sleep(0)
+                    if not follow and (after or 0) >= last > 0:
+                        return
+                elif number < self._file:
+                    if file is not None:
+                        file.close()
+                    number, file = max(number + 1, self._file - 1), None
+                elif self._ended or not follow:
+                    if self.dropped:
+                        yield _encode(0, _own(f"{self.dropped} lines lost: no room for them"))
                     return
-                self._changed.clear()
-                await self._changed.wait()
+                else:
+                    self._changed.clear()
+                    await self._changed.wait()
         finally:
-            self._followers.discard(follower)
-            for file, _ in files:
+            self._readers -= 1
+            if file is not None:
                 file.close()
 
     @property
     def followed(self) -> bool:
-        return bool(self._followers)
+        return self._readers > 0
 
     def end(self) -> None:
         """Nothing more is written: who follows it gets the rest, and the end."""
@@ -155,18 +147,58 @@ class AppLog:
             self._fd = -1
 
 
-def _encode(records: list[dict[str, Any]]) -> bytes:
-    return b"".join(json.dumps(r, separators=(",", ":")).encode() + b"\n" for r in records)
+def _encode(number: int, record: dict[str, Any]) -> bytes:
+    return json.dumps({"t": record["t"], "n": number, **record}, separators=(",", ":")).encode() + b"\n"
 
 
-def _own(text: str) -> dict[str, Any]:
-    now = round(time.time(), 3)
-    return {"t": now, "instance": "", "function": "", "stream": "system", "call": None, "line": text}
+def _own(text: str, beside: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A line of the log's own, of the same container as another."""
+    who = {key: (beside or {}).get(key, "") for key in ("instance", "function")}
+    return {"t": round(time.time(), 3), **who, "stream": "system", "call": None, "line": text}
 
 
-def _time_of(line: bytes) -> float:
-    found = re.match(rb'\{"t":([0-9.]+)', line)
-    return float(found.group(1)) if found else 0.0
+def _head(line: bytes) -> tuple[float, int]:
+    """Time and number; 0 for what is not there, as in the logs of versions that had no numbers."""
+    found = _HEAD.match(line)
+    return (float(found[1]), int(found[2] or 0)) if found else (0.0, 0)
+
+
+def _last_number(path: Path) -> int:
+    """The highest number in a file; 0 when there is none."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        size, length = file.seek(0, os.SEEK_END), _BLOCK
+        while size:
+            length = min(length, size)
+            file.seek(size - length)
+            numbers = [_head(line)[1] for line in file.read(length).split(b"\n")]
+            if any(numbers) or length == size:
+                return max(numbers)
+            length *= 2
+    return 0
+
+
+def _pick(lines: list[bytes], since: float, after: int | None) -> tuple[list[bytes], int | None]:
+    """Of successive lines those from `since` on with numbers above `after`, and the number of the last.
+
+    Where numbers are missing before them, a line says so.
+    """
+    end = _head(lines[-1])[1]
+    if after is None:
+        return [line for line in lines if not since or _head(line)[0] >= since], end or None
+    if 0 < end <= after:
+        return [], after
+    wanted = []
+    for line in lines:
+        moment, number = _head(line)
+        if number <= after:
+            continue
+        if number > after + 1:
+            text = f"{number - after - 1} lines left out: the log was over its bound before they were read"
+            wanted.append(_encode(number - 1, _own(f"{text} (WOODFROG_LOG_MIB)", json.loads(line))))
+        after = number
+        if moment >= since:
+            wanted.append(line)
+    return wanted, after
 
 
 class LogBook:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import threading
     from typing import Unpack
 
-    from woodfrog.sdk.client import Client
+    from woodfrog.sdk.client import Client, Reply
 
 __all__ = ["App", "LocalEntrypoint", "Stub", "enable_output"]
 
@@ -37,6 +37,8 @@ C = TypeVar("C", bound=type)
 _output = False
 STOP_S = 5.0
 """How long the end of `app.run()` waits for a daemon that is away."""
+TOLD = 3
+"""So many calls that go on are told by their ids."""
 PRESENT_S = 60.0
 """How often a running app's client says that it is there."""
 
@@ -302,7 +304,8 @@ class App:
         """`with app.run():` (or `async with`): deploys the app for the time of the block, under a name of its own.
 
         Args:
-            detach: leave the app running at the end of the block, and its calls where this process is killed.
+            detach: leave the app running at the end of the block, and its calls where this process is interrupted
+                (Ctrl-C) or killed.
 
         Raises:
             SpecError: see `deploy`; or the app runs already.
@@ -373,6 +376,7 @@ class RunningApp:
         self._app, self._detach = app, detach
         self._logs: threading.Thread | None = None
         self._over: threading.Event | None = None
+        self._process = os.getpid()
 
     def __enter__(self) -> App:
         app = self._app
@@ -394,6 +398,10 @@ class RunningApp:
             with contextlib.suppress(WoodfrogError):
                 _stop(connect(start=False), name, interrupted=True)
             raise
+        if self._detach:
+            from woodfrog.sdk.call import Detached, detached
+
+            detached[app._running[1]] = Detached()
         import threading
 
         self._over = threading.Event()
@@ -409,18 +417,32 @@ class RunningApp:
         running, self._app._running = self._app._running, None
         if self._over is not None:
             self._over.set()
-        if running is None or self._detach:
+        if running is None or os.getpid() != self._process:  # a forked child leaves its copy
             return
         client, name = running
+        if self._detach:
+            import asyncio
+
+            if isinstance(error, (KeyboardInterrupt, asyncio.CancelledError)):
+                _leave(name)
+            return
+        cancelled = 0
         with contextlib.suppress(NotFoundError):
             try:
-                _stop(client, name, interrupted=isinstance(error, KeyboardInterrupt))
+                cancelled = _stop(client, name, interrupted=isinstance(error, KeyboardInterrupt))
             except DaemonError as e:
                 if error is None:
                     raise
                 checks.note(f"stop:{name}", f"app {name} could not be stopped: {e}")
         if self._logs is not None:
             self._logs.join(2.0)
+        if cancelled and error is None:
+            checks.note(
+                f"cancelled:{name}",
+                f"{cancelled} call{'s' if cancelled > 1 else ''} of {name} had not finished and "
+                f"{'were' if cancelled > 1 else 'was'} cancelled: a run that is detached (`woodfrog run --detach`, "
+                "`app.run(detach=True)`) goes on with its calls",
+            )
 
     async def __aenter__(self) -> App:
         from woodfrog.sdk.call import in_thread
@@ -435,15 +457,37 @@ class RunningApp:
         await in_thread(self.__exit__)(kind, error, traceback)
 
 
-def _stop(client: Client, name: str, *, interrupted: bool) -> None:
+def _leave(name: str) -> None:
+    """The end of an interrupted run that is detached."""
+    from woodfrog.sdk.call import detached
+
+    run = detached[name]
+    run.interrupted.set()
+    calls = [f"{call.id} ({call.target.tag})" for call in run.left]
+    if not calls:
+        return
+    more = f" and {len(calls) - TOLD} more (`woodfrog app calls {name}`)" if len(calls) > TOLD else ""
+    checks.note(
+        f"left:{name}",
+        f"{name} goes on with call {', '.join(calls[:TOLD])}{more}: `woodfrog app logs {name} -f` shows its output, "
+        f"woodfrog.FunctionCall.from_id({run.left[0].id!r}).get() gets the result, `woodfrog app stop {name}` ends it",
+    )
+
+
+def _stop(client: Client, name: str, *, interrupted: bool) -> int:
+    """The number of calls that were cancelled for it."""
     from woodfrog.sdk.client import segment
 
     path = f"/apps/{segment(name)}/stop"
     if not interrupted:
-        client.request("POST", path, reconnect_s=STOP_S)
-        return
+        return _cancelled(client.request("POST", path, reconnect_s=STOP_S))
     with client.apart(STOP_S) as apart:
-        apart.request("POST", path)
+        return _cancelled(apart.request("POST", path))
+
+
+def _cancelled(reply: Reply) -> int:
+    answer = reply.json()
+    return int(answer.get("cancelled", 0)) if isinstance(answer, dict) else 0
 
 
 def _stay(client: Client, name: str, over: threading.Event) -> None:

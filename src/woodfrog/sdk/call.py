@@ -7,6 +7,7 @@ import base64
 import contextlib
 import contextvars
 import json
+import os
 import queue
 import threading
 import time
@@ -39,6 +40,10 @@ T = TypeVar("T")
 
 WAIT_S = 55.0
 """Longest single wait for an answer; below the idle limits of usual proxies."""
+LEAVE_S = 0.5
+"""How long after the end of a loop or task in a detached run the block's own end tells that it was interrupted."""
+DETACHED_WAIT_S = 2.0
+"""Longest single wait in a detached run: the threads that wait keep an interrupted program from its end."""
 CANCEL_S = 2.0
 """How long a cancellation waits for a daemon that is away."""
 WINDOW = 100
@@ -65,12 +70,50 @@ class Target:
             )
 
 
+class Detached:
+    """A run that goes on without this process."""
+
+    def __init__(self) -> None:
+        self.interrupted = threading.Event()
+        """Its block was ended by Ctrl-C: what was called there goes on."""
+        self.left: list[Call] = []
+        """What nobody here waits for any more."""
+
+
+detached: dict[str, Detached] = {}
+"""By the name of its app."""
+
+
+def give_up(calls: Sequence[Call]) -> None:
+    """Nobody here waits for calls of one app any more: cancel them, except those of a detached run that ends by Ctrl-C.
+
+    Loops and asyncio's tasks are left in the same way for that as for any other reason: the end of the run's block, a
+    moment later, makes the difference.
+    """
+    run = detached.get(calls[0].target.app) if calls else None
+    if run is None:
+        for call in calls:
+            call.cancel()
+        return
+    calls = [call for call in calls if call not in run.left]
+    run.left += calls
+
+    def decide() -> None:
+        if not run.interrupted.wait(LEAVE_S):
+            for call in calls:
+                call.cancel()
+                run.left.remove(call)
+
+    threading.Thread(target=decide, name="woodfrog-leave").start()
+
+
 class Call:
     """One call with an id made here, so that sending it again never runs it twice."""
 
     def __init__(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.id = uuid4().hex
         self.target = target
+        self._process = os.getpid()
         self._body = payload.dumps_arguments(args, kwargs, target.tag)
         self._cancelled = False
         self._over = False
@@ -90,24 +133,31 @@ class Call:
             headers=headers,
             content=self._body,
             wait=wait,
-            kept=f"the call may have been taken on as {self.id!r}",
+            kept=f"the call may have been taken on: {_asked_again(self.id)}",
+            new=True,
         )
 
     def run(self) -> Any:
-        """Send, wait, and return the result or raise what the call raised. Ctrl-C cancels the call."""
+        """Send, wait, and return the result or raise what the call raised. Ctrl-C cancels the call (see `give_up`)."""
+        run = detached.get(self.target.app)
         try:
-            reply = self.send(WAIT_S)
+            reply = self.send(DETACHED_WAIT_S if run else WAIT_S)
             self._body = b""
-            return outcome(wait_for(self.target.client, self.id, reply), self.target.tag)
+            return outcome(wait_for(self.target.client, self.id, reply, run=run), self.target.tag)
         except KeyboardInterrupt:
             self._over = True
-            self.cancel()
+            give_up([self])
             raise
         finally:
             self._over = True
 
     def cancel(self) -> None:
-        """Cancel from any thread; also a call that is on its way to the daemon, and may arrive after this."""
+        """Cancel from any thread; also a call that is on its way to the daemon, and may arrive after this.
+
+        Not from a forked child, which leaves its copy of a loop or a map behind while the parent goes on with its own.
+        """
+        if os.getpid() != self._process:
+            return
         self._cancelled = True
         deadline = time.monotonic() + (0.2 if self._over else CANCEL_S)
         with self.target.client.apart(CANCEL_S) as client:
@@ -124,9 +174,11 @@ class Call:
                 ended = True
                 outcome(first, tag)
             self._body, after = b"", 0
-            while True:
+            run = detached.get(self.target.app)
+            wait = DETACHED_WAIT_S if run else WAIT_S
+            while run is None or not run.interrupted.is_set():
                 reply = client.request(
-                    "GET", f"/calls/{self.id}/items", params={"after": str(after)}, wait=WAIT_S, kept=_kept(self.id)
+                    "GET", f"/calls/{self.id}/items", params={"after": str(after)}, wait=wait, kept=_kept(self.id)
                 )
                 for kind, body in unpack_items(reply.body.getvalue()):
                     if kind == b"i":
@@ -148,7 +200,7 @@ class Call:
         finally:
             self._over = True
             if not ended:
-                self.cancel()
+                give_up([self])
 
 
 def _json(body: bytes) -> Any:
@@ -167,7 +219,11 @@ def _failure(body: bytes, tag: str) -> WoodfrogError:
 
 
 def _kept(call_id: str) -> str:
-    return f"the call is kept: woodfrog.FunctionCall.from_id({call_id!r}).get() asks for it again"
+    return f"the call is kept: {_asked_again(call_id)}"
+
+
+def _asked_again(call_id: str) -> str:
+    return f"woodfrog.FunctionCall.from_id({call_id!r}).get() asks for it again"
 
 
 def cancel(client: Client, call_id: str) -> bool:
@@ -178,23 +234,40 @@ def cancel(client: Client, call_id: str) -> bool:
     return False
 
 
-def wait_for(client: Client, call_id: str, reply: Reply | None, deadline: float | None = None) -> Reply:
+def wait_for(
+    client: Client, call_id: str, reply: Reply | None, deadline: float | None = None, run: Detached | None = None
+) -> Reply:
     """Poll until the call is over, however often the daemon is restarted meanwhile.
 
     Raises:
-        NotOverYet: `deadline` (monotonic seconds) has passed.
+        CallCancelled: `run` was interrupted; the call goes on.
+        NotOverYet: `deadline` (monotonic seconds) has passed, also where the daemon is away.
         CallNotFound: the daemon knows no such call (any more).
     """
     while reply is None or reply.status == 202 or reply.headers.get("woodfrog-status") == "pending":
-        wait = WAIT_S
+        if run is not None and run.interrupted.is_set():
+            raise CallCancelled(f"call {call_id} is not waited for any more: its run was interrupted")
+        wait, patience = DETACHED_WAIT_S if run else WAIT_S, client.reconnect_s
         if deadline is not None:
-            wait = max(0.0, min(WAIT_S, deadline - time.monotonic()))
-            if wait == 0.0 and reply is not None:
+            left = max(0.0, deadline - time.monotonic())
+            wait, patience = min(wait, left), min(patience, left)
+            if left == 0.0 and reply is not None:
                 raise NotOverYet(f"call {call_id} is not over yet")
         try:
-            reply = client.request("GET", f"/calls/{call_id}", wait=wait, kept=_kept(call_id))
+            new = reply is None
+            reply = client.request(
+                "GET", f"/calls/{call_id}", wait=wait, kept=_kept(call_id), reconnect_s=patience, new=new
+            )
         except NotFoundError as e:
             raise CallNotFound(e.message, code=e.code, **e.fields) from None
+        except DaemonError as e:
+            if e.code != "daemon-lost" or patience == client.reconnect_s:
+                raise
+            raise NotOverYet(
+                f"call {call_id} is not over yet, as far as is known: woodfrog's daemon at {client.where} is away"
+                f"{client.remedy()}",
+                retryable=True,
+            ) from None
     return reply
 
 
@@ -233,6 +306,14 @@ def _threads() -> ThreadPoolExecutor:
     if _aio_pool is None:
         _aio_pool = ThreadPoolExecutor(256, thread_name_prefix="woodfrog-aio")
     return _aio_pool
+
+
+def _after_fork() -> None:
+    global _aio_pool
+    _aio_pool = None  # its threads are the parent's
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 async def _run_in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -317,12 +398,12 @@ class FunctionCall:
 
 
 async def run_aio(call: Callable[[], Call]) -> Any:
-    """Make, send and await a call; cancelling the task cancels the call."""
+    """Make, send and await a call; cancelling the task cancels the call (see `give_up`)."""
     made = await _run_in_thread(call)
     try:
         return await _run_in_thread(made.run)
     except asyncio.CancelledError:
-        _threads().submit(made.cancel)
+        _threads().submit(give_up, [made])
         raise
 
 
@@ -439,8 +520,7 @@ class MapRun:
         self._slots.release()
         self._ready.put(_END)
         self._pool.shutdown(wait=False, cancel_futures=True)
-        for call in active:
-            call.cancel()
+        give_up(active)
 
 
 def map_calls(

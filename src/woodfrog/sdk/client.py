@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -153,8 +154,11 @@ def error_from_answer(data: Any, fallback: str) -> WoodfrogError:
     return errors.error_from_dict(error)
 
 
+_all_clients: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
 class Client:
-    """Speaks to one daemon. Safe to use from many threads.
+    """Speaks to one daemon. Safe to use from many threads, and on both sides of a fork.
 
     Args:
         settings: where the daemon is (`host` and `token`, or the socket in `home`).
@@ -170,16 +174,24 @@ class Client:
         self.on_lost: Callable[[str], None] = lambda text: note(f"daemon-lost-{time.monotonic()}", text)
         """Told, in words, what is waited for when the daemon is away."""
         self._told = False
-        self._starting = threading.Lock()
+        self._away: float | None = None
+        """Since when no daemon answers, over all requests: who asks briefly, again and again, waits as well."""
         self._base = "http://woodfrog"
         self._headers = {"accept": "*/*", "accept-encoding": "identity", "user-agent": "woodfrog"}
         if settings.host:
             self._base = _address(settings.host)
             if settings.token:
                 self._headers["authorization"] = f"Bearer {settings.token}"
+        self._begin()
+        _all_clients.add(self)
+
+    def _begin(self) -> None:
+        """With connections and locks of this process's own. Its parent's would carry the answers to others' calls, and
+        a lock that one of its threads held at the fork would never be free here."""
+        self._starting = threading.Lock()
         # Without httpx above it, which is slow to import and a quarter of a small call.
         self._pool = httpcore.ConnectionPool(
-            uds=None if settings.host else str(settings.socket),
+            uds=None if self.settings.host else str(self.settings.socket),
             max_connections=None,
             max_keepalive_connections=64,
             keepalive_expiry=30,
@@ -270,6 +282,7 @@ class Client:
         wait: float = 0.0,
         kept: str = "",
         reconnect_s: float | None = None,
+        new: bool = False,
     ) -> Reply:
         """One request under `/v1`; repeated while the daemon is away, so it must do no harm twice.
 
@@ -277,6 +290,8 @@ class Client:
             data: sent as JSON, instead of `content`.
             wait: seconds the daemon may hold the answer back.
             kept: words for the error when the daemon stays away.
+            new: nothing is under way yet: where no daemon runs, one is started as `connect` would, also when the last
+                one was stopped.
 
         Raises:
             DaemonError: the daemon went away and did not come back in `reconnect_s`.
@@ -288,13 +303,14 @@ class Client:
             params = {**(params or {}), "wait": f"{wait:g}"}
         allowed = self.reconnect_s if reconnect_s is None else reconnect_s
         lost: float | None = None
+        absent = False
         delay = 0.05
         while True:
             trouble: Exception | None = None
             try:
                 reply = self._send(method, "/v1" + path, params=params, headers=headers, content=content, wait=wait)
                 if reply.status != 503:
-                    self._told = False
+                    self._told, self._away = False, None
                     break
                 failure = error_from_answer(_json_or_none(reply), "the daemon is not ready")
                 if not failure.retryable and "error" in (_json_or_none(reply) or {}):
@@ -305,25 +321,30 @@ class Client:
                 if _denied(e):
                     raise _no_permission(self.where) from None
             now = time.monotonic()
-            lost = lost or now
+            if lost is None:
+                lost, absent = now, isinstance(trouble, httpcore.ConnectError)
+            self._away = self._away or lost
             if now - lost > allowed:
                 raise DaemonError(
                     f"woodfrog's daemon at {self.where} went away and did not come back in {allowed:g} s "
-                    f"({type(trouble).__name__}: {trouble}){kept and '; ' + kept}{self._remedy()}",
+                    f"({type(trouble).__name__}: {trouble}){kept and '; ' + kept}{self.remedy()}",
                     code="daemon-lost",
                     retryable=True,
                 ) from None
             if now - lost > TELL_S and isinstance(trouble, httpcore.ConnectError):
-                self._tell(f"woodfrog's daemon at {self.where} went away: waiting for another{self._remedy()}")
-            if now - lost > ABANDONED_S and _died(trouble) and not self.settings.host and os.geteuid() == 0:
-                self._start_another(kept)
-            time.sleep(delay)
+                self._tell(f"woodfrog's daemon at {self.where} went away: waiting for another{self.remedy()}")
+            died = _died(trouble) and allowed > 0
+            may = not self.settings.host and os.geteuid() == 0
+            if now - self._away > ABANDONED_S and may and (died or (new and absent)):
+                self._start_another("died" if died else "is not running", kept)
+            time.sleep(min(delay, max(0.01, lost + allowed - now)))
             delay = min(1.0, delay * 1.6)
         if reply.status >= 400 and method != "HEAD":
             raise error_from_answer(_json_or_none(reply), f"the daemon answered {reply.status} to {method} {path}")
         return reply
 
-    def _remedy(self) -> str:
+    def remedy(self) -> str:
+        """What to do where no daemon answers, as the end of a message."""
         if self.settings.host:
             return ""
         return f"; `{'' if os.geteuid() == 0 else 'sudo '}woodfrog daemon start` starts one"
@@ -334,11 +355,11 @@ class Client:
             self._told = True
             self.on_lost(text)
 
-    def _start_another(self, kept: str) -> None:
+    def _start_another(self, why: str, kept: str) -> None:
         with self._starting:
             if self.health(timeout=1.0) is not None:
                 return
-            self.on_lost(f"woodfrog's daemon at {self.where} died: starting another")
+            self.on_lost(f"woodfrog's daemon at {self.where} {why}: starting another")
             try:
                 start_daemon(self)
             except DaemonError as e:
@@ -420,6 +441,7 @@ class Client:
             return None
         if reply.status == 503:
             return None
+        self._away = None
         if reply.status != 200:
             raise error_from_answer(_json_or_none(reply), f"{self.where} answered {reply.status} to a health check")
         found = reply.json()
@@ -437,7 +459,7 @@ class Client:
         """An NDJSON answer line by line (logs); with `follow` for as long as the daemon sends.
 
         Raises:
-            DaemonError: without `follow`: the daemon went away before the end.
+            DaemonError: the daemon went away before the end.
         """
         follow = bool(params and params.get("follow"))
         read = None if follow else self.patience_s
@@ -449,19 +471,37 @@ class Client:
                     if line.strip():
                         yield json.loads(line)
         except _TEMPORARY as e:
-            if not follow:
-                raise DaemonError(
-                    f"woodfrog's daemon at {self.where} went away in the middle of an answer ({type(e).__name__}: {e})",
-                    code="daemon-lost",
-                    retryable=True,
-                ) from None
+            raise DaemonError(
+                f"woodfrog's daemon at {self.where} went away in the middle of an answer ({type(e).__name__}: {e})",
+                code="daemon-lost",
+                retryable=True,
+            ) from None
 
-    def logs(self, app: str, *, follow: bool = False, since: float | None = None) -> Iterator[dict[str, Any]]:
-        """Log lines of an app: {t, instance, function, stream, line, call}."""
-        params: dict[str, Any] = {"follow": "1"} if follow else {}
-        if since is not None:
-            params["since"] = since
-        return self.lines(f"/apps/{segment(app)}/logs", params)
+    def logs(
+        self, app: str, *, follow: bool = False, since: float | None = None, after: int | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Log lines of an app: {t, n, instance, function, stream, line, call}.
+
+        Args:
+            follow: until the app's end, also when another daemon takes over meanwhile.
+            after: the `n` of the line before the first.
+
+        Raises:
+            DaemonError: the daemon went away; with `follow`: and did not come back in `reconnect_s`.
+        """
+        path = f"/apps/{segment(app)}/logs"
+        while True:
+            params = {"follow": "1" if follow else None, "since": since, "after": after}
+            try:
+                for entry in self.lines(path, {k: v for k, v in params.items() if v is not None}):
+                    after = entry.get("n") or after or 0
+                    yield entry
+                return
+            except DaemonError as e:
+                if not follow or e.code != "daemon-lost":
+                    raise
+            time.sleep(0.1)
+            self.request("GET", "/health")  # as every request, it waits for a daemon or starts one
 
 
 def _or_none(body: bytes) -> Any:
@@ -500,8 +540,18 @@ def _no_permission(where: str) -> HostError:
     )
 
 
-_clients: dict[tuple[int, Settings], Client] = {}
+_clients: dict[Settings, Client] = {}
 _lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+    for client in _all_clients:
+        client._begin()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def connect(settings: Settings | None = None, *, start: bool = True) -> Client:
@@ -512,9 +562,8 @@ def connect(settings: Settings | None = None, *, start: bool = True) -> Client:
         DaemonError: the daemon does not answer, or could not be started; with the end of its log.
     """
     settings = settings or load()
-    key = (os.getpid(), settings)  # A forked child must not share its parent's connections.
     with _lock:
-        client = _clients.get(key) or Client(settings)
+        client = _clients.get(settings) or Client(settings)
         found = client.health()
         gone = _gone(found)
         if found is None or (gone and start):
@@ -531,7 +580,7 @@ def connect(settings: Settings | None = None, *, start: bool = True) -> Client:
             start_daemon(client)
         elif start and (old := outdated(found)):
             note("daemon-outdated", old)
-        _clients[key] = client
+        _clients[settings] = client
         return client
 
 

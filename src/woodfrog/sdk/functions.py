@@ -96,7 +96,7 @@ def ask(owner: Owner, tag: str) -> None:
     from woodfrog.sdk.client import segment
 
     client, app = owner.reach(tag)
-    found = client.request("GET", f"/apps/{segment(app)}").json()
+    found = client.request("GET", f"/apps/{segment(app)}", new=True).json()
     tags = {f["tag"]: f["kind"] for f in found["functions"]}
     tags |= {
         f"{f['tag']}.{m['name']}": "method" for f in found["functions"] if f["kind"] == "class" for m in f["methods"]
@@ -310,12 +310,12 @@ class Function(Generic[P, R]):
         yield from Call(self._target(), args, kwargs).items()
 
     async def _remote_gen_aio(self, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[Any]:
-        from woodfrog.sdk.call import Call, aio_iterate, in_thread
+        from woodfrog.sdk.call import Call, aio_iterate, give_up, in_thread
 
         self._expect(True, "remote_gen")
         target = await in_thread(self._target)()
         call = Call(target, args, kwargs)
-        async for item in aio_iterate(call.items(), call.cancel):
+        async for item in aio_iterate(call.items(), lambda: give_up([call])):
             yield item
 
     @property
