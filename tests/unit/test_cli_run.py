@@ -321,6 +321,7 @@ def test_deploy(tmp_path: Path, daemon: RunDaemon) -> None:
     assert shown.exit_code == 0, shown.output
     assert daemon.deploys[0]["spec"]["name"] == "demo"
     assert (daemon.deploys[0]["ephemeral"], daemon.deploys[0]["snapshot"]) == (False, False)
+    assert daemon.deploys[0]["strategy"] == "rolling"
     lines = shown.stderr.splitlines()
     assert lines[:2] == ["deploying demo", "deployed demo, version 4"]
     assert [line.strip() for line in lines[2:]] == [
@@ -328,7 +329,8 @@ def test_deploy(tmp_path: Path, daemon: RunDaemon) -> None:
         "woodfrog call demo.count",
         "woodfrog call demo.Embedder.run",
     ]
-    answer = json.loads(run("deploy", file, "--name", "other", "--json").stdout)
+    answer = json.loads(run("deploy", file, "--name", "other", "--strategy", "recreate", "--json").stdout)
+    assert daemon.deploys[1]["strategy"] == "recreate"
     assert (answer["app"], answer["version"]) == ("other", 4)
     assert {f["tag"] for f in answer["functions"]} == {"square", "count", "Embedder"}
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Env = Annotated[
     str | None, typer.Option("--env", "-e", metavar="NAME", help="Ignored: for commands written for Modal.")
 ]
+Strategy = Literal["rolling", "recreate"]
 Module = Annotated[bool, typer.Option("-m", help="TARGET is a module's dotted name instead of a file.")]
 DRAIN_S = 10.0
 """How long the last output is waited for once the app has been stopped."""
@@ -403,6 +404,13 @@ def deploy(
     module: Module = False,
     name: Annotated[str, typer.Option("--name", help="Name to deploy under instead of the app's own.")] = "",
     snapshot: Annotated[bool, typer.Option("--snapshot", help="Take the snapshots now and wait for them.")] = False,
+    strategy: Annotated[
+        Strategy,
+        typer.Option(
+            help="rolling: what is in use of the version before serves until this one has a container ready. "
+            "recreate: every call from now on gets the new code."
+        ),
+    ] = "rolling",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     env: Env = None,
 ) -> None:
@@ -418,7 +426,7 @@ def deploy(
     app: App = pick(apps, reference.name, what="app", source=reference.source)
     with output.Progress(quiet=as_json) as progress:
         progress.say(f"deploying {name or app.name or reference.source}")
-        app.deploy(name=name or None, snapshot=snapshot)
+        app.deploy(name=name or None, snapshot=snapshot, strategy=strategy)
     client, deployed = app.reach("deploy")
     found = get(client, f"/apps/{segment(deployed)}")
     functions = found["functions"]

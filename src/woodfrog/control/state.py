@@ -232,6 +232,12 @@ class Group:
     parks_timer: float = -NEVER
     """Time of the latest entry in the heap for that."""
     starved_since: float = NEVER
+    elder: Group | None = None
+    """An older version's group whose instances serve this one's calls until one of its own is ready."""
+    heir: Group | None = None
+    """The group whose `elder` this is."""
+    rolls_until: float = -NEVER
+    """When the elder stops in any case, unless what it waits for fails to start."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -241,6 +247,11 @@ class Group:
     def live(self) -> int:
         """Instances that serve or will."""
         return self.starting + len(self.idle) + self.running
+
+    @property
+    def warm(self) -> bool:
+        """Whether an instance serves."""
+        return bool(self.idle or self.running)
 
 
 @dataclass(slots=True, eq=False)
@@ -366,6 +377,7 @@ class State:
                     "calls": g.calls,
                     "start_failures": g.start_failures,
                     "starved": g.key in self.starved,
+                    "elder": g.elder.service.version if g.elder else None,
                     "snapshot": self.knowledge[s.key].get((g.digest, ""), Knowledge()).view(),
                     "chips": {c: k.view() for (d, c), k in self.knowledge[s.key].items() if c and d == g.digest},
                 }

@@ -378,6 +378,7 @@ def build(
             ephemeral=bool(body.get("ephemeral")),
             client=client if isinstance(client, dict) else {},
             capture=bool(body.get("snapshot")),
+            rolling=body.get("strategy") != "recreate",
         )
 
     def app_row(name: str) -> dict[str, Any]:

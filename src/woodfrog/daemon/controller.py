@@ -357,8 +357,13 @@ class Controller:
                 except StoreError as e:  # on a full disk a daemon has to start, to make room; the next one tries again
                     log.error("call %s: %s", row.id, e.message)
 
-    def deploy(self, raw: dict[str, Any], *, ephemeral: bool, client: dict[str, Any], capture: bool) -> dict[str, Any]:
+    def deploy(
+        self, raw: dict[str, Any], *, ephemeral: bool, client: dict[str, Any], capture: bool, rolling: bool = True
+    ) -> dict[str, Any]:
         """A new version of an app.
+
+        Args:
+            rolling: as in `AppDeployed`.
 
         Raises:
             SpecError: the spec is not usable here; nothing has changed.
@@ -366,7 +371,7 @@ class Controller:
         spec = from_dict(AppSpec, raw)
         self.resources.check(spec)
         row = self.journal.add_deploy(spec.name, to_dict(spec), ephemeral=ephemeral, client=client)
-        self._take_deploy(row)
+        self._take_deploy(row, rolling=rolling)
         self.logs.note(
             spec.name, f"deployed version {row.version}: {', '.join(f.tag for f in spec.functions) or 'no functions'}"
         )
@@ -381,7 +386,7 @@ class Controller:
         functions = [{"tag": f.tag, "key": function_key(f, spec.runtime)} for f in spec.functions]
         return {"app": spec.name, "version": row.version, "functions": functions}
 
-    def _take_deploy(self, row: DeployRow) -> None:
+    def _take_deploy(self, row: DeployRow, *, rolling: bool = True) -> None:
         spec = from_dict(AppSpec, row.spec)
         self.apps[row.app, row.version] = (row, spec)
         self.active[row.app] = row.version
@@ -402,6 +407,7 @@ class Controller:
                 snapshots={tag: by_chip[""] for tag, by_chip in found.items() if "" in by_chip},
                 gpu_snapshots={tag: by_chip for tag, by_chip in found.items() if by_chip and "" not in by_chip},
                 ephemeral=row.ephemeral,
+                rolling=rolling,
             )
         )
 
@@ -951,6 +957,16 @@ class Controller:
             )
         self._forget(instance_id)
         self.emit(ev.StartFailed(now=self.now(), instance_id=instance_id, error=error.to_dict(), user_fault=user_fault))
+        if info is not None:
+            self._say_elder(info.request)
+
+    def _say_elder(self, request: StartRequest) -> None:
+        """Else nobody would know why calls are still answered by the code before."""
+        service = self.state.find_service(request.app, request.spec.tag)
+        group = service.groups.get(request.params_digest) if service is not None else None
+        if service is not None and group is not None and group.elder is not None:
+            text = f"version {group.elder.service.version} serves until version {service.version} starts"
+            self.logs.note(request.app, text, function=request.spec.tag)
 
     def on_refused(self, instance_id: str, error: WoodfrogError) -> None:
         self._say(instance_id, f"not started: {error.message}")
