@@ -366,6 +366,7 @@ def build_spec(
     defaults: Defaults,
     where: str,
     parameters: dict[str, str] | None = None,
+    constructor: dict[str, str] | None = None,
 ) -> Built:
     """The whole of what a decorator says, checked, as one frozen spec.
 
@@ -422,6 +423,13 @@ def build_spec(
     plain.setdefault("startup_timeout", max(FunctionSpec.startup_timeout, plain.get("timeout", 0.0)))
     source = SourceSpec("serialized" if serialized else "module", module or "__main__", qualname)
     spec = FunctionSpec(
-        tag=tag, kind=kind, source=source, methods=methods, parameters=parameters or {}, **built, **plain
+        tag=tag,
+        kind=kind,
+        source=source,
+        methods=methods,
+        parameters=parameters or {},
+        constructor=constructor,
+        **built,
+        **plain,
     )
     return Built(spec, include_source)
