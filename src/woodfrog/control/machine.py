@@ -137,7 +137,7 @@ def _app_deployed(st: State, ev: AppDeployed) -> None:
     for old in before.values():
         new = app.active.get(old.tag)
         if new is not old:
-            same = new is not None and (new.spec.kind, new.spec.parameters) == (old.spec.kind, old.spec.parameters)
+            same = new is not None and _constructor(new) == _constructor(old)
             for group in list(old.groups.values()):
                 moves.succeed(st, group, new if same and ev.rolling and not st.shutting_down else None)
             _drain(st, old)
@@ -153,6 +153,10 @@ def _app_deployed(st: State, ev: AppDeployed) -> None:
             service.group("")
         for group in list(service.groups.values()):
             moves.schedule(st, group)
+
+
+def _constructor(service: Service) -> tuple[object, ...]:
+    return service.spec.kind, service.spec.parameters, service.spec.constructor
 
 
 def _app_stopped(st: State, ev: AppStopped) -> None:
@@ -297,7 +301,7 @@ def _instance_ready(st: State, ev: InstanceReady) -> None:
         if inst.mode == "restore":
             knowledge.attempts = 0
             group.no_room = frozenset()
-    group.start_failures = 0
+    group.start_failures, group.start_error = 0, ""
     group.hold_calls = group.hold_spares = -NEVER
     inst.stage = ""
     moves.serve(st, inst)

@@ -470,14 +470,16 @@ def start_broke(st: State, inst: Instance, error: Error, user_fault: bool) -> No
     push(st, group.hold_spares, "group", group.key)
     # While an older version serves, calls wait for its instances; else there would be no end of starts for them.
     served = group.elder is not None and bool(group.elder.running)
-    give_up = (user_fault or group.start_failures >= config.start_attempts) and not served
+    hopeless = user_fault or group.start_failures >= config.start_attempts
+    group.start_error = str(error.get("message", ""))
+    if hopeless:
+        group.capture_wanted = False
     if not user_fault or served:
         exponent = min(exponent, config.start_attempts - 1)
         group.hold_calls = st.now + min(config.start_backoff * 2.0**exponent, config.max_backoff)
         push(st, group.hold_calls, "group", group.key)
-    if not give_up:
+    if not hopeless or served:
         return
-    group.capture_wanted = False
     waiting = list(group.queue.values())
     group.queue.clear()
     for call in waiting:

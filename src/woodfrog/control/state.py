@@ -221,6 +221,8 @@ class Group:
     """Someone asked for a snapshot."""
     start_failures: int = 0
     """In a row."""
+    start_error: str = ""
+    """Of the last of them."""
     failure_seq: int = 0
     """Event of the last failed start that counted: those begun before it belong to the same burst."""
     hold_calls: float = -NEVER
@@ -359,6 +361,20 @@ class State:
         if knowledge is None:
             knowledge = known[digest, chip] = Knowledge()
         return knowledge
+
+    def capture_view(self, app: str, tag: str) -> dict[str, Any]:
+        """How it stands with the snapshot that somebody asked for: whether it is still to come, why the last attempt
+        came to nothing."""
+        service = self.find_service(app, tag)
+        group = service.groups.get("") if service is not None else None
+        if service is None or group is None:
+            return {"pending": False, "snapshot": None, "reason": ""}
+        known = [k for (digest, _), k in self.knowledge[service.key].items() if not digest]
+        return {
+            "pending": group.capture_wanted,
+            "snapshot": next((k.snapshot_id for k in known if k.snapshot_id), None),
+            "reason": group.start_error or next((k.reason for k in known if k.reason), ""),
+        }
 
     def snapshot_view(self) -> dict[str, Any]:
         """Plain dicts of everything, for the API: apps, services, queues, instances, calls, counters."""

@@ -381,10 +381,44 @@ class Controller:
                 self.logs.note(spec.name, text, function=function.tag)
         if capture:
             for function in spec.functions:
-                if function.snapshot.enabled and not function.parameters:
+                if function.snapshot.enabled and not function.required:
                     self.request_snapshot(spec.name, function.tag)
         functions = [{"tag": f.tag, "key": function_key(f, spec.runtime)} for f in spec.functions]
         return {"app": spec.name, "version": row.version, "functions": functions}
+
+    def rollback(self, app: str, version: int | None) -> dict[str, Any]:
+        """An earlier version's functions, as a new version.
+
+        Args:
+            version: None = the one before the active one.
+
+        Raises:
+            NotFoundError: no such app runs, or there was no such version, or its code is not kept any more.
+            SpecError: as `deploy`; or it is the active version.
+        """
+        active, _ = self.app(app)
+        rows = {row.version: row for row in self.journal.deploys(app) if not row.ephemeral}
+        if version is None:
+            version = max((v for v in rows if v < active.version), default=None)
+            if version is None:
+                raise NotFoundError(f"app {app!r} has no version before {active.version}", app=app)
+        if version not in rows:
+            versions = ", ".join(map(str, sorted(rows))) or "none"
+            raise NotFoundError(f"app {app!r} was never deployed in version {version}; it was in: {versions}", app=app)
+        if version == active.version:
+            raise SpecError(f"version {version} of app {app!r} is the active one", code="bad-arguments")
+        row = rows[version]
+        try:
+            answer = self.deploy(row.spec, ephemeral=False, client={**row.client, "rollback": version}, capture=False)
+        except SpecError as e:
+            if e.code not in ("missing-code", "missing-blob"):
+                raise
+            raise NotFoundError(
+                f"the code of version {version} of app {app!r} is not kept any more: deploy it from its source",
+                code="missing-code",
+                app=app,
+            ) from None
+        return {**answer, "rollback": version}
 
     def _take_deploy(self, row: DeployRow, *, rolling: bool = True) -> None:
         spec = from_dict(AppSpec, row.spec)
@@ -1119,7 +1153,7 @@ class Controller:
 
     def _specs(self) -> list[str]:
         """All that runs, or may be started, as JSON."""
-        specs = self.journal.live_specs()
+        specs = self.journal.kept_specs()
         specs += [json.dumps(row.spec) for row, _ in self.apps.values()]
         return specs + [json.dumps(to_dict(i.request.spec)) for i in self.instances.values()]
 
