@@ -92,6 +92,7 @@ def test_parameters_land_in_the_spec() -> None:
         ({"cpu": (4, 2)}, "the request 4 is more than the limit 2"),
         ({"memory": 1.5}, "expected a whole number"),
         ({"memory": (1, 2, 3)}, "pair"),
+        ({"memory": 1}, "1 MiB are too few for a container's Python: 16 is the least"),
         ({"gpu": "H100:0"}, "count"),
         ({"gpu": "H 100"}, "expected the form"),
         ({"gpu": 3}, "expected text"),
