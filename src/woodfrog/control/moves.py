@@ -772,6 +772,8 @@ def make_room(st: State, group: Group, urgent: int) -> None:
             if not idle:
                 return
             stop(st, min(idle, key=lambda i: i.since), "makes room for other parameters")
+    elif lacks_gpu(st, group):
+        free_gpu(st, group)  # which makes room under the limit on instances, too; another's end would not help
     elif len(st.instances) >= st.config.max_instances:
         while st.stopping < urgent and st.parked:
             parked = next(iter(st.parked.values()))
@@ -781,8 +783,6 @@ def make_room(st: State, group: Group, urgent: int) -> None:
             # Oldest first; those that `min_containers` asks for only when there is no other.
             spare = (i for i in st.idle.values() if i.group.live > floor(i.group))
             stop(st, next(spare, None) or next(iter(st.idle.values())), "makes room for another function")
-    elif lacks_gpu(st, group):
-        free_gpu(st, group)
 
 
 def free_gpu(st: State, group: Group) -> None:

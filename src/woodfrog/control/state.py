@@ -239,7 +239,7 @@ class Group:
     heir: Group | None = None
     """The group whose `elder` this is."""
     rolls_until: float = -NEVER
-    """When the elder stops in any case, unless what it waits for fails to start."""
+    """When the elder gives way if this group still waits for room."""
 
     @property
     def key(self) -> tuple[str, str]:
