@@ -198,7 +198,15 @@ class FunctionSpec:
     volumes: tuple[VolumeMount, ...] = ()
     image: ImageSpec = ImageSpec()
     parameters: dict[str, str] = field(default_factory=dict)
-    """Class parameters: name to a short text of type and default, for people."""
+    """Class parameters: name to a short text of type and default."""
+    constructor: dict[str, str] | None = None
+    """The same of what an `__init__` of the class's own takes, in its order; "*" stands before those by name only.
+    None: nothing is known of it, or it takes any number of them."""
+
+    @property
+    def required(self) -> list[str]:
+        """What its constructor has to be given."""
+        return [n for n, text in (self.parameters | (self.constructor or {})).items() if n != "*" and " = " not in text]
 
     def method(self, name: str) -> MethodSpec | None:
         return next((m for m in self.methods if m.name == name), None)

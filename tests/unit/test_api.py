@@ -747,6 +747,68 @@ async def test_second_version_while_the_first_runs(daemon: Daemon) -> None:
     assert [(v["version"], v["active"]) for v in history] == [(1, False), (2, True)]
 
 
+async def test_the_old_version_serves_until_the_new_one_is_ready_also_past_a_restart(tmp_path: Path) -> None:
+    gates.clear()
+    kept = {"scaling": ScalingPolicy(min_containers=1)}
+    first = Daemon(tmp_path, FaultyBackend)
+    await first.deploy(function("square", **kept), function("wait", **kept))
+    await settle()
+    first.faulty.starts.extend(["user-fault"] * 2)
+    await first.deploy(function("square", env={"V": "2"}, **kept), function("wait", env={"V": "2"}, **kept))
+    assert await first.call("square", 3) == 9
+    call = (await first.submit("wait")).headers["woodfrog-call"]
+    await settle()
+    assert {i.request.spec.env.get("V") for i in first.backend.instances.values()} == {None}
+    lines = (await first.http.get("/apps/demo/logs")).text
+    assert "version 1 serves until version 2 starts" in lines
+    await first.die()
+
+    second = Daemon(tmp_path)
+    gates["gate"].set()
+    assert pickle.loads((await second.http.get(f"/calls/{call}", params={"wait": 5})).content) == "through"
+    assert {r.spec.env.get("V") for r in second.backend.started} == {"2"}, "its call is the new version's"
+    await second.close()
+
+
+async def test_rollback(daemon: Daemon) -> None:
+    await daemon.deploy(function("square"))
+    assert error_of(await daemon.http.post("/apps/demo/rollback", json={}))["message"].endswith("no version before 1")
+    await daemon.deploy(function("fail"))
+    answer = (await daemon.http.post("/apps/demo/rollback", json={})).json()
+    assert (answer["version"], answer["rollback"]) == (3, 1)
+    assert await daemon.call("square", 3) == 9
+    history = (await daemon.http.get("/apps/demo/history")).json()["versions"]
+    assert [(v["version"], v["active"], v["rollback"]) for v in history] == [
+        (1, False, None),
+        (2, False, None),
+        (3, True, 1),
+    ]
+    for body, words in (
+        ({"version": 3}, "is the active one"),
+        ({"version": 9}, "was in: 1, 2, 3"),
+        ({"version": "1"}, "is a number"),
+    ):
+        assert words in error_of(await daemon.http.post("/apps/demo/rollback", json=body))["message"]
+    assert (await daemon.http.post("/apps/other/rollback", json={})).status_code == 404
+
+
+async def test_what_came_of_a_snapshot_that_was_asked_for(daemon: Daemon) -> None:
+    async def capture() -> dict[str, Any]:
+        [found] = (await daemon.http.get("/apps/demo")).json()["functions"]
+        return dict(found["capture"])
+
+    daemon.faulty.starts.append("slow")
+    await daemon.deploy(function("square", snapshot=FROZEN), snapshot=True)
+    assert (await capture())["pending"] is True
+    while (await capture())["pending"]:
+        await asyncio.sleep(0.02)
+    assert (await capture())["snapshot"]
+    daemon.faulty.starts.append("user-fault")
+    await daemon.deploy(function("square", snapshot=FROZEN, env={"V": "2"}), snapshot=True)
+    await settle()
+    assert await capture() == {"pending": False, "snapshot": None, "reason": "import failed: ImportError: nope"}
+
+
 async def test_stopping_an_app_cancels_what_waits(daemon: Daemon) -> None:
     await daemon.deploy(function("wait", scaling=ScalingPolicy(max_containers=1)))
     calls = [(await daemon.submit("wait")).headers["woodfrog-call"] for _ in range(3)]
@@ -1187,6 +1249,10 @@ async def test_code_goes_that_nobody_needs(daemon: Daemon) -> None:
     while daemon.controller.instances:
         await asyncio.sleep(0.01)
     daemon.controller.tidy()  # the first version is forgotten
+    await tidied(daemon)
+    assert kept() == {"first", "second"}, "one may go back to the version before"
+    for _ in range(2):
+        await deploy("square", "second")
     await tidied(daemon)
     assert kept() == {"second"}
     await daemon.die()

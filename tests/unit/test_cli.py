@@ -55,7 +55,8 @@ def called(body: Any = None, status: str = "success") -> Callable[[Request], Ans
 
 def serve_function(daemon: Daemon, *, generator: bool = False) -> None:
     method = {"name": "square", "generator": generator, "is_async": False}
-    daemon.routes["GET /apps/demo"] = {"app": "demo", "functions": [{"tag": "square", "methods": [method], "key": "k"}]}
+    function = {"tag": "square", "methods": [method], "key": "k", "capture": {"pending": True}}
+    daemon.routes["GET /apps/demo"] = {"app": "demo", "functions": [function]}
 
 
 # --- apps, containers, snapshots -------------------------------------------------------------------------------------
@@ -252,15 +253,33 @@ def test_snapshot_create_waits_until_it_is_there(daemon: Daemon) -> None:
     assert "has no function 'cube'; it has: square" in run("snapshot", "create", "demo.cube").stderr
 
 
-def test_snapshot_create_that_fails_says_where_to_look(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("woodfrog.cli.snapshots.GRACE_S", 0.0)
+def test_snapshot_create_that_fails_says_why_and_where_to_look(daemon: Daemon) -> None:
     serve_function(daemon)
+    daemon.routes["GET /apps/demo"]["functions"][0]["capture"] = {"pending": False, "reason": "the disk is full"}
     daemon.routes["GET /snapshots"] = {"snapshots": []}
     daemon.routes["GET /containers"] = {"containers": [CONTAINER]}
     daemon.routes["POST /snapshots/create"] = {"requested": True}
     shown = run("snapshot", "create", "demo.square")
     assert shown.exit_code == 2
-    assert shown.stderr == "error: demo.square was not captured: see `woodfrog app logs demo`\n"
+    told = "error: demo.square was not captured: the disk is full; see `woodfrog app logs demo`\n"
+    assert shown.stderr == told
+
+
+def test_snapshot_create_waits_for_what_is_stored_after_its_container_is_gone(daemon: Daemon) -> None:
+    serve_function(daemon)
+    daemon.routes["GET /snapshots"] = [{"snapshots": []}, {"snapshots": []}, {"snapshots": [SNAPSHOT]}]
+    daemon.routes["GET /containers"] = {"containers": []}
+    daemon.routes["POST /snapshots/create"] = {"requested": True}
+    assert run("snapshot", "create", "demo.square").stdout == "s1\n"
+
+
+def test_app_rollback(daemon: Daemon) -> None:
+    daemon.routes["POST /apps/demo/rollback"] = {"app": "demo", "version": 4, "rollback": 2}
+    shown = run("app", "rollback", "demo")
+    assert (shown.exit_code, shown.stderr) == (0, "deployed demo, version 4: version 2 again\n")
+    assert run("app", "rollback", "demo", "v2").exit_code == 0
+    assert [r.json() for r in daemon.seen("POST /apps/demo/rollback")] == [{"version": None}, {"version": 2}]
+    assert "is no version" in run("app", "rollback", "demo", "last").stderr
 
 
 # --- call ------------------------------------------------------------------------------------------------------------

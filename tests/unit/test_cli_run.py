@@ -75,6 +75,7 @@ class RunDaemon:
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         self.params: list[str] = []
         self.deploys: list[dict[str, Any]] = []
+        self.capture: dict[str, Any] = {"pending": True}
         self.stopped: list[str] = []
         self.lines: list[dict[str, Any]] = []
         self.items: list[tuple[bytes, bytes]] = []
@@ -92,7 +93,8 @@ class RunDaemon:
                 return Answer({"app": parts[1], "version": 1, "functions": []})
             case ("GET", "apps", name):
                 spec = self.deploys[-1]["spec"]
-                return Answer({"app": name, "version": 4, "functions": [{**f, "key": "k"} for f in spec["functions"]]})
+                known = [{**f, "key": "k", "capture": self.capture} for f in spec["functions"]]
+                return Answer({"app": name, "version": 4, "functions": known})
             case ("POST", "apps", name, "stop"):
                 self.stopped.append(name)
                 return Answer({"app": name, "stopped": True, "cancelled": self.unfinished})
@@ -325,6 +327,7 @@ def test_deploy(tmp_path: Path, daemon: RunDaemon) -> None:
     assert shown.exit_code == 0, shown.output
     assert daemon.deploys[0]["spec"]["name"] == "demo"
     assert (daemon.deploys[0]["ephemeral"], daemon.deploys[0]["snapshot"]) == (False, False)
+    assert daemon.deploys[0]["strategy"] == "rolling"
     lines = shown.stderr.splitlines()
     assert lines[:2] == ["deploying demo", "deployed demo, version 4"]
     assert [line.strip() for line in lines[2:]] == [
@@ -332,7 +335,8 @@ def test_deploy(tmp_path: Path, daemon: RunDaemon) -> None:
         "woodfrog call demo.count",
         "woodfrog call demo.Embedder.run",
     ]
-    answer = json.loads(run("deploy", file, "--name", "other", "--json").stdout)
+    answer = json.loads(run("deploy", file, "--name", "other", "--strategy", "recreate", "--json").stdout)
+    assert daemon.deploys[1]["strategy"] == "recreate"
     assert (answer["app"], answer["version"]) == ("other", 4)
     assert {f["tag"] for f in answer["functions"]} == {"square", "count", "Embedder"}
 
@@ -343,6 +347,62 @@ def test_deploy_with_snapshots_waits_for_them(tmp_path: Path, daemon: RunDaemon)
     shown = run("deploy", program(tmp_path, PROGRAM), "--snapshot", "--json")
     assert json.loads(shown.stdout)["snapshots"] == [{"id": "s1", "function": "Embedder"}]
     assert daemon.deploys[0]["snapshot"] is True
+
+
+def test_a_snapshot_that_fails_leaves_the_version_deployed(tmp_path: Path, daemon: RunDaemon) -> None:
+    daemon.capture = {"pending": False, "reason": "Embedder: import failed: no module 'x'"}
+    daemon.fake.routes["GET /snapshots"] = {"snapshots": []}
+    shown = run("deploy", program(tmp_path, PROGRAM), "--snapshot")
+    assert shown.exit_code == 2
+    lines = shown.stderr.splitlines()
+    assert "deployed demo, version 4" in lines
+    assert lines[-2:] == [
+        "version 4 is deployed all the same; `woodfrog app rollback demo` goes back to the version before",
+        "error: demo.Embedder was not captured: Embedder: import failed: no module 'x'; see `woodfrog app logs demo`",
+    ]
+
+
+SNAPPED = """\
+import woodfrog
+
+app = woodfrog.App("demo")
+
+@app.cls(enable_memory_snapshot=True)
+class Sized:
+    size: int = woodfrog.parameter(default=3)
+
+    @woodfrog.method()
+    def run(self):
+        pass
+
+@app.cls(enable_memory_snapshot=True)
+class Named:
+    name: str = woodfrog.parameter()
+
+    @woodfrog.method()
+    def run(self):
+        pass
+
+@app.cls(enable_memory_snapshot=True)
+class Plain:
+    def __init__(self, path, count=1):
+        pass
+
+    @woodfrog.method()
+    def run(self):
+        pass
+"""
+
+
+def test_deploy_with_snapshots_of_classes_with_parameters(tmp_path: Path, daemon: RunDaemon) -> None:
+    ready = {"id": "s1", "app": "demo", "function": "Sized", "state": "ready", "function_key": "k"}
+    daemon.fake.routes["GET /snapshots"] = {"snapshots": [ready]}
+    shown = run("deploy", program(tmp_path, SNAPPED), "--snapshot", "--json")
+    assert json.loads(shown.stdout)["snapshots"] == [{"id": "s1", "function": "Sized"}]
+    assert shown.stderr.splitlines() == [
+        "Named has no snapshot before its first call: its constructor needs name",
+        "Plain has no snapshot before its first call: its constructor needs path",
+    ]
 
 
 def test_ctrl_c_cancels_the_call_and_stops_the_app(tmp_path: Path, daemon: RunDaemon) -> None:

@@ -52,10 +52,10 @@ class Driver:
             self.wake = actions.pop().time
         return actions
 
-    def deploy(self, *specs: FunctionSpec, key: str = "") -> list[Action]:
+    def deploy(self, *specs: FunctionSpec, key: str = "", rolling: bool = True) -> list[Action]:
         self.version += 1
         keys = {s.tag: key or f"key-{s.tag}-{self.version}" for s in specs}
-        return self.send(ev.AppDeployed, app="a", version=self.version, specs=specs, keys=keys)
+        return self.send(ev.AppDeployed, app="a", version=self.version, specs=specs, keys=keys, rolling=rolling)
 
     def call(self, tag: str = "f", method: str = "", digest: str = "") -> list[Action]:
         self.calls += 1
@@ -677,7 +677,7 @@ def test_new_version_takes_new_calls_and_the_old_one_drains() -> None:
     d.ready("i-t-1")
     d.call()
     d.call()
-    [action] = d.deploy(function(scaling=ScalingPolicy(min_containers=1)))
+    [action] = d.deploy(function(scaling=ScalingPolicy(min_containers=1)), rolling=False)
     assert isinstance(action, ev.StartInstance) and action.service_id == "a/f@2"
     d.ready("i-t-2")
     assert d.call() == [ev.RunCall(call_id="c3", instance_id="i-t-2")]
@@ -685,6 +685,135 @@ def test_new_version_takes_new_calls_and_the_old_one_drains() -> None:
     assert names(d.done("c2", "i-t-1")) == ["FinishCall", "StopInstance"]
     assert d.stopped("i-t-1") == []
     assert list(d.state.services) == ["a/f@2"]
+
+
+KEPT = ScalingPolicy(min_containers=1)
+
+
+def rolling(spec: FunctionSpec, **config: Any) -> Driver:
+    """`spec` is deployed again while the first version has a warm instance, and starts i-t-2."""
+    d = Driver(spec, **config)
+    d.ready("i-t-1")
+    assert d.deploy(spec) == [start("i-t-2", service_id="a/f@2")]
+    return d
+
+
+def test_the_old_version_serves_until_the_new_one_is_ready() -> None:
+    d = rolling(function(scaling=KEPT))
+    assert d.call() == [ev.RunCall(call_id="c1", instance_id="i-t-1")]
+    d.call()  # the newer version may be ready before the older one is free
+    assert d.done("c1", "i-t-1")[-1] == ev.RunCall(call_id="c2", instance_id="i-t-1")
+    assert names(d.done("c2", "i-t-1")) == ["FinishCall"]
+    assert names(d.ready("i-t-2")) == ["StopInstance"]
+    assert d.call() == [ev.RunCall(call_id="c3", instance_id="i-t-2")]
+    d.stopped("i-t-1")
+    assert "a/f@1" not in d.state.services
+
+
+def test_a_call_that_waits_goes_to_whichever_is_free_first() -> None:
+    d = rolling(function(scaling=KEPT))
+    d.call()
+    assert names(d.call()) == []
+    assert d.ready("i-t-2") == [ev.RunCall(call_id="c2", instance_id="i-t-2")]
+    assert names(d.done("c1", "i-t-1")) == ["FinishCall", "StopInstance"]
+
+
+def test_the_new_code_is_served_at_once_where_nobody_used_the_old() -> None:
+    d = Driver(function())
+    d.call()
+    d.ready("i-t-1")
+    d.done("c1", "i-t-1")
+    assert names(d.deploy(function())) == ["StopInstance"]
+    assert d.call() == [start("i-t-2", service_id="a/f@2")]
+
+
+def test_a_version_in_use_rolls_without_min_containers() -> None:
+    d = Driver(function())
+    d.call()
+    d.ready("i-t-1")
+    assert d.deploy(function()) == [start("i-t-2", service_id="a/f@2")]
+    d.done("c1", "i-t-1")
+    assert d.call() == [ev.RunCall(call_id="c2", instance_id="i-t-1")]
+    d.done("c2", "i-t-1")
+    assert names(d.ready("i-t-2")) == ["StopInstance"]
+
+
+def test_the_old_version_serves_on_while_the_new_one_cannot_start() -> None:
+    d = rolling(function(scaling=KEPT, startup_timeout=5.0))
+    d.send(ev.StartFailed, instance_id="i-t-2", error=ERROR, user_fault=True)
+    while d.now < 200.0:
+        for action in d.at(d.now + 1.0):
+            assert isinstance(action, ev.StartInstance)
+            d.send(ev.StartFailed, instance_id=action.instance_id, error=ERROR, user_fault=True)
+    assert d.call() == [ev.RunCall(call_id="c1", instance_id="i-t-1")]
+    # One that waits is not failed as long as somebody serves, and starts for it do not follow one another at once.
+    [action] = d.call()
+    assert d.send(ev.StartFailed, instance_id=action.instance_id, error=ERROR, user_fault=True) == []
+    assert d.done("c1", "i-t-1")[-1] == ev.RunCall(call_id="c2", instance_id="i-t-1")
+    # Without it they are told.
+    d.send(ev.InstanceExited, instance_id="i-t-1", error=ERROR)
+    d.call()
+    while "c3" in d.state.calls:
+        starting = [i for i, state in d.states().items() if state == "starting"]
+        if starting:
+            d.send(ev.StartFailed, instance_id=starting[0], error=ERROR, user_fault=True)
+        else:
+            d.at(d.now + 1.0)
+    assert d.state.finished["c3"] == "failure"
+
+
+def test_a_deploy_that_mends_a_broken_one_takes_over_its_elder() -> None:
+    d = rolling(function(scaling=KEPT))
+    d.send(ev.StartFailed, instance_id="i-t-2", error=ERROR, user_fault=True)
+    [action] = d.deploy(function(scaling=KEPT))
+    assert action == start("i-t-3", service_id="a/f@3")
+    assert d.call() == [ev.RunCall(call_id="c1", instance_id="i-t-1")]
+    d.done("c1", "i-t-1")
+    assert names(d.ready("i-t-3")) == ["StopInstance"]
+    d.stopped("i-t-1")
+    assert list(d.state.services) == ["a/f@3"]
+
+
+def test_a_call_that_the_old_version_does_not_know_waits_for_the_new_one() -> None:
+    old = function("C", kind="class", methods=(MethodSpec("run"),), scaling=KEPT)
+    d = Driver(old)
+    d.ready("i-t-1")
+    d.deploy(replace(old, methods=(MethodSpec("run"), MethodSpec("more"))))
+    assert d.call("C", "more") == []
+    assert d.call("C", "run") == [ev.RunCall(call_id="c2", instance_id="i-t-1")]
+    assert d.done("c2", "i-t-1") == [ev.FinishCall(call_id="c2", outcome="success")]
+    assert names(d.ready("i-t-2")) == ["RunCall", "StopInstance"]
+
+
+def test_no_rolling_where_it_was_not_wanted_or_there_is_no_room_or_another_constructor() -> None:
+    spec = function(scaling=KEPT)
+    for config, changes, wish in (
+        ({}, {}, False),
+        ({"max_instances": 1}, {}, True),
+        ({}, {"parameters": {"n": "int"}}, True),
+    ):
+        d = Driver(spec, **config)
+        d.ready("i-t-1")
+        assert "StopInstance" in names(d.deploy(replace(spec, **changes), rolling=wish))
+
+
+def test_the_elder_gives_way_where_the_new_version_finds_no_room() -> None:
+    spec = function(scaling=KEPT, startup_timeout=5.0)
+    d = rolling(spec, max_instances=2)
+    d.send(ev.StartFailed, instance_id="i-t-2", error=ERROR, user_fault=False)
+    other = function("g")
+    d.send(ev.AppDeployed, app="b", version=1, specs=(other,), keys={"g": "k"})
+    d.send(ev.CallSubmitted, call_id="x", app="b", tag="g", method="g")
+    assert names(d.at(6.0)) == ["StopInstance"], "of the elder"
+
+
+def test_what_rolls_is_stopped_with_its_app() -> None:
+    d = rolling(function(scaling=KEPT))
+    d.call()
+    assert names(d.send(ev.AppStopped, app="a")) == ["FinishCall", "KillInstance", "KillInstance"]
+    d.stopped("i-t-1")
+    d.stopped("i-t-2")
+    assert not d.state.apps and not d.state.services
 
 
 def test_stopped_app_leaves_nothing() -> None:

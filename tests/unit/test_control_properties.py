@@ -199,6 +199,9 @@ class Backend:
                 assert box.up and not box.ending and box.call is None and not self.shutdown
                 assert action.call_id in self.open
                 assert all(b.call != action.call_id or b.ending for b in self.boxes.values())
+                call = self.state.calls.get(action.call_id)
+                if call is not None and call.group.service.id != box.service:
+                    self.check_rolling(box, call.group.service.id, call.group.digest)
                 box.call = action.call_id
             case CloseCall():
                 box = self.boxes[action.instance_id]
@@ -220,6 +223,16 @@ class Backend:
                 self.retired.add(action.snapshot_id)
             case WakeAt():
                 self.wake = action.time
+
+    def check_rolling(self, box: Box, service_id: str, digest: str) -> None:
+        """An older version may serve a newer one's calls only until that has an instance ready."""
+        old, new = (self.state.services.get(i) for i in (box.service, service_id))
+        assert old is not None and new is not None
+        assert (old.app, old.tag) == (new.app, new.tag) and old.version < new.version
+        assert not old.active and new.active
+        assert not [
+            b for b in self.boxes.values() if (b.service, b.group[1]) == (service_id, digest) and b.up and not b.ending
+        ]
 
     def check(self) -> None:
         config = self.state.config
@@ -261,6 +274,15 @@ class Backend:
                 assert (group.running, group.stopping) == (states.count("running"), states.count("stopping"))
                 assert set(group.idle) == {i.id for i in group.instances.values() if i.state == "idle"}
                 assert not (group.queue and group.idle)
+                elder = group.elder
+                if elder is not None:
+                    assert elder.heir is group and elder.elder is None and group.heir is None
+                    assert not elder.service.active and service.active and elder.digest == group.digest
+                    assert not group.warm
+                    methods = elder.service.generators
+                    assert not (elder.idle and any(c.method in methods for c in group.queue.values()))
+                assert group.heir is None or group.heir.elder is group
+                assert service.active or not group.idle or group.heir is not None
                 assert group.calls == sum(c.group is group for c in state.calls.values())
         assert sum(s.instances for s in state.services.values()) == len(state.instances)
 
@@ -408,11 +430,13 @@ class Life(RuleBasedStateMachine):
         self.calls = 0
         self.deploy("a", specs, False)
 
-    @rule(app=st.sampled_from(APPS), specs=specs, shared=st.booleans())
-    def deploy(self, app: str, specs: tuple[FunctionSpec, ...], shared: bool) -> None:
+    @rule(app=st.sampled_from(APPS), specs=specs, shared=st.booleans(), rolling=st.sampled_from([True, True, False]))
+    def deploy(self, app: str, specs: tuple[FunctionSpec, ...], shared: bool, rolling: bool = True) -> None:
         version = self.versions[app] = self.versions.get(app, 0) + 1
         keys = {t: f"{t}-shared" if shared else f"{app}-{t}-{version}" for t in TAGS}
-        self.backend.send(AppDeployed(now=self.backend.now, app=app, version=version, specs=specs, keys=keys))
+        self.backend.send(
+            AppDeployed(now=self.backend.now, app=app, version=version, specs=specs, keys=keys, rolling=rolling)
+        )
 
     @rule(app=st.sampled_from(APPS))
     def stop_app(self, app: str) -> None:

@@ -84,8 +84,8 @@ def test_what_snapshots_depend_on(requests: tuple[str, ...], saved: bool, found:
 
 
 class Driver:
-    def __init__(self, *specs: FunctionSpec, gpus: tuple[Gpu, ...] = FOUR) -> None:
-        self.state = State(Config(gpus=gpus), run="t")
+    def __init__(self, *specs: FunctionSpec, gpus: tuple[Gpu, ...] = FOUR, **config: Any) -> None:
+        self.state = State(Config(gpus=gpus, **config), run="t")
         self.now, self.calls = 0.0, 0
         keys = {s.tag: f"key-{s.tag}" for s in specs}
         self.send(ev.AppDeployed, app="a", version=1, specs=specs, keys=keys)
@@ -135,6 +135,18 @@ def test_an_idle_instance_makes_room_for_a_call_that_waits() -> None:
         ("StopInstance", "i-t-1")
     ], "and not the one whose GPUs do not help"
     assert started(d.send(ev.InstanceStopped, instance_id="i-t-1")) == [("i-t-3", ("c",))]
+
+
+def test_who_waits_for_a_gpu_stops_nobody_without_one() -> None:
+    """Where the limit on instances is reached, too: what it stopped would come again, and so on for ever."""
+    kept = {"min_containers": 1}
+    specs = function("plain", **kept), function("f", "any", **kept), function("g", "any")
+    d = Driver(*specs, gpus=FOUR[:1], max_instances=2)
+    for n in (1, 2):
+        d.send(ev.InstanceReady, instance_id=f"i-t-{n}")
+    stops = [a.instance_id for a in d.call("g") if isinstance(a, ev.StopInstance)]
+    assert stops == ["i-t-2"]
+    assert started(d.send(ev.InstanceStopped, instance_id="i-t-2")) == [("i-t-3", ("a",))]
 
 
 def test_one_that_this_machine_can_never_have_is_started_to_be_told() -> None:

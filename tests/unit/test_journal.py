@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sqlite3
 import stat
@@ -176,7 +177,15 @@ def test_what_a_daemon_takes_up(tmp_path: Path) -> None:
     journal.add_call("c2", app="a", version=2, **CALL)
     finish(journal, "c2")
     assert [(r.app, r.version) for r in journal.live()] == [("a", 1), ("a", 3), ("c", 1)]
-    assert journal.live_specs() == ['{"name": "a"}', '{"name": "a"}', '{"name": "c"}']
+
+
+def test_the_newest_versions_of_deployed_apps_are_kept(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for number, app in enumerate(("a", "a", "a", "a", "a", "b", "b", "c", "c")):
+        journal.add_deploy(app, {"name": number}, ephemeral=app == "c", client={})
+    journal.stop_app("b")
+    journal.add_call("c1", app="a", version=1, **CALL)
+    assert [json.loads(spec)["name"] for spec in journal.kept_specs()] == [0, 2, 3, 4, 8]
 
 
 CHILD = """

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import json
 import pickle
 import subprocess
 import sys
 import textwrap
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -88,6 +92,7 @@ def test_parameters_land_in_the_spec() -> None:
         ({"cpu": (4, 2)}, "the request 4 is more than the limit 2"),
         ({"memory": 1.5}, "expected a whole number"),
         ({"memory": (1, 2, 3)}, "pair"),
+        ({"memory": 1}, "1 MiB are too few for a container's Python: 16 is the least"),
         ({"gpu": "H100:0"}, "count"),
         ({"gpu": "H 100"}, "expected the form"),
         ({"gpu": 3}, "expected text"),
@@ -420,12 +425,97 @@ def test_attributes_of_a_handle_start_nothing() -> None:
     assert log == ["init", "load"]
 
 
-def test_parameters_pickle_alike() -> None:
-    handle = modal.Cls.from_name("a", "C")
+class Greeter:
+    def __init__(self, greeting: Any = "hi", n: int = 1, *, weights: Any = (), rate: float = float("inf")) -> None: ...
+
+    @modal.method()
+    def run(self) -> None: ...
+
+
+class Sized:
+    greeting: str = modal.parameter(default="hi")
+    rate: float = modal.parameter(default=float("inf"))
+    n: int = modal.parameter(default=1)
+
+    @modal.method()
+    def run(self) -> None: ...
+
+
+@pytest.fixture(params=["here", "by name"])
+def handle_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[type], Any]:
+    """The handle of a class whose code is here, or of one that only the daemon describes."""
+
+    def make(cls: type) -> Any:
+        here = modal.App("a").cls(serialized=True)(cls)
+        if request.param == "here":
+            return here
+        handle = modal.Cls.from_name("a", cls.__name__)
+        spec = json.loads(json.dumps(to_dict(here.spec)))
+        monkeypatch.setattr(handle, "_describe", lambda: spec)
+        return handle
+
+    return make
+
+
+def test_parameters_pickle_alike(handle_of: Callable[[type], Any]) -> None:
+    handle = handle_of(Greeter)
     text = "".join(["a", "b"])
-    assert handle(x="ab", y="ab")._pickled() == handle(y=text, x=str(text + "c")[:2])._pickled()
-    assert handle()._pickled() is None
-    assert handle(1)._pickled() != handle(True)._pickled()
+    assert handle("ab", n=2)._pickled() == handle(n=2, greeting=str(text + "c")[:2])._pickled()
+    assert pickle.loads(handle("ab")._pickled()) == ((), {"greeting": "ab"})
+    for same in ((), ("hi",), ("hi", 1)):
+        assert handle(*same)._pickled() is None
+    assert handle(greeting="hi", n=1)._pickled() is None
+    # What is not plain, or of another type, is never taken for the default.
+    different = [handle(1), handle(True), handle(n=True), handle(n=1.0), handle(weights=()), handle(greeting=None)]
+    assert len({d._pickled() for d in different}) == len(different)
+    sized = handle_of(Sized)
+    assert sized(greeting="hi", n=1, rate=float("inf"))._pickled() is None
+    assert pickle.loads(sized(n=2, rate=3)._pickled()) == ((), {"n": 2, "rate": 3.0})
+
+
+def test_constructor_arguments_that_a_class_does_not_take(handle_of: Callable[[type], Any]) -> None:
+    greeter, sized = handle_of(Greeter), handle_of(Sized)
+    for wrong, words in (
+        (
+            lambda: greeter("a", 1, 2),
+            r"^Greeter: too many positional arguments; it takes greeting, n, weights, rate \(.*py:",
+        ),
+        (lambda: greeter(name="a"), "^Greeter: got an unexpected keyword argument 'name'; it takes greeting"),
+        (lambda: sized("a"), r"^Sized takes its parameters by name, as in Sized\(greeting="),
+        (lambda: sized(greetin="a"), "^Sized has no parameter 'greetin'; did you mean 'greeting'"),
+        (lambda: sized(n="a"), r"^Sized\(n=...\) must be of type int, got 'a'"),
+    ):
+        with pytest.raises((TypeError, SpecError), match=words):
+            wrong()._pickled()
+
+
+def test_a_constructor_of_any_arguments_is_told_nothing_of() -> None:
+    class Any_:
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+        @modal.method()
+        def run(self) -> None: ...
+
+    handle: Any = modal.App("a").cls(serialized=True)(Any_)
+    assert handle.spec.constructor is None
+    assert pickle.loads(handle(1, a=2)._pickled()) == ((1,), {"a": 2})
+
+
+def test_what_the_daemon_says_of_a_class_is_asked_again_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deploy may have changed its defaults."""
+    answers = iter([{"functions": [{"tag": "C", "constructor": {"n": f" = {i}"}}]} for i in (1, 2)])
+
+    class Client:
+        def request(self, *args: Any) -> Any:
+            return SimpleNamespace(json=lambda: next(answers))
+
+    handle: Any = modal.Cls.from_name("a", "C")
+    monkeypatch.setattr(handle._owner, "reach", lambda tag: (Client(), "a"))
+    monkeypatch.setattr("woodfrog.sdk.cls._KNOWN_S", 0.05)
+    obj = handle(n=1)
+    assert obj._pickled() is None and obj._pickled() is None
+    time.sleep(0.06)
+    assert pickle.loads(obj._pickled()) == ((), {"n": 1})
 
 
 def test_functions_that_a_container_cannot_import(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ functions = st.builds(
     volumes=st.lists(st.builds(spec.VolumeMount, name=TEXT, path=TEXT, read_only=st.booleans()), max_size=2).map(tuple),
     image=st.builds(spec.ImageSpec, packages=st.lists(TEXT, max_size=2).map(tuple)),
     parameters=st.dictionaries(TEXT, TEXT, max_size=2),
+    constructor=st.none() | st.dictionaries(TEXT, TEXT, max_size=2),
 )
 runtimes = st.builds(
     RuntimeSpec, executable=TEXT, prefix=TEXT, base_prefix=TEXT, version=TEXT, sys_path=st.lists(TEXT).map(tuple)
@@ -172,6 +173,7 @@ CHANGES: dict[str, tuple[Any, bool]] = {
     "volumes": ((spec.VolumeMount("v", "/v"),), True),
     "image": (spec.ImageSpec(env={"A": "1"}), True),
     "parameters": ({"x": "int"}, False),
+    "constructor": ({"x": "int"}, False),
 }
 
 

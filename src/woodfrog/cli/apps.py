@@ -10,8 +10,9 @@ import typer
 from woodfrog.cli import output
 from woodfrog.cli.logs import Timestamps, show_logs, since_time
 from woodfrog.cli.remote import connect, get, post, segment
+from woodfrog.errors import SpecError
 
-app = typer.Typer(help="List, watch and stop apps.", no_args_is_help=True)
+app = typer.Typer(help="List, watch, stop and roll back apps.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(metavar="APP", help="Name of the app.")]
@@ -89,6 +90,25 @@ def stop(name: Name, as_json: Json = False) -> None:
 
 
 @app.command()
+def rollback(
+    name: Name,
+    version: Annotated[
+        str, typer.Argument(metavar="[VERSION]", help="As in `woodfrog app history`; else the one before the active.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Deploy an earlier version again, as a new version. The code of an app's newest three versions is kept."""
+    number = version.removeprefix("v")
+    if version and not number.isdecimal():
+        raise SpecError(f"{version!r} is no version: give a number, see `woodfrog app history {name}`")
+    answer = post(connect(), f"/apps/{segment(name)}/rollback", {"version": int(number) if number else None})
+    if as_json:
+        output.show_json(answer)
+    else:
+        output.note(f"deployed {name}, version {answer.get('version')}: version {answer.get('rollback')} again")
+
+
+@app.command()
 def history(name: Name, as_json: Json = False) -> None:
     """Show the versions an app was deployed in, the newest first."""
     versions = sorted(get(connect(), f"/apps/{segment(name)}/history")["versions"], key=lambda v: -v["version"])
@@ -100,8 +120,9 @@ def history(name: Name, as_json: Json = False) -> None:
             v["version"],
             "active" if v["active"] else "stopped" if v["stopped"] else "replaced",
             output.ago(v["deployed"]),
+            f"version {v['rollback']} again" if v.get("rollback") else "",
             ", ".join(v["functions"]),
         )
         for v in versions
     ]
-    output.table(["version", "state", "deployed", "functions"], rows, empty="no versions")
+    output.table(["version", "state", "deployed", "is", "functions"], rows, empty="no versions")

@@ -12,14 +12,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from woodfrog.cli import output
 from woodfrog.cli.logs import line_text
 from woodfrog.cli.remote import get, segment
-from woodfrog.errors import DaemonError, NotFoundError, SpecError, StartupError, WoodfrogError
+from woodfrog.errors import CaptureError, DaemonError, NotFoundError, SpecError, StartupError, WoodfrogError
 
 if TYPE_CHECKING:
     from woodfrog.sdk.app import App
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Env = Annotated[
     str | None, typer.Option("--env", "-e", metavar="NAME", help="Ignored: for commands written for Modal.")
 ]
+Strategy = Literal["rolling", "recreate"]
 Module = Annotated[bool, typer.Option("-m", help="TARGET is a module's dotted name instead of a file.")]
 DRAIN_S = 10.0
 """How long the last output is waited for once the app has been stopped."""
@@ -408,13 +409,19 @@ def deploy(
     module: Module = False,
     name: Annotated[str, typer.Option("--name", help="Name to deploy under instead of the app's own.")] = "",
     snapshot: Annotated[bool, typer.Option("--snapshot", help="Take the snapshots now and wait for them.")] = False,
+    strategy: Annotated[
+        Strategy,
+        typer.Option(
+            help="rolling: what is in use of the version before serves until this one has a container ready. "
+            "recreate: every call from now on gets the new code."
+        ),
+    ] = "rolling",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     env: Env = None,
 ) -> None:
     """Deploy a program's app, so that its functions can be called from anywhere on this machine."""
     _note_env(env)
     from woodfrog.cli.program import load, parse_reference, pick
-    from woodfrog.cli.snapshots import wait_for
 
     reference = parse_reference(target, module=module)
     apps = apps_of(load(reference))
@@ -423,7 +430,7 @@ def deploy(
     app: App = pick(apps, reference.name, what="app", source=reference.source)
     with output.Progress(quiet=as_json) as progress:
         progress.say(f"deploying {name or app.name or reference.source}")
-        app.deploy(name=name or None, snapshot=snapshot)
+        app.deploy(name=name or None, snapshot=snapshot, strategy=strategy)
     client, deployed = app.reach("deploy")
     found = get(client, f"/apps/{segment(deployed)}")
     functions = found["functions"]
@@ -432,15 +439,53 @@ def deploy(
         "version": found["version"],
         "functions": [{"tag": f["tag"], "key": f["key"]} for f in functions],
     }
-    if snapshot:
-        # A class with parameters has a snapshot for each set of them, taken at its first call.
-        wanted = [f for f in functions if f["snapshot"]["enabled"] and not f["parameters"]]
-        taken = [wait_for(client, deployed, f["tag"], f["key"], SNAPSHOT_S, quiet=as_json) for f in wanted]
-        answer["snapshots"] = [{"id": s["id"], "function": s["function"]} for s in taken]
+    failed = _snapshots(client, answer, functions, quiet=as_json) if snapshot else []
     if as_json:
         output.show_json(answer)
-        return
-    output.note(f"deployed {deployed}, version {found['version']}")
+    else:
+        _show_deployed(answer, functions)
+    if failed:
+        before = found["version"] > 1
+        hint = f"; `woodfrog app rollback {deployed}` goes back to the version before" if before else ""
+        output.note(f"version {found['version']} is deployed all the same{hint}")
+        raise failed[0]
+
+
+def _snapshots(
+    client: Client, answer: dict[str, Any], functions: list[dict[str, Any]], *, quiet: bool
+) -> list[WoodfrogError]:
+    """Wait for the functions' snapshots and note them in `answer`; the errors of those that came to nothing."""
+    from woodfrog.cli.snapshots import wait_for
+
+    failed: list[WoodfrogError] = []
+    answer["snapshots"] = []
+    for f in functions:
+        if not f["snapshot"]["enabled"]:
+            continue
+        required = _required(f)
+        if required:
+            text = f"{f['tag']} has no snapshot before its first call: its constructor needs {', '.join(required)}"
+            output.note(text)
+            continue
+        try:
+            taken = wait_for(client, answer["app"], f["tag"], f["key"], SNAPSHOT_S, quiet=quiet)
+            answer["snapshots"].append({"id": taken["id"], "function": taken["function"]})
+        except CaptureError as e:
+            if failed:  # the first is told at the end
+                output.note(f"error: {e.message}")
+            failed.append(e)
+    return failed
+
+
+def _required(function: dict[str, Any]) -> list[str]:
+    """What its constructor has to be given, as `FunctionSpec.required`."""
+    known = {**(function.get("parameters") or {}), **(function.get("constructor") or {})}
+    return [name for name, text in known.items() if name != "*" and " = " not in text]
+
+
+def _show_deployed(answer: dict[str, Any], functions: list[dict[str, Any]]) -> None:
+    deployed = answer["app"]
+    output.note(f"deployed {deployed}, version {answer['version']}")
     for f in functions:
         tags = [f["tag"]] if f["kind"] == "function" else [f"{f['tag']}.{m['name']}" for m in f["methods"]]
         needed = [f" {key}=..." for key, text in (f.get("parameters") or {}).items() if " = " not in text]

@@ -19,7 +19,6 @@ from woodfrog.errors import CaptureError, NotFoundError, SnapshotError, SpecErro
 if TYPE_CHECKING:
     from woodfrog.sdk.client import Client
 
-GRACE_S = 2.0
 LOOK_S = 300.0
 """Looking through a snapshot's memory may take so long."""
 SHORT = 8
@@ -252,6 +251,13 @@ def _key_of(client: Client, app_name: str, tag: str) -> str:
     return str(functions[tag])
 
 
+def _capture(client: Client, app_name: str, tag: str, key: str) -> dict[str, Any]:
+    """How far the daemon is with it; nothing where another version was deployed meanwhile."""
+    functions = get(client, f"/apps/{segment(app_name)}")["functions"]
+    captures = (f.get("capture") for f in functions if f["tag"] == tag and f["key"] == key)
+    return dict(next(captures, None) or {})
+
+
 def _ready(client: Client, key: str) -> dict[str, Any] | None:
     snapshots = get(client, "/snapshots")["snapshots"]
     return next((s for s in snapshots if s.get("function_key") == key and s["state"] == "ready"), None)
@@ -261,25 +267,26 @@ def wait_for(client: Client, app_name: str, tag: str, key: str, timeout: float, 
     """The snapshot of that function key, as soon as there is one.
 
     Raises:
-        CaptureError: nothing is booting any more, or not within `timeout` seconds.
+        CaptureError: it came to nothing, or not within `timeout` seconds.
     """
     begin = time.monotonic()
     with output.Progress(quiet=quiet) as progress:
         while time.monotonic() - begin < timeout:
+            state = _capture(client, app_name, tag, key)
             found = _ready(client, key)
             if found is not None:
                 return found
+            if state.get("snapshot"):  # the rest of it is on its way from the tier
+                return {"id": state["snapshot"], "app": app_name, "function": tag, "function_key": key}
+            if not state.get("pending"):
+                why = f": {state['reason']}" if state.get("reason") else ""
+                logs = f"see `woodfrog app logs {app_name}`"
+                raise CaptureError(f"{target_of(app_name, tag)} was not captured{why}; {logs}")
             booting = [
                 c["stage"]
                 for c in get(client, "/containers")["containers"]
                 if (c.get("app"), c.get("function")) == (app_name, tag) and (c["stage"] != "ready" or c.get("storing"))
             ]
-            # Between the request and the first container, and from one attempt to the next, there is a short gap.
-            if not booting and time.monotonic() - begin > GRACE_S:
-                found = _ready(client, key)  # it may have been stored between the two looks
-                if found is not None:
-                    return found
-                raise CaptureError(f"{target_of(app_name, tag)} was not captured: see `woodfrog app logs {app_name}`")
             progress.say(f"{target_of(app_name, tag)}: {output.stage_words(booting[0] if booting else 'queued')}")
             time.sleep(0.2)
     raise CaptureError(f"{target_of(app_name, tag)} was not captured within {timeout:.0f} s", code="capture-timeout")

@@ -152,6 +152,8 @@ class AppDeployed(Event):
     gpu_snapshots: dict[str, dict[str, str]] = field(default_factory=dict)
     """The same of snapshots that hold GPU memory: tag to chip to snapshot."""
     ephemeral: bool = False
+    rolling: bool = True
+    """Warm instances of the version before that are in use serve new calls until this one has an instance ready."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,7 +135,11 @@ def _app_deployed(st: State, ev: AppDeployed) -> None:
         service.active = True
         app.active[spec.tag] = service
     for old in before.values():
-        if app.active.get(old.tag) is not old:
+        new = app.active.get(old.tag)
+        if new is not old:
+            same = new is not None and _constructor(new) == _constructor(old)
+            for group in list(old.groups.values()):
+                moves.succeed(st, group, new if same and ev.rolling and not st.shutting_down else None)
             _drain(st, old)
     for tag, snapshot_id in ev.snapshots.items():
         if tag in app.active:
@@ -146,7 +150,13 @@ def _app_deployed(st: State, ev: AppDeployed) -> None:
                 moves.learn(st.knows(app.active[tag], "", chip), snapshot_id)
     for service in app.active.values():
         if service.spec.scaling.min_containers:
-            moves.schedule(st, service.group(""))
+            service.group("")
+        for group in list(service.groups.values()):
+            moves.schedule(st, group)
+
+
+def _constructor(service: Service) -> tuple[object, ...]:
+    return service.spec.kind, service.spec.parameters, service.spec.constructor
 
 
 def _app_stopped(st: State, ev: AppStopped) -> None:
@@ -162,6 +172,7 @@ def _app_stopped(st: State, ev: AppStopped) -> None:
     for service in list(app.services.values()):
         service.active = False
         for group in list(service.groups.values()):
+            moves.part(group)
             group.capture_wanted = False
             for inst in list(group.instances.values()):
                 moves.dismiss(st, inst, "app stopped")
@@ -171,20 +182,9 @@ def _app_stopped(st: State, ev: AppStopped) -> None:
 
 
 def _drain(st: State, service: Service) -> None:
-    """New calls go elsewhere: keep only what its unfinished calls need."""
     service.active = False
     for group in list(service.groups.values()):
-        group.capture_wanted = False
-        spare = group.starting - len(group.queue)
-        for inst in list(group.instances.values()):
-            if inst.state == "idle":
-                moves.stop(st, inst, "newer version")
-            elif inst.park:
-                moves.kill(st, inst, "newer version")
-            elif inst.state in ("starting", "capturing") and spare > 0:
-                spare -= 1
-                moves.kill(st, inst, "newer version")
-        moves.tidy(st, group)
+        moves.drain(st, group)
     moves.tidy_service(st, service)
 
 
@@ -301,10 +301,12 @@ def _instance_ready(st: State, ev: InstanceReady) -> None:
         if inst.mode == "restore":
             knowledge.attempts = 0
             group.no_room = frozenset()
-    group.start_failures = 0
+    group.start_failures, group.start_error = 0, ""
     group.hold_calls = group.hold_spares = -NEVER
     inst.stage = ""
     moves.serve(st, inst)
+    if group.warm:
+        moves.retire_elder(st, group)
     moves.park_later(st, group, st.config.park_delay)
     st.freed = True
 
@@ -547,6 +549,7 @@ def _tick(st: State, ev: Tick) -> None:
             group = service.groups.get(ident[1]) if service else None
             if group is not None:
                 moves.schedule(st, group)
+                moves.end_rolling(st, group)
 
 
 def _overdue(st: State, inst: Instance) -> None:

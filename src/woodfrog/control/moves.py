@@ -46,6 +46,8 @@ def enqueue(st: State, call: Call, front: bool = False) -> None:
         if group.service.spec.scaling.buffer_containers:
             schedule(st, group)
         return
+    if group.elder is not None and group.elder.idle and served_by(call, group.elder):
+        return run(st, group.elder.idle.popitem()[1], call)
     call.state = "queued"
     note(st, call, "queued")
     group.queue[call.id] = call
@@ -326,7 +328,13 @@ def serve(st: State, inst: Instance) -> None:
             group.starved_since = st.now  # it was served until now
             return schedule(st, group)
         return run(st, inst, group.queue.popitem(last=False)[1])
-    if not service.active:
+    if group.heir is not None:
+        call = next((c for c in group.heir.queue.values() if served_by(c, group)), None)
+        if call is not None:
+            del group.heir.queue[call.id]
+            run(st, inst, call)
+            return schedule(st, group.heir)
+    elif not service.active:
         return stop(st, inst, "newer version")
     change(st, inst, "idle")
     set_deadline(st, inst, st.now + service.spec.scaling.scaledown_window)
@@ -460,14 +468,18 @@ def start_broke(st: State, inst: Instance, error: Error, user_fault: bool) -> No
     exponent = min(group.start_failures - 1, 30)
     group.hold_spares = st.now + min(config.start_backoff * 2.0**exponent, config.max_backoff)
     push(st, group.hold_spares, "group", group.key)
-    give_up = user_fault or group.start_failures >= config.start_attempts
-    if not user_fault:
+    # While an older version serves, calls wait for its instances; else there would be no end of starts for them.
+    served = group.elder is not None and bool(group.elder.running)
+    hopeless = user_fault or group.start_failures >= config.start_attempts
+    group.start_error = str(error.get("message", ""))
+    if hopeless:
+        group.capture_wanted = False
+    if not user_fault or served:
         exponent = min(exponent, config.start_attempts - 1)
         group.hold_calls = st.now + min(config.start_backoff * 2.0**exponent, config.max_backoff)
         push(st, group.hold_calls, "group", group.key)
-    if not give_up:
+    if not hopeless or served:
         return
-    group.capture_wanted = False
     waiting = list(group.queue.values())
     group.queue.clear()
     for call in waiting:
@@ -478,8 +490,12 @@ def start_broke(st: State, inst: Instance, error: Error, user_fault: bool) -> No
 def tidy(st: State, group: Group) -> None:
     """Forget a group that nothing is left of, and its service if that has drained."""
     service = group.service
-    if group.calls or group.instances or group.capture_wanted:
+    if group.calls or group.instances or group.capture_wanted or group.elder is not None:
         return
+    heir = group.heir
+    if heir is not None:
+        part(heir)
+        tidy(st, heir)
     if group.digest or not service.active:
         service.groups.pop(group.digest, None)
         st.starved.pop(group.key, None)
@@ -501,6 +517,79 @@ def tidy_service(st: State, service: Service) -> None:
 def tidy_app(st: State, app: App) -> None:
     if app.stopped and not app.services:
         st.apps.pop(app.name, None)
+
+
+# From one version to the next
+
+
+def drain(st: State, group: Group) -> None:
+    """New calls go elsewhere: keep only what its unfinished calls need."""
+    group.capture_wanted = False
+    spare = group.starting - len(group.queue)
+    for inst in list(group.instances.values()):
+        if inst.state == "idle" and group.heir is None:
+            stop(st, inst, "newer version")
+        elif inst.park:
+            kill(st, inst, "newer version")
+        elif inst.state in ("starting", "capturing") and spare > 0:
+            spare -= 1
+            kill(st, inst, "newer version")
+    tidy(st, group)
+
+
+def served_by(call: Call, elder: Group) -> bool:
+    """Whether that version has the call's method, too."""
+    return elder.service.generators.get(call.method) == call.group.service.generators[call.method]
+
+
+def succeed(st: State, old: Group, service: Service | None) -> None:
+    """A newer version's service takes the place of this group's, or nothing does. What is warm serves on until that has
+    an instance ready; not where nobody uses it: then the next call gets the newer code."""
+    elder = old.elder or old
+    busy = any(g.running or g.queue for g in (old, elder))
+    part(old)
+    if service is not None and elder.warm and (busy or (service.spec.scaling.min_containers and not old.digest)):
+        group = service.group(old.digest)
+        # Without room beside the elder it would wait for the elder's end.
+        if len(st.instances) < st.config.max_instances and not lacks_gpu(st, group):
+            group.elder, elder.heir = elder, group
+            set_rolling(st, group)
+    if elder is not old and elder.heir is None:
+        drain(st, elder)
+        tidy_service(st, elder.service)
+
+
+def set_rolling(st: State, group: Group) -> None:
+    group.rolls_until = st.now + group.service.spec.startup_timeout
+    push(st, group.rolls_until, "group", group.key)
+
+
+def part(group: Group) -> None:
+    """Its elder serves no more of its calls."""
+    if group.elder is not None:
+        group.elder.heir = None
+        group.elder = None
+
+
+def retire_elder(st: State, group: Group) -> None:
+    """Its own instances serve from now on, or have to."""
+    elder = group.elder
+    if elder is not None:
+        part(group)
+        drain(st, elder)
+        tidy_service(st, elder.service)
+        schedule(st, group)
+        tidy(st, group)
+
+
+def end_rolling(st: State, group: Group) -> None:
+    """The elder gives way where both together have no room. While starts go on, or fail, it serves."""
+    if group.elder is None or st.now < group.rolls_until:
+        return
+    if group.key in st.starved:
+        retire_elder(st, group)
+    else:
+        set_rolling(st, group)
 
 
 # Snapshots
@@ -578,6 +667,10 @@ def target(st: State, group: Group) -> int:
     """How many instances the group should have, limits aside."""
     service = group.service
     load = len(group.queue) + group.running
+    if group.heir is not None:
+        return max(load, min(group.live, floor(group)))
+    if group.elder is not None:
+        load = max(load, 1)
     if not service.active or group.digest:
         return load
     policy = service.spec.scaling
@@ -589,7 +682,9 @@ def target(st: State, group: Group) -> int:
 
 def floor(group: Group) -> int:
     service = group.service
-    return service.spec.scaling.min_containers if service.active and not group.digest else 0
+    if group.digest or not (service.active or group.heir is not None):
+        return 0
+    return service.spec.scaling.min_containers
 
 
 def wanted(st: State, group: Group) -> tuple[int, int]:
@@ -677,6 +772,8 @@ def make_room(st: State, group: Group, urgent: int) -> None:
             if not idle:
                 return
             stop(st, min(idle, key=lambda i: i.since), "makes room for other parameters")
+    elif lacks_gpu(st, group):
+        free_gpu(st, group)  # which makes room under the limit on instances, too; another's end would not help
     elif len(st.instances) >= st.config.max_instances:
         while st.stopping < urgent and st.parked:
             parked = next(iter(st.parked.values()))
@@ -686,8 +783,6 @@ def make_room(st: State, group: Group, urgent: int) -> None:
             # Oldest first; those that `min_containers` asks for only when there is no other.
             spare = (i for i in st.idle.values() if i.group.live > floor(i.group))
             stop(st, next(spare, None) or next(iter(st.idle.values())), "makes room for another function")
-    elif lacks_gpu(st, group):
-        free_gpu(st, group)
 
 
 def free_gpu(st: State, group: Group) -> None:

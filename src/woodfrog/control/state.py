@@ -221,6 +221,8 @@ class Group:
     """Someone asked for a snapshot."""
     start_failures: int = 0
     """In a row."""
+    start_error: str = ""
+    """Of the last of them."""
     failure_seq: int = 0
     """Event of the last failed start that counted: those begun before it belong to the same burst."""
     hold_calls: float = -NEVER
@@ -232,6 +234,12 @@ class Group:
     parks_timer: float = -NEVER
     """Time of the latest entry in the heap for that."""
     starved_since: float = NEVER
+    elder: Group | None = None
+    """An older version's group whose instances serve this one's calls until one of its own is ready."""
+    heir: Group | None = None
+    """The group whose `elder` this is."""
+    rolls_until: float = -NEVER
+    """When the elder gives way if this group still waits for room."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -241,6 +249,11 @@ class Group:
     def live(self) -> int:
         """Instances that serve or will."""
         return self.starting + len(self.idle) + self.running
+
+    @property
+    def warm(self) -> bool:
+        """Whether an instance serves."""
+        return bool(self.idle or self.running)
 
 
 @dataclass(slots=True, eq=False)
@@ -349,6 +362,20 @@ class State:
             knowledge = known[digest, chip] = Knowledge()
         return knowledge
 
+    def capture_view(self, app: str, tag: str) -> dict[str, Any]:
+        """How it stands with the snapshot that somebody asked for: whether it is still to come, why the last attempt
+        came to nothing."""
+        service = self.find_service(app, tag)
+        group = service.groups.get("") if service is not None else None
+        if service is None or group is None:
+            return {"pending": False, "snapshot": None, "reason": ""}
+        known = [k for (digest, _), k in self.knowledge[service.key].items() if not digest]
+        return {
+            "pending": group.capture_wanted,
+            "snapshot": next((k.snapshot_id for k in known if k.snapshot_id), None),
+            "reason": group.start_error or next((k.reason for k in known if k.reason), ""),
+        }
+
     def snapshot_view(self) -> dict[str, Any]:
         """Plain dicts of everything, for the API: apps, services, queues, instances, calls, counters."""
         services = []
@@ -366,6 +393,7 @@ class State:
                     "calls": g.calls,
                     "start_failures": g.start_failures,
                     "starved": g.key in self.starved,
+                    "elder": g.elder.service.version if g.elder else None,
                     "snapshot": self.knowledge[s.key].get((g.digest, ""), Knowledge()).view(),
                     "chips": {c: k.view() for (d, c), k in self.knowledge[s.key].items() if c and d == g.digest},
                 }

@@ -402,6 +402,7 @@ def build(
             ephemeral=bool(body.get("ephemeral")),
             client=client if isinstance(client, dict) else {},
             capture=bool(body.get("snapshot")),
+            rolling=body.get("strategy") != "recreate",
         )
 
     def app_row(name: str) -> dict[str, Any]:
@@ -430,12 +431,20 @@ def build(
             plain = to_dict(f)
             plain["secrets"] = [{"name": s.name, "keys": sorted(s.values)} for s in f.secrets]
             plain["key"] = function_key(f, spec.runtime)
+            plain["capture"] = controller.state.capture_view(app, f.tag)
             functions.append(plain)
         return {**app_row(app), "functions": functions, "runtime": to_dict(spec.runtime)}
 
     @api.post("/v1/apps/{app}/stop")
     async def stop_app(app: str) -> dict[str, Any]:
         return {"app": app, "stopped": True, "cancelled": controller.stop_app(app)}
+
+    @api.post("/v1/apps/{app}/rollback")
+    async def rollback(app: str, body: dict[str, Any]) -> dict[str, Any]:
+        version = body.get("version")
+        if version is not None and type(version) is not int:
+            raise SpecError(f"rollback of {app!r}: version is a number, got {version!r}", code="bad-request")
+        return controller.rollback(app, version)
 
     @api.post("/v1/apps/{app}/touch")
     async def touch_app(app: str) -> dict[str, Any]:
@@ -459,6 +468,7 @@ def build(
                     "active": r.version == active,
                     "ephemeral": r.ephemeral,
                     "client": r.client,
+                    "rollback": r.client.get("rollback"),
                     "functions": [f["tag"] for f in r.spec.get("functions", [])],
                 }
                 for r in rows

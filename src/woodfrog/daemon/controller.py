@@ -364,8 +364,13 @@ class Controller:
                 except StoreError as e:  # on a full disk a daemon has to start, to make room; the next one tries again
                     log.error("call %s: %s", row.id, e.message)
 
-    def deploy(self, raw: dict[str, Any], *, ephemeral: bool, client: dict[str, Any], capture: bool) -> dict[str, Any]:
+    def deploy(
+        self, raw: dict[str, Any], *, ephemeral: bool, client: dict[str, Any], capture: bool, rolling: bool = True
+    ) -> dict[str, Any]:
         """A new version of an app.
+
+        Args:
+            rolling: as in `AppDeployed`.
 
         Raises:
             SpecError: the spec is not usable here; nothing has changed.
@@ -373,7 +378,7 @@ class Controller:
         spec = from_dict(AppSpec, raw)
         self.resources.check(spec)
         row = self.journal.add_deploy(spec.name, to_dict(spec), ephemeral=ephemeral, client=client)
-        self._take_deploy(row)
+        self._take_deploy(row, rolling=rolling)
         self.logs.note(
             spec.name, f"deployed version {row.version}: {', '.join(f.tag for f in spec.functions) or 'no functions'}"
         )
@@ -383,12 +388,46 @@ class Controller:
                 self.logs.note(spec.name, text, function=function.tag)
         if capture:
             for function in spec.functions:
-                if function.snapshot.enabled and not function.parameters:
+                if function.snapshot.enabled and not function.required:
                     self.request_snapshot(spec.name, function.tag)
         functions = [{"tag": f.tag, "key": function_key(f, spec.runtime)} for f in spec.functions]
         return {"app": spec.name, "version": row.version, "functions": functions}
 
-    def _take_deploy(self, row: DeployRow) -> None:
+    def rollback(self, app: str, version: int | None) -> dict[str, Any]:
+        """An earlier version's functions, as a new version.
+
+        Args:
+            version: None = the one before the active one.
+
+        Raises:
+            NotFoundError: no such app runs, or there was no such version, or its code is not kept any more.
+            SpecError: as `deploy`; or it is the active version.
+        """
+        active, _ = self.app(app)
+        rows = {row.version: row for row in self.journal.deploys(app) if not row.ephemeral}
+        if version is None:
+            version = max((v for v in rows if v < active.version), default=None)
+            if version is None:
+                raise NotFoundError(f"app {app!r} has no version before {active.version}", app=app)
+        if version not in rows:
+            versions = ", ".join(map(str, sorted(rows))) or "none"
+            raise NotFoundError(f"app {app!r} was never deployed in version {version}; it was in: {versions}", app=app)
+        if version == active.version:
+            raise SpecError(f"version {version} of app {app!r} is the active one", code="bad-arguments")
+        row = rows[version]
+        try:
+            answer = self.deploy(row.spec, ephemeral=False, client={**row.client, "rollback": version}, capture=False)
+        except SpecError as e:
+            if e.code not in ("missing-code", "missing-blob"):
+                raise
+            raise NotFoundError(
+                f"the code of version {version} of app {app!r} is not kept any more: deploy it from its source",
+                code="missing-code",
+                app=app,
+            ) from None
+        return {**answer, "rollback": version}
+
+    def _take_deploy(self, row: DeployRow, *, rolling: bool = True) -> None:
         spec = from_dict(AppSpec, row.spec)
         self.apps[row.app, row.version] = (row, spec)
         self.active[row.app] = row.version
@@ -409,6 +448,7 @@ class Controller:
                 snapshots={tag: by_chip[""] for tag, by_chip in found.items() if "" in by_chip},
                 gpu_snapshots={tag: by_chip for tag, by_chip in found.items() if by_chip and "" not in by_chip},
                 ephemeral=row.ephemeral,
+                rolling=rolling,
             )
         )
 
@@ -965,6 +1005,16 @@ class Controller:
             )
         self._forget(instance_id)
         self.emit(ev.StartFailed(now=self.now(), instance_id=instance_id, error=error.to_dict(), user_fault=user_fault))
+        if info is not None:
+            self._say_elder(info.request)
+
+    def _say_elder(self, request: StartRequest) -> None:
+        """Else nobody would know why calls are still answered by the code before."""
+        service = self.state.find_service(request.app, request.spec.tag)
+        group = service.groups.get(request.params_digest) if service is not None else None
+        if service is not None and group is not None and group.elder is not None:
+            text = f"version {group.elder.service.version} serves until version {service.version} starts"
+            self.logs.note(request.app, text, function=request.spec.tag)
 
     def on_refused(self, instance_id: str, error: WoodfrogError) -> None:
         self._say(instance_id, f"not started: {error.message}")
@@ -1135,7 +1185,7 @@ class Controller:
 
     def _specs(self) -> list[str]:
         """All that runs, or may be started, as JSON."""
-        specs = self.journal.live_specs()
+        specs = self.journal.kept_specs()
         specs += [json.dumps(row.spec) for row, _ in self.apps.values()]
         return specs + [json.dumps(to_dict(i.request.spec)) for i in self.instances.values()]
 

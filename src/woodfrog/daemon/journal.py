@@ -60,6 +60,8 @@ _LIVE = """stopped IS NULL AND (
     OR (app, version) IN (SELECT app, version FROM calls WHERE finished IS NULL)
 )"""
 """Each running app's newest version, and those before it that have calls to finish."""
+VERSIONS_KEPT = 3
+"""So many of each deployed app are kept with their code: a rollback needs it."""
 
 
 @dataclass(frozen=True)
@@ -196,9 +198,11 @@ class Journal:
         """What a daemon has to take up."""
         return self._deploys(f"WHERE {_LIVE}")
 
-    def live_specs(self) -> list[str]:
-        """The specs of these, as JSON."""
-        return [row[0] for row in self._execute(f"SELECT spec FROM deploys WHERE {_LIVE}")]
+    def kept_specs(self) -> list[str]:
+        """The specs of these, and of the versions that one may go back to, as JSON."""
+        newest = "SELECT max(version) FROM deploys AS d WHERE d.app = deploys.app AND d.stopped IS NULL"
+        kept = f"stopped IS NULL AND NOT ephemeral AND version > ({newest}) - {VERSIONS_KEPT}"
+        return [row[0] for row in self._execute(f"SELECT spec FROM deploys WHERE ({_LIVE}) OR ({kept})")]
 
     def _deploys(self, where: str, *values: Any) -> list[DeployRow]:
         rows = self._execute(f"SELECT * FROM deploys {where} ORDER BY deployed, version", *values)

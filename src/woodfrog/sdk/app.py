@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast
 
 from woodfrog.errors import DaemonError, NotFoundError, SpecError, WoodfrogError
 from woodfrog.sdk import checks, options, source
@@ -290,14 +290,20 @@ class App:
         )
 
     def _send(
-        self, name: str, *, ephemeral: bool, attended: bool = False, snapshot: bool = False
+        self,
+        name: str,
+        *,
+        ephemeral: bool,
+        attended: bool = False,
+        snapshot: bool = False,
+        strategy: str = "rolling",
     ) -> tuple[Client, str]:
         from woodfrog.sdk.client import connect
         from woodfrog.sdk.deploy import build, send
 
         bundle = build(name, list(self._handles.values()), self._program)
         client = connect()
-        answer = send(client, bundle, ephemeral=ephemeral, attended=attended, snapshot=snapshot)
+        answer = send(client, bundle, ephemeral=ephemeral, attended=attended, snapshot=snapshot, strategy=strategy)
         return client, str(answer.get("app", name))
 
     def run(self, *, detach: bool = False, **ignored: Any) -> RunningApp:
@@ -314,8 +320,17 @@ class App:
         del ignored  # Modal's client, environment_name, interactive: there is one of each here.
         return RunningApp(self, detach)
 
-    def _deploy(self, name: str | None = None, *, snapshot: bool = False, **ignored: Any) -> App:
+    def _deploy(
+        self,
+        name: str | None = None,
+        *,
+        snapshot: bool = False,
+        strategy: Literal["rolling", "recreate"] = "rolling",
+        **ignored: Any,
+    ) -> App:
         del ignored
+        if strategy not in ("rolling", "recreate"):
+            raise SpecError(f"deploy(strategy={strategy!r}): expected 'rolling' or 'recreate' ({checks.caller()})")
         if in_worker():
             raise SpecError("an app cannot be deployed from inside a container")
         name = name or self.name
@@ -323,7 +338,7 @@ class App:
             raise SpecError(
                 f'a deployed app needs a name: woodfrog.App("name"), or deploy(name=...) ({checks.caller()})'
             )
-        client, app = self._send(checks.name(name, "App.deploy"), ephemeral=False, snapshot=snapshot)
+        client, app = self._send(checks.name(name, "App.deploy"), ephemeral=False, snapshot=snapshot, strategy=strategy)
         deployed = Deployed(app)
         deployed._client = client
         self._deployed = deployed
@@ -331,10 +346,13 @@ class App:
 
     @property
     def deploy(self) -> Dual[..., App, Awaitable[App]]:
-        """`deploy(name=None, snapshot=False)`: deploy the app so that it stays, under its name; gives the app.
+        """`deploy(name=None, snapshot=False, strategy="rolling")`: deploy the app so that it stays, under its name.
+        Gives the app.
 
         Args:
             snapshot: take the snapshots now instead of at the first calls.
+            strategy: "rolling": warm containers of the version before that are in use serve until this one has a
+                container ready. "recreate": every call from now on gets the new code.
 
         Raises:
             SpecError: no name, a missing package, code that a container could not import.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import inspect
 import sys
+import time
 import warnings
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from woodfrog.sdk import checks, source
 from woodfrog.sdk.dual import ClassDual, Dual
 from woodfrog.sdk.functions import NOT_YET, Deployed, Function, Owner, ask, method_spec, missing, note_version
 from woodfrog.sdk.options import Built, Defaults, build_spec
+from woodfrog.sdk.parameters import by_name, described, signature_of
 from woodfrog.spec import FunctionSpec, MethodSpec
 
 __all__ = ["Cls", "Method", "Obj", "enter", "exit", "make_cls", "method", "parameter"]
@@ -27,6 +30,8 @@ T = TypeVar("T")
 _RESERVED = NOT_YET.keys() - {"autoscaler", "logs", "metrics", "stats", "web_url"}
 """Names of Modal's own, of which a handle makes no method of the user's. Modal's classes lack the rest."""
 _TYPES: tuple[type, ...] = (str, int, bool, float, bytes)
+_KNOWN_S = 1.0
+"""How long what the daemon said of a class is believed: a deploy may change its defaults."""
 
 
 def _place(function: Any) -> str:
@@ -200,6 +205,19 @@ class _Field:
         default = self.parameter.default
         return self.type.__name__ + ("" if default is _UNSET else f" = {default!r}")
 
+    @classmethod
+    def from_text(cls, name: str, text: str) -> _Field:
+        """Inverse of `text`."""
+        kind, equals, default = text.partition(" = ")
+        type_ = next((t for t in _TYPES if t.__name__ == kind), str)
+        value: Any = _UNSET
+        if equals:
+            try:
+                value = ast.literal_eval(default)
+            except (ValueError, SyntaxError):  # such as `inf`
+                value = type_(default)
+        return cls(name, type_, Parameter(value, True))
+
 
 if sys.version_info >= (3, 14):
     # Annotations are evaluated when they are asked for, and may name what only type checkers import.
@@ -277,6 +295,30 @@ def _checked(name: str, fields: Mapping[str, _Field], values: Mapping[str, Any])
     return {k: _typed(known[k].type, v, f"{name}({k}=...)", where) for k, v in values.items()}
 
 
+def _of_fields(
+    tag: str, fields: Mapping[str, _Field], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Parameters as they travel: what equals its default is left out, so that both ways of saying the same share
+    containers and snapshots."""
+    if args:
+        raise TypeError(
+            f"{tag} takes its parameters by name, as in {tag}({next(iter(fields))}=...) ({checks.caller()})"
+        )
+    values = _checked(tag, fields, kwargs)
+    return (), {k: v for k, v in values.items() if v != fields[k].parameter.default}
+
+
+def _of_signature(
+    tag: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same for a class with a constructor of its own."""
+    try:
+        return by_name(signature, args, kwargs)
+    except TypeError as e:
+        takes = ", ".join(signature.parameters) or "nothing"
+        raise TypeError(f"{tag}: {e}; it takes {takes} ({checks.caller()})") from None
+
+
 def hooks(cls: type, kind: Literal["enter", "exit"], snap: bool = False) -> list[Callable[..., Any]]:
     """Lifecycle hooks, bases first, in order of definition; an overridden one keeps its place."""
     entries: dict[str, Any] = {}
@@ -324,6 +366,8 @@ class Cls:
     ) -> None:
         self._owner, self._tag, self._user_cls, self.spec = owner, tag, user_cls, spec
         self._where, self._include_source = where, include_source
+        self._asked = -_KNOWN_S
+        self._described: dict[str, Any] = {}
         if user_cls is not None:
             self.__doc__ = user_cls.__doc__
             self.__name__, self.__qualname__ = user_cls.__name__, user_cls.__qualname__
@@ -380,6 +424,17 @@ class Cls:
         """
         return Obj(self, args, kwargs)
 
+    def _describe(self) -> dict[str, Any]:
+        """What the daemon knows of a class whose code is not here; nothing where there is none: the call tells."""
+        if time.monotonic() - self._asked >= _KNOWN_S:
+            from woodfrog.sdk.client import segment
+
+            client, app = self._owner.reach(self._tag)
+            functions = client.request("GET", f"/apps/{segment(app)}").json()["functions"]
+            self._described = next((f for f in functions if f["tag"] == self._tag), {})
+            self._asked = time.monotonic()
+        return self._described
+
     def _hydrate(self, client: Any = None) -> Cls:
         ask(self._owner, self._tag)
         return self
@@ -434,26 +489,17 @@ class Obj:
         self._instance: Any = None
         self._entered = False
         self._params: bytes | None = None
+        self._sent = args, kwargs
+        """What a container gets."""
         user_cls = cls._user_cls
         if user_cls is None:
             return
         self._fields = fields = _fields(user_cls, cls._where)
         if fields:
-            if args:
-                raise TypeError(
-                    f"{cls.tag} takes its parameters by name, as in {cls.tag}({next(iter(fields))}=...) "
-                    f"({checks.caller()})"
-                )
-            values = _checked(user_cls.__name__, fields, kwargs)
-            # What equals its default is left out, so that both ways of saying the same share containers and snapshots.
-            self._kwargs = {k: v for k, v in values.items() if v != fields[k].parameter.default}
+            self._sent = args, self._kwargs = _of_fields(cls.tag, fields, args, kwargs)
         else:
             with contextlib.suppress(ValueError):  # Some classes of C code tell no signature.
-                signature = _signature(user_cls)
-                try:
-                    signature.bind(*args, **kwargs)
-                except TypeError as e:
-                    raise TypeError(f"{cls.tag}: {e} ({checks.caller()})") from None
+                self._sent = _of_signature(cls.tag, _signature(user_cls), args, kwargs)
 
     def _hydration(self) -> Dual[..., Obj, Awaitable[Obj]]:
         from woodfrog.sdk.call import in_thread
@@ -465,12 +511,22 @@ class Obj:
         return Dual(hydrate, in_thread(hydrate))
 
     def _pickled(self) -> bytes | None:
-        if not self._args and not self._kwargs:
+        args, kwargs = self._sent
+        if not args and not kwargs:
             return None
-        if self._params is None:
-            from woodfrog.sdk.payload import dumps_parameters
+        from woodfrog.sdk.payload import dumps_parameters
 
-            self._params = dumps_parameters(self._args, self._kwargs, f"{self._cls.tag}(...)")
+        tag = self._cls.tag
+        if self._cls._user_cls is None:
+            known = self._cls._describe()
+            if known.get("parameters"):
+                fields = {name: _Field.from_text(name, text) for name, text in known["parameters"].items()}
+                args, kwargs = _of_fields(tag, fields, args, kwargs)
+            elif known.get("constructor") is not None:
+                args, kwargs = _of_signature(tag, signature_of(known["constructor"]), args, kwargs)
+            return dumps_parameters(args, kwargs, f"{tag}(...)") if args or kwargs else None
+        if self._params is None:
+            self._params = dumps_parameters(args, kwargs, f"{tag}(...)")
         return self._params
 
     def _constructed(self) -> Any:
@@ -613,6 +669,7 @@ def make_cls(owner: Owner, user_cls: Any, options: Mapping[str, Any], defaults: 
         defaults=defaults,
         where=where,
         parameters={f.name: f.text() for f in fields.values() if f.parameter.init},
+        constructor=None if fields else described(user_cls),
     )
     snapped = hooks(user_cls, "enter", True)
     if snapped and not built.spec.snapshot.enabled:

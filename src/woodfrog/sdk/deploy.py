@@ -99,7 +99,13 @@ def build(name: str, handles: Sequence[Handle], program: tuple[str, str] | None 
 
 
 def send(
-    client: Client, bundle: Bundle, *, ephemeral: bool, attended: bool = False, snapshot: bool = False
+    client: Client,
+    bundle: Bundle,
+    *,
+    ephemeral: bool,
+    attended: bool = False,
+    snapshot: bool = False,
+    strategy: str = "rolling",
 ) -> dict[str, Any]:
     """Upload what the daemon lacks, then deploy; the daemon's answer.
 
@@ -129,6 +135,7 @@ def send(
                 "spec": to_dict(bundle.spec),
                 "ephemeral": ephemeral,
                 "snapshot": snapshot,
+                "strategy": strategy,
                 "client": {
                     "pid": os.getpid(),
                     "uid": os.getuid(),

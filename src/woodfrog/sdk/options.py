@@ -72,7 +72,8 @@ class Options(TypedDict, total=False):
     """Parameters of `@app.function` and `@app.cls`.
 
     cpu: cores: the share it gets when processors are busy (0.125 unless given); a pair is (request, limit), and the
-    limit is never exceeded. memory: MiB, as a limit; a pair is (request, limit), of which the limit counts.
+    limit is never exceeded. memory: MiB, 16 at least, as a limit; a pair is (request, limit), of which the limit
+    counts.
     gpu: "H100", "A100:2", "any", or a list in order of preference. timeout, startup_timeout, scaledown_window: seconds.
     """
 
@@ -143,9 +144,16 @@ def _cpu(value: Any) -> tuple[float, float | None]:
     return float(request), None if limit is None else float(limit)
 
 
+MIN_MEMORY_MIB = 16
+"""A worker that does nothing takes 12."""
+
+
 def _memory(value: Any) -> int:
-    request, limit = _pair(value, lambda v: checks.whole(v, least=1))
-    return int(request if limit is None else limit)
+    request, limit = _pair(value, checks.whole)
+    mib = int(request if limit is None else limit)
+    if mib < MIN_MEMORY_MIB:
+        raise ValueError(f"{mib} MiB are too few for a container's Python: {MIN_MEMORY_MIB} is the least")
+    return mib
 
 
 _GPU = re.compile(r"([A-Za-z][A-Za-z0-9_.-]*!?)(?::(\d{1,3}))?")
@@ -366,6 +374,7 @@ def build_spec(
     defaults: Defaults,
     where: str,
     parameters: dict[str, str] | None = None,
+    constructor: dict[str, str] | None = None,
 ) -> Built:
     """The whole of what a decorator says, checked, as one frozen spec.
 
@@ -422,6 +431,13 @@ def build_spec(
     plain.setdefault("startup_timeout", max(FunctionSpec.startup_timeout, plain.get("timeout", 0.0)))
     source = SourceSpec("serialized" if serialized else "module", module or "__main__", qualname)
     spec = FunctionSpec(
-        tag=tag, kind=kind, source=source, methods=methods, parameters=parameters or {}, **built, **plain
+        tag=tag,
+        kind=kind,
+        source=source,
+        methods=methods,
+        parameters=parameters or {},
+        constructor=constructor,
+        **built,
+        **plain,
     )
     return Built(spec, include_source)

@@ -13,6 +13,7 @@ from typing import Any
 import cloudpickle  # type: ignore[import-untyped]
 
 from woodfrog.errors import ExecutionError, SerializationError
+from woodfrog.sdk.parameters import PLAIN
 from woodfrog.sdk.source import main_name
 
 __all__ = [
@@ -24,8 +25,6 @@ __all__ = [
     "loads",
     "remote_exception",
 ]
-
-_PLAIN = (str, int, float, bool, bytes, type(None))
 
 
 class RemoteTraceback(Exception):
@@ -124,7 +123,7 @@ def dumps_parameters(args: tuple[Any, ...], kwargs: dict[str, Any], what: str) -
         SerializationError: names the argument that cannot be pickled.
     """
     kwargs = dict(sorted(kwargs.items()))
-    if not all(type(v) in _PLAIN for v in (*args, *kwargs.values())):
+    if not all(type(v) in PLAIN for v in (*args, *kwargs.values())):
         return dumps_arguments(args, kwargs, what)
     buffer = io.BytesIO()
     pickler = pickle.Pickler(buffer, protocol=5)
