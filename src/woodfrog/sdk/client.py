@@ -229,6 +229,7 @@ class Client:
         For what remains to be done after Ctrl-C, which may have left this one's pool locked or a connection half used.
         """
         client = Client(self.settings, reconnect_s=seconds, patience_s=seconds)
+        client.on_lost, client._told = self.on_lost, self._told
         try:
             yield client
         finally:
