@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from fake_daemon import Answer, private_home, serving
 from unit.fake_daemon import FakeDaemon
 from woodfrog.errors import CallNotFound, DaemonError, HostError, NotOverYet, OutOfMemoryError, SpecError
 from woodfrog.sdk import client as module
@@ -202,6 +203,16 @@ def test_who_asks_again_and_again_waits_for_the_daemon_too(daemon: FakeDaemon, m
         while time.monotonic() < deadline:
             with contextlib.suppress(NotOverYet):
                 call.get(timeout=0)
+
+
+def test_a_daemon_that_ends_lets_go_of_what_it_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    with private_home(monkeypatch) as home, serving(home) as fake:
+        client = Client(Settings(home=home))
+        fake.routes["GET /calls/c1"] = [Answer(b"Internal Server Error", 500), Answer({"through": True})]
+        assert client.request("GET", "/calls/c1").json() == {"through": True}
+        fake.routes["GET /calls/c1"] = Answer({"error": {"type": "DaemonError", "message": "a bug"}}, 500)
+        with pytest.raises(DaemonError, match="a bug"):
+            client.request("GET", "/calls/c1")
 
 
 def test_errors_are_told_by_type_or_by_code() -> None:

@@ -403,7 +403,10 @@ async def run_aio(call: Callable[[], Call]) -> Any:
     try:
         return await _run_in_thread(made.run)
     except asyncio.CancelledError:
-        _threads().submit(give_up, [made])
+        if made.target.app in detached:
+            give_up([made])  # at once: the end of the run's block, which may come next, is to know of it
+        else:
+            _threads().submit(made.cancel)
         raise
 
 

@@ -231,6 +231,7 @@ class Client:
         For what remains to be done after Ctrl-C, which may have left this one's pool locked or a connection half used.
         """
         client = Client(self.settings, reconnect_s=seconds, patience_s=seconds)
+        client.on_lost, client._told = self.on_lost, self._told
         try:
             yield client
         finally:
@@ -309,11 +310,14 @@ class Client:
             trouble: Exception | None = None
             try:
                 reply = self._send(method, "/v1" + path, params=params, headers=headers, content=content, wait=wait)
-                if reply.status != 503:
+                said = _json_or_none(reply) if reply.status in (500, 503) else None
+                # Its own errors are JSON: without it, a daemon that ends has let go of an answer that it held back.
+                ends = reply.status == 500 and said is None and method != "HEAD"
+                if reply.status != 503 and not ends:
                     self._told, self._away = False, None
                     break
-                failure = error_from_answer(_json_or_none(reply), "the daemon is not ready")
-                if not failure.retryable and "error" in (_json_or_none(reply) or {}):
+                failure = error_from_answer(said, "the daemon ends" if ends else "the daemon is not ready")
+                if not failure.retryable and "error" in (said or {}):
                     raise failure
                 trouble = failure
             except _TEMPORARY as e:
