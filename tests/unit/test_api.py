@@ -513,6 +513,22 @@ async def test_items_are_kept_for_who_may_still_read_them(daemon: Daemon, read: 
         assert not record.items and daemon.spooled() == []
 
 
+@pytest.mark.parametrize("left", [None, 0])
+async def test_a_call_whose_arguments_a_power_loss_took(daemon: Daemon, left: int | None) -> None:
+    daemon.backend.functions = {**FUNCTIONS, "wait": wait_for_gate}
+    await daemon.deploy(function("wait"))
+    call = (await daemon.submit("wait", BIG)).headers["woodfrog-call"]
+    await daemon.close()
+    path = daemon.settings.home / "calls" / f"{call}.in"
+    path.unlink() if left is None else os.truncate(path, left)
+    again = Daemon(daemon.settings.home)
+    answer = await again.http.get(f"/calls/{call}")
+    assert answer.headers["woodfrog-status"] == "failure" and error_of(answer)["code"] == "payload-gone"
+    assert "call it again" in error_of(answer)["message"]
+    await again.close()
+    daemon.__dict__.update(Daemon(daemon.settings.home).__dict__)
+
+
 async def test_a_generator_whose_items_are_gone_says_so(daemon: Daemon) -> None:
     await daemon.deploy(function("count"))
     call = (await daemon.submit("count", 5, wait=10)).headers["woodfrog-call"]

@@ -18,7 +18,7 @@ from woodfrog.store.files import FREE_SOME
 
 __all__ = ["Payload", "Reply", "WorkerConnection", "connect", "connect_now"]
 
-_CHUNK = 1 << 20
+_CHUNK = 256 << 10  # see heap.py
 _CONNECT_S = 60.0
 
 

@@ -154,7 +154,7 @@ async def _small_body(request: Request) -> bytes:
 class _File(FileResponse):
     """A large answer; `sent` is told when all of it has gone out."""
 
-    chunk_size = 1 << 20  # each is read in a thread
+    chunk_size = 256 << 10  # each is read in a thread; see heap.py
 
     def __init__(self, path: Path, sent: Callable[[], None], **more: Any) -> None:
         super().__init__(path, **more)

@@ -353,16 +353,22 @@ class Controller:
                 log.error("app %s version %d cannot be read any more: %s", deploy.app, deploy.version, e.message)
                 continue
             for row in unfinished.pop(key, []):
-                self._take_call(row, self.journal.payload(row.id))
+                try:
+                    payload = self.journal.payload(row.id)
+                except StoreError as e:
+                    self._end_call(row, "failure", e)
+                    continue
+                self._take_call(row, payload)
         for rows in unfinished.values():
             for row in rows:
-                error = CallCancelled(f"app {row.app!r} was stopped").to_dict()
-                try:
-                    self.journal.finish_call(
-                        row.id, outcome="cancelled", error=error, result=Payload(data=b""), trace=[]
-                    )
-                except StoreError as e:  # on a full disk a daemon has to start, to make room; the next one tries again
-                    log.error("call %s: %s", row.id, e.message)
+                self._end_call(row, "cancelled", CallCancelled(f"app {row.app!r} was stopped"))
+
+    def _end_call(self, row: CallRow, outcome: str, error: WoodfrogError) -> None:
+        """A call of an earlier daemon's that cannot be taken up."""
+        try:
+            self.journal.finish_call(row.id, outcome=outcome, error=error.to_dict(), result=Payload(data=b""), trace=[])
+        except StoreError as e:  # on a full disk a daemon has to start, to make room; the next one tries again
+            log.error("call %s: %s", row.id, e.message)
 
     def deploy(
         self, raw: dict[str, Any], *, ephemeral: bool, client: dict[str, Any], capture: bool, rolling: bool = True

@@ -282,10 +282,26 @@ class Journal:
         if row is not None and row[0] is not None:
             return Payload(data=bytes(row[0]))
         path = self.bodies / f"{call_id}.{kind}"
-        return Payload(path=path) if path.exists() else Payload(data=b"")
+        with contextlib.suppress(OSError):
+            # Files are not synced: a power loss may leave less of one than any has.
+            if path.stat().st_size > INLINE_BYTES:
+                return Payload(path=path)
+        return Payload(data=b"")
 
     def payload(self, call_id: str) -> Payload:
-        return self._body(call_id, "payload", "in")
+        """The arguments of a call that is not over.
+
+        Raises:
+            StoreError: they were kept in a file, and that is gone.
+        """
+        payload = self._body(call_id, "payload", "in")
+        lost = "SELECT 1 FROM calls WHERE id = ? AND finished IS NULL AND payload IS NULL"
+        if payload.path is None and self._execute(lost, call_id).fetchone():
+            raise StoreError(
+                f"the arguments of call {call_id} are gone from {self.bodies} (a power loss?): call it again",
+                code="payload-gone",
+            )
+        return payload
 
     def result(self, call_id: str) -> Payload:
         """The answer's body.

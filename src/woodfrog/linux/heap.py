@@ -10,9 +10,11 @@ import ctypes
 
 __all__ = ["confine", "trim"]
 
-_MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # malloc.h
 _ARENAS = 2
-_LARGE = 128 << 10
+_LARGE = 512 << 10
+"""Above what is read from a socket or a file at once: a mapping for each piece costs as much as copying it, twice."""
+_KEPT = 4 << 20
 _libc = ctypes.CDLL(None)
 
 
@@ -24,6 +26,7 @@ def confine() -> None:
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(_ARENA_MAX, _ARENAS)
         _libc.mallopt(_MMAP_THRESHOLD, _LARGE)  # glibc would raise it with each large block that is freed
+        _libc.mallopt(_TRIM_THRESHOLD, _KEPT)
 
 
 def trim() -> None:
