@@ -225,6 +225,7 @@ def main() -> int:
     facts = machine(load())
     place = Path(tempfile.mkdtemp(prefix="wfb-", dir="/var/tmp"))
     root, keys = place / "bucket", place / "keys"
+    root.mkdir()
     try:
         made, right = make(root, options.workload, keys)
         line = Line(root, options.mb_s * 1e6, options.latency_ms / 1e3)
