@@ -10,6 +10,8 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +192,8 @@ def test_the_newest_versions_of_deployed_apps_are_kept(tmp_path: Path) -> None:
 
 CHILD = """
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from woodfrog.backends.connection import Payload
 from woodfrog.daemon.journal import Journal
@@ -282,12 +286,21 @@ def test_a_damaged_database_is_one_clear_line(tmp_path: Path) -> None:
     assert "\n" not in caught.value.message
 
 
-@pytest.mark.root
-def test_a_full_disk(tmp_path: Path) -> None:
+@contextmanager
+def disk(tmp_path: Path, size: str) -> Iterator[Path]:
+    """One of its own, that can be filled."""
     home = tmp_path / "disk"
     home.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "woodfrog-test", str(home)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "woodfrog-test", str(home)], check=True)
     try:
+        yield home
+    finally:
+        subprocess.run(["umount", str(home)], check=True)
+
+
+@pytest.mark.root
+def test_a_full_disk(tmp_path: Path) -> None:
+    with disk(tmp_path, "2m") as home:
         journal = Journal(home)
         add(journal, "c0", Payload(data=b"first"))
         with pytest.raises(StoreError):
@@ -301,16 +314,11 @@ def test_a_full_disk(tmp_path: Path) -> None:
         again = Journal(home)
         assert [r.id for r in again.unfinished()] == taken and again.payload("c0").read() == b"first"
         again.close()
-    finally:
-        subprocess.run(["umount", str(home)], check=True)
 
 
 @pytest.mark.root
 def test_a_full_disk_is_no_end_while_there_is_a_reserve(tmp_path: Path) -> None:
-    home = tmp_path / "disk"
-    home.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "woodfrog-test", str(home)], check=True)
-    try:
+    with disk(tmp_path, "24m") as home:
         room = Room(home)
         room.take(0)
         reserve = (home / "reserve").stat()
@@ -346,16 +354,11 @@ def test_a_full_disk_is_no_end_while_there_is_a_reserve(tmp_path: Path) -> None:
         assert 0 < (home / "reserve").stat().st_size < 16 << 20 and 1 << 19 < room.free() < 2 << 20
         room.take()
         assert room.free() > 1 << 19  # not in the face of who needs it
-    finally:
-        subprocess.run(["umount", str(home)], check=True)
 
 
 @pytest.mark.root
 def test_no_room_to_bring_an_old_database_to_this_version_s_form(tmp_path: Path) -> None:
-    home = tmp_path / "disk"
-    home.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "woodfrog-test", str(home)], check=True)
-    try:
+    with disk(tmp_path, "4m") as home:
         old = Journal(home)
         for index in ("calls_submitted", "calls_params", "calls_kept", "calls_delivered"):
             old._db.execute(f"DROP INDEX {index}")
@@ -380,8 +383,6 @@ def test_no_room_to_bring_an_old_database_to_this_version_s_form(tmp_path: Path)
         journal = Journal(home)
         assert len(journal.recent(4000)) == 3000
         journal.close()
-    finally:
-        subprocess.run(["umount", str(home)], check=True)
 
 
 def test_nothing_goes_through_all_calls(tmp_path: Path) -> None:
