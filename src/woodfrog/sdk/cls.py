@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
-import sys
 import time
 import warnings
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,7 +16,7 @@ from woodfrog.sdk import checks, source
 from woodfrog.sdk.dual import ClassDual, Dual
 from woodfrog.sdk.functions import NOT_YET, Deployed, Function, Owner, ask, method_spec, missing, note_version
 from woodfrog.sdk.options import Built, Defaults, build_spec
-from woodfrog.sdk.parameters import by_name, described, signature_of
+from woodfrog.sdk.parameters import annotations_of, by_name, described, signature, signature_of
 from woodfrog.spec import FunctionSpec, MethodSpec
 
 __all__ = ["Cls", "Method", "Obj", "enter", "exit", "make_cls", "method", "parameter"]
@@ -219,20 +218,6 @@ class _Field:
         return cls(name, type_, Parameter(value, True))
 
 
-if sys.version_info >= (3, 14):
-    # Annotations are evaluated when they are asked for, and may name what only type checkers import.
-    from annotationlib import Format
-
-    def _annotations(cls: type) -> Mapping[str, Any]:
-        return inspect.get_annotations(cls, format=Format.FORWARDREF)
-
-    def _signature(cls: type) -> inspect.Signature:
-        return inspect.signature(cls, annotation_format=Format.FORWARDREF)
-
-else:
-    _annotations, _signature = inspect.get_annotations, inspect.signature
-
-
 def _fields(cls: type, where: str) -> dict[str, _Field]:
     """Parameters of a class and its bases, checked."""
     found: dict[str, _Field] = {}
@@ -240,7 +225,7 @@ def _fields(cls: type, where: str) -> dict[str, _Field]:
         for name, value in list(vars(klass).items()):  # a cache of the annotations may come into it
             if not isinstance(value, Parameter):
                 continue
-            annotation = _annotations(klass).get(name)
+            annotation = annotations_of(klass).get(name)
             if isinstance(annotation, str):
                 try:
                     annotation = get_type_hints(klass).get(name)
@@ -309,14 +294,14 @@ def _of_fields(
 
 
 def _of_signature(
-    tag: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    tag: str, takes: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same for a class with a constructor of its own."""
     try:
-        return by_name(signature, args, kwargs)
+        return by_name(takes, args, kwargs)
     except TypeError as e:
-        takes = ", ".join(signature.parameters) or "nothing"
-        raise TypeError(f"{tag}: {e}; it takes {takes} ({checks.caller()})") from None
+        names = ", ".join(takes.parameters) or "nothing"
+        raise TypeError(f"{tag}: {e}; it takes {names} ({checks.caller()})") from None
 
 
 def hooks(cls: type, kind: Literal["enter", "exit"], snap: bool = False) -> list[Callable[..., Any]]:
@@ -499,7 +484,7 @@ class Obj:
             self._sent = args, self._kwargs = _of_fields(cls.tag, fields, args, kwargs)
         else:
             with contextlib.suppress(ValueError):  # Some classes of C code tell no signature.
-                self._sent = _of_signature(cls.tag, _signature(user_cls), args, kwargs)
+                self._sent = _of_signature(cls.tag, signature(user_cls), args, kwargs)
 
     def _hydration(self) -> Dual[..., Obj, Awaitable[Obj]]:
         from woodfrog.sdk.call import in_thread

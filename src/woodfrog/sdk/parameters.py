@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["PLAIN", "by_name", "described", "signature_of"]
+__all__ = ["PLAIN", "annotations_of", "by_name", "described", "signature", "signature_of"]
+
+if sys.version_info >= (3, 14):
+    # Annotations are evaluated when they are asked for, and may name what only type checkers import.
+    from annotationlib import Format
+
+    def annotations_of(cls: type) -> Mapping[str, Any]:
+        return inspect.get_annotations(cls, format=Format.FORWARDREF)
+
+    def signature(cls: type) -> inspect.Signature:
+        return inspect.signature(cls, annotation_format=Format.FORWARDREF)
+
+else:
+    annotations_of, signature = inspect.get_annotations, inspect.signature
 
 PLAIN = (str, int, float, bool, bytes, type(None))
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -16,7 +30,7 @@ _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 def described(user_cls: type) -> dict[str, str] | None:
     """A constructor's parameters as in `FunctionSpec.constructor`; None where they cannot all be given by name."""
     try:
-        parameters = inspect.signature(user_cls).parameters.values()
+        parameters = signature(user_cls).parameters.values()
     except (ValueError, TypeError):  # some classes of C code tell no signature
         return None
     found: dict[str, str] = {}
@@ -60,7 +74,7 @@ def _alike(value: Any, default: Any) -> bool:
 
 
 def by_name(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    takes: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments by name and without plain ones that equal their default, so that all who mean the same share
     containers and snapshots.
@@ -68,8 +82,8 @@ def by_name(
     Raises:
         TypeError: the constructor does not take them.
     """
-    bound = signature.bind(*args, **kwargs)
-    parameters = signature.parameters
+    bound = takes.bind(*args, **kwargs)
+    parameters = takes.parameters
     if any(p.kind not in _BY_NAME for p in parameters.values()):
         return args, kwargs
     return (), {k: v for k, v in bound.arguments.items() if not _alike(v, parameters[k].default)}
