@@ -59,6 +59,9 @@ class Settings:
     drain_calls: int = 8
     """After how many calls the rest of a process's memory is filled in: a copy that hardly works keeps to what it
     touched."""
+    huge_pages: bool = True
+    """Memory that lay in huge pages at the freeze is put into huge pages again, some seconds after the thaw: what reads
+    a lot of memory is then as fast as after a cold start."""
     pack: bool = True
     """Put snapshots' memory into the page store, where equal pages are kept once, after their first call."""
     tier: str = ""

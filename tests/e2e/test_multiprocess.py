@@ -9,6 +9,7 @@ import pytest
 
 import woodfrog
 from e2e.harness import Daemon, until
+from woodfrog.linux import hugepages
 
 pytestmark = [pytest.mark.root, pytest.mark.criu]
 
@@ -84,6 +85,49 @@ class Servers:
         alive = self.server.poll() is None
         self.server.terminate()
         return {"answers": [self.first, unix, tcp, web], "printed": printed, "alive": alive, "end": self.server.wait(5)}
+
+
+HUGE = """
+import mmap, sys
+
+area = mmap.mmap(-1, 16 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+area.madvise(mmap.MADV_HUGEPAGE)
+for at in range(0, len(area), 4096):
+    area[at : at + 8] = at.to_bytes(8, "little")
+
+def seen():
+    right = all(area[at : at + 8] == at.to_bytes(8, "little") for at in range(0, len(area), 4096))
+    huge = next(line for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages:"))
+    return [right, int(huge.split()[1]) >> 10]
+"""
+LOOP = """
+for line in sys.stdin:
+    print(*seen(), flush=True)
+"""
+
+
+@app.cls(enable_memory_snapshot=True, scaledown_window=300)
+class Huge:
+    """Memory in huge pages, here and in a child."""
+
+    @woodfrog.enter(snap=True)
+    def load(self):
+        self.names = {}
+        exec(HUGE, self.names)
+        self.child = subprocess.Popen(
+            [sys.executable, "-c", HUGE + LOOP], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.before = self.look()
+
+    @woodfrog.method()
+    def look(self):
+        print("now", file=self.child.stdin, flush=True)
+        right, huge = self.child.stdout.readline().split()
+        return [*self.names["seen"](), right == "True", int(huge)]
+
+    @woodfrog.method()
+    def first(self):
+        return self.before
 
 
 def power(x):
@@ -378,6 +422,24 @@ def test_what_a_process_can_hold(daemon: Daemon) -> None:
     }
     for found in thawed(daemon, "Held", "use"):
         assert found == expected
+
+
+@pytest.mark.skipif(not hugepages.available(), reason="this machine has no huge pages")
+def test_huge_pages_come_back(daemon: Daemon) -> None:
+    """In every process of a copy that goes on being called: what was booted is not faster than it."""
+    huge = woodfrog.Cls.from_name("family", "Huge")()
+    before = huge.first.remote()
+    assert before[0] and before[2] and before[1] >= 12 and before[3] >= 12, before
+
+    def back() -> bool:
+        """its huge pages, after the freeze and the thaw that came before the first call"""
+        here, mine, there, others = huge.look.remote()
+        assert here and there
+        return mine >= before[1] - 2 and others >= before[3] - 2
+
+    until(back, 60)
+    for container in daemon.get("/containers")["containers"]:
+        daemon.cli("container", "stop", container["id"])
 
 
 def test_nothing_is_left_of_them(daemon: Daemon) -> None:

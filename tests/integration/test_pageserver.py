@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from engine_rig import Frozen, Rig
+from engine_rig import WORKER_PID, Frozen, Rig
 from integration.pages_rig import UID as SERVER_UID
 from integration.pages_rig import Victim, compile_c, cpu_s, sanitized_server
 from woodfrog.criu.pagemap import PageIndex, PageTask, read_index, write_index
 from woodfrog.engine.engine import Lazy, restore
 from woodfrog.errors import RestoreError
-from woodfrog.linux import procfs
+from woodfrog.linux import hugepages, procfs
 from woodfrog.linux.pageserver import NEVER, PageServer, set_pages
 from woodfrog.telemetry import Phases
 
@@ -413,6 +413,49 @@ async def test_everything_may_be_dumped_again(rig: Rig) -> None:
         assert await thaw(rig, third, lazy) == [right, right]
         assert lazy.served is not None
         await lazy.served.drop()
+
+
+HUGE = """
+size = 16 << 20
+area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+area.madvise(mmap.MADV_HUGEPAGE)
+word = os.urandom(4096)
+for at in range(0, size, 4096):
+    area[at : at + 4096] = at.to_bytes(8, "little") + word[8:]
+def check():
+    return all(area[at : at + 4096] == at.to_bytes(8, "little") + word[8:] for at in range(0, size, 4096))
+"""
+
+
+@pytest.mark.criu
+@pytest.mark.skipif(not hugepages.available(), reason="this machine has no huge pages")
+async def test_huge_pages_come_back(rig: Rig) -> None:
+    """What lay in huge pages is told at the thaw, and can be put into them again while it is still served."""
+    sandbox, _ = await rig.start(HUGE)
+    assert await rig.ask(sandbox) == "True"
+    frozen = await rig.freeze(sandbox)
+    async with page_server() as server:
+        lazy = Lazy(server)
+        sandbox, process = await rig.thaw(frozen, lazy=lazy)
+        assert lazy.huge and {pid for pid, _, _ in lazy.huge} == {WORKER_PID}
+        assert await rig.ask(sandbox) == "True"
+        assert not hugepages.huge_ranges(process.host_pid), "nobody else does it: this module is of no use"
+        ranges = [(begin, end) for _, begin, end in lazy.huge]
+        done = await asyncio.to_thread(hugepages.collapse, process.host_pid, ranges)
+        if not done.blocks and not done.error:
+            pytest.skip("this kernel does not put pages together for others (Linux 6.1)")
+        assert done.blocks >= 6 and not done.error
+        assert set(hugepages.huge_ranges(process.host_pid)) <= set(ranges)
+        assert hugepages.huge_ranges(process.host_pid)
+        assert await rig.ask(sandbox) == "True"
+        # And it may be frozen again.
+        assert lazy.served is not None
+        lazy.served.drain()
+        await lazy.served.whole()
+        again = await rig.freeze(sandbox)
+        await lazy.served.drop()
+        sandbox, _ = await rig.thaw(again)
+        assert await rig.ask(sandbox) == "True"
 
 
 SEEN_FROM_OUTSIDE = """

@@ -134,7 +134,9 @@ def test_facts() -> None:
     tree = Tree((TASK, replace(TASK, inner_pid=900, max_thread=0)))
     facts = replace(facts_of(tree, monotonic_ns=10, criu="4.2.1"), sizes={"core-100.img": 5})
     assert (facts.root_pid, facts.max_pid, facts.tasks) == (100, 900, 2)
-    assert parse_facts(facts.to_json()) == facts
+    assert parse_facts(facts.to_json()) == facts and "huge" not in facts.to_json()
+    huge = replace(facts, huge=((100, 1 << 21, 3 << 21),))
+    assert parse_facts(huge.to_json()) == huge
     assert not restore_plan(facts, monotonic_ns=10).new_clock
     assert restore_plan(facts, monotonic_ns=9).new_clock, (
         "the machine was started anew: the clock may not run backwards"

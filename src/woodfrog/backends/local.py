@@ -22,7 +22,7 @@ from woodfrog.backends.factory import SandboxFactory
 from woodfrog.backends.gpus import Gpus
 from woodfrog.backends.health import LOOK_S, Health
 from woodfrog.backends.keeper import Keeper
-from woodfrog.backends.memory import Memory
+from woodfrog.backends.memory import SETTLED_S, Huge, Memory
 from woodfrog.backends.parked import unpark
 from woodfrog.backends.zygote import Plan, ZygoteConfig, Zygotes, basic_env
 from woodfrog.criu.binary import Criu
@@ -123,6 +123,8 @@ class Instance:
     stopping: str | None = None
     exit_error: WoodfrogError | None = None
     pages: ServedPages | None = None
+    huge: tuple[Huge, ...] = ()
+    """What of its memory lay in huge pages at the freeze."""
     calls: int = 0
     """Answered since its memory is served."""
     start_task: asyncio.Task[None] | None = None
@@ -146,6 +148,8 @@ class LocalConfig:
     drain_calls: int
     """After so many calls an instance has all of its memory filled in."""
     zygotes: ZygoteConfig
+    huge_pages: bool = True
+    """Thawed processes get the huge pages back that they had."""
     gpu_free_percent: int = 0
     """So much of a GPU's memory must be free for it to be given to an instance."""
 
@@ -184,7 +188,12 @@ class LocalBackend:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._storing: dict[tuple[str, str], Instance] = {}
         """Whose snapshot is on its way to disk, by function key and worker class."""
-        self._memory = Memory(uid=config.page_server_uid, min_bytes=config.lazy_min_bytes, drain_ms=config.drain_ms)
+        self._memory = Memory(
+            uid=config.page_server_uid,
+            min_bytes=config.lazy_min_bytes,
+            drain_ms=config.drain_ms,
+            huge_pages=config.huge_pages,
+        )
         self._memory.on_need = keeper.need
         self._zygotes = Zygotes(
             config.zygotes,
@@ -484,6 +493,8 @@ class LocalBackend:
         instance.stage = "ready"
         instance.watch_task = self._spawn(self._watch(instance))
         self._observer.on_ready(instance.id)
+        if instance.huge:
+            self._spawn(self._piece_together(instance))
 
     # Zygotes
 
@@ -738,7 +749,7 @@ class LocalBackend:
             gpu=self._gpus.side(instance.request.gpus),
         )
         if lazy is not None and lazy.served is not None:
-            instance.pages = lazy.served
+            instance.pages, instance.huge = lazy.served, lazy.huge
             self._memory.adopt(lazy.served, lambda why: self._memory_failed(instance, why))
         if not instance.request.parked:
             with instance.phases("connect"):
@@ -756,6 +767,16 @@ class LocalBackend:
                 self._spawn(instance.sandbox.destroy())
                 return
             self._observer.on_lost(instance.id, f"its memory cannot be served: {why}")
+
+    async def _piece_together(self, instance: Instance, served: ServedPages | None = None) -> None:
+        """Its huge pages again: soon after the thaw those of what was pushed, and those of the rest when that is in."""
+        try:
+            await (asyncio.sleep(SETTLED_S) if served is None else served.whole())
+        except SandboxError:
+            return  # it never will be
+        if instance.process is not None and instance.stopping is None:
+            root = instance.process.host_pid
+            await self._memory.piece_together(root, instance.huge, lambda: instance.stopping is None, instance.id)
 
     async def _learn(self, instance: Instance) -> None:
         """After the first call: what it touched is kept for the next thaw; then the keeper looks after the snapshot."""
@@ -851,6 +872,8 @@ class LocalBackend:
             self._spawn(self._learn(instance))
         if instance.calls == self._config.drain_calls and instance.pages is not None:
             self._memory.fill(instance.pages)
+            if instance.huge:
+                self._spawn(self._piece_together(instance, instance.pages))
 
     async def _end_lost(self, instance: Instance) -> None:
         """The connection is gone: give the process a moment to be seen dead, else it is made so."""

@@ -5,17 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeAlias
 
 from woodfrog.engine.engine import Lazy
 from woodfrog.errors import WoodfrogError
+from woodfrog.linux import hugepages, procfs
 from woodfrog.linux.pageserver import PageServer, ServedPages, common_set, is_guess, merge_sets, set_pages
 from woodfrog.snapshot.catalogue import WORKING_SET, Opened
 from woodfrog.store.files import write_atomic
 from woodfrog.telemetry import counters
 
-__all__ = ["Memory", "usable_set"]
+__all__ = ["SETTLED_S", "Huge", "Memory", "usable_set"]
+
+Huge: TypeAlias = tuple[int, int, int]
+"""(pid inside, begin, end) of memory that lay in huge pages."""
 
 log = logging.getLogger("woodfrog")
 
@@ -23,6 +30,8 @@ _AROUND = 64 << 10
 _AROUND_LEARNING = 4 << 10
 _STALE_SHARE = 200
 """A working set that misses more than one page in so many is refined."""
+SETTLED_S = 2.0
+"""So long after its thaw a process is left alone: by then a burst of starts is over."""
 _MISSED = "working-set.missed"
 """Beside the working set: what the last thaw asked for that was not in it."""
 
@@ -33,12 +42,17 @@ class Memory:
     Args:
         min_bytes: a smaller snapshot that is still loose is read by CRIU at once.
         drain_ms: when the rest of the memory is filled in at the earliest, counted from the start; negative: never.
+        huge_pages: give thawed processes the huge pages back that they had.
     """
 
-    def __init__(self, *, uid: int, min_bytes: int, drain_ms: int) -> None:
+    def __init__(self, *, uid: int, min_bytes: int, drain_ms: int, huge_pages: bool = True) -> None:
         self._uid = uid
         self._min_bytes = min_bytes
         self._drain_ms = drain_ms
+        self._huge_pages = huge_pages
+        self._piecing = ThreadPoolExecutor(1, "woodfrog-huge")
+        """One for all: however many were thawed, calls have the rest of the machine."""
+        self._closing = False
         self._server: PageServer | None = None
         self.on_need: Callable[[PageServer, int, int, bool], None] | None = None
         """Called when pages are wanted that are still on their way; see `PageServer.on_need`."""
@@ -88,6 +102,23 @@ class Memory:
             with contextlib.suppress(WoodfrogError):  # its end is told elsewhere
                 served.drain(self._drain_ms)
 
+    async def piece_together(self, root_pid: int, huge: tuple[Huge, ...], wanted: Callable[[], bool], who: str) -> None:
+        """Give processes that run the huge pages back that they had at the freeze, of what memory they have by now.
+
+        Args:
+            root_pid: of the tree, on the host.
+            huge: (pid inside, begin, end), as `Lazy.huge`.
+            wanted: whether they are still there to be served.
+        """
+        if not self._huge_pages or not huge:
+            return
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(RuntimeError):  # closed
+            blocks = await loop.run_in_executor(
+                self._piecing, _piece_together, root_pid, huge, lambda: wanted() and not self._closing
+            )
+            log.info("%s: memory: %d huge pages", who, blocks)
+
     @staticmethod
     async def record(served: ServedPages, who: str) -> bytes:
         """After the first call: what it touched, for the next thaw; empty when that is not known."""
@@ -119,8 +150,25 @@ class Memory:
         counters["pages.demanded"] += demanded
 
     async def close(self) -> None:
+        self._closing = True
+        self._piecing.shutdown(wait=False, cancel_futures=True)
         if self._server is not None:
             await self._server.close()
+
+
+def _piece_together(root_pid: int, huge: tuple[Huge, ...], wanted: Callable[[], bool]) -> int:
+    blocks = 0
+    for pid in procfs.tree(root_pid):
+        try:
+            inner = procfs.status(pid).ns_pids[-1]
+        except (OSError, ProcessLookupError):
+            continue
+        if ranges := [(begin, end) for of, begin, end in huge if of == inner]:
+            done = hugepages.collapse(pid, ranges, wanted=wanted)
+            blocks += done.blocks
+            if done.error:
+                log.debug("pid %d: no more huge pages: %s", pid, os.strerror(done.error))
+    return blocks
 
 
 def _read_or_empty(path: Path) -> bytes:

@@ -266,6 +266,7 @@ async def serve(settings: Settings) -> None:
                 keep=settings.keep_zygotes,
                 min_ms=settings.zygote_min_ms,
             ),
+            huge_pages=settings.huge_pages,
             gpu_free_percent=settings.gpu_free_percent,
         ),
         observer=controller,

@@ -58,7 +58,7 @@ from woodfrog.engine.plan import (
 )
 from woodfrog.errors import CaptureError, GpuError, RestoreError, SandboxError
 from woodfrog.faults import fault, kills_criu
-from woodfrog.linux import procfs
+from woodfrog.linux import hugepages, procfs
 from woodfrog.linux.pageserver import NEVER, PageServer, Present, ServedPages
 from woodfrog.linux.sandbox import Completed, ProcessSpec, Sandbox, SandboxProcess
 from woodfrog.telemetry import Phases
@@ -350,6 +350,7 @@ class Lazy:
         on_held: called when memory is laid out and the processes are about to run: their sockets are there.
         parked: nothing is pushed or filled in before `served.push()`: an instance that waits has almost no memory.
         served: set by `restore`: the memory of this restore, to be dropped when its processes are gone.
+        huge: set by `restore`: (inner pid, begin, end) of what lay in huge pages at the dump, and does not now.
     """
 
     server: PageServer
@@ -363,6 +364,7 @@ class Lazy:
     parked: bool = False
     on_held: Callable[[], None] | None = None
     served: ServedPages | None = None
+    huge: tuple[tuple[int, int, int], ...] = ()
 
 
 def _page_files(images: Path, lazy: Lazy) -> tuple[Path, ...] | None:
@@ -542,6 +544,8 @@ async def dump(
                 # Nothing of the GPU may be left in it: CRIU would fail, or lose it.
                 tree = await asyncio.to_thread(inspect_tree, root.host_pid, sandbox.init_pid)
                 phase = "plan"
+        with phases("huge"):
+            huge = await asyncio.to_thread(_huge, tree)
         with phases("plan"):
             _refuse(refuse(tree, amd_plugin=amd.plugins is not None if amd is not None else None))
             plan = dump_plan(tree, plugins=_plugins(amd))
@@ -550,6 +554,7 @@ async def dump(
                 monotonic_ns=_clock_ns(root.host_pid),
                 criu=criu.name,
                 gpu=on_gpu.facts() if on_gpu is not None else None,
+                huge=huge,
             )
         phase = "prepare"
         with phases("prepare"):
@@ -626,6 +631,12 @@ async def dump(
         warnings=lost,
         gpu=facts.gpu,
     )
+
+
+def _huge(tree: Tree) -> tuple[tuple[int, int, int], ...]:
+    if not hugepages.available():
+        return ()
+    return tuple((t.inner_pid, *found) for t in tree.tasks for found in hugepages.huge_ranges(t.pid))
 
 
 def _plugins(amd: AmdSide | None) -> str:
@@ -809,6 +820,8 @@ async def restore(
                 )
             fault("restore.after")
             await sandbox.unbind(IMAGES)
+            if lazy is not None:
+                lazy.huge = facts.huge
         if facts.gpu is not None and isinstance(gpu, GpuSide):
             phase = "gpu"
             await _while_served(put_back(gpu, facts.gpu, pairs, sandbox.init_pid, phases), served)

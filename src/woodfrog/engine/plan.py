@@ -276,6 +276,8 @@ class Facts:
     gpu: GpuFacts | None = None
     amd: bool = False
     """The images hold the memory of AMD's GPUs: CRIU needs its plugin to restore them."""
+    huge: tuple[tuple[int, int, int], ...] = ()
+    """(inner pid, begin, end) of the mappings that had memory in huge pages."""
 
     def to_json(self) -> str:
         data = asdict(self)
@@ -283,6 +285,8 @@ class Facts:
             del data["gpu"]
         if not self.amd:
             del data["amd"]
+        if not self.huge:
+            del data["huge"]
         return json.dumps(data, indent=1) + "\n"
 
 
@@ -304,6 +308,7 @@ def parse_facts(text: str) -> Facts:
                 processes=tuple((int(pid), int(size)) for pid, size in gpu["processes"]),
                 memory=tuple((int(pid), int(begin), int(end)) for pid, begin, end in gpu.get("memory", ())),
             )
+        data["huge"] = tuple((int(pid), int(begin), int(end)) for pid, begin, end in data.get("huge", ()))
         facts = Facts(**data)
     except (TypeError, KeyError) as e:
         raise ValueError(str(e)) from None
@@ -314,7 +319,14 @@ def parse_facts(text: str) -> Facts:
     return facts
 
 
-def facts_of(tree: Tree, *, monotonic_ns: int, criu: str, gpu: GpuFacts | None = None) -> Facts:
+def facts_of(
+    tree: Tree,
+    *,
+    monotonic_ns: int,
+    criu: str,
+    gpu: GpuFacts | None = None,
+    huge: tuple[tuple[int, int, int], ...] = (),
+) -> Facts:
     return Facts(
         root_pid=tree.tasks[0].inner_pid,
         max_pid=max(max(t.inner_pid, t.max_thread) for t in tree.tasks),
@@ -324,6 +336,7 @@ def facts_of(tree: Tree, *, monotonic_ns: int, criu: str, gpu: GpuFacts | None =
         criu=criu,
         gpu=gpu,
         amd=any(t.amd for t in tree.tasks),
+        huge=huge,
     )
 
 
