@@ -176,6 +176,17 @@ HELD = {
         "check = lambda: (lines(), os.getuid(), os.getgroups(), os.getsid(0) == os.getpid())",
         f"(['0000000000000000', '1', '2'], {UID}, [], True)", f"(['0000000000000000', '1', '2'], {UID}, [], True)",
     ),
+    "where-threads-run": (  # on processors 0 and 1, by I/O priority, with timers of their own
+        "cpus = sorted(os.sched_getaffinity(0))\n"
+        "def bound():\n    os.sched_setaffinity(0, cpus[:1]); libc.prctl(29, 70000); libc.syscall(251, 1, 0, 3 << 13)\n"
+        "    done.set()\n    while True:\n        global seen\n"
+        "        seen = (os.sched_getaffinity(0) == {cpus[0]}, libc.prctl(30), libc.syscall(252, 1, 0) >> 13)\n"
+        "        time.sleep(0.01)\n"
+        "done = threading.Event(); threading.Thread(target=bound, daemon=True).start(); done.wait()\n"
+        "os.sched_setaffinity(0, cpus[-1:])\n"
+        "check = lambda: (time.sleep(0.1), os.sched_getaffinity(0) == {cpus[-1]}, seen)[1:]",
+        "(True, (True, 70000, 3))", "(True, (True, 70000, 3))",
+    ),
     "many-descriptors": (
         "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (3000, 3000))\n"
         "keep = [open('/dev/null') for _ in range(2000)]\ncheck = lambda: len(os.listdir('/proc/self/fd')) > 2000",

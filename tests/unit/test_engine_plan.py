@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from woodfrog import faults
-from woodfrog.engine import inspect
 from woodfrog.engine.inspect import Connection, Descriptor, HostPaths, Task, Tree, parse_bound, parse_inet
 from woodfrog.engine.plan import (
     REFUSALS,
@@ -27,6 +25,7 @@ from woodfrog.engine.plan import (
 from woodfrog.errors import SpecError
 from woodfrog.linux.ipc import parse_sysv
 from woodfrog.linux.procfs import MountEntry
+from woodfrog.linux.threads import ThreadSettings
 
 TASK = Task(pid=4000, inner_pid=100, name="python3", state="S", start_ticks=1, uid=64646, max_thread=304)
 
@@ -135,7 +134,7 @@ def test_facts() -> None:
     facts = replace(facts_of(tree, monotonic_ns=10, criu="4.2.1"), sizes={"core-100.img": 5})
     assert (facts.root_pid, facts.max_pid, facts.tasks) == (100, 900, 2)
     assert parse_facts(facts.to_json()) == facts and "huge" not in facts.to_json()
-    huge = replace(facts, huge=((100, 1 << 21, 3 << 21),))
+    huge = replace(facts, huge=((100, 1 << 21, 3 << 21),), threads=(ThreadSettings(101, (0, 2), 7, 5),))
     assert parse_facts(huge.to_json()) == huge
     assert not restore_plan(facts, monotonic_ns=10).new_clock
     assert restore_plan(facts, monotonic_ns=9).new_clock, (
@@ -261,13 +260,6 @@ def test_sockets_at_the_sandboxs_own_address_are_refused() -> None:
     assert parse_bound(listening, frozenset({10}), "tcp") == ("tcp 10.231.0.2:8123",)
     refusal = refuse(Tree((TASK,), bound=("udp 10.231.0.2:35458",)))
     assert refusal is not None and refusal.code == "own-address" and "10.231.0.2:35458" in refusal.cause
-
-
-def test_a_thread_that_ends_meanwhile_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a program whose threads come and go is said to be gone, and its snapshot fails."""
-    listed = os.listdir
-    monkeypatch.setattr(os, "listdir", lambda path: [str(2**22 + 1), *listed(path)])
-    assert inspect._max_thread(os.getpid()) >= os.getpid()
 
 
 def test_what_belongs_to_no_process_is_refused_by_name() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import resource
 import signal
@@ -58,7 +59,7 @@ from woodfrog.engine.plan import (
 )
 from woodfrog.errors import CaptureError, GpuError, RestoreError, SandboxError
 from woodfrog.faults import fault, kills_criu
-from woodfrog.linux import hugepages, procfs
+from woodfrog.linux import hugepages, procfs, threads
 from woodfrog.linux.pageserver import NEVER, PageServer, Present, ServedPages
 from woodfrog.linux.sandbox import Completed, ProcessSpec, Sandbox, SandboxProcess
 from woodfrog.telemetry import Phases
@@ -66,6 +67,8 @@ from woodfrog.telemetry import Phases
 __all__ = ["AmdSide", "DumpResult", "GpuSide", "Lazy", "dump", "prestart", "restore"]
 
 T = TypeVar("T")
+
+_daemon_log = logging.getLogger("woodfrog")
 
 DUMP_TIMEOUT_S = 600.0
 RESTORE_TIMEOUT_S = 60.0
@@ -822,6 +825,10 @@ async def restore(
             await sandbox.unbind(IMAGES)
             if lazy is not None:
                 lazy.huge = facts.huge
+            if facts.threads:
+                tree = procfs.tree(root.host_pid)
+                for line in await asyncio.to_thread(threads.apply, tree, facts.threads, sandbox.init_pid):
+                    _daemon_log.warning("%s: %s", sandbox.id, line)
         if facts.gpu is not None and isinstance(gpu, GpuSide):
             phase = "gpu"
             await _while_served(put_back(gpu, facts.gpu, pairs, sandbox.init_pid, phases), served)

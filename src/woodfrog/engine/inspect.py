@@ -10,6 +10,7 @@ from pathlib import Path
 
 from woodfrog.linux import ipc, procfs
 from woodfrog.linux.sandbox import PRESTART_PID
+from woodfrog.linux.threads import ThreadSettings, own_settings, tids
 
 __all__ = [
     "AMD_NODES",
@@ -81,6 +82,8 @@ class Task:
     """It has NVIDIA's library mapped: the driver may know it, with or without a device."""
     gpu_peers: tuple[str, ...] = ()
     """Mapped shared memory by which GPU programs reach one another (NCCL)."""
+    settings: tuple[ThreadSettings, ...] = ()
+    """Of its threads, those of their own that CRIU does not keep."""
 
     @property
     def gpu_devices(self) -> tuple[str, ...]:
@@ -257,21 +260,7 @@ def _special(entry: procfs.MapEntry) -> bool:
     return path.startswith(("/SYSV", "anon_inode:", "/dev/")) and not path.startswith(("/dev/zero", "/dev/shm/"))
 
 
-def _max_thread(pid: int) -> int:
-    highest = 0
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        try:
-            status = Path(f"/proc/{pid}/task/{thread}/status").read_text(errors="replace")
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # that thread ended meanwhile
-        for line in status.splitlines():
-            if line.startswith("NSpid:"):
-                highest = max(highest, int(line.split()[-1]))
-                break
-    return highest
-
-
-def _task(pid: int, root_namespaces: dict[str, str], maps: tuple[procfs.MapEntry, ...]) -> Task:
+def _task(pid: int, init_pid: int, root_namespaces: dict[str, str], maps: tuple[procfs.MapEntry, ...]) -> Task:
     status = procfs.status(pid)
     current = procfs.stat(pid)
     if status.state == "Z":
@@ -286,7 +275,8 @@ def _task(pid: int, root_namespaces: dict[str, str], maps: tuple[procfs.MapEntry
         uid=status.uids[0],
         tracer=_status_number(pid, "TracerPid:"),
         threads=status.threads,
-        max_thread=_max_thread(pid),
+        max_thread=max((inner for _, inner in tids(pid)), default=0),
+        settings=own_settings(pid, init_pid),
         descriptors=_descriptors(pid),
         special_maps=tuple(sorted({m.path for m in maps if _special(m)})),
         foreign_namespaces=tuple(k for k in NAMESPACES if own[k] != root_namespaces[k]),
@@ -330,7 +320,7 @@ def inspect_tree(root_pid: int, init_pid: int) -> Tree:
     for pid in pids:
         try:
             maps[pid] = procfs.maps(pid)
-            tasks.append(_task(pid, namespaces, maps[pid]))
+            tasks.append(_task(pid, init_pid, namespaces, maps[pid]))
         except (FileNotFoundError, ProcessLookupError):
             if pid == root_pid:
                 raise ProcessLookupError(f"no process {pid}") from None

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from woodfrog.criu.options import Dump, Restore, Tcp
 from woodfrog.engine.inspect import AMD_NODES, Descriptor, Task, Tree
 from woodfrog.linux.rootplan import APP, HOME
+from woodfrog.linux.threads import ThreadSettings
 
 __all__ = [
     "FACTS",
@@ -278,6 +279,8 @@ class Facts:
     """The images hold the memory of AMD's GPUs: CRIU needs its plugin to restore them."""
     huge: tuple[tuple[int, int, int], ...] = ()
     """(inner pid, begin, end) of the mappings that had memory in huge pages."""
+    threads: tuple[ThreadSettings, ...] = ()
+    """What threads had of their own that CRIU does not give back."""
 
     def to_json(self) -> str:
         data = asdict(self)
@@ -285,8 +288,9 @@ class Facts:
             del data["gpu"]
         if not self.amd:
             del data["amd"]
-        if not self.huge:
-            del data["huge"]
+        for name in ("huge", "threads"):
+            if not data[name]:
+                del data[name]
         return json.dumps(data, indent=1) + "\n"
 
 
@@ -308,6 +312,10 @@ def parse_facts(text: str) -> Facts:
                 processes=tuple((int(pid), int(size)) for pid, size in gpu["processes"]),
                 memory=tuple((int(pid), int(begin), int(end)) for pid, begin, end in gpu.get("memory", ())),
             )
+        data["threads"] = tuple(
+            ThreadSettings(int(tid), tuple(map(int, cpus)), int(ioprio), int(slack))
+            for tid, cpus, ioprio, slack in data.get("threads", ())
+        )
         data["huge"] = tuple((int(pid), int(begin), int(end)) for pid, begin, end in data.get("huge", ()))
         facts = Facts(**data)
     except (TypeError, KeyError) as e:
@@ -337,6 +345,7 @@ def facts_of(
         gpu=gpu,
         amd=any(t.amd for t in tree.tasks),
         huge=huge,
+        threads=tuple(s for t in tree.tasks for s in t.settings),
     )
 
 
