@@ -79,6 +79,24 @@ def memory(size: int) -> Iterator[tuple[mmap.mmap, int]]:
 
 @pytest.mark.root
 @pytest.mark.skipif(not hugepages.available(), reason="this machine has no huge pages")
+def test_what_is_shared_with_a_child_is_not_copied() -> None:
+    block = hugepages.block_bytes()
+    with memory(2 * block) as (_, begin):
+        read, write = os.pipe()
+        if (child := os.fork()) == 0:
+            os.close(write)
+            os.read(read, 1)
+            os._exit(0)
+        try:
+            assert collapse(os.getpid(), [(begin, begin + 2 * block)]).blocks == 0
+        finally:
+            os.close(write)
+            os.close(read)
+            os.waitpid(child, 0)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(not hugepages.available(), reason="this machine has no huge pages")
 def test_small_pages_become_huge_ones() -> None:
     block = hugepages.block_bytes()
     with memory(4 * block) as (map_, begin):

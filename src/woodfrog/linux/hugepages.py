@@ -25,9 +25,11 @@ _SYSTEM = Path("/sys/kernel/mm/transparent_hugepage")
 _PROCESS_MADVISE = 440
 _MADV_COLLAPSE = 25
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-_PRESENT = 1 << 63
+_OWN = 1 << 63 | 1 << 56
+"""Of an entry of /proc/PID/pagemap: it is there, and no other process has it."""
 _FULL = 7 / 8
-"""A block of which less is there stays as it is: the rest would be made of nothing, and counted against its limit."""
+"""A block of which less is there, and the process's alone, stays as it is: the rest would be made of nothing or copied
+from what it shares with a child, and counted against its limit."""
 _LARGEST = 32 << 20
 """Larger blocks (kernels with pages of 64 KiB) are hardly ever full."""
 _TRIES = 8
@@ -91,7 +93,7 @@ def huge_ranges(pid: int) -> tuple[tuple[int, int], ...]:
 
 def _full(pagemap: int, block: int, size: int) -> bool:
     entries = array.array("Q", os.pread(pagemap, size // _PAGE * 8, block // _PAGE * 8))
-    return sum(1 for e in entries if e & _PRESENT) >= size // _PAGE * _FULL
+    return sum(1 for e in entries if e & _OWN == _OWN) >= size // _PAGE * _FULL
 
 
 def _collapse(pidfd: int, block: int, size: int) -> int:
