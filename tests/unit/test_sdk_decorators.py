@@ -111,7 +111,8 @@ def test_parameters_land_in_the_spec() -> None:
         ({"volumes": {"/proc/x": modal.Volume.from_name("v")}}, "taken by the container"),
         ({"volumes": {"/a": "v"}}, "expected a woodfrog.Volume"),
         ({"secrets": modal.Secret.from_dict({})}, "put it in"),
-        ({"schedule": object()}, "does not have schedules yet"),
+        ({"schedule": object()}, "does not have yet schedules: drop it, and have cron run `woodfrog call`"),
+        ({"network_file_systems": {"/x": object()}}, "does not have yet network file systems: use a Volume"),
         ({"max_inputs": 5}, "only max_inputs=1"),
         ({"name": "a/b"}, "is not a name"),
     ],
@@ -653,6 +654,7 @@ def test_importing_names_that_nobody_has() -> None:
         ("modal.Secret.objects", "Secret.objects: .*`woodfrog secret list`"),
         ("modal.Image.debian_slim().build(app)", "Image.build: .*not built"),
         ("modal.Image.from_name('x')", "Image.from_name: .*not built"),
+        ("modal.Function.from_id('x')", "Function.from_id: .*Function.from_name"),
         ("modal.FunctionCall.from_id('x').get_call_graph()", "FunctionCall.get_call_graph: .*`woodfrog app calls`"),
     ],
 )
@@ -662,6 +664,33 @@ def test_what_modals_objects_have_says_what_to_do_without_it(line: str, words: s
         exec(compile("\n" + line, "program.py", "exec"), names)
     assert isinstance(caught.value, SpecError) and caught.value.code == "not-yet"
     assert str(caught.value).endswith("(program.py:2)")
+
+
+def test_absent_options_that_ask_for_nothing_are_accepted() -> None:
+    app = modal.App("a")
+    app.function(serialized=True, network_file_systems={}, mounts=[], schedule=None, shared_volumes={})(plain)  # type: ignore[call-arg]
+
+
+def test_a_wrong_value_of_retries_says_where() -> None:
+    with pytest.raises(SpecError, match="most 10") as caught:
+        exec(compile("\nmodal.Retries(max_retries=20)", "program.py", "exec"), {"modal": modal})
+    assert str(caught.value).endswith("(program.py:2)")
+
+
+def test_a_function_has_one_role() -> None:
+    with pytest.raises(SpecError, match=r"both @enter\(\) and @method\(\)"):
+
+        class A:
+            @modal.method()
+            @modal.enter()
+            def load(self) -> None: ...
+
+    with pytest.raises(SpecError, match=r"both @exit\(\) and @enter\(\)"):
+
+        class B:
+            @modal.enter()
+            @modal.exit()
+            def end(self) -> None: ...
 
 
 def test_what_is_missing_is_not_there() -> None:

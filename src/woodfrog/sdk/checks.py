@@ -37,7 +37,11 @@ _quiet = False
 def caller() -> str:
     """`file:line` of the nearest frame outside woodfrog."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_CALLERS):
+    while frame.f_back is not None and (
+        frame.f_code.co_filename.startswith(_NOT_CALLERS)
+        # What dataclasses made for ours is in no file.
+        or (frame.f_code.co_filename == "<string>" and frame.f_globals.get("__name__", "").startswith("woodfrog."))
+    ):
         frame = frame.f_back
     return f"{short(frame.f_code.co_filename)}:{frame.f_lineno}"
 

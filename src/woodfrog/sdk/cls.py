@@ -53,6 +53,12 @@ def _in_class(function: Any, decorator: str) -> None:
     """Check, as far as can be seen yet, that a decorated function stands in a class."""
     if isinstance(function, Method) or not inspect.isfunction(function):
         raise SpecError(f"@{decorator}() is for plain functions in a class, got {function!r} ({checks.caller()})")
+    role = getattr(function, "__woodfrog_role__", None)
+    if role is not None:
+        raise SpecError(
+            f"{function.__name__} has both @{role['kind']}() and @{decorator}(): let one method call another "
+            f"({_place(function)})"
+        )
     head, _, _ = function.__qualname__.rpartition(".")
     if not head or head.endswith("<locals>"):
         raise SpecError(

@@ -121,6 +121,14 @@ def method_spec(function: Callable[..., Any], name: str) -> MethodSpec:
     )
 
 
+@checks.lacking(
+    {
+        "app": "use the variable of the app",
+        "client": "the daemon is found by WOODFROG_HOST",
+        "from_id": "use Function.from_name",
+        "object_id": "a function is known by its app and its name",
+    }
+)
 class Function(Generic[P, R, L]):
     """A function, or one method of a class, that runs in containers. Made by `@app.function()` or `from_name`.
 
