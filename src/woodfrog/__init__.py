@@ -124,7 +124,91 @@ _NOT_YET = {
 }
 """Names that Modal has, and what to do without them."""
 
+_MODULES = {
+    "app": ("app",),
+    "cls": ("cls",),
+    "functions": ("functions", "call"),
+    "image": ("image",),
+    "output": ("app",),
+    "partial_function": ("cls",),
+    "retries": ("options",),
+    "secret": ("secret",),
+    "volume": ("volume", "volume_files"),
+}
+"""Where in `sdk` the names of Modal's modules are, for `from woodfrog.functions import FunctionCall`."""
+_MODULES_NOT_YET = {
+    "call_graph": "the client has the calls it made: their FunctionCall",
+    "client": _NOT_YET["Client"],
+    "cloud_bucket_mount": _NOT_YET["CloudBucketMount"],
+    "cluster": _ONE_MACHINE,
+    "container_process": _NO_SANDBOX,
+    "dict": _SHARED,
+    "environments": _NOT_YET["Environment"],
+    "file_io": _NO_SANDBOX,
+    "file_pattern_matcher": _NOT_YET["FilePatternMatcher"],
+    "mount": _NOT_YET["Mount"],
+    "network_file_system": _NOT_YET["NetworkFileSystem"],
+    "object": "drop it",
+    "parallel_map": "use .map()",
+    "proxy": _NOT_YET["Proxy"],
+    "queue": _SHARED,
+    "runner": "use app.run() and app.deploy()",
+    "running_app": "use app.run()",
+    "sandbox": _NO_SANDBOX,
+    "schedule": _SCHEDULE,
+    "scheduler_placement": _ONE_MACHINE,
+    "server": _WEB,
+    "serving": "use `woodfrog run`",
+    "snapshot": _NO_SANDBOX,
+    "stream_type": _NO_SANDBOX,
+    "token_flow": _NOT_YET["Client"],
+    "workspace": _ONE_MACHINE,
+}
+
 __all__ = list(_HOME)
+
+
+class _Modules:
+    """Finds the modules that Modal has and woodfrog has no file for."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+        package, _, module = name.partition(".")
+        if package != __name__ or module not in (*_MODULES, *_MODULES_NOT_YET, *_NOT_YET):
+            return None
+        from importlib.machinery import ModuleSpec
+
+        return ModuleSpec(name, cls())  # type: ignore[arg-type]
+
+    def create_module(self, spec: Any) -> None:
+        return None
+
+    def exec_module(self, module: Any) -> None:
+        short = module.__name__.partition(".")[2]
+        if short not in _MODULES:
+            raise _not_yet(short, True)
+        from importlib import import_module
+
+        homes = [import_module(f"woodfrog.sdk.{home}") for home in _MODULES[short]]
+
+        def find(name: str) -> Any:
+            for home in homes:
+                if name in home.__all__:
+                    return getattr(home, name)
+            if name in _NOT_YET:
+                raise _not_yet(name, True)
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+        module.__getattr__ = find
+
+
+def _find_modules() -> None:
+    import sys
+
+    sys.meta_path.append(_Modules)
+
+
+_find_modules()
 
 
 def __getattr__(name: str) -> Any:
@@ -143,29 +227,29 @@ def __getattr__(name: str) -> Any:
         except PackageNotFoundError:  # sources that PYTHONPATH names, not installed
             value = "unknown"
     elif name in _NOT_YET:
-        raise _not_yet(name)
+        import sys
+
+        raise _not_yet(name, sys._getframe(1).f_code.co_name == "_handle_fromlist")
     else:
         raise AttributeError(f"module 'woodfrog' has no attribute {name!r}")
     globals()[name] = value
     return value
 
 
-def _not_yet(name: str) -> SpecError:
+def _not_yet(name: str, importing: bool) -> SpecError:
     """The error for one of Modal's names, with a remedy.
 
     In a `from` import Python would replace an AttributeError by its own "cannot import name". Elsewhere it is one, so
     that `hasattr` goes on saying no.
     """
-    import sys
     from importlib import import_module
 
     from woodfrog.errors import MissingNameError, SpecError
 
     where = import_module("woodfrog.sdk.checks").caller()
-    kind = SpecError if sys._getframe(2).f_code.co_name == "_handle_fromlist" else MissingNameError
-    return kind(
-        f"Modal has {name!r}; woodfrog does not have it yet: {_NOT_YET[name]} ({where})", code="not-yet", name=name
-    )
+    kind = SpecError if importing else MissingNameError
+    remedy = _NOT_YET.get(name) or _MODULES_NOT_YET[name]
+    return kind(f"Modal has {name!r}; woodfrog does not have it yet: {remedy} ({where})", code="not-yet", name=name)
 
 
 def __dir__() -> list[str]:

@@ -816,6 +816,7 @@ class Frozen(Base):
             "task ran": self.beats > beats,
             "host": [self.host, socket.gethostname()],
             "instance": os.environ["WOODFROG_INSTANCE"],
+            "modal": [os.environ["MODAL_TASK_ID"], os.environ["MODAL_IS_REMOTE"]],
         }
 """
 
@@ -831,6 +832,7 @@ def test_what_a_thawed_copy_still_has(daemon: Daemon) -> None:
         found = look.remote()
         hosts.append(found.pop("host"))
         assert hosts[-1][1] == found.pop("instance")
+        assert found.pop("modal") == [hosts[-1][1], "1"]
         snapshot = found.pop("snapshot")
         assert snapshot in daemon.snapshots("frozen")
         home = "/root"

@@ -40,7 +40,7 @@ def look():
     # Newer libffi keeps its own library open, from when ctypes is loaded.
     fds = sorted(re.sub(r"\\d+", "N", target) for n, target in held.items() if int(n) > 2 and "/libffi" not in target)
     status = dict(line.split(":\\t", 1) for line in open("/proc/self/status").read().splitlines())
-    mine = ("WOODFROG_INSTANCE", "WOODFROG_APP")
+    mine = ("WOODFROG_INSTANCE", "WOODFROG_APP", "MODAL_TASK_ID")
     kinds = lambda items: [re.sub(r" at 0x.*", "", repr(i)) for i in items]
     loggers = {n: kinds(l.handlers) for n, l in sorted(logging.root.manager.loggerDict.items()) if hasattr(l, "handlers")}
     ours = (__name__, "woodfrog", "__mp_main__", *sys.stdlib_module_names)

@@ -258,6 +258,40 @@ def test_an_asynchronous_entrypoint(tmp_path: Path, daemon: RunDaemon) -> None:
     assert "awaited" in shown.stdout.splitlines()
 
 
+def test_a_result_in_a_file(tmp_path: Path, daemon: RunDaemon) -> None:
+    file = program(tmp_path, PROGRAM)
+    for value, expected in (("größer", "größer".encode()), (b"\x00\xff", b"\x00\xff")):
+        daemon.reply = lambda tag, args, kwargs, value=value: ("success", value)
+        shown = run("run", "-w", "out.bin", f"{file}::square", "--x", "1")
+        assert shown.exit_code == 0, shown.output
+        assert (tmp_path / "out.bin").read_bytes() == expected
+        assert set(shown.stdout.splitlines()) == {"to stdout"}
+    local = file.replace(".py", "_2.py")
+    (tmp_path / local).write_text(PROGRAM + "\n@app.local_entrypoint()\ndef main() -> str:\n    return 'here'\n")
+    assert run("run", "--write-result", "local.txt", local).exit_code == 0
+    assert (tmp_path / "local.txt").read_text() == "here"
+    daemon.reply = lambda tag, args, kwargs: ("success", 3)
+    for argv, words in (
+        (["-w", "out.bin", f"{file}::square", "--x", "1"], "of type int: -w writes text or bytes"),
+        (["-w", "no/where", f"{file}::square", "--x", "1"], "of type int"),
+        (["-w", "out.bin", f"{file}::count"], "not with a generator"),
+        (["-w", "out.bin", "--json", f"{file}::square", "--x", "1"], "not with --json"),
+    ):
+        shown = run("run", *argv)
+        assert shown.exit_code == 2 and words in shown.stderr, shown.output
+    daemon.reply = lambda tag, args, kwargs: ("success", "text")
+    shown = run("run", "-w", "no/where", f"{file}::square", "--x", "1")
+    assert shown.exit_code == 2 and "no/where: No such file or directory" in shown.stderr
+
+
+def test_commands_of_modals_say_what_to_do_instead() -> None:
+    shown = run("serve", "app.py")
+    assert shown.exit_code == 2 and shown.stderr.startswith(
+        "error: Modal has a command 'serve'; woodfrog has none: use"
+    )
+    assert "No such command 'nonsense'" in run("nonsense").stderr
+
+
 def test_a_result_that_is_not_json(tmp_path: Path, daemon: RunDaemon) -> None:
     daemon.reply = lambda tag, args, kwargs: ("success", {1, 2})
     shown = run("run", "--json", program(tmp_path, PROGRAM) + "::square", "--x", "1")

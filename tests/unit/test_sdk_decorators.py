@@ -111,7 +111,8 @@ def test_parameters_land_in_the_spec() -> None:
         ({"volumes": {"/proc/x": modal.Volume.from_name("v")}}, "taken by the container"),
         ({"volumes": {"/a": "v"}}, "expected a woodfrog.Volume"),
         ({"secrets": modal.Secret.from_dict({})}, "put it in"),
-        ({"schedule": object()}, "does not have schedules yet"),
+        ({"schedule": object()}, "does not have yet schedules: drop it, and have cron run `woodfrog call`"),
+        ({"network_file_systems": {"/x": object()}}, "does not have yet network file systems: use a Volume"),
         ({"max_inputs": 5}, "only max_inputs=1"),
         ({"name": "a/b"}, "is not a name"),
     ],
@@ -625,6 +626,10 @@ def test_sources_that_are_not_installed_have_a_version_too(tmp_path: Path) -> No
         ("import woodfrog.gpu", 'gpu="A100:2"'),
         ("import woodfrog.experimental", "'experimental'"),
         ("from woodfrog import Period", "cron"),
+        ("import woodfrog.queue", "'queue'; .* Volume"),
+        ("from woodfrog.server import Server", "'server'; .*HTTP API"),
+        ("from woodfrog.partial_function import batched", "'batched'; .*list of inputs"),
+        ("from woodfrog.container_process import ContainerProcess", "'container_process'; .*subprocess"),
     ],
 )
 def test_importing_names_that_are_missing(line: str, words: str) -> None:
@@ -637,6 +642,124 @@ def test_importing_names_that_nobody_has() -> None:
     with pytest.raises(ImportError, match="nonsense"):
         exec("from woodfrog import nonsense", {})
     exec("from woodfrog import *", {})
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("@app.server(port=8000)\nclass S: ...", "App.server: not in woodfrog yet: .*`woodfrog call`"),
+        ("app.stop()", "App.stop: not in woodfrog yet: use `woodfrog app stop`"),
+        ("modal.Volume.objects.list()", "Volume.objects: not in woodfrog yet: use `woodfrog volume list`"),
+        ("modal.Volume.from_name('v').rename('w')", "Volume.rename: .*`woodfrog volume get`"),
+        ("modal.Secret.objects", "Secret.objects: .*`woodfrog secret list`"),
+        ("modal.Image.debian_slim().build(app)", "Image.build: .*not built"),
+        ("modal.Image.from_name('x')", "Image.from_name: .*not built"),
+        ("modal.Function.from_id('x')", "Function.from_id: .*Function.from_name"),
+        ("modal.FunctionCall.from_id('x').get_call_graph()", "FunctionCall.get_call_graph: .*`woodfrog app calls`"),
+    ],
+)
+def test_what_modals_objects_have_says_what_to_do_without_it(line: str, words: str) -> None:
+    names = {"app": modal.App("a"), "modal": modal}
+    with pytest.raises(AttributeError, match=words) as caught:
+        exec(compile("\n" + line, "program.py", "exec"), names)
+    assert isinstance(caught.value, SpecError) and caught.value.code == "not-yet"
+    assert str(caught.value).endswith("(program.py:2)")
+
+
+def test_absent_options_that_ask_for_nothing_are_accepted() -> None:
+    app = modal.App("a")
+    app.function(serialized=True, network_file_systems={}, mounts=[], schedule=None, shared_volumes={})(plain)  # type: ignore[call-arg]
+
+
+def test_a_wrong_value_of_retries_says_where() -> None:
+    with pytest.raises(SpecError, match="most 10") as caught:
+        exec(compile("\nmodal.Retries(max_retries=20)", "program.py", "exec"), {"modal": modal})
+    assert str(caught.value).endswith("(program.py:2)")
+
+
+def test_a_function_has_one_role() -> None:
+    with pytest.raises(SpecError, match=r"both @enter\(\) and @method\(\)"):
+
+        class A:
+            @modal.method()
+            @modal.enter()
+            def load(self) -> None: ...
+
+    with pytest.raises(SpecError, match=r"both @exit\(\) and @enter\(\)"):
+
+        class B:
+            @modal.enter()
+            @modal.exit()
+            def end(self) -> None: ...
+
+
+def test_what_is_missing_is_not_there() -> None:
+    for owner, name in ((modal.Volume, "objects"), (modal.Image, "build"), (modal.App("a"), "server")):
+        assert not hasattr(owner, name)
+    inspect.getmembers(modal.Volume)
+    with pytest.raises(AttributeError, match="'Volume' object has no attribute 'nonsense'"):
+        _ = modal.Volume.from_name("v").nonsense  # type: ignore[attr-defined]
+
+
+def test_an_app_tells_what_it_was_given() -> None:
+    app = modal.App("a", image=modal.Image.debian_slim().pip_install("numpy"), tags={"team": "x"})
+    assert app.image.spec.packages == ("numpy",) and modal.App().image.spec.packages == ()
+    assert (app.app_id, app.description, app.get_tags()) == (None, "a", {"team": "x"})
+    app.set_tags({"team": "y"})
+    assert app.get_tags() == {"team": "y"} and modal.App.lookup("there").app_id == "there"
+    with app.image.imports():
+        import nothing_of_this_name  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: modal.Image.debian_slim().pip_install("x", extra_index="u"), "'extra_index'; did you mean 'extra_i"),
+        (lambda: modal.Image.debian_slim().apt_install("x", forcebuild=True), "'forcebuild'; did you mean"),
+        (lambda: modal.Image.from_registry("x", addpython="3.11"), "Image.from_registry has no parameter 'addpython'"),
+        (lambda: modal.Image.debian_slim().uv_sync(group=["x"]), "Image.uv_sync has no parameter 'group'"),
+        (lambda: modal.App("a").run(detached=True), "App.run has no parameter 'detached'"),
+        (lambda: modal.App("a").deploy(nam="b"), "App.deploy has no parameter 'nam'"),
+        (lambda: modal.App.lookup("a", create=True), "App.lookup has no parameter 'create'"),
+    ],
+)
+def test_a_parameter_that_nobody_has_is_refused(call: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        call()
+
+
+def test_how_an_image_is_built_is_accepted() -> None:
+    image = modal.Image.from_registry("x", setup_dockerfile_commands=["RUN x"], add_python="3.11", force_build=True)
+    image = image.apt_install("x", gpu="T4", secrets=[], env={"A": "b"}, force_build=True)
+    image = image.pip_install("x", find_links="u", index_url="u", extra_index_url="u", pre=True, extra_options="-v")
+    image = image.uv_pip_install("y", uv_version="0.5", extra_options="-v").uv_sync(
+        Path(__file__).parents[2], frozen=False
+    )
+    image = image.run_function(plain, args=(1,), kwargs={}, timeout=3, volumes={}, include_source=False)
+    assert {"x", "y"} <= set(image.spec.packages)
+
+
+def test_modules_of_modals_have_its_names() -> None:
+    names: dict[str, Any] = {}
+    exec(
+        "import woodfrog.app, woodfrog.image\n"
+        "from woodfrog.app import App, LocalEntrypoint\n"
+        "from woodfrog.cls import Cls, Obj\n"
+        "from woodfrog.functions import Function, FunctionCall\n"
+        "from woodfrog.image import Image\n"
+        "from woodfrog.output import enable_output\n"
+        "from woodfrog.partial_function import enter, exit, method\n"
+        "from woodfrog.retries import Retries\n"
+        "from woodfrog.secret import Secret\n"
+        "from woodfrog.volume import FileEntry, FileEntryType, Volume\n",
+        names,
+    )
+    for name in ("App", "Cls", "Function", "FunctionCall", "Image", "Retries", "Secret", "Volume", "enable_output"):
+        assert names[name] is getattr(modal, name)
+    with pytest.raises(ImportError, match="nonsense"):
+        exec("from woodfrog.functions import nonsense", {})
+    with pytest.raises(ImportError, match="nonsense"):
+        exec("import woodfrog.nonsense", {})
 
 
 def test_packages_are_checked() -> None:

@@ -168,7 +168,7 @@ def test_plans_differ_by_what_imports_can_see(tmp_path: Path) -> None:
         return made
 
     first = plan({"A": "1"})
-    assert plan({"A": "1", "WOODFROG_INSTANCE": "i-1"}) == first
+    assert plan({"A": "1", "WOODFROG_INSTANCE": "i-1", "MODAL_TASK_ID": "i-1"}) == first
     (root / "app.py").write_text("import woodfrog, heavy, fast\nVERSION = 2")
     assert plan({"A": "1"}) == first
     others = [plan({"A": "2"}), plan({"A": "1"}, hide_gpu=True), plan({"A": "1"}, key=b"l" * 32)]

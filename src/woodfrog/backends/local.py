@@ -337,6 +337,9 @@ class LocalBackend:
             "WOODFROG_APP": request.app,
             "WOODFROG_FUNCTION": request.spec.tag,
             "WOODFROG_INSTANCE": instance.id,
+            # Programs written for Modal tell by these where they run, and their containers apart.
+            "MODAL_IS_REMOTE": "1",
+            "MODAL_TASK_ID": instance.id,
             **request.env,
             **(self._gpus.env(request.gpus) if gpu else {}),
         }

@@ -43,7 +43,7 @@ __all__ = ["PER_INSTANCE", "Plan", "ZygoteConfig", "Zygotes", "basic_env", "load
 
 log = logging.getLogger("woodfrog")
 
-PER_INSTANCE = frozenset({"WOODFROG_APP", "WOODFROG_FUNCTION", "WOODFROG_INSTANCE"})
+PER_INSTANCE = frozenset({"MODAL_TASK_ID", "WOODFROG_APP", "WOODFROG_FUNCTION", "WOODFROG_INSTANCE"})
 """Variables that a zygote's imports do not see; they are set when it is told what it serves."""
 _ATTEMPTS = 2
 _CONFIG = (".cfg", ".conf", ".env", ".ini", ".json", ".toml", ".yaml", ".yml", "rc")

@@ -13,7 +13,7 @@ import typer.core
 import typer.main
 
 from woodfrog.cli import output
-from woodfrog.errors import WoodfrogError
+from woodfrog.errors import SpecError, WoodfrogError
 
 __all__ = ["app"]
 
@@ -30,6 +30,20 @@ _GROUPS = {
     "daemon": "daemon",
 }
 _ORDER = (*_COMMANDS, *_GROUPS)
+_MODALS = {
+    "config": "settings are environment variables: docs/settings.md",
+    "dict": "keep shared data in a volume: `woodfrog volume`",
+    "environment": "there is one; an app is known by its name",
+    "launch": "use `woodfrog run`",
+    "nfs": "use `woodfrog volume`",
+    "profile": "there are no accounts; WOODFROG_HOST names another daemon",
+    "queue": "keep shared data in a volume: `woodfrog volume`",
+    "serve": "use `woodfrog run`, or `woodfrog deploy` after each change",
+    "setup": "there are no accounts: `woodfrog doctor` tells what the machine lacks",
+    "shell": "use `woodfrog container exec`",
+    "token": "there are no accounts; WOODFROG_TOKEN is the daemon's",
+}
+"""Commands of Modal's, and what to do without them."""
 # What follows FILE belongs to the function.
 _SETTINGS = {
     "run": {"allow_extra_args": True, "allow_interspersed_args": False},
@@ -54,6 +68,8 @@ class _Commands(typer.core.TyperGroup):
         return list(_ORDER)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in _MODALS:
+            raise SpecError(f"Modal has a command {cmd_name!r}; woodfrog has none: {_MODALS[cmd_name]}", code="not-yet")
         for name in [cmd_name] if cmd_name in _ORDER else _ORDER:  # all of them for a guess at what was meant
             if name not in self.commands:
                 self.commands[name] = _build(name)

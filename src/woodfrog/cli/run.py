@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -168,6 +169,9 @@ def run(
         bool, typer.Option("--quiet", "-q", help="Show only what the program and functions print, and errors.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    write_result: Annotated[
+        str, typer.Option("--write-result", "-w", metavar="PATH", help="Write the result, text or bytes, to this file.")
+    ] = "",
     env: Env = None,
 ) -> None:
     """Run a function of a program, with the program's app running meanwhile.
@@ -194,6 +198,8 @@ def run(
         if e.code == "bad-arguments" and "unrecognized" in e.message and misplaced:
             e.message += f"; options of `woodfrog run` such as {misplaced[0]} go before FILE"
         raise
+    if write_result and (as_json or chosen.generator):
+        raise SpecError(f"{label}: -w writes one result to a file: not with {'--json' if as_json else 'a generator'}")
     if name:
         from woodfrog.sdk.checks import name as checked
 
@@ -212,7 +218,9 @@ def run(
             raise
         show_user_error(e, shown)
         raise typer.Exit(output.USER_ERROR) from None
-    if as_json:
+    if write_result:
+        _write(result, write_result, label)
+    elif as_json:
         print(_json(result, label))
     elif result is not None and not chosen.local:
         print(result)
@@ -246,6 +254,15 @@ def _start(
         else:
             progress.write(f"{item}\n")
     return items if as_json else None
+
+
+def _write(value: Any, path: str, label: str) -> None:
+    if not isinstance(value, (str, bytes)):
+        raise SpecError(f"{label}: its result is of type {type(value).__name__}: -w writes text or bytes")
+    try:
+        Path(path).write_bytes(value.encode() if isinstance(value, str) else value)
+    except OSError as e:
+        raise SpecError(f"{path}: {e.strerror}: the result of {label} is not written") from None
 
 
 def _json(value: Any, label: str) -> str:

@@ -6,17 +6,17 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast, dataclass_transform
 
 from woodfrog.errors import DaemonError, NotFoundError, SpecError, WoodfrogError
 from woodfrog.sdk import checks, options, source
-from woodfrog.sdk.cls import Cls, Method, make_cls
-from woodfrog.sdk.dual import ClassDual, Dual
-from woodfrog.sdk.functions import Deployed, Function, inside, method_spec
+from woodfrog.sdk.cls import Cls, Method, make_cls, parameter
+from woodfrog.sdk.dual import ClassDual, Dual, at_once
+from woodfrog.sdk.functions import LOOK, NO_WEB, Decorator, Deployed, Function, inside, method_spec
 from woodfrog.sdk.hooks import in_worker
 from woodfrog.sdk.image import Image
 from woodfrog.sdk.secret import Secret
@@ -58,6 +58,19 @@ class LocalEntrypoint:
         return f"<LocalEntrypoint {self.name}>"
 
 
+@checks.lacking(
+    {
+        "get_dashboard_url": LOOK,
+        "logs": LOOK,
+        "registered_web_endpoints": NO_WEB,
+        "sandboxes": "run the program with subprocess inside a function",
+        "serve": "use `woodfrog run`, or `with app.run():`",
+        "server": "let a method of an @app.cls() class answer: call it with .remote(), `woodfrog call`, or over HTTP",
+        "set_description": "an app is known by its name",
+        "stats": LOOK,
+        "stop": "use `woodfrog app stop`",
+    }
+)
 class App:
     """A group of functions and classes that are deployed together.
 
@@ -91,7 +104,7 @@ class App:
         tags: Mapping[str, str] | None = None,
         **unknown: Any,
     ) -> None:
-        del tags
+        self._tags = dict(tags or {})
         where = checks.caller()
         known = ("name", "image", "secrets", "volumes", "include_source", "tags")
         for key in unknown:
@@ -103,7 +116,7 @@ class App:
         except (TypeError, ValueError) as e:
             raise SpecError(f"App({name!r}): {e} ({where})", code="bad-parameter") from None
         self._defaults = options.Defaults(**parsed)
-        self._handles: dict[str, Function[..., Any] | Cls] = {}
+        self._handles: dict[str, Function[..., Any, Any] | Cls] = {}
         self._entrypoints: dict[str, LocalEntrypoint] = {}
         self._included_by: list[App] = []
         self._running: tuple[Client, str] | None = None
@@ -124,7 +137,39 @@ class App:
         return self._deployed.app_name if self._deployed else self.name
 
     @property
-    def registered_functions(self) -> dict[str, Function[..., Any]]:
+    def app_id(self) -> str | None:
+        """What it is called over there while it runs, or since this program deployed it."""
+        return self._running[1] if self._running else self._deployed.app_name if self._deployed else None
+
+    @property
+    def description(self) -> str | None:
+        return self.name
+
+    @property
+    def set_tags(self) -> Dual[..., None, Coroutine[Any, Any, None]]:
+        """`set_tags(tags)`: kept for `get_tags` of this very object. Tags have no other effect here."""
+
+        def keep(tags: Mapping[str, str], *, client: Any = None) -> None:
+            self._tags = dict(tags)
+
+        return at_once(keep)
+
+    @property
+    def get_tags(self) -> Dual[..., dict[str, str], Coroutine[Any, Any, dict[str, str]]]:
+        """`get_tags()`: what `App(tags=...)` or `set_tags` said."""
+
+        def tell(*, client: Any = None) -> dict[str, str]:
+            return dict(self._tags)
+
+        return at_once(tell)
+
+    @property
+    def image(self) -> Image:
+        """The image of functions that have none of their own, for `with app.image.imports():`."""
+        return Image(self._defaults.image)
+
+    @property
+    def registered_functions(self) -> dict[str, Function[..., Any, Any]]:
         return {k: h for k, h in self._handles.items() if isinstance(h, Function)}
 
     @property
@@ -135,7 +180,7 @@ class App:
     def registered_entrypoints(self) -> dict[str, LocalEntrypoint]:
         return dict(self._entrypoints)
 
-    def __getitem__(self, tag: str) -> Function[..., Any] | Cls:
+    def __getitem__(self, tag: str) -> Function[..., Any, Any] | Cls:
         """The function or class called `tag`; of a looked-up app, a handle of the function called so."""
         if tag in self._handles:
             return self._handles[tag]
@@ -143,7 +188,7 @@ class App:
             return Function.from_name(self._deployed.app_name, tag)
         raise KeyError(f"app {self.name} has no function {tag!r}{checks.nearest(tag, self._handles)}")
 
-    def _add(self, handle: Function[..., Any] | Cls) -> None:
+    def _add(self, handle: Function[..., Any, Any] | Cls) -> None:
         before = self._handles.get(handle.tag)
         # In a notebook a cell is run again: the later definition counts.
         again = before is not None and before.spec is not None and before.spec.source.kind == "serialized"
@@ -158,7 +203,7 @@ class App:
 
     # Decorators.
 
-    def function(self, *args: Any, **parameters: Unpack[options.Options]) -> Callable[[Callable[P, R]], Function[P, R]]:
+    def function(self, *args: Any, **parameters: Unpack[options.Options]) -> Decorator:
         """Decorates a function so that it can run in containers. The parameters are those of `Options`.
 
         Raises:
@@ -169,7 +214,7 @@ class App:
         if args:
             raise TypeError(f"write @app.function(), with parentheses and with named parameters only ({line})")
 
-        def decorate(raw: Callable[P, R]) -> Function[P, R]:
+        def decorate(raw: Callable[P, Any]) -> Function[P, Any, Any]:
             name = getattr(raw, "__name__", type(raw).__name__)
             where = f"{name}, {line}"
             if isinstance(raw, Method):
@@ -191,7 +236,7 @@ class App:
                 defaults=self._defaults,
                 where=where,
             )
-            handle: Function[P, R] = Function(
+            handle: Function[P, Any, Any] = Function(
                 self,
                 built.spec.tag,
                 raw=raw,
@@ -205,6 +250,7 @@ class App:
 
         return decorate
 
+    @dataclass_transform(field_specifiers=(parameter,), kw_only_default=True)
     def cls(self, *args: Any, **parameters: Unpack[options.Options]) -> Callable[[C], C]:
         """Decorates a class so that its instances live in containers. The parameters are those of `Options`.
 
@@ -306,10 +352,11 @@ class App:
         answer = send(client, bundle, ephemeral=ephemeral, attended=attended, snapshot=snapshot, strategy=strategy)
         return client, str(answer.get("app", name))
 
-    def run(self, *, detach: bool = False, **ignored: Any) -> RunningApp:
+    def run(self, *, name: str | None = None, detach: bool = False, **ignored: Any) -> RunningApp:
         """`with app.run():` (or `async with`): deploys the app for the time of the block, under a name of its own.
 
         Args:
+            name: what that name begins with, instead of the app's own.
             detach: leave the app running at the end of the block, and its calls where this process is interrupted
                 (Ctrl-C) or killed.
 
@@ -317,8 +364,9 @@ class App:
             SpecError: see `deploy`; or the app runs already.
             HostError, DaemonError: no daemon, and none could be started.
         """
-        del ignored  # Modal's client, environment_name, interactive: there is one of each here.
-        return RunningApp(self, detach)
+        # There is one of each here.
+        checks.known("App.run", ignored, ("client", "environment_name", "interactive", "show_progress"))
+        return RunningApp(self, detach, checks.name(name, "App.run(name=...)") if name is not None else None)
 
     def _deploy(
         self,
@@ -328,7 +376,7 @@ class App:
         strategy: Literal["rolling", "recreate"] = "rolling",
         **ignored: Any,
     ) -> App:
-        del ignored
+        checks.known("App.deploy", ignored, ("client", "environment_name", "tag"))
         if strategy not in ("rolling", "recreate"):
             raise SpecError(f"deploy(strategy={strategy!r}): expected 'rolling' or 'recreate' ({checks.caller()})")
         if in_worker():
@@ -345,7 +393,7 @@ class App:
         return self
 
     @property
-    def deploy(self) -> Dual[..., App, Awaitable[App]]:
+    def deploy(self) -> Dual[..., App, Coroutine[Any, Any, App]]:
         """`deploy(name=None, snapshot=False, strategy="rolling")`: deploy the app so that it stays, under its name.
         Gives the app.
 
@@ -360,7 +408,7 @@ class App:
         """
         from functools import partial
 
-        def aio(*args: Any, **kwargs: Any) -> Awaitable[App]:
+        def aio(*args: Any, **kwargs: Any) -> Coroutine[Any, Any, App]:
             from woodfrog.sdk.call import in_thread
 
             return in_thread(partial(self._deploy, *args, **kwargs))()
@@ -371,7 +419,8 @@ class App:
     @classmethod
     def lookup(cls, name: str, *, create_if_missing: bool = False, **ignored: Any) -> App:
         """A handle of the deployed app `name`; `app["square"]` is its function. Asks nothing of the daemon yet."""
-        del ignored, create_if_missing
+        del create_if_missing
+        checks.known("App.lookup", ignored, ("client", "environment_name"))
         app = cls(name)
         app._deployed = Deployed(name)
         return app
@@ -390,8 +439,8 @@ def _by_name(name: str | None) -> App:
 class RunningApp:
     """The block of `app.run()`."""
 
-    def __init__(self, app: App, detach: bool) -> None:
-        self._app, self._detach = app, detach
+    def __init__(self, app: App, detach: bool, name: str | None = None) -> None:
+        self._app, self._detach, self._name = app, detach, name
         self._logs: threading.Thread | None = None
         self._over: threading.Event | None = None
         self._process = os.getpid()
@@ -406,7 +455,7 @@ class RunningApp:
         if app._running is not None:
             raise SpecError(f"app {app.name or '(unnamed)'} runs already: do not nest app.run() ({checks.caller()})")
         stem = re_name(Path(app._program[1]).stem) if app._program else "app"
-        name = f"{(app.name or stem)[:54]}-{os.urandom(4).hex()}"
+        name = f"{(self._name or app.name or stem)[:54]}-{os.urandom(4).hex()}"
         try:
             app._running = app._send(name, ephemeral=True, attended=not self._detach)
         except KeyboardInterrupt:

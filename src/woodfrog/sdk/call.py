@@ -11,10 +11,10 @@ import os
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
 from woodfrog.errors import (
@@ -28,7 +28,7 @@ from woodfrog.errors import (
     WoodfrogError,
 )
 from woodfrog.protocol import unpack_items
-from woodfrog.sdk import payload
+from woodfrog.sdk import checks, payload
 from woodfrog.sdk.client import Client, Reply, connect, error_from_answer, segment
 from woodfrog.sdk.dual import ClassDual, Dual
 from woodfrog.sdk.functions import inside
@@ -37,6 +37,7 @@ from woodfrog.sdk.hooks import in_worker
 __all__ = ["Call", "FunctionCall", "Target", "aio_iterate", "in_thread", "map_calls"]
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 WAIT_S = 55.0
 """Longest single wait for an answer; below the idle limits of usual proxies."""
@@ -321,16 +322,26 @@ async def _run_in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) 
     return await asyncio.get_running_loop().run_in_executor(_threads(), lambda: context.run(function, *args, **kwargs))
 
 
-def in_thread(function: Callable[..., T]) -> Callable[..., Awaitable[T]]:
+def in_thread(function: Callable[..., T]) -> Callable[..., Coroutine[Any, Any, T]]:
     """`function` as one that can be awaited."""
 
-    def start(*args: Any, **kwargs: Any) -> Awaitable[T]:
+    def start(*args: Any, **kwargs: Any) -> Coroutine[Any, Any, T]:
         return _run_in_thread(function, *args, **kwargs)
 
     return start
 
 
-class FunctionCall:
+@checks.lacking(
+    {
+        "get_call_graph": "look with `woodfrog app calls`",
+        "get_dashboard_url": "look with `woodfrog app calls`",
+        "hydrate": "its get() tells whether it is there",
+        "iter": "call a generator with .remote_gen()",
+        "logs": "look with `woodfrog app logs`",
+        "num_inputs": "a call has one input",
+    }
+)
+class FunctionCall(Generic[R]):
     """A call that was started with `.spawn`.
 
     Example:
@@ -346,7 +357,7 @@ class FunctionCall:
 
     @ClassDual
     @classmethod
-    def from_id(cls, function_call_id: str, client: Any = None) -> FunctionCall:
+    def from_id(cls, function_call_id: str, client: Any = None) -> FunctionCall[Any]:
         """The call of that id (`object_id`), also from another program. Asks nothing of the daemon yet."""
         if not isinstance(function_call_id, str) or not function_call_id:
             raise SpecError(f"FunctionCall.from_id needs the id of a call, got {function_call_id!r}")
@@ -359,16 +370,17 @@ class FunctionCall:
             self._known_client = connect()
         return self._known_client
 
-    def _get(self, timeout: float | None = None) -> Any:
+    def _get(self, timeout: float | None = None) -> R:
         deadline = None if timeout is None else time.monotonic() + timeout
-        return outcome(wait_for(self._client(), self.object_id, None, deadline), self._tag)
+        found: R = outcome(wait_for(self._client(), self.object_id, None, deadline), self._tag)
+        return found
 
     def _cancel(self, terminate_containers: bool = False) -> None:
         del terminate_containers
         cancel(self._client(), self.object_id)
 
     @property
-    def get(self) -> Dual[..., Any, Awaitable[Any]]:
+    def get(self) -> Dual[..., R, Coroutine[Any, Any, R]]:
         """`get(timeout=None)`: the result. `timeout` in seconds; 0 asks once.
 
         Raises:
@@ -379,12 +391,12 @@ class FunctionCall:
         return Dual(self._get, in_thread(self._get))
 
     @property
-    def cancel(self) -> Dual[..., None, Awaitable[None]]:
+    def cancel(self) -> Dual[..., None, Coroutine[Any, Any, None]]:
         """`cancel()`: stop the call; its `get` raises CallCancelled."""
         return Dual(self._cancel, in_thread(self._cancel))
 
     @staticmethod
-    def _gather(*function_calls: FunctionCall) -> list[Any]:
+    def _gather(*function_calls: FunctionCall[T]) -> list[T]:
         return [call._get() for call in function_calls]
 
     gather = Dual(_gather, in_thread(_gather))

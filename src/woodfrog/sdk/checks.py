@@ -6,16 +6,29 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
-from woodfrog.errors import SpecError
+from woodfrog.errors import MissingNameError, SpecError
 from woodfrog.sdk.hooks import in_worker
 
-__all__ = ["be_quiet", "caller", "environment", "name", "nearest", "note", "number", "text_dict", "whole"]
+__all__ = [
+    "be_quiet",
+    "caller",
+    "environment",
+    "known",
+    "lacking",
+    "name",
+    "nearest",
+    "note",
+    "number",
+    "text_dict",
+    "whole",
+]
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _NOT_CALLERS = (_PACKAGE, "<frozen importlib.")
+C = TypeVar("C", bound=type)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _noted: set[str] = set()
 _quiet = False
@@ -24,7 +37,11 @@ _quiet = False
 def caller() -> str:
     """`file:line` of the nearest frame outside woodfrog."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_CALLERS):
+    while frame.f_back is not None and (
+        frame.f_code.co_filename.startswith(_NOT_CALLERS)
+        # What dataclasses made for ours is in no file.
+        or (frame.f_code.co_filename == "<string>" and frame.f_globals.get("__name__", "").startswith("woodfrog."))
+    ):
         frame = frame.f_back
     return f"{short(frame.f_code.co_filename)}:{frame.f_lineno}"
 
@@ -65,6 +82,44 @@ def nearest(word: str, known: Any) -> str:
 
     found = get_close_matches(word, list(known), 1)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+class _Lacking:
+    """A name that Modal's class has, and what to do without it. An AttributeError, so that `hasattr` says no."""
+
+    def __init__(self, name: str, instead: str) -> None:
+        self._name, self._instead = name, instead
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        raise MissingNameError(
+            f"{owner.__name__}.{self._name}: not in woodfrog yet: {self._instead} ({caller()})", code="not-yet"
+        )
+
+
+def lacking(names: Mapping[str, str]) -> Callable[[C], C]:
+    """Decorates a class that Modal has with more names: each is an error that says what to do instead.
+
+    Type checkers do not see them.
+    """
+
+    def add(cls: C) -> C:
+        for name, instead in names.items():
+            setattr(cls, name, _Lacking(name, instead))
+        return cls
+
+    return add
+
+
+def known(what: str, given: Iterable[str], names: Iterable[str]) -> None:
+    """Of parameters that are accepted without effect: that they are Modal's.
+
+    Raises:
+        TypeError: an unknown one; names the nearest.
+    """
+    names = list(names)
+    for key in given:
+        if key not in names:
+            raise TypeError(f"{what} has no parameter {key!r}{nearest(key, names)} ({caller()})")
 
 
 def name(value: Any, what: str) -> str:

@@ -7,9 +7,20 @@ import contextlib
 import inspect
 import time
 import warnings
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, ParamSpec, TypeVar, dataclass_transform, get_type_hints
+from typing import (
+    Any,
+    Concatenate,
+    Generic,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    dataclass_transform,
+    get_type_hints,
+    overload,
+)
 
 from woodfrog.errors import SpecError
 from woodfrog.sdk import checks, source
@@ -24,7 +35,7 @@ __all__ = ["Cls", "Method", "Obj", "enter", "exit", "make_cls", "method", "param
 F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")
 R = TypeVar("R")
-T = TypeVar("T")
+L = TypeVar("L")
 
 _RESERVED = NOT_YET.keys() - {"autoscaler", "logs", "metrics", "stats", "web_url"}
 """Names of Modal's own, of which a handle makes no method of the user's. Modal's classes lack the rest."""
@@ -42,6 +53,12 @@ def _in_class(function: Any, decorator: str) -> None:
     """Check, as far as can be seen yet, that a decorated function stands in a class."""
     if isinstance(function, Method) or not inspect.isfunction(function):
         raise SpecError(f"@{decorator}() is for plain functions in a class, got {function!r} ({checks.caller()})")
+    role = getattr(function, "__woodfrog_role__", None)
+    if role is not None:
+        raise SpecError(
+            f"{function.__name__} has both @{role['kind']}() and @{decorator}(): let one method call another "
+            f"({_place(function)})"
+        )
     head, _, _ = function.__qualname__.rpartition(".")
     if not head or head.endswith("<locals>"):
         raise SpecError(
@@ -98,21 +115,30 @@ def exit(_called_without_parentheses: Any = None) -> Callable[[F], F]:
     return mark
 
 
-class Method(Generic[P, R]):
-    """What `method()` leaves in a class: of an instance, `obj.run(x)` and `obj.run.local(x)` are the plain call."""
+class Method(Generic[P, R, L]):
+    """What `method()` leaves in a class: of an instance, `obj.run(x)` and `obj.run.local(x)` are the plain call.
 
-    def __init__(self, raw_f: Callable[..., R], is_generator: bool | None) -> None:
+    To type checkers, which know the class where there is its handle, an instance has a `Function` there.
+    """
+
+    def __init__(self, raw_f: Callable[..., L], is_generator: bool | None) -> None:
         self.raw_f = raw_f
         self.is_generator = is_generator
         self.__doc__ = raw_f.__doc__
         self.__name__ = raw_f.__name__
+
+    @overload
+    def __get__(self, instance: None, owner: type | None = None) -> Method[P, R, L]: ...
+
+    @overload
+    def __get__(self, instance: object, owner: type | None = None) -> Function[P, R, L]: ...
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None:
             return self
         return LocalMethod(self.raw_f.__get__(instance, owner), self.__name__)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> R:
+    def __call__(self, *args: Any, **kwargs: Any) -> L:
         return self.raw_f(*args, **kwargs)
 
     def spec(self, name: str) -> MethodSpec:
@@ -139,9 +165,21 @@ class LocalMethod:
     remote = remote_gen = map = starmap = for_each = spawn = property(_no)
 
 
+class MethodDecorator(Protocol):
+    """What `@method()` makes of a method, as `Decorator` of a function."""
+
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]], /
+    ) -> Method[P, R, Coroutine[Any, Any, R]]: ...
+
+    @overload
+    def __call__(self, function: Callable[Concatenate[Any, P], R], /) -> Method[P, R, R]: ...
+
+
 def method(
     _called_without_parentheses: Any = None, *, is_generator: bool | None = None, **options: Any
-) -> Callable[[F], F]:
+) -> MethodDecorator:
     """Marks a method that can be called in a container: `Model().run.remote(x)`.
 
     Raises:
@@ -153,9 +191,9 @@ def method(
     for key in options:
         raise TypeError(f"method() has no parameter {key!r}{checks.nearest(key, ['is_generator'])} ({checks.caller()})")
 
-    def mark(function: F) -> F:
+    def mark(function: Callable[Concatenate[Any, P], Any]) -> Method[P, Any, Any]:
         _in_class(function, "method")
-        return Method(function, is_generator)  # type: ignore[return-value]
+        return Method(function, is_generator)
 
     return mark
 
@@ -319,8 +357,8 @@ def hooks(cls: type, kind: Literal["enter", "exit"], snap: bool = False) -> list
     return found
 
 
-def _methods(cls: type) -> dict[str, Method[..., Any]]:
-    found: dict[str, Method[..., Any]] = {}
+def _methods(cls: type) -> dict[str, Method[..., Any, Any]]:
+    found: dict[str, Method[..., Any, Any]] = {}
     for klass in reversed(cls.__mro__):
         for name, entry in vars(klass).items():
             if isinstance(entry, Method):
@@ -425,7 +463,7 @@ class Cls:
         return self
 
     @property
-    def hydrate(self) -> Dual[..., Cls, Awaitable[Cls]]:
+    def hydrate(self) -> Dual[..., Cls, Coroutine[Any, Any, Cls]]:
         """`hydrate()`: ask the daemon whether the class is there; gives this handle.
 
         Raises:
@@ -486,7 +524,7 @@ class Obj:
             with contextlib.suppress(ValueError):  # Some classes of C code tell no signature.
                 self._sent = _of_signature(cls.tag, signature(user_cls), args, kwargs)
 
-    def _hydration(self) -> Dual[..., Obj, Awaitable[Obj]]:
+    def _hydration(self) -> Dual[..., Obj, Coroutine[Any, Any, Obj]]:
         from woodfrog.sdk.call import in_thread
 
         def hydrate(client: Any = None) -> Obj:
@@ -565,7 +603,7 @@ class Obj:
             return known[name].raw_f.__get__(self._local())(*args, **kwargs)
 
         local.__name__, local.__doc__ = name, known[name].__doc__
-        handle: Function[..., Any] = Function(
+        handle: Function[..., Any, Any] = Function(
             cls._owner, f"{cls.tag}.{name}", raw=local, method=known[name].spec(name), params=self._pickled
         )
         return handle

@@ -20,7 +20,7 @@ from woodfrog.spec import AppSpec, FunctionSpec, ImageSpec, LocalFiles, to_dict
 
 __all__ = ["Bundle", "build", "check_packages", "send"]
 
-Handle = Function[..., Any] | Cls
+Handle = Function[..., Any, Any] | Cls
 
 _UNRUN = frozenset(
     (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -24,7 +24,7 @@ class Dual(Generic[P, R, A]):
         return self.sync(*args, **kwargs)
 
 
-def at_once(function: Callable[P, R]) -> Dual[P, R, Awaitable[R]]:
+def at_once(function: Callable[P, R]) -> Dual[P, R, Coroutine[Any, Any, R]]:
     """Both forms of a function that waits for nothing."""
 
     async def aio(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -40,5 +40,5 @@ class ClassDual(Generic[R]):
         self._method: Any = method
         self.__doc__ = method.__doc__
 
-    def __get__(self, instance: Any, owner: type) -> Dual[..., R, Awaitable[R]]:
+    def __get__(self, instance: Any, owner: type) -> Dual[..., R, Coroutine[Any, Any, R]]:
         return at_once(self._method.__get__(None, owner))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from woodfrog.errors import MissingNameError, NotFoundError, SpecError
 from woodfrog.sdk import checks
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from woodfrog.sdk.call import FunctionCall, Target
     from woodfrog.sdk.client import Client
 
-__all__ = ["Deployed", "Function", "method_spec"]
+__all__ = ["Decorator", "Deployed", "Function", "method_spec"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+L = TypeVar("L")
 
 
 class Owner(Protocol):
@@ -61,20 +62,20 @@ def inside(what: str, remedy: str = "call it with .local(), or from the client")
 
 
 _SCALING = "set min_containers=, max_containers=, buffer_containers= and scaledown_window= in the decorator"
-_NO_WEB = "there are no web endpoints"
-_LOOK = "look with `woodfrog app list`, `woodfrog container list` and `woodfrog app logs`"
+NO_WEB = "there are no web endpoints"
+LOOK = "look with `woodfrog app list`, `woodfrog container list` and `woodfrog app logs`"
 NOT_YET = {
     "autoscaler": _SCALING,
     "experimental_spawn_map": "use spawn_map",
-    "get_current_stats": _LOOK,
-    "get_dashboard_url": _LOOK,
-    "get_web_url": _NO_WEB,
+    "get_current_stats": LOOK,
+    "get_dashboard_url": LOOK,
+    "get_web_url": NO_WEB,
     "keep_warm": _SCALING,
-    "logs": _LOOK,
-    "metrics": _LOOK,
-    "stats": _LOOK,
+    "logs": LOOK,
+    "metrics": LOOK,
+    "stats": LOOK,
     "update_autoscaler": _SCALING,
-    "web_url": _NO_WEB,
+    "web_url": NO_WEB,
     "with_batching": "take a list of inputs in one call",
     "with_concurrency": "a container takes one input at a time",
     "with_options": "set the options in the decorator",
@@ -120,11 +121,22 @@ def method_spec(function: Callable[..., Any], name: str) -> MethodSpec:
     )
 
 
-class Function(Generic[P, R]):
+@checks.lacking(
+    {
+        "app": "use the variable of the app",
+        "client": "the daemon is found by WOODFROG_HOST",
+        "from_id": "use Function.from_name",
+        "object_id": "a function is known by its app and its name",
+    }
+)
+class Function(Generic[P, R, L]):
     """A function, or one method of a class, that runs in containers. Made by `@app.function()` or `from_name`.
 
     `f.remote(x)` runs it in a container and waits; `f.local(x)` and `f(x)` run it here. Every way of calling that
     waits has an asynchronous form: `await f.remote.aio(x)`.
+
+    To type checkers it is `Function[P, R, L]`: its parameters, what a call of it gives (`.remote`), and what the plain
+    function gives (`.local`): of an `async def` a coroutine.
 
     Example:
         >>> import woodfrog
@@ -162,7 +174,7 @@ class Function(Generic[P, R]):
         version: int | None = None,
         environment_name: str | None = None,
         client: Any = None,
-    ) -> Function[..., Any]:
+    ) -> Function[..., Any, Any]:
         """The function `name` of a deployed app. Asks nothing of the daemon before the first call, or `hydrate()`.
 
         Raises:
@@ -178,7 +190,7 @@ class Function(Generic[P, R]):
 
     @ClassDual
     @classmethod
-    def lookup(cls, app_name: str, name: str, **options: Any) -> Function[..., Any]:
+    def lookup(cls, app_name: str, name: str, **options: Any) -> Function[..., Any, Any]:
         """An older name of `from_name`."""
         del options
         warnings.warn("Function.lookup is now called Function.from_name", DeprecationWarning, stacklevel=3)
@@ -199,7 +211,7 @@ class Function(Generic[P, R]):
         """None where it is not known: the function was named, not defined, by this program."""
         return self._method.generator if self._method else None
 
-    def get_raw_f(self) -> Callable[P, R]:
+    def get_raw_f(self) -> Callable[P, L]:
         """The plain function.
 
         Raises:
@@ -215,12 +227,12 @@ class Function(Generic[P, R]):
     def __woodfrog_wrapped__(self) -> Callable[..., Any]:
         return self.get_raw_f()
 
-    def _hydrate(self, client: Any = None) -> Function[P, R]:
+    def _hydrate(self, client: Any = None) -> Function[P, R, L]:
         ask(self._owner, self._tag)
         return self
 
     @property
-    def hydrate(self) -> Dual[..., Function[P, R], Awaitable[Function[P, R]]]:
+    def hydrate(self) -> Dual[..., Function[P, R, L], Coroutine[Any, Any, Function[P, R, L]]]:
         """`hydrate()`: ask the daemon whether the function is there; gives this handle.
 
         Raises:
@@ -265,7 +277,7 @@ class Function(Generic[P, R]):
         return await run_aio(lambda: Call(self._target(), args, kwargs))  # type: ignore[no-any-return]
 
     @property
-    def remote(self) -> Dual[P, R, Awaitable[R]]:
+    def remote(self) -> Dual[P, R, Coroutine[Any, Any, R]]:
         """`remote(*args, **kwargs)`: run in a container and wait for the result. Ctrl-C cancels the call.
 
         Raises:
@@ -275,16 +287,16 @@ class Function(Generic[P, R]):
         """
         return Dual(self._remote, self._remote_aio)
 
-    def local(self, *args: P.args, **kwargs: P.kwargs) -> R:
+    def local(self, *args: P.args, **kwargs: P.kwargs) -> L:
         """Run here, in this process."""
         checks.settle_imports()
         return self.get_raw_f()(*args, **kwargs)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> L:
         """The same as `.local(...)`."""
         return self.local(*args, **kwargs)
 
-    def _spawn(self, *args: P.args, **kwargs: P.kwargs) -> FunctionCall:
+    def _spawn(self, *args: P.args, **kwargs: P.kwargs) -> FunctionCall[R]:
         from woodfrog.sdk.call import Call, FunctionCall
 
         self._expect(False, "spawn")
@@ -293,13 +305,13 @@ class Function(Generic[P, R]):
         call.send()
         return FunctionCall(call.id, target.client, self._tag)
 
-    async def _spawn_aio(self, *args: P.args, **kwargs: P.kwargs) -> FunctionCall:
+    async def _spawn_aio(self, *args: P.args, **kwargs: P.kwargs) -> FunctionCall[R]:
         from woodfrog.sdk.call import in_thread
 
         return await in_thread(self._spawn)(*args, **kwargs)
 
     @property
-    def spawn(self) -> Dual[P, FunctionCall, Awaitable[FunctionCall]]:
+    def spawn(self) -> Dual[P, FunctionCall[R], Coroutine[Any, Any, FunctionCall[R]]]:
         """`spawn(*args, **kwargs)`: start a call and return at once with a FunctionCall."""
         return Dual(self._spawn, self._spawn_aio)
 
@@ -434,22 +446,24 @@ class Function(Generic[P, R]):
             pass
 
     @property
-    def for_each(self) -> Dual[..., None, Awaitable[None]]:
+    def for_each(self) -> Dual[..., None, Coroutine[Any, Any, None]]:
         """`for_each(*iterables, kwargs={}, ignore_exceptions=False)`: as `map`, without results."""
         return Dual(self._for_each, self._for_each_aio)
 
-    def _spawn_map(self, *input_iterators: Iterable[Any], kwargs: dict[str, Any] | None = None) -> list[FunctionCall]:
+    def _spawn_map(
+        self, *input_iterators: Iterable[Any], kwargs: dict[str, Any] | None = None
+    ) -> list[FunctionCall[R]]:
         return [self._spawn(*args, **(kwargs or {})) for args in zip(*input_iterators, strict=False)]
 
     async def _spawn_map_aio(
         self, *input_iterators: Iterable[Any], kwargs: dict[str, Any] | None = None
-    ) -> list[FunctionCall]:
+    ) -> list[FunctionCall[R]]:
         from woodfrog.sdk.call import in_thread
 
         return await in_thread(self._spawn_map)(*input_iterators, kwargs=kwargs)
 
     @property
-    def spawn_map(self) -> Dual[..., list[FunctionCall], Awaitable[list[FunctionCall]]]:
+    def spawn_map(self) -> Dual[..., list[FunctionCall[R]], Coroutine[Any, Any, list[FunctionCall[R]]]]:
         """`spawn_map(*iterables, kwargs={})`: `spawn` for each input; the FunctionCalls in order."""
         return Dual(self._spawn_map, self._spawn_map_aio)
 
@@ -467,5 +481,17 @@ class Function(Generic[P, R]):
         return f"<Function {self._tag}>"
 
 
-def _rebuild(app_name: str, tag: str, raw: Callable[..., Any] | None, method: MethodSpec | None) -> Function[..., Any]:
+class Decorator(Protocol):
+    """What `@app.function()` makes of a function: a call of an `async def` gives its result, as of any other."""
+
+    @overload
+    def __call__(self, raw: Callable[P, Coroutine[Any, Any, R]], /) -> Function[P, R, Coroutine[Any, Any, R]]: ...
+
+    @overload
+    def __call__(self, raw: Callable[P, R], /) -> Function[P, R, R]: ...
+
+
+def _rebuild(
+    app_name: str, tag: str, raw: Callable[..., Any] | None, method: MethodSpec | None
+) -> Function[..., Any, Any]:
     return Function(Deployed(app_name), tag, raw=raw, method=method)

@@ -21,7 +21,54 @@ __all__ = ["Image"]
 
 P = ParamSpec("P")
 
+_BUILD = ("env", "secrets", "gpu", "force_build")
+_PIP = (*_BUILD, "find_links", "index_url", "extra_index_url", "pre", "extra_options")
+_REGISTRY = ("setup_dockerfile_commands", "force_build")
+_DOCKERFILE = (*_BUILD, "context_dir", "context_mount", "ignore", "build_args")
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "apt_install": _BUILD,
+    "dockerfile_commands": (*_DOCKERFILE, "context_files"),
+    "from_aws_ecr": _REGISTRY,
+    "from_dockerfile": (*_DOCKERFILE, "registry_secret", "add_python"),
+    "from_gcp_artifact_registry": _REGISTRY,
+    "from_registry": _REGISTRY,
+    "micromamba_install": (*_BUILD, "spec_file", "channels"),
+    "pip_install": _PIP,
+    "pip_install_from_pyproject": _PIP,
+    "pip_install_from_requirements": _PIP,
+    "pip_install_private_repos": _PIP,
+    "poetry_install_from_file": (*_BUILD, "ignore_lockfile", "without", "only", "poetry_version", "old_installer"),
+    "run_commands": (*_BUILD, "volumes"),
+    "run_function": (
+        *_BUILD,
+        *("args", "kwargs", "include_source", "timeout", "cpu", "memory", "cloud", "region", "volumes"),
+        *("mounts", "network_file_systems", "shared_volumes"),
+    ),
+    "uv_pip_install": (*_PIP, "uv_version"),
+    "uv_sync": (*_BUILD, "frozen", "extra_options", "uv_version"),
+}
+"""Modal's parameters of the steps, beside those that count here: how an image is built, not what is in it."""
 
+
+def _known(step: str, options: Mapping[str, Any]) -> None:
+    checks.known(f"Image.{step}", options, _OPTIONS[step])
+
+
+@checks.lacking(
+    {
+        "build": "images are not built; what their packages need is told at deploy",
+        "conda": "use Image.micromamba, or an environment of conda's to deploy from",
+        "copy_local_dir": "use add_local_dir",
+        "copy_local_file": "use add_local_file",
+        "copy_mount": "use add_local_dir or add_local_file",
+        "from_name": "images are not built",
+        "get_dashboard_url": "images are not built",
+        "hydrate": "images are not built",
+        "logs": "images are not built",
+        "object_id": "images are not built",
+        "publish": "images are not built",
+    }
+)
 class Image:
     """A recipe for an environment. Immutable: every method gives a new one.
 
@@ -74,14 +121,16 @@ class Image:
     @classmethod
     def from_registry(cls, tag: str, secret: Any = None, *, add_python: str | None = None, **options: Any) -> Image:
         """Recorded; functions run on the host's own files."""
-        del secret, options
+        del secret
+        _known("from_registry", options)
         _check_python(add_python, "Image.from_registry")
         return cls()._step(f"from_registry {tag}")
 
     @classmethod
     def from_aws_ecr(cls, tag: str, secret: Any = None, *, add_python: str | None = None, **options: Any) -> Image:
         """As `from_registry`."""
-        del secret, options
+        del secret
+        _known("from_aws_ecr", options)
         _check_python(add_python, "Image.from_aws_ecr")
         return cls()._step(f"from_aws_ecr {tag}")
 
@@ -90,7 +139,8 @@ class Image:
         cls, tag: str, secret: Any = None, *, add_python: str | None = None, **options: Any
     ) -> Image:
         """As `from_registry`."""
-        del secret, options
+        del secret
+        _known("from_gcp_artifact_registry", options)
         _check_python(add_python, "Image.from_gcp_artifact_registry")
         return cls()._step(f"from_gcp_artifact_registry {tag}")
 
@@ -110,7 +160,7 @@ class Image:
     @classmethod
     def from_dockerfile(cls, path: str | Path, **options: Any) -> Image:
         """Recorded; functions run on the host's own files."""
-        del options
+        _known("from_dockerfile", options)
         return cls()._step(f"from_dockerfile {path}")
 
     # Python packages: checked at deploy.
@@ -121,6 +171,7 @@ class Image:
         Raises:
             SpecError: something that is not a requirement.
         """
+        _known("pip_install", options)
         names = _requirements(packages, "pip_install")
         return self._step(_words("pip_install", *names, env=options.pop("env", None)), names)
 
@@ -132,6 +183,7 @@ class Image:
         Raises:
             SpecError: something that is not a requirement, or a file that cannot be read.
         """
+        _known("uv_pip_install", options)
         files = [requirements] if isinstance(requirements, (str, Path)) else list(requirements or ())
         names = _requirements(packages, "uv_pip_install")
         for file in files:
@@ -144,7 +196,7 @@ class Image:
         Raises:
             SpecError: the file cannot be read.
         """
-        del options
+        _known("pip_install_from_requirements", options)
         names = _requirements_file(requirements_txt, "pip_install_from_requirements")
         return self._step(f"pip_install_from_requirements {requirements_txt}", names)
 
@@ -156,7 +208,7 @@ class Image:
         Raises:
             SpecError: the file cannot be read, or has no such dependencies.
         """
-        del options
+        _known("pip_install_from_pyproject", options)
         what = "pip_install_from_pyproject"
         names = _pyproject(pyproject_toml, what, extras=tuple(optional_dependencies))
         return self._step(f"{what} {pyproject_toml}", names)
@@ -176,7 +228,7 @@ class Image:
         Raises:
             SpecError: the file cannot be read, or has no such dependencies.
         """
-        del options
+        _known("uv_sync", options)
         file = Path(uv_project_dir) / "pyproject.toml"
         names = _pyproject(file, "uv_sync", extras=tuple(extras or ()), groups=tuple(groups or ()))
         return self._step(f"uv_sync {uv_project_dir}", names)
@@ -196,13 +248,15 @@ class Image:
         Raises:
             SpecError: the file cannot be read.
         """
-        del options, poetry_lockfile
+        del poetry_lockfile
+        _known("poetry_install_from_file", options)
         names = _poetry(poetry_pyproject_toml, tuple(with_))
         return self._step(f"poetry_install_from_file {poetry_pyproject_toml}", names)
 
     def pip_install_private_repos(self, *repositories: str, git_user: str, **options: Any) -> Image:
         """Recorded, not run: install these packages in the environment that deploys."""
-        del git_user, options
+        del git_user
+        _known("pip_install_private_repos", options)
         return self._step(_words("pip_install_private_repos", *repositories))
 
     # Everything else: recorded.
@@ -218,27 +272,27 @@ class Image:
 
     def apt_install(self, *packages: str | list[str], **options: Any) -> Image:
         """Recorded, not run: install system packages on the host."""
-        del options
+        _known("apt_install", options)
         return self._step(_words("apt_install", *_flat(packages)))
 
     def micromamba_install(self, *packages: str | list[str], **options: Any) -> Image:
         """Recorded, not run."""
-        del options
+        _known("micromamba_install", options)
         return self._step(_words("micromamba_install", *_flat(packages)))
 
     def run_commands(self, *commands: str | list[str], **options: Any) -> Image:
         """Recorded, not run."""
-        del options
+        _known("run_commands", options)
         return self._step(_words("run_commands", *_flat(commands)))
 
     def dockerfile_commands(self, *commands: str | list[str], **options: Any) -> Image:
         """Recorded, not run."""
-        del options
+        _known("dockerfile_commands", options)
         return self._step(_words("dockerfile_commands", *_flat(commands)))
 
     def run_function(self, raw_f: Callable[..., Any], **options: Any) -> Image:
         """Recorded, not run."""
-        del options
+        _known("run_function", options)
         return self._step(_words("run_function", getattr(raw_f, "__qualname__", repr(raw_f))))
 
     def add_local_file(self, local_path: str | Path, remote_path: str, *, copy: bool = False) -> Image:

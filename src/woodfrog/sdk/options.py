@@ -299,14 +299,14 @@ WITHOUT_MEANING = frozenset(
     }
 )
 NOT_YET = {
-    "allow_concurrent_inputs": "several inputs at once in one container",
-    "mounts": "mounts",
-    "network_file_systems": "network file systems",
-    "schedule": "schedules",
-    "shared_volumes": "shared volumes",
-    "webhook_config": "web endpoints",
+    "allow_concurrent_inputs": "several inputs at once in one container: drop it, and more containers are started",
+    "mounts": "mounts: files beside the program are sent with it, others with Image.add_local_file and add_local_dir",
+    "network_file_systems": "network file systems: use a Volume",
+    "schedule": "schedules: drop it, and have cron run `woodfrog call`",
+    "shared_volumes": "shared volumes: use volumes= and Volume.from_name",
+    "webhook_config": "web endpoints: call it with .remote(), with `woodfrog call`, or over woodfrog's HTTP API",
 }
-"""Modal's parameters that cannot be left out without changing what the program does."""
+"""Modal's parameters that cannot be left out without changing what the program does, and what to do instead."""
 
 _GROUPS: dict[str, type[Any]] = {"resources": Resources, "scaling": ScalingPolicy, "snapshot": SnapshotPolicy}
 
@@ -339,9 +339,9 @@ def parse(decorator: str, options: Mapping[str, Any], where: str) -> dict[str, A
     for key, value in options.items():
         known = PARAMETERS.get(key)
         if known is None or (key in ("name", "is_generator") and decorator == "cls"):
-            if value is not None and key in NOT_YET:
+            if value not in (None, (), [], {}) and key in NOT_YET:
                 raise SpecError(
-                    f"@app.{decorator}({key}=...): woodfrog does not have {NOT_YET[key]} yet ({where})", code="not-yet"
+                    f"@app.{decorator}({key}=...): woodfrog does not have yet {NOT_YET[key]} ({where})", code="not-yet"
                 )
             if key in WITHOUT_MEANING:
                 if value not in (None, False):

@@ -8,12 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from woodfrog.errors import SpecError
-from woodfrog.sdk.checks import environment
+from woodfrog.sdk.checks import environment, lacking
 from woodfrog.spec import SecretSpec
 
 __all__ = ["Secret"]
 
 
+@lacking(
+    {
+        "get_dashboard_url": "look with `woodfrog secret list`",
+        "hydrate": "it is looked up when a container starts; look with `woodfrog secret list`",
+        "info": "look with `woodfrog secret list`",
+        "lookup": "use Secret.from_name",
+        "object_id": "a secret is known by its name",
+        "objects": "use `woodfrog secret list`, `create` and `delete`",
+        "update": "use `woodfrog secret create`",
+    }
+)
 class Secret:
     """Environment variables for functions. Made by one of the `from_...` methods.
 
@@ -88,6 +99,11 @@ class Secret:
             if (folder / filename).is_file():
                 return cls(SecretSpec(values=_parse_dotenv(folder / filename)))
         raise SpecError(f"Secret.from_dotenv: no {filename} in {start} or any directory above it")
+
+    @property
+    def name(self) -> str | None:
+        """Of a secret that the daemon keeps."""
+        return self._spec.name or None
 
     def __repr__(self) -> str:
         keys = sorted(self._spec.values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
@@ -25,6 +25,19 @@ __all__ = ["Volume", "mounts"]
 _TAKEN = ("/app", "/bin", "/dev", "/etc", "/lib", "/lib64", "/proc", "/run", "/sbin", "/sys", "/usr", "/var")
 
 
+@checks.lacking(
+    {
+        "delete": "use `woodfrog volume delete`",
+        "from_id": "use Volume.from_name",
+        "get_dashboard_url": "look with `woodfrog volume list` and `woodfrog volume ls`",
+        "info": "look with `woodfrog volume list`",
+        "lookup": "use Volume.from_name",
+        "object_id": "a volume is known by its name",
+        "objects": "use `woodfrog volume list`, `create` and `delete`",
+        "persisted": "use Volume.from_name(name, create_if_missing=True)",
+        "rename": "copy its files to one of another name: `woodfrog volume get` and `put`",
+    }
+)
 @dataclass(frozen=True)
 class Volume:
     """A directory kept by the daemon. Made by `from_name` or `ephemeral`.
@@ -65,8 +78,11 @@ class Volume:
         return cls(checks.name(name, "Volume.from_name"), create=bool(create_if_missing))
 
     @classmethod
-    def ephemeral(cls) -> _Ephemeral:
+    def ephemeral(
+        cls, client: Any = None, environment_name: str | None = None, version: Any = None, create_options: Any = None
+    ) -> _Ephemeral:
         """A volume for the time of a `with` or `async with` block, removed at its end."""
+        del client, environment_name, version, create_options
         return _Ephemeral(cls(f"ephemeral-{os.urandom(6).hex()}", create=True, is_ephemeral=True))
 
     def read_only(self) -> Volume:
@@ -90,14 +106,30 @@ class Volume:
         return self if read_only is None else replace(self, is_read_only=bool(read_only))
 
     @property
-    def commit(self) -> Dual[[], None, Awaitable[None]]:
+    def commit(self) -> Dual[[], None, Coroutine[Any, Any, None]]:
         """`commit()`: does nothing: writes are shared as they happen. Here for programs written for Modal."""
         return at_once(_nothing)
 
     @property
-    def reload(self) -> Dual[[], None, Awaitable[None]]:
+    def reload(self) -> Dual[[], None, Coroutine[Any, Any, None]]:
         """`reload()`: does nothing: writes are seen as they happen. Here for programs written for Modal."""
         return at_once(_nothing)
+
+    def _hydrate(self, client: Any = None) -> Volume:
+        from woodfrog.sdk.volume_files import entries
+
+        for _ in entries(self._reach("hydrate"), self.name, "/", recursive=False):
+            break
+        return self
+
+    @property
+    def hydrate(self) -> Dual[..., Volume, Coroutine[Any, Any, Volume]]:
+        """`hydrate()`: have the volume made, or ask whether it is there; gives this one.
+
+        Raises:
+            NotFoundError: no such volume, and it was named without `create_if_missing`.
+        """
+        return Dual(self._hydrate, _awaited(self._hydrate))
 
     # Its content, from outside of containers.
 

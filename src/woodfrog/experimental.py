@@ -1,5 +1,0 @@
-"""Not in woodfrog: here so that `import woodfrog.experimental` says what to do instead."""
-
-from woodfrog import _not_yet
-
-raise _not_yet("experimental")
