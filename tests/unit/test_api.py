@@ -14,9 +14,11 @@ import pickle
 import shutil
 import sys
 import tarfile
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,10 @@ import httpx
 import pytest
 
 from contract.fake_backend import WORKER_CLASS, FakeBackend, FaultyBackend
+from woodfrog.backends import payload as payload_module
 from woodfrog.control.events import RunCall
 from woodfrog.daemon import api as api_module
+from woodfrog.daemon import controller as controller_module
 from woodfrog.daemon import journal as journal_module
 from woodfrog.daemon.api import TokenAuth, build
 from woodfrog.daemon.controller import Controller
@@ -185,6 +189,18 @@ class Daemon:
         return sorted(p.name for p in (self.settings.home / "calls").iterdir())
 
 
+@pytest.fixture(autouse=True)
+def removed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what is there can be looked at."""
+
+    def discard(path: Path) -> Future[None]:
+        wait([removing := payload_module.discard(path)])
+        return removing
+
+    monkeypatch.setattr(journal_module, "discard", discard)
+    monkeypatch.setattr(controller_module, "discard", discard)
+
+
 @pytest.fixture
 async def daemon(tmp_path: Path) -> AsyncIterator[Daemon]:
     gates.clear()
@@ -307,6 +323,67 @@ async def test_large_arguments_and_results(daemon: Daemon) -> None:
     assert daemon.spooled() == [f"{call}.out"]
     daemon.controller.calls.clear()
     assert pickle.loads((await daemon.http.get(f"/calls/{call}")).content) == BIG
+
+
+class Disk:
+    """One that stands still for payloads until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, attribute: str, of: Any) -> None:
+        self.reached, self.free, self.gave_up = threading.Event(), threading.Event(), False
+        real = getattr(of, attribute)
+
+        def stands_still(*args: Any) -> Any:
+            self.reached.set()
+            self.gave_up |= not self.free.wait(10)
+            return real(*args)
+
+        monkeypatch.setattr(of, attribute, stands_still)
+
+    async def meanwhile(self) -> None:
+        """Returns as soon as somebody waits for it."""
+        while not self.reached.is_set():
+            await asyncio.sleep(0.005)
+        assert not self.gave_up, "the event loop waited for the disk"
+
+
+@pytest.mark.parametrize("size", [1 << 20, 6 << 20])
+async def test_calls_are_answered_while_others_wait_for_the_disk(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    daemon.backend.functions = {**FUNCTIONS, "big": lambda: "x" * size}
+    await daemon.deploy(function("big"), function("length"), function("square"))
+    assert await daemon.call("square", 2) == 4
+    for tag, args in (("length", ("x" * size,)), ("big", ())):
+        with monkeypatch.context() as patch:
+            disk = Disk(patch, "_write", payload_module.Spool)
+            slow = asyncio.ensure_future(daemon.submit(tag, *args, wait=10, Woodfrog_Call=tag))
+            await disk.meanwhile()
+            assert await daemon.call("square", 7) == 49
+            assert not slow.done()
+            unfinished = [row.id for row in daemon.journal.unfinished()]
+            assert unfinished == ([] if tag == "length" else [tag])  # no row before its body is complete
+            disk.free.set()
+            assert (await slow).headers["woodfrog-status"] == "success"
+    assert daemon.spooled() == ["big.out"]
+
+
+async def test_a_stopping_daemon_writes_the_answers_that_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = Daemon(tmp_path)
+    await daemon.deploy(function("big"))
+    disk = Disk(monkeypatch, "_write", payload_module.Spool)
+    call = (await daemon.submit("big")).headers["woodfrog-call"]
+    await disk.meanwhile()
+    stopping = asyncio.ensure_future(daemon.controller.shutdown(grace=5))
+    while daemon.controller.state.instances:
+        await asyncio.sleep(0.005)
+    await asyncio.sleep(0.01)
+    disk.free.set()
+    await stopping
+    row = daemon.journal.call(call)
+    assert row is not None and row.outcome == "success"
+    await daemon.close()
 
 
 async def test_answers_in_memory_are_bounded_in_bytes(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:

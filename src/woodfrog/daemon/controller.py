@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from woodfrog.backends.base import Answer, Backend, CallRequest, StartRequest
-from woodfrog.backends.connection import Payload
+from woodfrog.backends.payload import Payload, discard, spooled
 from woodfrog.control import events as ev
 from woodfrog.control.gpus import Gpu, chip_of, chips_for
 from woodfrog.control.machine import InvalidTransition, handle
 from woodfrog.control.replay import journal_header, journal_line
 from woodfrog.control.state import Config, State
 from woodfrog.daemon.calllog import CallLog
-from woodfrog.daemon.journal import CallRow, DeployRow, Journal
+from woodfrog.daemon.journal import INLINE_BYTES, CallRow, DeployRow, Journal
 from woodfrog.daemon.logs import LogBook
 from woodfrog.daemon.resources import Resources
 from woodfrog.errors import (
@@ -94,6 +94,8 @@ class CallRecord:
     """Bytes of items that the client has not said it has."""
     read: asyncio.Event = field(default_factory=asyncio.Event)
     answer: Answer | None = None
+    ended: bool = False
+    """The machine is done with it; it has an outcome as soon as its answer is durable."""
     outcome: str | None = None
     error: dict[str, Any] | None = None
     result: Payload = field(default_factory=lambda: Payload(data=b""))
@@ -226,6 +228,8 @@ class Controller:
         self._running = False
         self._wake: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._keeping: set[asyncio.Task[None]] = set()
+        """Those of them that write answers."""
         self.shutting_down = False
         self.quiet = asyncio.Event()
         folder = settings.home / "events"
@@ -319,10 +323,11 @@ class Controller:
             case ev.WakeAt():
                 self._schedule(action.time)
 
-    def _task(self, work: Any) -> None:
+    def _task(self, work: Any) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._task_done)
+        return task
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -768,27 +773,43 @@ class Controller:
 
     def _finish_call(self, action: ev.FinishCall) -> None:
         record = self.calls.get(action.call_id)
-        if record is None or record.outcome is not None:
+        if record is None or record.ended:
             return
+        record.ended = True
         record.finished = self.now()
         if record.row.app in self.touched:  # its client may have nothing to ask before it has looked at the answer
             self.touched[record.row.app] = record.finished
-        record.outcome = action.outcome
-        answer = record.answer
-        if action.outcome in ("success", "exception") and answer is not None:
-            record.error, record.result = answer.error, answer.payload
-        else:
-            record.error = action.error
         counters[f"call.{action.outcome}"] += 1
+        answer, error = record.answer, action.error
+        if action.outcome in ("success", "exception") and answer is not None:
+            if answer.payload.data is not None and len(answer.payload.data) > INLINE_BYTES:
+                task = self._task(self._keep_answer(record, action.outcome, answer))
+                self._keeping.add(task)
+                task.add_done_callback(self._keeping.discard)
+                return
+            error, record.result = answer.error, answer.payload
+        self._conclude(record, action.outcome, error)
+
+    async def _keep_answer(self, record: CallRecord, outcome: str, answer: Answer) -> None:
+        """An answer that the journal keeps in a file gets there without the loop."""
+        record.result = answer.payload
+        with contextlib.suppress(OSError):  # the journal meets the same, and says it
+            record.result = await spooled(answer.payload, self.journal.bodies)
+        self._conclude(record, outcome, answer.error)
+
+    def _conclude(self, record: CallRecord, outcome: str, error: dict[str, Any] | None) -> None:
+        """Write the answer, and let those have it who wait."""
+        call_id = record.row.id
+        record.outcome, record.error = outcome, error
         try:
-            self.journal.finish_call(
-                action.call_id, outcome=action.outcome, error=record.error, result=record.result, trace=record.trace()
-            )
-            if record.result.path is not None:
-                record.result = self.journal.result(action.call_id)
+            self.journal.finish_call(call_id, outcome=outcome, error=error, result=record.result, trace=record.trace())
+            if record.result.path is not None:  # the journal has moved it
+                data = record.result.data
+                record.result = self.journal.result(call_id) if data is None else Payload(data=data)
         except StoreError as e:
             # Without a durable answer the caller gets the truth rather than a result that a restart would lose.
-            log.error("call %s: %s", action.call_id, e.message)
+            log.error("call %s: %s", call_id, e.message)
+            _drop(record.result)
             record.outcome, record.error, record.result = "failure", e.to_dict(), Payload(data=b"")
             self._write_failure(record)
         if record.outcome in ("exception", "failure"):
@@ -1223,6 +1244,8 @@ class Controller:
         if self._wake is not None:
             self._wake.cancel()
         await self.backend.close()
+        if self._keeping:
+            await asyncio.wait(self._keeping, timeout=grace)
         self._tell_fetched()
         for record in self.calls.values():
             if record.unwritten:
@@ -1234,7 +1257,7 @@ class Controller:
 
 def _drop(payload: Payload) -> None:
     if payload.path is not None:
-        payload.path.unlink(missing_ok=True)
+        discard(payload.path)
 
 
 def _remove(paths: list[Path]) -> None:

@@ -13,11 +13,12 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from woodfrog.backends.connection import Payload
+from woodfrog.backends.payload import Payload, discard
 from woodfrog.daemon.room import Room
 from woodfrog.errors import OutputExpired, StoreError
 
@@ -228,7 +229,8 @@ class Journal:
         return bytes(row[0]) if row else b""
 
     def _keep(self, call_id: str, kind: str, payload: Payload) -> bytes | None:
-        """The inline form of a body, or None after moving it into its file."""
+        """The inline form of a body, or None after moving it into its file. A large one is best in a file already: what
+        is in memory alone is written here and now."""
         if payload.size <= INLINE_BYTES:
             return payload.read()
         path = self.bodies / f"{call_id}.{kind}"
@@ -338,7 +340,9 @@ class Journal:
                 self._drop(self.bodies / f"{call_id}.out")
             raise
         self.kept += size
-        self._drop(self.bodies / f"{call_id}.in")
+        arguments = self.bodies / f"{call_id}.in"
+        if arguments.exists():
+            discard(arguments)
 
     def call(self, call_id: str) -> CallRow | None:
         return next(iter(self._calls("WHERE id = ?", call_id)), None)
@@ -383,6 +387,7 @@ class Journal:
             spared: then the rest, but not those that finished after it (Unix time).
         """
         gone: dict[str, None] = {}
+        files: list[Future[None]] = []
         left = self.kept
         for kind, limit, over in (("", before, False), ("delivered AND", delivered, True), ("", spared, True)):
             if over and (not most or left <= most):
@@ -400,15 +405,17 @@ class Journal:
                 gone[call_id] = None
                 left -= size
                 if in_file:
-                    # Before its row: on a full disk there is no room to delete rows in until something has gone.
-                    self._drop(self.bodies / f"{call_id}.out")
+                    files.append(discard(self.bodies / f"{call_id}.out"))
         if gone:
             while True:
                 try:
                     self._remove(gone)
                     break
                 except StoreError as e:
-                    if e.code != "disk-full" or not self.room.give():
+                    if files:  # on a full disk there is no room to delete rows in until something has gone
+                        wait(files)
+                        files.clear()
+                    elif e.code != "disk-full" or not self.room.give():
                         raise
             self.kept = left
         return list(gone)
