@@ -495,7 +495,7 @@ def test_options_of_run(tmp_path: Path, daemon: RunDaemon) -> None:
     assert f"{left} is left running: `woodfrog app logs {left} -f`" in shown.stderr
     for argv in (["--interactive", file], ["-x", f"{file}::square"]):
         refused = run("run", *argv)
-        assert refused.exit_code == 2 and f"No such option: {argv[0]}" in refused.stderr
+        assert refused.exit_code == 2 and f"error: no such option: {argv[0]}" in refused.stderr
     assert "error: no such option: --what" in run("run", "--", "--what").stderr
     refused = run("run", f"{file}::square", "--x", "1", "--detach")
     assert refused.stderr.splitlines()[-1] == (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from contextlib import suppress
 from importlib import import_module
@@ -13,7 +14,7 @@ import typer.core
 import typer.main
 
 from woodfrog.cli import output
-from woodfrog.errors import WoodfrogError
+from woodfrog.errors import SpecError, WoodfrogError
 
 __all__ = ["app"]
 
@@ -29,6 +30,8 @@ _GROUPS = {
     "volume": "volumes",
     "daemon": "daemon",
 }
+_UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""What is wrong with a command line. Typer has it from click, or from a copy of its own."""
 _ORDER = (*_COMMANDS, *_GROUPS)
 # What follows FILE belongs to the function.
 _SETTINGS = {
@@ -47,6 +50,35 @@ def _build(name: str) -> Any:
     return typer.main.get_group(alone).commands[name]
 
 
+def _one_line(error: Any) -> str:
+    """What is wrong, where, and what to do; Typer would show three lines, and in words of its parsers."""
+    what = error.format_message().strip().rstrip(".")
+    if found := re.match(r"Invalid value for (.+?): (.+)", what, re.DOTALL):
+        where, why = found.groups()
+        why = why.removeprefix("Value error, ").replace("Input should be ", "it has to be ").partition(", unable to")[0]
+        what = f"{where.replace(chr(39), '')}: {why}"
+    else:
+        what = re.sub(r" \(Possible options: (.+)\)$", r"; did you mean \1?", what[:1].lower() + what[1:])
+    context = getattr(error, "ctx", None)
+    return " ".join(what.split()) + (f" (see `{context.command_path} --help`)" if context is not None else "")
+
+
+def _refused(error: Any) -> Exception:
+    """How the program ends for it."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # shows the help
+        return error  # type: ignore[no-any-return]
+    output.show_error(SpecError(_one_line(error), code="usage"))
+    return typer.Exit(output.OUR_ERROR)
+
+
+def _closed() -> typer.Exit:
+    """Who reads the output has had enough."""
+    with suppress(OSError, ValueError):  # not a real file: a test's
+        stdout = sys.stdout.fileno()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return typer.Exit(output.CLOSED)
+
+
 class _Commands(typer.core.TyperGroup):
     """Builds the command that is asked for, and turns our errors into one line and an exit status."""
 
@@ -62,6 +94,10 @@ class _Commands(typer.core.TyperGroup):
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().make_context(*args, **kwargs)
+        except _UsageError as e:
+            raise _refused(e) from None
+        except BrokenPipeError:
+            raise _closed() from None
         except KeyboardInterrupt:
             output.note("interrupted")
             raise SystemExit(output.INTERRUPTED) from None
@@ -71,11 +107,10 @@ class _Commands(typer.core.TyperGroup):
             result = super().invoke(ctx)
             sys.stdout.flush()
             return result
-        except BrokenPipeError:  # who reads the output has had enough
-            with suppress(OSError, ValueError):  # not a real file: a test's
-                stdout = sys.stdout.fileno()
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
-            raise typer.Exit(output.CLOSED) from None
+        except BrokenPipeError:
+            raise _closed() from None
+        except _UsageError as e:
+            raise _refused(e) from None
         except WoodfrogError as e:
             if output.debugging():
                 import traceback
