@@ -902,6 +902,48 @@ async def test_what_came_of_a_snapshot_that_was_asked_for(daemon: Daemon) -> Non
     assert await capture() == {"pending": False, "snapshot": None, "reason": "import failed: ImportError: nope"}
 
 
+async def test_how_it_stands_with_the_containers_that_are_to_be_warm(daemon: Daemon) -> None:
+    async def warm() -> tuple[int, int, str]:
+        [found] = (await daemon.http.get("/apps/demo")).json()["functions"]
+        return found["warm"]["wanted"], found["warm"]["ready"], found["warm"]["reason"]
+
+    daemon.faulty.starts.append("slow")
+    two = ScalingPolicy(min_containers=2)
+    await daemon.deploy(function("square", scaling=two))
+    assert (await warm())[1] < 2
+    while (await warm())[1] < 2:
+        await asyncio.sleep(0.02)
+    assert await warm() == (2, 2, "")
+    daemon.faulty.starts.extend(["user-fault"] * 2)
+    await daemon.deploy(function("square", scaling=two, env={"V": "2"}))
+    while not (await warm())[2]:
+        await asyncio.sleep(0.02)
+    assert (await warm())[2] == "import failed: ImportError: nope"
+    await daemon.deploy(function("square"))
+    assert await warm() == (0, 0, "")
+
+
+async def test_a_call_that_outlasts_the_daemon_s_stop_is_told_so(tmp_path: Path) -> None:
+    gates.clear()
+    daemon = Daemon(tmp_path)
+    await daemon.deploy(function("wait"), function("count", "count"))
+    waiting = asyncio.ensure_future(daemon.submit("wait", wait=50))
+    await settle()
+    [call] = daemon.controller.calls
+    items = asyncio.ensure_future(daemon.http.get(f"/calls/{call}/items", params={"wait": 50}))
+    await settle()
+    await daemon.controller.shutdown(grace=0.1)
+    answer = await asyncio.wait_for(waiting, 5)
+    assert (answer.status_code, answer.headers["woodfrog-status"]) == (202, "pending")
+    answer = await asyncio.wait_for(items, 5)
+    assert answer.headers["woodfrog-status"] == "pending" and list(unpack_items(answer.content)) == []
+    await daemon.die()
+    gates["gate"].set()
+    second = Daemon(tmp_path)
+    assert pickle.loads((await second.http.get(f"/calls/{call}", params={"wait": 5})).content) == "through"
+    await second.close()
+
+
 async def test_stopping_an_app_cancels_what_waits(daemon: Daemon) -> None:
     await daemon.deploy(function("wait", scaling=ScalingPolicy(max_containers=1)))
     calls = [(await daemon.submit("wait")).headers["woodfrog-call"] for _ in range(3)]

@@ -431,6 +431,7 @@ def build(
             plain["secrets"] = [{"name": s.name, "keys": sorted(s.values)} for s in f.secrets]
             plain["key"] = function_key(f, spec.runtime)
             plain["capture"] = controller.state.capture_view(app, f.tag)
+            plain["warm"] = controller.state.warm_view(app, f.tag)
             functions.append(plain)
         return {**app_row(app), "functions": functions, "runtime": to_dict(spec.runtime)}
 
@@ -572,7 +573,7 @@ def build(
                 raise OutputExpired(f"items of call {call_id} were taken meanwhile", call=call_id) from None
         else:
             out = [(kind, payload.read()) for kind, payload in page]
-        if record.done.is_set() and after + len(out) >= record.count:
+        if record.outcome is not None and after + len(out) >= record.count:
             record.closed = time.monotonic()
             if record.outcome == "success" and record.from_journal:
                 gone = OutputExpired(f"the items of call {call_id} are no longer kept", call=call_id)

@@ -1250,6 +1250,9 @@ class Controller:
         for record in self.calls.values():
             if record.unwritten:
                 self._write_failure(record)
+            # Whose call is not over is told so, and asks the next daemon; the server would break off.
+            record.done.set()
+            record.changed.set()
         for task in list(self._tasks):
             task.cancel()
         self._end_record()
