@@ -422,6 +422,35 @@ async def test_results_that_were_fetched_make_room(daemon: Daemon, monkeypatch: 
     assert daemon.spooled() == sorted(f"{c}.out" for c in spawned[1:])
 
 
+async def test_results_are_listed_and_removed_by_hand(daemon: Daemon) -> None:
+    async def listed(**params: Any) -> dict[str, tuple[int, int]]:
+        answer = (await daemon.http.get("/results", params=params)).json()
+        assert answer["limit_bytes"] == 4 << 30 and answer["keep_s"] == 7 * 86400
+        return {r["app"]: (r["results"], r["fetched"]) for r in answer["apps"]}
+
+    gates.clear()
+    daemon.backend.functions = {**FUNCTIONS, "big": lambda: "x" * (1 << 20)}
+    await daemon.deploy(function("big"), function("square"), function("wait"))
+    await daemon.deploy(function("square"), app="other")
+    assert await daemon.call("square", 2) == 4 and await daemon.call("square", 3, app="other") == 9
+    big = (await daemon.submit("big")).headers["woodfrog-call"]
+    running = (await daemon.submit("wait")).headers["woodfrog-call"]
+    while daemon.controller.calls[big].outcome is None:
+        await asyncio.sleep(0.01)
+    assert await listed() == {"demo": (2, 1), "other": (1, 1)}
+    assert await listed(app="other") == {"other": (1, 1)} and await listed(before=1.0) == {}
+    assert error_of(await daemon.http.delete("/results"))["code"] == "bad-request"
+    assert (await daemon.http.delete("/results", params={"before": 1.0})).json() == {"deleted": 0, "bytes": 0}
+    gone = (await daemon.http.delete("/results", params={"app": "demo"})).json()
+    assert gone["deleted"] == 2 and gone["bytes"] > 1 << 20 and daemon.spooled() == []
+    assert daemon.journal.kept < 4096 and await listed() == {"other": (1, 1)}
+    assert (await daemon.http.get(f"/calls/{big}")).status_code == 404
+    assert (await daemon.http.get(f"/calls/{running}")).status_code == 202  # what is not over stays
+    gates["gate"].set()
+    gone = (await daemon.http.delete("/results", params={"before": time.time() + 60})).json()
+    assert gone["deleted"] >= 1 and "other" not in await listed()
+
+
 async def test_the_same_call_id_is_the_same_call(daemon: Daemon) -> None:
     ran: list[int] = []
     daemon.backend.functions = {**FUNCTIONS, "square": lambda x: ran.append(x) or x * x}

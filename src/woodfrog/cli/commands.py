@@ -26,6 +26,7 @@ _GROUPS = {
     "gpu": "gpus",
     "snapshot": "snapshots",
     "store": "store",
+    "result": "results",
     "secret": "secrets",
     "volume": "volumes",
     "daemon": "daemon",

@@ -339,7 +339,7 @@ def _expect_broken_off(servers: list[tuple[_Server, socket.socket]]) -> None:
 
     def keep(record: logging.LogRecord) -> bool:
         if "timeout graceful shutdown" in record.msg:
-            log.info("the rest is broken off: %d requests", sum(len(s.server_state.tasks) for s, _ in servers))
+            log.info("the rest is broken off (requests: %d)", sum(len(s.server_state.tasks) for s, _ in servers))
             return False
         return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 

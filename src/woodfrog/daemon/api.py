@@ -540,6 +540,23 @@ def build(
         await _wait(record.done, wait)
         return _answer(record, controller.fetched)
 
+    @api.get("/v1/results")
+    async def results(app: str = "", before: float = Query(0.0, ge=0.0)) -> dict[str, Any]:
+        """What results of finished calls take; with `before` of those that finished before it (Unix time)."""
+        controller.tell_fetched()
+        return {
+            "apps": await asyncio.to_thread(controller.journal.usage, app, before),
+            "limit_bytes": settings.keep_results_mib << 20,
+            "keep_s": settings.keep_results_s,
+        }
+
+    @api.delete("/v1/results")
+    async def delete_results(app: str = "", before: float = Query(0.0, ge=0.0)) -> dict[str, Any]:
+        if not app and not before:
+            raise SpecError("name an app, or a time before which results go (before=)", code="bad-request")
+        count, size = await controller.remove_results(app, before)
+        return {"deleted": count, "bytes": size}
+
     @api.get("/v1/calls")
     async def recent_calls(limit: int = Query(50, ge=1, le=1000)) -> dict[str, Any]:
         return {"calls": [to_dict(row) | {"trace": None} for row in controller.journal.recent(limit)]}

@@ -58,6 +58,7 @@ _SPARED_S = 3600.0
 _FETCHED_S = 120.0
 """And fetched ones for so long: a client that lost its connection may ask again."""
 _FETCHED_AT_ONCE = 500
+_REMOVED_AT_ONCE = 200
 _LITTLE_ROOM = 256 << 20
 """With less on the disk, fetched results go."""
 _RUNS_AT_ONCE = 20
@@ -1142,9 +1143,9 @@ class Controller:
         """A client has got the answer: it is among the first to go where results take too much."""
         self._fetched.append(call_id)
         if len(self._fetched) >= _FETCHED_AT_ONCE:
-            self._tell_fetched()
+            self.tell_fetched()
 
-    def _tell_fetched(self) -> None:
+    def tell_fetched(self) -> None:
         calls, self._fetched = self._fetched, []
         if calls:
             try:
@@ -1153,7 +1154,7 @@ class Controller:
                 log.error("%s", e.message)
 
     def _forget_results(self) -> None:
-        self._tell_fetched()
+        self.tell_fetched()
         now = time.time()
         before, most = now - self.settings.keep_results_s, self.settings.keep_results_mib << 20
         gone = self.journal.prune(before, most, now - _SPARED_S, now - _FETCHED_S)
@@ -1161,6 +1162,26 @@ class Controller:
             gone += self.journal.prune(0.0, 1, 0.0, now - _FETCHED_S)
         for call_id in gone:
             self._forget_call(call_id)
+
+    async def remove_results(self, app: str, before: float) -> tuple[int, int]:
+        """Somebody wants results of finished calls gone: how many went, and their bytes.
+
+        Args:
+            app: only this one's; "" = all.
+            before: only those that finished before it (Unix time); 0 = all.
+        """
+        self.tell_fetched()
+        gone = await asyncio.to_thread(self.journal.finished, app, before)
+        count = size = 0
+        for at in range(0, len(gone), _REMOVED_AT_ONCE):
+            # What went meanwhile by itself is not counted twice.
+            part = [g for g in gone[at : at + _REMOVED_AT_ONCE] if self.journal.call(g[0]) is not None]
+            size += self.journal.forget(part)
+            count += len(part)
+            for call_id, _, _ in part:
+                self._forget_call(call_id)
+            await asyncio.sleep(0)
+        return count, size
 
     def _forget_calls(self) -> None:
         before = len(self.calls)
@@ -1246,7 +1267,7 @@ class Controller:
         await self.backend.close()
         if self._keeping:
             await asyncio.wait(self._keeping, timeout=grace)
-        self._tell_fetched()
+        self.tell_fetched()
         for record in self.calls.values():
             if record.unwritten:
                 self._write_failure(record)

@@ -61,6 +61,7 @@ _LIVE = """stopped IS NULL AND (
     OR (app, version) IN (SELECT app, version FROM calls WHERE finished IS NULL)
 )"""
 """Each running app's newest version, and those before it that have calls to finish."""
+_CHOSEN = "finished IS NOT NULL AND (:app = '' OR app = :app) AND (:before = 0 OR finished < :before)"
 VERSIONS_KEPT = 3
 """So many of each deployed app are kept with their code: a rollback needs it."""
 
@@ -369,6 +370,44 @@ class Journal:
         return [
             CallRow(*(*r[:10], json.loads(r[10]) if r[10] else None, json.loads(r[11]) if r[11] else [])) for r in rows
         ]
+
+    def usage(self, app: str = "", before: float = 0.0) -> list[dict[str, Any]]:
+        """What the results of finished calls take, by app. For a thread: it looks at every row.
+
+        Args:
+            app: only this one's; "" = all.
+            before: only those that finished before it (Unix time); 0 = all.
+        """
+        sql = "SELECT app, count(*), total(size), min(finished), total(delivered) FROM calls"
+        rows = self._apart(f"{sql} WHERE {_CHOSEN} GROUP BY app ORDER BY total(size) DESC", app, before)
+        names = ("app", "results", "bytes", "oldest", "fetched")
+        return [dict(zip(names, (a, n, int(s), t, int(d)), strict=True)) for a, n, s, t, d in rows]
+
+    def finished(self, app: str = "", before: float = 0.0) -> list[tuple[str, int, bool]]:
+        """Id, size, and whether its result is in a file, of each such call. For a thread, as `usage`."""
+        rows = self._apart(f"SELECT id, size, result IS NULL FROM calls WHERE {_CHOSEN}", app, before)
+        return [(i, s, bool(f)) for i, s, f in rows]
+
+    def _apart(self, sql: str, app: str, before: float) -> list[Any]:
+        """Through a connection of its own, beside which the loop goes on writing."""
+        try:
+            with contextlib.closing(sqlite3.connect(f"file:{self._home / _FILE}?mode=ro", uri=True)) as db:
+                return db.execute(sql, {"app": app, "before": before}).fetchall()
+        except sqlite3.Error as e:
+            path = self._home / _FILE
+            raise StoreError(f"the daemon's journal {path} cannot be used: {e}", code="journal") from e
+
+    def forget(self, calls: Sequence[tuple[str, int, bool]]) -> int:
+        """Forget finished calls, as `finished` tells of them; the bytes that went."""
+        files = [discard(self.bodies / f"{call_id}.out") for call_id, _, in_file in calls if in_file]
+        size = sum(size for _, size, _ in calls)
+        try:
+            self._remove(call_id for call_id, _, _ in calls)
+        except StoreError:
+            wait(files)  # on a full disk there is no room to delete rows in until something has gone
+            self._remove(call_id for call_id, _, _ in calls)
+        self.kept -= size
+        return size
 
     def mark_delivered(self, calls: Sequence[str]) -> None:
         """Their clients have got the answers."""
