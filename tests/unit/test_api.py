@@ -881,6 +881,12 @@ async def test_the_old_version_serves_until_the_new_one_is_ready_also_past_a_res
     call = (await first.submit("wait")).headers["woodfrog-call"]
     await settle()
     assert {i.request.spec.env.get("V") for i in first.backend.instances.values()} == {None}
+    rows = (await first.http.get("/apps/demo/calls")).json()["calls"]
+    assert [(r["function"], r["status"], r["version"]) for r in rows] == [
+        ("wait", "running", 1),
+        ("square", "success", 1),
+    ]
+    assert first.journal.recent(5)[1].version == 1
     lines = (await first.http.get("/apps/demo/logs")).text
     assert "version 1 serves until version 2 starts" in lines
     await first.die()
@@ -889,6 +895,8 @@ async def test_the_old_version_serves_until_the_new_one_is_ready_also_past_a_res
     gates["gate"].set()
     assert pickle.loads((await second.http.get(f"/calls/{call}", params={"wait": 5})).content) == "through"
     assert {r.spec.env.get("V") for r in second.backend.started} == {"2"}, "its call is the new version's"
+    rows = (await second.http.get("/apps/demo/calls")).json()["calls"]
+    assert [r["version"] for r in rows] == [2, 1]
     await second.close()
 
 

@@ -174,16 +174,17 @@ def test_app_calls(daemon: Daemon) -> None:
             "id": "c2",
             "function": "square",
             "status": "running",
+            "version": 2,
             "submitted": now - 300,
             "finished": None,
             "error": None,
         },
-        {"id": "c1", "function": "M.run", "status": "success", "submitted": 5.0, "finished": 5.25, "error": None},
+        {"id": "c1", "function": "M.run", "status": "success", "version": 1, "submitted": 5.0, "finished": 5.25},
     ]
     daemon.routes["GET /apps/demo/calls"] = {"calls": calls}
     lines = [re.split("  +", line.strip()) for line in run("app", "calls", "demo", "-n", "2").stdout.splitlines()]
-    assert lines[1] == ["c2", "square", "running", "5 min ago", "5.0 min"]
-    assert lines[2][:3] == ["c1", "M.run", "success"] and lines[2][-1] == "250 ms"
+    assert lines[1] == ["c2", "square", "running", "2", "5 min ago", "5.0 min"]
+    assert lines[2][:4] == ["c1", "M.run", "success", "1"] and lines[2][-1] == "250 ms"
     assert daemon.seen("GET /apps/demo/calls")[0].query == "limit=2"
     assert json.loads(run("app", "calls", "demo", "--json").stdout) == calls
 

@@ -492,6 +492,11 @@ def build(
             raise NotFoundError(f"no app {app!r} was ever deployed here", app=app)
         classes = {f["tag"] for row in deploys for f in row.spec.get("functions", []) if f.get("kind") == "class"}
         unfinished = controller.state.calls
+
+        def ran(call_id: str) -> int | None:
+            record = controller.calls.get(call_id)
+            return record.ran if record is not None else None
+
         return {
             "calls": [
                 {
@@ -499,6 +504,7 @@ def build(
                     "function": f"{row.tag}.{row.method}" if row.tag in classes else row.tag,
                     # Of one that is over and not answered yet the machine knows nothing.
                     "status": row.outcome or (unfinished[row.id].state if row.id in unfinished else "running"),
+                    "version": ran(row.id) or row.version,
                     "submitted": row.submitted,
                     "finished": row.finished,
                     "error": row.error,

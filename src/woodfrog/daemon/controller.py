@@ -108,6 +108,8 @@ class CallRecord:
     closed: float | None = None
     """When somebody was told last that there are no more items."""
     instance_id: str | None = None
+    ran: int | None = None
+    """The version of the container that took it last: while a newer one starts, the old one's serve its calls."""
     mode: str = ""
     attempts: int = 0
     """So many there are at most; 0 = none has failed so far."""
@@ -160,6 +162,7 @@ class InstanceInfo:
 
     request: StartRequest
     begun: float
+    version: int
     call_id: str | None = None
     served: int = 0
     ready: bool = False
@@ -694,7 +697,7 @@ class Controller:
             self._call_finished(action, "success", None)
             return
         info.call_id = action.call_id
-        record.instance_id = action.instance_id
+        record.instance_id, record.ran = action.instance_id, info.version
         record.drop_items()
         waited = (self.now() - record.submitted) * 1e3
         record.phases = [Phase("queue", 0.0, round(waited, 3))]
@@ -803,7 +806,9 @@ class Controller:
         call_id = record.row.id
         record.outcome, record.error = outcome, error
         try:
-            self.journal.finish_call(call_id, outcome=outcome, error=error, result=record.result, trace=record.trace())
+            self.journal.finish_call(
+                call_id, outcome=outcome, error=error, result=record.result, trace=record.trace(), version=record.ran
+            )
             if record.result.path is not None:  # the journal has moved it
                 data = record.result.data
                 record.result = self.journal.result(call_id) if data is None else Payload(data=data)
@@ -899,7 +904,7 @@ class Controller:
             parked=parked,
             gpus=gpus,
         )
-        self.instances[action.instance_id] = InstanceInfo(request, self.now())
+        self.instances[action.instance_id] = InstanceInfo(request, self.now(), row.version)
         counters[f"start.{mode}"] += not parked
         if self._uses_gpu(row, function) and not request.gpus:
             wanted = ", ".join(function.resources.gpu)

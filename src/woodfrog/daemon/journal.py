@@ -323,18 +323,29 @@ class Journal:
         return payload
 
     def finish_call(
-        self, call_id: str, *, outcome: str, error: dict[str, Any] | None, result: Payload, trace: list[dict[str, Any]]
+        self,
+        call_id: str,
+        *,
+        outcome: str,
+        error: dict[str, Any] | None,
+        result: Payload,
+        trace: list[dict[str, Any]],
+        version: int | None = None,
     ) -> None:
-        """Record the answer; the arguments are dropped, since nothing can ask for them any more."""
+        """Record the answer; the arguments are dropped, since nothing can ask for them any more.
+
+        Args:
+            version: the app's that answered, where it is known.
+        """
         size = result.size
         data = self._keep(call_id, "out", result)
         why, phases = json.dumps(error) if error else None, json.dumps(trace)
         size += _ROW_BYTES + len(why or "") + len(phases)
         try:
             self._execute(
-                "UPDATE calls SET finished = ?, outcome = ?, error = ?, result = ?, trace = ?, size = ?, payload = NULL"
-                " WHERE id = ?",
-                *(time.time(), outcome, why, data, phases, size, call_id),
+                "UPDATE calls SET finished = ?, outcome = ?, error = ?, result = ?, trace = ?, size = ?,"
+                " payload = NULL, version = coalesce(?, version) WHERE id = ?",
+                *(time.time(), outcome, why, data, phases, size, version, call_id),
             )
         except StoreError:
             if data is None:
