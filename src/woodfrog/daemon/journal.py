@@ -12,7 +12,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -412,11 +412,7 @@ class Journal:
         """Forget finished calls, as `finished` tells of them; the bytes that went."""
         files = [discard(self.bodies / f"{call_id}.out") for call_id, _, in_file in calls if in_file]
         size = sum(size for _, size, _ in calls)
-        try:
-            self._remove(call_id for call_id, _, _ in calls)
-        except StoreError:
-            wait(files)  # on a full disk there is no room to delete rows in until something has gone
-            self._remove(call_id for call_id, _, _ in calls)
+        self._remove([call_id for call_id, _, _ in calls], files)
         self.kept -= size
         return size
 
@@ -457,20 +453,24 @@ class Journal:
                 if in_file:
                     files.append(discard(self.bodies / f"{call_id}.out"))
         if gone:
-            while True:
-                try:
-                    self._remove(gone)
-                    break
-                except StoreError as e:
-                    if files:  # on a full disk there is no room to delete rows in until something has gone
-                        wait(files)
-                        files.clear()
-                    elif e.code != "disk-full" or not self.room.give():
-                        raise
+            self._remove(gone, files)
             self.kept = left
         return list(gone)
 
-    def _remove(self, calls: Iterable[str]) -> None:
+    def _remove(self, calls: Collection[str], files: list[Future[None]]) -> None:
+        """Forget calls whose results' files are being removed."""
+        while True:
+            try:
+                self._remove_rows(calls)
+                return
+            except StoreError as e:
+                if files:  # on a full disk there is no room to delete rows in until something has gone
+                    wait(files)
+                    files.clear()
+                elif e.code != "disk-full" or not self.room.give():
+                    raise
+
+    def _remove_rows(self, calls: Collection[str]) -> None:
         with self._at_once():
             for call_id in calls:
                 self._execute("DELETE FROM calls WHERE id = ?", call_id)

@@ -24,8 +24,8 @@ __all__ = [
 ]
 
 FREE_SOME = (
-    "free some (`woodfrog volume rm`, `woodfrog volume delete`, `woodfrog snapshot gc --rebuilt`, "
-    "`woodfrog snapshot invalidate`)"
+    "free some (`woodfrog volume rm`, `woodfrog volume delete`, `woodfrog result delete`, "
+    "`woodfrog snapshot gc --rebuilt`, `woodfrog snapshot invalidate`)"
 )
 """What makes room in a state directory."""
 _HOLES = 16 << 20
