@@ -95,6 +95,8 @@ class VolumeMount:
     read_only: bool = False
     create: bool = True
     ephemeral: bool = False
+    sub_path: str = ""
+    """The directory in the volume that is mounted; "" = the whole volume."""
 
 
 @dataclass(frozen=True)
@@ -328,7 +330,8 @@ def key_parts(spec: FunctionSpec, runtime: RuntimeSpec, params_digest: str = "")
         "block_network": spec.block_network,
         "env": spec.env,
         "secrets": [[s.name, sorted(s.values), sorted(s.required_keys)] for s in spec.secrets],
-        "volumes": spec.volumes,
+        # Without what is at its default: keys that are there already stay.
+        "volumes": [{k: v for k, v in to_dict(m).items() if k != "sub_path" or v} for m in spec.volumes],
         "image": spec.image,
         "runtime": runtime,
         "params": params_digest,

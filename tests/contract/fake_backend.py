@@ -20,7 +20,7 @@ from typing import Any
 
 from contract.fake_keeper import FakeKeeper
 from woodfrog.backends.base import Answer, CallRequest, Observer, StartRequest
-from woodfrog.backends.connection import Payload
+from woodfrog.backends.payload import Payload
 from woodfrog.errors import CaptureError, InstanceCrashed, RestoreError, SandboxError, StartupError, WoodfrogError
 from woodfrog.snapshot.catalogue import Catalogue
 from woodfrog.snapshot.manifest import FORMAT, Manifest

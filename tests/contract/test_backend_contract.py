@@ -16,7 +16,7 @@ import pytest
 
 from contract.fake_backend import FakeBackend, FaultyBackend
 from woodfrog.backends.base import CallRequest, StartRequest
-from woodfrog.backends.connection import Payload
+from woodfrog.backends.payload import Payload
 from woodfrog.daemon.controller import Controller
 from woodfrog.daemon.journal import Journal
 from woodfrog.daemon.logs import LogBook

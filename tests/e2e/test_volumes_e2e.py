@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -89,6 +90,54 @@ def test_there_and_back(daemon: Daemon, tmp_path: Path) -> None:
     daemon.cli("volume", "delete", "shelf", "--yes")
     until(lambda: not os.listdir(daemon.home / "volumes"))
     assert Path("/etc/passwd").exists()
+
+
+PARTS = """
+import os
+import woodfrog as modal
+
+app = modal.App("parts")
+shelf = modal.Volume.from_name("shelf", create_if_missing=True)
+part = shelf.with_mount_options(sub_path="made/here")
+
+@app.function(volumes={"/part": part, "/again": part.read_only(), "/shelf": shelf}, enable_memory_snapshot=True)
+def work(text: str):
+    with open("/part/file", "a") as f:
+        f.write(text)
+    try:
+        open("/again/file", "w")
+        return "written"
+    except OSError as e:
+        return [sorted(os.listdir("/part")), open("/shelf/made/here/file").read(), e.strerror]
+
+@app.function(volumes={"/shelf": shelf})
+def mislead(target: str):
+    os.rename("/shelf/made", f"/shelf/away-{len(os.listdir('/shelf'))}")
+    os.symlink(target, "/shelf/made")
+
+@app.function(volumes={"/part": part})
+def look():
+    return os.listdir("/part")
+"""
+
+
+def test_a_directory_of_a_volume(daemon: Daemon, tmp_path: Path) -> None:
+    program = tmp_path / "parts.py"
+    program.write_text(PARTS)
+    daemon.cli("deploy", str(program))
+    for count in (1, 2):
+        done = daemon.cli("call", "parts.work", "--json", "--arg", '"x"')
+        assert json.loads(done.stdout)["result"] == [["file"], "x" * count, "Read-only file system"]
+        daemon.wait_snapshot("parts")
+        daemon.scale_to_zero()
+    counters = daemon.get("/health")["counters"]
+    assert counters["restore.done"] and "restore.failed" not in counters
+    # Who may write in the volume puts a link in the way: to the host's files, and to others of the volume's own.
+    for target in ("/etc", "../..", "away"):
+        daemon.cli("call", "parts.mislead", "--arg", json.dumps(target))
+        done = daemon.cli("call", "parts.look", check=False)
+        assert done.returncode == 2 and "made" in done.stderr and "symbolic link" in done.stderr, done.stderr
+        assert done.stderr.count("error:") == 1
 
 
 def test_an_ephemeral_volume_is_gone_at_the_end_of_its_block(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,11 @@ import pickle
 import shutil
 import sys
 import tarfile
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,10 @@ import httpx
 import pytest
 
 from contract.fake_backend import WORKER_CLASS, FakeBackend, FaultyBackend
+from woodfrog.backends import payload as payload_module
 from woodfrog.control.events import RunCall
 from woodfrog.daemon import api as api_module
+from woodfrog.daemon import controller as controller_module
 from woodfrog.daemon import journal as journal_module
 from woodfrog.daemon.api import TokenAuth, build
 from woodfrog.daemon.controller import Controller
@@ -185,6 +189,18 @@ class Daemon:
         return sorted(p.name for p in (self.settings.home / "calls").iterdir())
 
 
+@pytest.fixture(autouse=True)
+def removed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what is there can be looked at."""
+
+    def discard(path: Path) -> Future[None]:
+        wait([removing := payload_module.discard(path)])
+        return removing
+
+    monkeypatch.setattr(journal_module, "discard", discard)
+    monkeypatch.setattr(controller_module, "discard", discard)
+
+
 @pytest.fixture
 async def daemon(tmp_path: Path) -> AsyncIterator[Daemon]:
     gates.clear()
@@ -309,6 +325,67 @@ async def test_large_arguments_and_results(daemon: Daemon) -> None:
     assert pickle.loads((await daemon.http.get(f"/calls/{call}")).content) == BIG
 
 
+class Disk:
+    """One that stands still for payloads until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, attribute: str, of: Any) -> None:
+        self.reached, self.free, self.gave_up = threading.Event(), threading.Event(), False
+        real = getattr(of, attribute)
+
+        def stands_still(*args: Any) -> Any:
+            self.reached.set()
+            self.gave_up |= not self.free.wait(10)
+            return real(*args)
+
+        monkeypatch.setattr(of, attribute, stands_still)
+
+    async def meanwhile(self) -> None:
+        """Returns as soon as somebody waits for it."""
+        while not self.reached.is_set():
+            await asyncio.sleep(0.005)
+        assert not self.gave_up, "the event loop waited for the disk"
+
+
+@pytest.mark.parametrize("size", [1 << 20, 6 << 20])
+async def test_calls_are_answered_while_others_wait_for_the_disk(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    daemon.backend.functions = {**FUNCTIONS, "big": lambda: "x" * size}
+    await daemon.deploy(function("big"), function("length"), function("square"))
+    assert await daemon.call("square", 2) == 4
+    for tag, args in (("length", ("x" * size,)), ("big", ())):
+        with monkeypatch.context() as patch:
+            disk = Disk(patch, "_write", payload_module.Spool)
+            slow = asyncio.ensure_future(daemon.submit(tag, *args, wait=10, Woodfrog_Call=tag))
+            await disk.meanwhile()
+            assert await daemon.call("square", 7) == 49
+            assert not slow.done()
+            unfinished = [row.id for row in daemon.journal.unfinished()]
+            assert unfinished == ([] if tag == "length" else [tag])  # no row before its body is complete
+            disk.free.set()
+            assert (await slow).headers["woodfrog-status"] == "success"
+    assert daemon.spooled() == ["big.out"]
+
+
+async def test_a_stopping_daemon_writes_the_answers_that_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = Daemon(tmp_path)
+    await daemon.deploy(function("big"))
+    disk = Disk(monkeypatch, "_write", payload_module.Spool)
+    call = (await daemon.submit("big")).headers["woodfrog-call"]
+    await disk.meanwhile()
+    stopping = asyncio.ensure_future(daemon.controller.shutdown(grace=5))
+    while daemon.controller.state.instances:
+        await asyncio.sleep(0.005)
+    await asyncio.sleep(0.01)
+    disk.free.set()
+    await stopping
+    row = daemon.journal.call(call)
+    assert row is not None and row.outcome == "success"
+    await daemon.close()
+
+
 async def test_answers_in_memory_are_bounded_in_bytes(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("woodfrog.daemon.controller._ANSWERS_LIMIT", 100_000)
     daemon.backend.functions = {**FUNCTIONS, "square": lambda x: str(x) * 30_000}
@@ -343,6 +420,35 @@ async def test_results_that_were_fetched_make_room(daemon: Daemon, monkeypatch: 
     monkeypatch.setattr("woodfrog.daemon.controller._LITTLE_ROOM", 1 << 60)
     daemon.controller.tidy()
     assert daemon.spooled() == sorted(f"{c}.out" for c in spawned[1:])
+
+
+async def test_results_are_listed_and_removed_by_hand(daemon: Daemon) -> None:
+    async def listed(**params: Any) -> dict[str, tuple[int, int]]:
+        answer = (await daemon.http.get("/results", params=params)).json()
+        assert answer["limit_bytes"] == 4 << 30 and answer["keep_s"] == 7 * 86400
+        return {r["app"]: (r["results"], r["fetched"]) for r in answer["apps"]}
+
+    gates.clear()
+    daemon.backend.functions = {**FUNCTIONS, "big": lambda: "x" * (1 << 20)}
+    await daemon.deploy(function("big"), function("square"), function("wait"))
+    await daemon.deploy(function("square"), app="other")
+    assert await daemon.call("square", 2) == 4 and await daemon.call("square", 3, app="other") == 9
+    big = (await daemon.submit("big")).headers["woodfrog-call"]
+    running = (await daemon.submit("wait")).headers["woodfrog-call"]
+    while daemon.controller.calls[big].outcome is None:
+        await asyncio.sleep(0.01)
+    assert await listed() == {"demo": (2, 1), "other": (1, 1)}
+    assert await listed(app="other") == {"other": (1, 1)} and await listed(before=1.0) == {}
+    assert error_of(await daemon.http.delete("/results"))["code"] == "bad-request"
+    assert (await daemon.http.delete("/results", params={"before": 1.0})).json() == {"deleted": 0, "bytes": 0}
+    gone = (await daemon.http.delete("/results", params={"app": "demo"})).json()
+    assert gone["deleted"] == 2 and gone["bytes"] > 1 << 20 and daemon.spooled() == []
+    assert daemon.journal.kept < 4096 and await listed() == {"other": (1, 1)}
+    assert (await daemon.http.get(f"/calls/{big}")).status_code == 404
+    assert (await daemon.http.get(f"/calls/{running}")).status_code == 202  # what is not over stays
+    gates["gate"].set()
+    gone = (await daemon.http.delete("/results", params={"before": time.time() + 60})).json()
+    assert gone["deleted"] >= 1 and "other" not in await listed()
 
 
 async def test_the_same_call_id_is_the_same_call(daemon: Daemon) -> None:
@@ -775,6 +881,12 @@ async def test_the_old_version_serves_until_the_new_one_is_ready_also_past_a_res
     call = (await first.submit("wait")).headers["woodfrog-call"]
     await settle()
     assert {i.request.spec.env.get("V") for i in first.backend.instances.values()} == {None}
+    rows = (await first.http.get("/apps/demo/calls")).json()["calls"]
+    assert [(r["function"], r["status"], r["version"]) for r in rows] == [
+        ("wait", "running", 1),
+        ("square", "success", 1),
+    ]
+    assert first.journal.recent(5)[1].version == 1
     lines = (await first.http.get("/apps/demo/logs")).text
     assert "version 1 serves until version 2 starts" in lines
     await first.die()
@@ -783,6 +895,8 @@ async def test_the_old_version_serves_until_the_new_one_is_ready_also_past_a_res
     gates["gate"].set()
     assert pickle.loads((await second.http.get(f"/calls/{call}", params={"wait": 5})).content) == "through"
     assert {r.spec.env.get("V") for r in second.backend.started} == {"2"}, "its call is the new version's"
+    rows = (await second.http.get("/apps/demo/calls")).json()["calls"]
+    assert [r["version"] for r in rows] == [2, 1]
     await second.close()
 
 
@@ -823,6 +937,48 @@ async def test_what_came_of_a_snapshot_that_was_asked_for(daemon: Daemon) -> Non
     await daemon.deploy(function("square", snapshot=FROZEN, env={"V": "2"}), snapshot=True)
     await settle()
     assert await capture() == {"pending": False, "snapshot": None, "reason": "import failed: ImportError: nope"}
+
+
+async def test_how_it_stands_with_the_containers_that_are_to_be_warm(daemon: Daemon) -> None:
+    async def warm() -> tuple[int, int, str]:
+        [found] = (await daemon.http.get("/apps/demo")).json()["functions"]
+        return found["warm"]["wanted"], found["warm"]["ready"], found["warm"]["reason"]
+
+    daemon.faulty.starts.append("slow")
+    two = ScalingPolicy(min_containers=2)
+    await daemon.deploy(function("square", scaling=two))
+    assert (await warm())[1] < 2
+    while (await warm())[1] < 2:
+        await asyncio.sleep(0.02)
+    assert await warm() == (2, 2, "")
+    daemon.faulty.starts.extend(["user-fault"] * 2)
+    await daemon.deploy(function("square", scaling=two, env={"V": "2"}))
+    while not (await warm())[2]:
+        await asyncio.sleep(0.02)
+    assert (await warm())[2] == "import failed: ImportError: nope"
+    await daemon.deploy(function("square"))
+    assert await warm() == (0, 0, "")
+
+
+async def test_a_call_that_outlasts_the_daemon_s_stop_is_told_so(tmp_path: Path) -> None:
+    gates.clear()
+    daemon = Daemon(tmp_path)
+    await daemon.deploy(function("wait"), function("count", "count"))
+    waiting = asyncio.ensure_future(daemon.submit("wait", wait=50))
+    await settle()
+    [call] = daemon.controller.calls
+    items = asyncio.ensure_future(daemon.http.get(f"/calls/{call}/items", params={"wait": 50}))
+    await settle()
+    await daemon.controller.shutdown(grace=0.1)
+    answer = await asyncio.wait_for(waiting, 5)
+    assert (answer.status_code, answer.headers["woodfrog-status"]) == (202, "pending")
+    answer = await asyncio.wait_for(items, 5)
+    assert answer.headers["woodfrog-status"] == "pending" and list(unpack_items(answer.content)) == []
+    await daemon.die()
+    gates["gate"].set()
+    second = Daemon(tmp_path)
+    assert pickle.loads((await second.http.get(f"/calls/{call}", params={"wait": 5})).content) == "through"
+    await second.close()
 
 
 async def test_stopping_an_app_cancels_what_waits(daemon: Daemon) -> None:

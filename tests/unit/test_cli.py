@@ -41,6 +41,38 @@ def run(*argv: str, stdin: str | None = None) -> Result:
     return CliRunner().invoke(commands.app, list(argv), input=stdin)
 
 
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (
+            ["deploy", "--strategy", "foo", "x.py"],
+            "--strategy: 'foo' is not one of 'rolling', 'recreate' (see `woodfrog deploy --help`)",
+        ),
+        (["deploy", "--nope", "x"], "no such option: --nope; did you mean --name? (see `woodfrog deploy --help`)"),
+        (["deploy", "a", "b"], "got unexpected extra argument(s) (b) (see `woodfrog deploy --help`)"),
+        (["app", "calls", "x", "-n", "q"], "--limit / -n: "),
+        (["deploy", "--name"], "option '--name' requires an argument"),
+        (["app", "logs"], "missing argument 'APP' (see `woodfrog app logs --help`)"),
+        (["nope"], "no such command 'nope' (see `woodfrog --help`)"),
+        (["--nope"], "no such option: --nope (see `woodfrog --help`)"),
+    ],
+)
+def test_what_is_wrong_with_a_command_line_is_one_line(argv: list[str], line: str) -> None:
+    shown = CliRunner().invoke(commands.app, argv, prog_name="woodfrog")
+    assert shown.exit_code == 2 and shown.stdout == ""
+    assert shown.stderr.startswith(f"error: {line}") and shown.stderr.count("\n") == 1
+    assert "Input" not in shown.stderr and "Value error" not in shown.stderr
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["deploy", "--help"]])
+def test_help_that_nobody_reads(argv: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", "from woodfrog.cli import main; main()", *argv], stdout=write)
+    os.close(write)
+    assert done.returncode == 141
+
+
 def result_of(call_id_of: Callable[[Request], str], body: Any, status: str = "success") -> Callable[[Request], Answer]:
     def answer(request: Request) -> Answer:
         headers = {"Woodfrog-Call": call_id_of(request), "Woodfrog-Status": status}
@@ -142,16 +174,17 @@ def test_app_calls(daemon: Daemon) -> None:
             "id": "c2",
             "function": "square",
             "status": "running",
+            "version": 2,
             "submitted": now - 300,
             "finished": None,
             "error": None,
         },
-        {"id": "c1", "function": "M.run", "status": "success", "submitted": 5.0, "finished": 5.25, "error": None},
+        {"id": "c1", "function": "M.run", "status": "success", "version": 1, "submitted": 5.0, "finished": 5.25},
     ]
     daemon.routes["GET /apps/demo/calls"] = {"calls": calls}
     lines = [re.split("  +", line.strip()) for line in run("app", "calls", "demo", "-n", "2").stdout.splitlines()]
-    assert lines[1] == ["c2", "square", "running", "5 min ago", "5.0 min"]
-    assert lines[2][:3] == ["c1", "M.run", "success"] and lines[2][-1] == "250 ms"
+    assert lines[1] == ["c2", "square", "running", "2", "5 min ago", "5.0 min"]
+    assert lines[2][:4] == ["c1", "M.run", "success", "1"] and lines[2][-1] == "250 ms"
     assert daemon.seen("GET /apps/demo/calls")[0].query == "limit=2"
     assert json.loads(run("app", "calls", "demo", "--json").stdout) == calls
 

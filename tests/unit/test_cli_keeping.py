@@ -37,6 +37,30 @@ def daemon(home: Path) -> Iterator[Daemon]:
         yield fake
 
 
+def run_results(daemon: Daemon, *argv: str, stdin: str | None = None) -> Result:
+    one = {"app": "demo", "results": 3, "bytes": 5 << 20, "oldest": 1.0, "fetched": 1}
+    daemon.routes["GET /results"] = {"apps": [one], "limit_bytes": 1 << 30, "keep_s": 86400.0}
+    daemon.routes["DELETE /results"] = {"deleted": 3, "bytes": 5 << 20}
+    return run("result", *argv, stdin=stdin)
+
+
+def test_results(daemon: Daemon) -> None:
+    shown = run_results(daemon, "list")
+    assert re.split(r"\s{2,}", shown.stdout.splitlines()[1])[:4] == ["demo", "3", "5.0 MiB", "2"]
+    assert "5.0 MiB of at most 1.0 GiB" in shown.stderr
+    assert "name an app, or --older-than" in run_results(daemon, "delete").stderr
+    shown = run_results(daemon, "delete", "demo", stdin="n\n")
+    assert "2 of them have not been fetched by anybody" in shown.stderr and shown.exit_code == 1
+    assert not any(r.method == "DELETE" for r in daemon.requests)
+    shown = run_results(daemon, "delete", "demo", stdin="y\n")
+    assert "Remove 3 results of demo (5.0 MiB)?" in shown.stderr and "removed 3 results, 5.0 MiB" in shown.stderr
+    shown = run_results(daemon, "delete", "--older-than", "1d", "--yes", "--json")
+    assert json.loads(shown.stdout)["deleted"] == 3
+    last = [r for r in daemon.requests if r.method == "DELETE"][-1]
+    assert "app=" not in last.query and "before=" in last.query
+    assert run_results(daemon, "delete", "--older-than", "soon").exit_code == 2
+
+
 def run(*argv: str, stdin: str | None = None) -> Result:
     return CliRunner().invoke(commands.app, list(argv), input=stdin)
 

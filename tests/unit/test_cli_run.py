@@ -76,6 +76,8 @@ class RunDaemon:
         self.params: list[str] = []
         self.deploys: list[dict[str, Any]] = []
         self.capture: dict[str, Any] = {"pending": True}
+        self.warm: list[dict[str, Any]] = []
+        """How it stands with a function's warm containers, from look to look; the last for good."""
         self.stopped: list[str] = []
         self.lines: list[dict[str, Any]] = []
         self.items: list[tuple[bytes, bytes]] = []
@@ -93,7 +95,8 @@ class RunDaemon:
                 return Answer({"app": parts[1], "version": 1, "functions": []})
             case ("GET", "apps", name):
                 spec = self.deploys[-1]["spec"]
-                known = [{**f, "key": "k", "capture": self.capture} for f in spec["functions"]]
+                warm = self.warm.pop(0) if len(self.warm) > 1 else next(iter(self.warm), {})
+                known = [{**f, "key": "k", "capture": self.capture, "warm": warm} for f in spec["functions"]]
                 return Answer({"app": name, "version": 4, "functions": known})
             case ("POST", "apps", name, "stop"):
                 self.stopped.append(name)
@@ -396,6 +399,35 @@ def test_a_snapshot_that_fails_leaves_the_version_deployed(tmp_path: Path, daemo
     ]
 
 
+WARM = PROGRAM + "\n@app.function(min_containers=2)\ndef kept():\n    pass\n"
+
+
+def test_deploy_waits_for_warm_containers(tmp_path: Path, daemon: RunDaemon) -> None:
+    state = {"wanted": 2, "ready": 0, "reason": "", "no_room": False}
+    daemon.warm = [state, {**state, "ready": 1}, {**state, "ready": 2}]
+    shown = run("deploy", program(tmp_path, WARM), "--wait", "--json")
+    assert shown.exit_code == 0 and json.loads(shown.stdout)["warm"] == [{"function": "kept", "ready": 2}]
+    assert len(daemon.warm) == 1
+
+
+def test_warm_containers_that_do_not_start_leave_the_version_deployed(
+    tmp_path: Path, daemon: RunDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"wanted": 2, "ready": 1, "reason": "import failed: no module 'x'", "no_room": False}
+    daemon.warm = [state]
+    shown = run("deploy", program(tmp_path, WARM), "--wait")
+    assert shown.exit_code == 2 and "deployed demo, version 4" in shown.stderr.splitlines()
+    assert shown.stderr.splitlines()[-2:] == [
+        "version 4 is deployed all the same; `woodfrog app rollback demo` goes back to the version before",
+        "error: demo.kept does not start: import failed: no module 'x'; see `woodfrog app logs demo`",
+    ]
+    monkeypatch.setattr("woodfrog.cli.run.SETTLE_S", 0.3)
+    daemon.warm = [{**state, "reason": "", "no_room": True}]
+    shown = run("deploy", program(tmp_path, WARM), "--wait")
+    line = "error: demo.kept: its 2 containers are not ready after 0 s (no room for more)"
+    assert shown.exit_code == 2 and shown.stderr.splitlines()[-1] == line
+
+
 SNAPPED = """\
 import woodfrog
 
@@ -529,7 +561,7 @@ def test_options_of_run(tmp_path: Path, daemon: RunDaemon) -> None:
     assert f"{left} is left running: `woodfrog app logs {left} -f`" in shown.stderr
     for argv in (["--interactive", file], ["-x", f"{file}::square"]):
         refused = run("run", *argv)
-        assert refused.exit_code == 2 and f"No such option: {argv[0]}" in refused.stderr
+        assert refused.exit_code == 2 and f"error: no such option: {argv[0]}" in refused.stderr
     assert "error: no such option: --what" in run("run", "--", "--what").stderr
     refused = run("run", f"{file}::square", "--x", "1", "--detach")
     assert refused.stderr.splitlines()[-1] == (

@@ -9,12 +9,15 @@ import resource
 import socket
 import struct
 import subprocess
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from woodfrog.backends.connection import Payload, WorkerConnection
+from woodfrog.backends import payload as payload_module
+from woodfrog.backends.connection import WorkerConnection
+from woodfrog.backends.payload import Payload
 from woodfrog.errors import InstanceCrashed, StoreError
 from woodfrog.protocol import HEAD, MAGIC, MAX_BODY, MAX_HEADER, SPOOL_BYTES, VERSION, ProtocolError, pack
 
@@ -240,6 +243,40 @@ async def test_a_payload_that_is_gone_is_not_the_worker_s_fault(pair: Pair, tmp_
     await pair.connection.send({"type": "ping"})  # nothing of the other was sent
     _, _, header_len, body_len = HEAD.unpack(await pair.hear(HEAD.size))
     assert json.loads(await pair.hear(header_len)) == {"type": "ping"} and body_len == 0
+
+
+@pytest.mark.parametrize("what", ["_some_of", "_write"])
+async def test_nobody_else_waits_for_a_slow_disk(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    reached, free, gave_up = threading.Event(), threading.Event(), False
+    of = payload_module if what == "_some_of" else payload_module.Spool
+    real = getattr(of, what)
+
+    def stands_still(*args: object) -> object:
+        nonlocal gave_up
+        reached.set()
+        gave_up |= not free.wait(10)
+        return real(*args)
+
+    monkeypatch.setattr(of, what, stands_still)
+    body = os.urandom(SPOOL_BYTES + 5)
+    if what == "_some_of":
+        path = tmp_path / "body"
+        path.write_bytes(body)
+        head = pack({"type": "call"}, len(body))
+        sent = asyncio.ensure_future(pair.connection.send({"type": "call"}, Payload(path=path)))
+        got = asyncio.ensure_future(pair.hear(len(head) + len(body)))
+    else:
+        sent = asyncio.ensure_future(pair.say(pack({"type": "result"}, len(body)) + body))
+        got = asyncio.ensure_future(pair.connection.receive())
+    while not reached.is_set():
+        await asyncio.sleep(0.005)
+    assert not gave_up and not got.done()
+    free.set()
+    await sent
+    reply = await got
+    assert (reply[-len(body) :] if isinstance(reply, bytes) else reply.body.read()) == body
 
 
 async def test_no_place_for_a_large_body_costs_only_this_body(pair: Pair) -> None:

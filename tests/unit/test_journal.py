@@ -11,13 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from woodfrog.backends.connection import Payload
+from woodfrog.backends import payload as payload_module
+from woodfrog.backends.payload import Payload
 from woodfrog.daemon import journal as module
 from woodfrog.daemon.journal import INLINE_BYTES, CallRow, Journal
 from woodfrog.daemon.room import Room
@@ -45,6 +47,17 @@ def spooled(home: Path, data: bytes) -> Payload:
     path = home / "calls" / f".body-{os.urandom(4).hex()}"
     path.write_bytes(data)
     return Payload(path=path)
+
+
+@pytest.fixture(autouse=True)
+def removed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what is there can be looked at."""
+
+    def discard(path: Path) -> Future[None]:
+        wait([removing := payload_module.discard(path)])
+        return removing
+
+    monkeypatch.setattr(module, "discard", discard)
 
 
 def bodies(home: Path) -> set[str]:
@@ -193,9 +206,11 @@ def test_the_newest_versions_of_deployed_apps_are_kept(tmp_path: Path) -> None:
 CHILD = """
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
-from woodfrog.backends.connection import Payload
+from woodfrog.backends import payload as payload_module
+from woodfrog.backends.payload import Payload
 from woodfrog.daemon.journal import Journal
 journal = Journal(Path(sys.argv[1]))
 number = 0

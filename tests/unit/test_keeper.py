@@ -27,6 +27,7 @@ from woodfrog.errors import IntegrityError, NotFoundError, StoreError
 from woodfrog.faults import InjectedFault
 from woodfrog.snapshot.catalogue import PINNED, PUSHED, WORKING_SET, Catalogue
 from woodfrog.snapshot.manifest import FORMAT, Manifest, SigningKey, decode, encode
+from woodfrog.snapshot.origin import MOST_BYTES, Origin, read, write
 from woodfrog.snapshot.packing import prepare
 from woodfrog.snapshot.transport import Transport
 from woodfrog.snapshot.trust import TrustStore, public_text
@@ -256,6 +257,30 @@ def test_a_working_set_that_cannot_be_read_keeps_nothing_from_the_store_or_the_t
         await keeper.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_a_snapshot_was_made_of_travels_with_it(
+    here: Machine, tmp_path: Path, tier: DirectoryTier, damaged: bool
+) -> None:
+    """So that another machine can say which files changed since. Nothing else rests on it."""
+    made_of = Origin({"env": "1"}, {"/app/a.py": "2"})
+    here.make(A)
+    write(made_of, here.catalogue.path(A))
+    here.transport.push(A, tier)
+    if damaged:
+        tier.delete(f"snapshots/{A}/origin")
+        tier.put(f"snapshots/{A}/origin", bytes(MOST_BYTES + 1))
+    there = Machine(tmp_path / "there")
+    there.trust.add(public_text(here.signing))
+    there.transport.pull(A, tier)
+    assert there.whole(A) and read(there.catalogue.path(A)) == (None if damaged else made_of)
+    exported = tmp_path / "exported"
+    here.transport.export(A, exported)
+    third = Machine(tmp_path / "third")
+    third.trust.add(public_text(here.signing))
+    third.transport.import_(exported)
+    assert read(third.catalogue.path(A)) == made_of
 
 
 def test_rebuilt_packs_go_when_asked_for(here: Machine, tmp_path: Path) -> None:

@@ -97,10 +97,10 @@ def test_it_is_read_from_the_layer_and_kept(tmp_path: Path) -> None:
 
 def test_what_cannot_be_kept_or_read_is_not_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read(tmp_path) is None
-    for text in ("", "[1]", '{"other": 1}'):
+    for text in ("", "[1]", '{"other": 1}', '{"parts": [1]}', '{"parts": {}, "files": {"a": 1}}', "[" * 100_000):
         (tmp_path / "origin").write_text(text)
         assert read(tmp_path) is None
-    monkeypatch.setattr("woodfrog.snapshot.origin._MOST_BYTES", 100)
+    monkeypatch.setattr("woodfrog.snapshot.origin.MOST_BYTES", 100)
     write(app(*map(str, range(100))), tmp_path)
     kept = read(tmp_path)
     assert kept is not None and kept.files is None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
 import textwrap
 import threading
@@ -174,6 +176,82 @@ def test_a_daemon_that_died_is_replaced_by_who_waits_for_it(
         assert all(text.endswith(f"; {remedy}") for text in outcomes) and len(told) == 1
         daemon.start()
     assert told[0].endswith(f"went away: waiting for another; {remedy}")
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, int]]:
+    """A daemon in a process of its own that was stopped (SIGSTOP) while it had a request to answer."""
+    monkeypatch.setattr(module, "HUNG_S", 0.4)
+    child = subprocess.Popen(COMMAND, env={**os.environ, "WOODFROG_HOME": str(tmp_path)})
+    client = Client(Settings(home=tmp_path))
+    while not client.health(timeout=1.0):
+        time.sleep(0.05)
+    client.close()
+    os.kill(child.pid, signal.SIGSTOP)
+    yield tmp_path, child.pid
+    child.kill()
+    child.wait()
+
+
+def test_a_daemon_that_does_not_answer_is_told_of(stopped: tuple[Path, int]) -> None:
+    home, pid = stopped
+    client = Client(Settings(home=home))
+    told: list[str] = []
+    client.on_lost = told.append
+    answers: list[object] = []
+    waiting = threading.Thread(target=lambda: answers.append(client.request("GET", "/health", wait=50).status))
+    waiting.start()
+    until = time.monotonic() + 30
+    while not told and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(told) == 1 and told[0].startswith(
+        f"woodfrog's daemon (pid {pid}) does not answer: waiting for it; its log: {home}"
+    )
+    assert not answers
+    os.kill(pid, signal.SIGCONT)  # the request was not given up
+    waiting.join()
+    assert answers == [200] and len(told) == 1
+
+
+def test_a_daemon_that_does_not_answer_is_not_taken_for_none(
+    stopped: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, pid = stopped
+    monkeypatch.setattr(Client.health, "__defaults__", (0.3,))
+    monkeypatch.setattr(module, "START_S", 0.5)
+    monkeypatch.setattr(module, "start_daemon", lambda client: pytest.fail("another was started"))
+    told: list[str] = []
+    monkeypatch.setattr(module, "note", lambda key, text: told.append(text))
+    for start, count in ((True, 1), (False, 1)):
+        with pytest.raises(DaemonError, match=rf"\(pid {pid}\) does not answer") as e:
+            connect(Settings(home=home), start=start)
+        assert e.value.code == "daemon-hung" and len(told) == count
+
+
+def test_long_answers_are_no_reason_to_tell(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HUNG_S", 0.1)
+    client = Client(Settings(home=daemon.home))
+    told: list[str] = []
+    client.on_lost = told.append
+    asked, let_go = threading.Event(), threading.Event()
+    real = daemon.handle
+
+    def slow(request: object) -> None:
+        if "wait=" in getattr(request, "path", ""):
+            asked.set()
+            let_go.wait(20)
+        real(request)
+
+    monkeypatch.setattr(daemon, "handle", slow)
+    waiting = threading.Thread(target=lambda: client.request("GET", "/health", wait=50))
+    waiting.start()
+    asked.wait(20)
+    before = daemon.requests.count("GET /v1/health")
+    while daemon.requests.count("GET /v1/health") < before + 2:  # it was asked whether it is there
+        time.sleep(0.01)
+    let_go.set()
+    waiting.join()
+    assert told == []
 
 
 def test_a_timeout_counts_while_the_daemon_is_away(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:

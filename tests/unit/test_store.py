@@ -288,3 +288,34 @@ def test_fsync_tree_says_what_it_cannot_read(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(files.os, "scandir", refuse)
     with pytest.raises(OSError, match="i/o"):
         files.fsync_tree(tmp_path)
+
+
+@pytest.mark.parametrize("size", [300 << 20, (300 << 20) + 12345])
+def test_holes_are_not_read_and_are_zeroes_in_the_digest(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "sparse"
+    pieces = {0: b"begin", (7 << 20) + 4000: os.urandom(70_000), 150 << 20: bytes(1 << 20), size - 3: b"end"}
+    expected, at = hashlib.sha256(), 0
+    with open(path, "wb") as f:
+        f.truncate(size)
+        for offset, data in pieces.items():
+            expected.update(bytes(offset - at) + data)
+            at = offset + len(data)
+            f.seek(offset)
+            f.write(data)
+    if path.stat().st_blocks * 512 > size // 2:
+        pytest.skip("no holes on this file system")
+
+    def read_so_far() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = read_so_far()
+    assert files.sha256_file(path) == expected.hexdigest()
+    assert read_so_far() - before < 16 << 20
+    filled = tmp_path / "filled"
+    filled.write_bytes(path.read_bytes())
+    assert files.sha256_file(filled) == expected.hexdigest()
+    for holes in (0, size):  # nothing but holes, from the beginning or the end on
+        with open(path, "wb") as f:
+            f.write(b"x" * (size - holes > 0))
+            f.truncate(size)
+        assert files.sha256_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
-from woodfrog.backends.connection import Payload
+from woodfrog.backends.payload import Payload
 from woodfrog.errors import WoodfrogError
 from woodfrog.linux.rootplan import VolumeMount
 from woodfrog.spec import FunctionSpec, RuntimeSpec

@@ -3,48 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
-import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from woodfrog.backends.payload import CHUNK, Payload, Spool
 from woodfrog.errors import InstanceCrashed, StoreError
 from woodfrog.linux.sandbox import Sandbox, SandboxProcess
 from woodfrog.protocol import HEAD, SPOOL_BYTES, WORKER_SOCKET, ProtocolError, pack, parse_head, parse_header
 from woodfrog.store.files import FREE_SOME
 
-__all__ = ["Payload", "Reply", "WorkerConnection", "connect", "connect_now"]
+__all__ = ["Reply", "WorkerConnection", "connect", "connect_now"]
 
-_CHUNK = 256 << 10  # see heap.py
 _CONNECT_S = 60.0
-
-
-@dataclass(frozen=True)
-class Payload:
-    """Opaque bytes of the user's: in memory when small, else in a file."""
-
-    data: bytes | None = None
-    path: Path | None = None
-
-    @property
-    def size(self) -> int:
-        return len(self.data) if self.data is not None else os.stat(self.path).st_size if self.path else 0
-
-    async def chunks(self) -> AsyncIterator[bytes]:
-        if self.data is not None:
-            yield self.data
-        elif self.path is not None:
-            with open(self.path, "rb") as f:
-                while chunk := f.read(_CHUNK):
-                    yield chunk
-
-    def read(self) -> bytes:
-        if self.data is not None:
-            return self.data
-        return self.path.read_bytes() if self.path else b""
 
 
 @dataclass(frozen=True)
@@ -70,7 +43,7 @@ class WorkerConnection:
 
     @classmethod
     async def of(cls, connected: socket.socket, spool: Path) -> WorkerConnection:
-        reader, writer = await asyncio.open_unix_connection(sock=connected, limit=_CHUNK)
+        reader, writer = await asyncio.open_unix_connection(sock=connected, limit=CHUNK)
         return cls(reader, writer, spool)
 
     @classmethod
@@ -114,7 +87,7 @@ class WorkerConnection:
                 for body in bodies:
                     async for chunk in body.chunks():
                         self._writer.write(chunk)
-                        if len(chunk) >= _CHUNK:
+                        if len(chunk) >= CHUNK:
                             await self._writer.drain()
                 await self._writer.drain()
         except (ConnectionError, OSError) as e:
@@ -139,37 +112,30 @@ class WorkerConnection:
 
     async def _to_disk(self, length: int) -> Payload:
         """Take a body into a file. A full disk costs this body, not the worker: the rest is read and dropped."""
-        name: str | None = None
+        spool = Spool(self._spool)
         failure: OSError | None = None
         try:
-            fd, name = tempfile.mkstemp(prefix=".body-", dir=self._spool)
-        except OSError as e:
-            fd, failure = -1, e
-        complete = False
-        try:
             while length:
-                chunk = await self._reader.read(min(length, _CHUNK))
+                chunk = await self._reader.read(min(length, CHUNK))
                 if not chunk:
                     raise asyncio.IncompleteReadError(b"", length)
                 length -= len(chunk)
-                rest = memoryview(chunk)
-                while rest and failure is None:
+                if failure is None:
                     try:
-                        rest = rest[os.write(fd, rest) :]
+                        await spool.write(chunk)
                     except OSError as e:
                         failure = e
-                        os.ftruncate(fd, 0)
-            if name is None or failure is not None:
-                why = failure.strerror if failure else ""
-                what = f"cannot keep what the worker sent: {why}: {self._spool}"
-                raise StoreError(f"{what}; {FREE_SOME}", code="disk-full")
-            complete = True
-            return Payload(path=Path(name))
-        finally:
-            if name is not None:
-                os.close(fd)
-                if not complete:
-                    os.unlink(name)
+                        await spool.drop()
+            if failure is None:
+                try:
+                    return Payload(path=await spool.close())
+                except OSError as e:
+                    failure = e
+            what = f"cannot keep what the worker sent: {failure.strerror}: {self._spool}"
+            raise StoreError(f"{what}; {FREE_SOME}", code="disk-full")
+        except BaseException:
+            await spool.drop()
+            raise
 
     async def request(self, header: dict[str, Any], *bodies: Payload, expect: str) -> Reply:
         """Send, and take the one answer: `expect` or `failed`.

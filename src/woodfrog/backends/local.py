@@ -17,13 +17,14 @@ from typing import Any
 
 from woodfrog import protocol
 from woodfrog.backends.base import Answer, CallRequest, Observer, StartRequest
-from woodfrog.backends.connection import Payload, WorkerConnection, connect, connect_now
+from woodfrog.backends.connection import WorkerConnection, connect, connect_now
 from woodfrog.backends.factory import SandboxFactory
 from woodfrog.backends.gpus import Gpus
 from woodfrog.backends.health import LOOK_S, Health
 from woodfrog.backends.keeper import Keeper
 from woodfrog.backends.memory import SETTLED_S, Huge, Memory
 from woodfrog.backends.parked import unpark
+from woodfrog.backends.payload import Payload
 from woodfrog.backends.zygote import Plan, ZygoteConfig, Zygotes, basic_env
 from woodfrog.criu.binary import Criu
 from woodfrog.engine.engine import Lazy, prestart

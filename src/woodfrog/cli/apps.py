@@ -71,12 +71,13 @@ def calls(
             c["id"],
             c["function"],
             c["status"],
+            c["version"],
             output.ago(c["submitted"]),
             output.span((c["finished"] or time.time()) - c["submitted"]),
         )
         for c in found
     ]
-    output.table(["call", "function", "status", "submitted", "took"], rows, empty="no calls")
+    output.table(["call", "function", "status", "version", "submitted", "took"], rows, empty="no calls")
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from contextlib import suppress
 from importlib import import_module
@@ -25,10 +26,13 @@ _GROUPS = {
     "gpu": "gpus",
     "snapshot": "snapshots",
     "store": "store",
+    "result": "results",
     "secret": "secrets",
     "volume": "volumes",
     "daemon": "daemon",
 }
+_UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""What is wrong with a command line. Typer has it from click, or from a copy of its own."""
 _ORDER = (*_COMMANDS, *_GROUPS)
 _MODALS = {
     "config": "settings are environment variables: docs/settings.md",
@@ -61,6 +65,35 @@ def _build(name: str) -> Any:
     return typer.main.get_group(alone).commands[name]
 
 
+def _one_line(error: Any) -> str:
+    """What is wrong, where, and what to do; Typer would show three lines, and in words of its parsers."""
+    what = error.format_message().strip().rstrip(".")
+    if found := re.match(r"Invalid value for (.+?): (.+)", what, re.DOTALL):
+        where, why = found.groups()
+        why = why.removeprefix("Value error, ").replace("Input should be ", "it has to be ").partition(", unable to")[0]
+        what = f"{where.replace(chr(39), '')}: {why}"
+    else:
+        what = re.sub(r" \(Possible options: (.+)\)$", r"; did you mean \1?", what[:1].lower() + what[1:])
+    context = getattr(error, "ctx", None)
+    return " ".join(what.split()) + (f" (see `{context.command_path} --help`)" if context is not None else "")
+
+
+def _refused(error: Any) -> Exception:
+    """How the program ends for it."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # shows the help
+        return error  # type: ignore[no-any-return]
+    output.show_error(SpecError(_one_line(error), code="usage"))
+    return typer.Exit(output.OUR_ERROR)
+
+
+def _closed() -> typer.Exit:
+    """Who reads the output has had enough."""
+    with suppress(OSError, ValueError):  # not a real file: a test's
+        stdout = sys.stdout.fileno()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return typer.Exit(output.CLOSED)
+
+
 class _Commands(typer.core.TyperGroup):
     """Builds the command that is asked for, and turns our errors into one line and an exit status."""
 
@@ -78,6 +111,10 @@ class _Commands(typer.core.TyperGroup):
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().make_context(*args, **kwargs)
+        except _UsageError as e:
+            raise _refused(e) from None
+        except BrokenPipeError:
+            raise _closed() from None
         except KeyboardInterrupt:
             output.note("interrupted")
             raise SystemExit(output.INTERRUPTED) from None
@@ -87,11 +124,10 @@ class _Commands(typer.core.TyperGroup):
             result = super().invoke(ctx)
             sys.stdout.flush()
             return result
-        except BrokenPipeError:  # who reads the output has had enough
-            with suppress(OSError, ValueError):  # not a real file: a test's
-                stdout = sys.stdout.fileno()
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
-            raise typer.Exit(output.CLOSED) from None
+        except BrokenPipeError:
+            raise _closed() from None
+        except _UsageError as e:
+            raise _refused(e) from None
         except WoodfrogError as e:
             if output.debugging():
                 import traceback

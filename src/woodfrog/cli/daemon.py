@@ -50,7 +50,7 @@ def _client() -> Client:
 
 def _health() -> dict[str, Any] | None:
     """What the daemon says of itself; None when none runs."""
-    return _client().health(any_protocol=True)
+    return _client().look(any_protocol=True)
 
 
 @app.command()

@@ -18,7 +18,7 @@ Timestamps = Annotated[
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
-def since_time(text: str, now: float) -> float | None:
+def since_time(text: str, now: float, *, option: str = "--since") -> float | None:
     """`10m` → the Unix time ten minutes ago; a bare number is a Unix time; empty → None.
 
     Raises:
@@ -31,7 +31,7 @@ def since_time(text: str, now: float) -> float | None:
             return now - float(text[:-1]) * UNITS[text[-1]]
         return float(text)
     except ValueError:
-        raise SpecError(f"--since {text!r}: expected 30s, 10m, 2h, 1d, or a Unix time", code="bad-since") from None
+        raise SpecError(f"{option} {text!r}: expected 30s, 10m, 2h, 1d, or a Unix time", code="bad-since") from None
 
 
 def show_logs(entries: Iterable[dict[str, Any]], *, as_json: bool, timestamps: bool = False) -> None:

@@ -38,8 +38,8 @@ DETACHED_DRAIN_S = 1.0
 INTERRUPTED_DRAIN_S = 2.0
 """The same after Ctrl-C, which is to end the program soon whatever the daemon does."""
 POLL_S = 0.25
-SNAPSHOT_S = 600.0
-"""How long `deploy --snapshot` waits for each."""
+SETTLE_S = 600.0
+"""How long `deploy --snapshot` waits for each, and `--wait` for the containers of each function."""
 
 
 @dataclass(frozen=True)
@@ -426,6 +426,9 @@ def deploy(
     module: Module = False,
     name: Annotated[str, typer.Option("--name", help="Name to deploy under instead of the app's own.")] = "",
     snapshot: Annotated[bool, typer.Option("--snapshot", help="Take the snapshots now and wait for them.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait until the containers that min_containers asks for are ready.")
+    ] = False,
     strategy: Annotated[
         Strategy,
         typer.Option(
@@ -456,7 +459,8 @@ def deploy(
         "version": found["version"],
         "functions": [{"tag": f["tag"], "key": f["key"]} for f in functions],
     }
-    failed = _snapshots(client, answer, functions, quiet=as_json) if snapshot else []
+    failed = _settle(client, answer, functions, "snapshots", quiet=as_json) if snapshot else []
+    failed += _settle(client, answer, functions, "warm", quiet=as_json) if wait else []
     if as_json:
         output.show_json(answer)
     else:
@@ -465,31 +469,34 @@ def deploy(
         before = found["version"] > 1
         hint = f"; `woodfrog app rollback {deployed}` goes back to the version before" if before else ""
         output.note(f"version {found['version']} is deployed all the same{hint}")
+        for error in failed[1:]:
+            output.note(f"error: {error.message}")
         raise failed[0]
 
 
-def _snapshots(
-    client: Client, answer: dict[str, Any], functions: list[dict[str, Any]], *, quiet: bool
+def _settle(
+    client: Client, answer: dict[str, Any], functions: list[dict[str, Any]], what: str, *, quiet: bool
 ) -> list[WoodfrogError]:
-    """Wait for the functions' snapshots and note them in `answer`; the errors of those that came to nothing."""
-    from woodfrog.cli.snapshots import wait_for
+    """Wait for the functions' snapshots, or for their warm containers, and note them in `answer`; the errors of those
+    that came to nothing."""
+    from woodfrog.cli.snapshots import wait_for, wait_warm
 
     failed: list[WoodfrogError] = []
-    answer["snapshots"] = []
+    answer[what] = []
     for f in functions:
-        if not f["snapshot"]["enabled"]:
-            continue
-        required = _required(f)
-        if required:
-            text = f"{f['tag']} has no snapshot before its first call: its constructor needs {', '.join(required)}"
-            output.note(text)
-            continue
+        tag, key = f["tag"], f["key"]
         try:
-            taken = wait_for(client, answer["app"], f["tag"], f["key"], SNAPSHOT_S, quiet=quiet)
-            answer["snapshots"].append({"id": taken["id"], "function": taken["function"]})
-        except CaptureError as e:
-            if failed:  # the first is told at the end
-                output.note(f"error: {e.message}")
+            if what == "warm":
+                if f["scaling"]["min_containers"]:
+                    answer[what].append(wait_warm(client, answer["app"], tag, key, SETTLE_S, quiet=quiet))
+            elif f["snapshot"]["enabled"]:
+                if required := _required(f):
+                    needs = ", ".join(required)
+                    output.note(f"{tag} has no snapshot before its first call: its constructor needs {needs}")
+                    continue
+                taken = wait_for(client, answer["app"], tag, key, SETTLE_S, quiet=quiet)
+                answer[what].append({"id": taken["id"], "function": taken["function"]})
+        except (CaptureError, StartupError) as e:
             failed.append(e)
     return failed
 

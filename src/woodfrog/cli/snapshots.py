@@ -14,7 +14,15 @@ import typer
 from woodfrog.cli import contents, output, trust
 from woodfrog.cli.call import payload_from, raise_failure
 from woodfrog.cli.remote import connect, finish, get, post, segment, split_target, work
-from woodfrog.errors import CaptureError, NotFoundError, SnapshotError, SpecError, StoreError, WoodfrogError
+from woodfrog.errors import (
+    CaptureError,
+    NotFoundError,
+    SnapshotError,
+    SpecError,
+    StartupError,
+    StoreError,
+    WoodfrogError,
+)
 
 if TYPE_CHECKING:
     from woodfrog.sdk.client import Client
@@ -251,11 +259,11 @@ def _key_of(client: Client, app_name: str, tag: str) -> str:
     return str(functions[tag])
 
 
-def _capture(client: Client, app_name: str, tag: str, key: str) -> dict[str, Any]:
+def _state_of(client: Client, app_name: str, tag: str, key: str, what: str) -> dict[str, Any]:
     """How far the daemon is with it; nothing where another version was deployed meanwhile."""
     functions = get(client, f"/apps/{segment(app_name)}")["functions"]
-    captures = (f.get("capture") for f in functions if f["tag"] == tag and f["key"] == key)
-    return dict(next(captures, None) or {})
+    states = (f.get(what) for f in functions if f["tag"] == tag and f["key"] == key)
+    return dict(next(states, None) or {})
 
 
 def _ready(client: Client, key: str) -> dict[str, Any] | None:
@@ -272,7 +280,7 @@ def wait_for(client: Client, app_name: str, tag: str, key: str, timeout: float, 
     begin = time.monotonic()
     with output.Progress(quiet=quiet) as progress:
         while time.monotonic() - begin < timeout:
-            state = _capture(client, app_name, tag, key)
+            state = _state_of(client, app_name, tag, key, "capture")
             found = _ready(client, key)
             if found is not None:
                 return found
@@ -282,14 +290,46 @@ def wait_for(client: Client, app_name: str, tag: str, key: str, timeout: float, 
                 why = f": {state['reason']}" if state.get("reason") else ""
                 logs = f"see `woodfrog app logs {app_name}`"
                 raise CaptureError(f"{target_of(app_name, tag)} was not captured{why}; {logs}")
-            booting = [
-                c["stage"]
-                for c in get(client, "/containers")["containers"]
-                if (c.get("app"), c.get("function")) == (app_name, tag) and (c["stage"] != "ready" or c.get("storing"))
-            ]
-            progress.say(f"{target_of(app_name, tag)}: {output.stage_words(booting[0] if booting else 'queued')}")
+            progress.say(_words(client, app_name, tag))
             time.sleep(0.2)
     raise CaptureError(f"{target_of(app_name, tag)} was not captured within {timeout:.0f} s", code="capture-timeout")
+
+
+def wait_warm(client: Client, app_name: str, tag: str, key: str, timeout: float, *, quiet: bool) -> dict[str, Any]:
+    """The containers that `min_containers` asks for, as soon as they are ready.
+
+    Raises:
+        StartupError: they do not start, or not within `timeout` seconds.
+    """
+    begin = time.monotonic()
+    state: dict[str, Any] = {}
+    with output.Progress(quiet=quiet) as progress:
+        while time.monotonic() - begin < timeout:
+            state = _state_of(client, app_name, tag, key, "warm")
+            logs = f"see `woodfrog app logs {app_name}`"
+            if not state:
+                raise StartupError(f"{target_of(app_name, tag)} is of another version meanwhile, or stopped; {logs}")
+            if state["ready"] >= state["wanted"]:
+                return {"function": tag, "ready": state["ready"]}
+            if state["reason"]:
+                raise StartupError(f"{target_of(app_name, tag)} does not start: {state['reason']}; {logs}")
+            progress.say(_words(client, app_name, tag))
+            time.sleep(0.2)
+    why = "no room for more" if state.get("no_room") else f"{state.get('ready', 0)} are"
+    raise StartupError(
+        f"{target_of(app_name, tag)}: its {state.get('wanted')} containers are not ready after {timeout:.0f} s ({why})",
+        code="startup-timeout",
+    )
+
+
+def _words(client: Client, app_name: str, tag: str) -> str:
+    """What is going on with a function that is waited for."""
+    booting = [
+        c["stage"]
+        for c in get(client, "/containers")["containers"]
+        if (c.get("app"), c.get("function")) == (app_name, tag) and (c["stage"] != "ready" or c.get("storing"))
+    ]
+    return f"{target_of(app_name, tag)}: {output.stage_words(booting[0] if booting else 'queued')}"
 
 
 def target_of(app_name: str, tag: str) -> str:

@@ -301,7 +301,7 @@ def _instance_ready(st: State, ev: InstanceReady) -> None:
         if inst.mode == "restore":
             knowledge.attempts = 0
             group.no_room = frozenset()
-    group.start_failures, group.start_error = 0, ""
+    group.start_failures, group.start_error, group.hopeless = 0, "", False
     group.hold_calls = group.hold_spares = -NEVER
     inst.stage = ""
     moves.serve(st, inst)

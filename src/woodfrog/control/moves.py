@@ -471,7 +471,7 @@ def start_broke(st: State, inst: Instance, error: Error, user_fault: bool) -> No
     # While an older version serves, calls wait for its instances; else there would be no end of starts for them.
     served = group.elder is not None and bool(group.elder.running)
     hopeless = user_fault or group.start_failures >= config.start_attempts
-    group.start_error = str(error.get("message", ""))
+    group.start_error, group.hopeless = str(error.get("message", "")), hopeless
     if hopeless:
         group.capture_wanted = False
     if not user_fault or served:

@@ -223,6 +223,8 @@ class Group:
     """In a row."""
     start_error: str = ""
     """Of the last of them."""
+    hopeless: bool = False
+    """It was the user's fault, or there were too many: calls that wait fail."""
     failure_seq: int = 0
     """Event of the last failed start that counted: those begun before it belong to the same burst."""
     hold_calls: float = -NEVER
@@ -374,6 +376,18 @@ class State:
             "pending": group.capture_wanted,
             "snapshot": next((k.snapshot_id for k in known if k.snapshot_id), None),
             "reason": group.start_error or next((k.reason for k in known if k.reason), ""),
+        }
+
+    def warm_view(self, app: str, tag: str) -> dict[str, Any]:
+        """How it stands with the containers that `min_containers` asks for: how many of them are ready, and why the
+        others cannot be."""
+        service = self.find_service(app, tag)
+        group = service.groups.get("") if service is not None else None
+        return {
+            "wanted": service.spec.scaling.min_containers if service is not None else 0,
+            "ready": len(group.idle) + group.running if group is not None else 0,
+            "reason": group.start_error if group is not None and group.hopeless else "",
+            "no_room": group is not None and group.key in self.starved,
         }
 
     def snapshot_view(self) -> dict[str, Any]:

@@ -325,14 +325,28 @@ async def serve(settings: Settings) -> None:
     finally:
         tidy.cancel()
         await controller.shutdown()
-        for s, _ in servers:
-            s.should_exit = True
+        _expect_broken_off(servers)
         await asyncio.wait(running, timeout=5)
         settings.socket.unlink(missing_ok=True)
         logs.close()
         journal.close()
         # What hangs in a thread (a tier that does not answer) must not keep the daemon; the lock goes with the process.
         threading.Thread(target=_leave_in, args=(_LEAVE_S,), daemon=True).start()
+
+
+def _expect_broken_off(servers: list[tuple[_Server, socket.socket]]) -> None:
+    """End the servers. Who follows a log is cut off, and goes on with the next daemon: one line of it, no traceback of
+    each."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        if "timeout graceful shutdown" in record.msg:
+            log.info("the rest is broken off (requests: %d)", sum(len(s.server_state.tasks) for s, _ in servers))
+            return False
+        return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+    logging.getLogger("uvicorn.error").addFilter(keep)
+    for s, _ in servers:
+        s.should_exit = True
 
 
 def _tell_ready() -> None:

@@ -11,7 +11,6 @@ import itertools
 import json
 import logging
 import os
-import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
@@ -27,9 +26,10 @@ from starlette.requests import ClientDisconnect
 
 import woodfrog
 from woodfrog import protocol
-from woodfrog.backends.connection import Payload
+from woodfrog.backends.payload import CHUNK, Payload, Spool, in_thread, spooled
 from woodfrog.daemon import keeping, looking, volumes
 from woodfrog.daemon.controller import CallRecord, Controller, failure_of
+from woodfrog.daemon.journal import INLINE_BYTES
 from woodfrog.daemon.package import Package
 from woodfrog.errors import (
     AuthError,
@@ -105,10 +105,10 @@ class TokenAuth:
 
 
 async def _body(request: Request, spool: Path) -> Payload:
-    """The request's body: in memory while small, else on disk."""
+    """The request's body: in memory while small, else on disk; in both where the journal keeps it in a file."""
     parts: list[bytes] = []
     size = 0
-    file = None
+    spooling: Spool | None = None
     try:
         async for chunk in request.stream():
             size += len(chunk)
@@ -116,23 +116,22 @@ async def _body(request: Request, spool: Path) -> Payload:
                 raise SpecError(
                     f"a payload of over {_MAX_BODY >> 30} GiB; use a Volume for data of this size", code="too-large"
                 )
-            if file is None and size > protocol.SPOOL_BYTES:
-                fd, name = tempfile.mkstemp(prefix=".body-", dir=spool)
-                file = (os.fdopen(fd, "wb"), Path(name))
-                file[0].writelines(parts)
+            if spooling is None and size > protocol.SPOOL_BYTES:
+                spooling = Spool(spool)
+                for part in parts:
+                    await spooling.write(part)
                 parts.clear()
-            if file is None:
+            if spooling is None:
                 parts.append(chunk)
             else:
-                file[0].write(chunk)
-        if file is None:
-            return Payload(data=b"".join(parts))
-        file[0].close()
-        return Payload(path=file[1])
+                await spooling.write(chunk)
+        if spooling is not None:
+            return Payload(path=await spooling.close())
+        payload = Payload(data=b"".join(parts))
+        return await spooled(payload, spool) if size > INLINE_BYTES else payload
     except BaseException as e:
-        if file is not None:
-            file[0].close()
-            file[1].unlink(missing_ok=True)
+        if spooling is not None:
+            await spooling.drop()
         if isinstance(e, OSError):
             raise store_error("cannot take the payload", spool / "payload", e) from e
         raise
@@ -154,7 +153,7 @@ async def _small_body(request: Request) -> bytes:
 class _File(FileResponse):
     """A large answer; `sent` is told when all of it has gone out."""
 
-    chunk_size = 256 << 10  # each is read in a thread; see heap.py
+    chunk_size = CHUNK  # each is read in a thread
 
     def __init__(self, path: Path, sent: Callable[[], None], **more: Any) -> None:
         super().__init__(path, **more)
@@ -173,17 +172,17 @@ def _answer(record: CallRecord, fetched: Callable[[str], None]) -> Response:
     headers = {"Woodfrog-Call": record.row.id, "Woodfrog-Status": record.outcome or "pending"}
     if record.outcome is None:
         return Response(status_code=202, headers=headers)
-    if record.result.path is None or record.row.encoding == "json":
-        fetched(record.row.id)
-    if record.outcome in ("success", "exception"):
-        if record.row.encoding == "json":
-            if record.outcome == "exception":
-                return _Json({"error": record.error}, headers=headers)
-            return Response(record.result.read(), media_type="application/json", headers=headers)
-        if record.result.path is not None:
+    as_json = record.row.encoding == "json"
+    if record.outcome == "success" or (record.outcome == "exception" and not as_json):
+        media_type = "application/json" if as_json else "application/octet-stream"
+        if record.result.data is None and record.result.path is not None:
             sent = partial(fetched, record.row.id)
-            return _File(record.result.path, sent, media_type="application/octet-stream", headers=headers)
-        return Response(record.result.data, media_type="application/octet-stream", headers=headers)
+            return _File(record.result.path, sent, media_type=media_type, headers=headers)
+        fetched(record.row.id)
+        return Response(record.result.data, media_type=media_type, headers=headers)
+    fetched(record.row.id)
+    if record.outcome == "exception":
+        return _Json({"error": record.error}, headers=headers)
     return _Json({"error": failure_of(record).to_dict()}, headers=headers)
 
 
@@ -432,6 +431,7 @@ def build(
             plain["secrets"] = [{"name": s.name, "keys": sorted(s.values)} for s in f.secrets]
             plain["key"] = function_key(f, spec.runtime)
             plain["capture"] = controller.state.capture_view(app, f.tag)
+            plain["warm"] = controller.state.warm_view(app, f.tag)
             functions.append(plain)
         return {**app_row(app), "functions": functions, "runtime": to_dict(spec.runtime)}
 
@@ -492,12 +492,19 @@ def build(
             raise NotFoundError(f"no app {app!r} was ever deployed here", app=app)
         classes = {f["tag"] for row in deploys for f in row.spec.get("functions", []) if f.get("kind") == "class"}
         unfinished = controller.state.calls
+
+        def ran(call_id: str) -> int | None:
+            record = controller.calls.get(call_id)
+            return record.ran if record is not None else None
+
         return {
             "calls": [
                 {
                     "id": row.id,
                     "function": f"{row.tag}.{row.method}" if row.tag in classes else row.tag,
-                    "status": row.outcome or (unfinished[row.id].state if row.id in unfinished else "queued"),
+                    # Of one that is over and not answered yet the machine knows nothing.
+                    "status": row.outcome or (unfinished[row.id].state if row.id in unfinished else "running"),
+                    "version": ran(row.id) or row.version,
                     "submitted": row.submitted,
                     "finished": row.finished,
                     "error": row.error,
@@ -534,10 +541,27 @@ def build(
                 payload=payload,
             )
         finally:
-            if payload.path is not None:  # the journal has moved it, or nobody wants it
-                payload.path.unlink(missing_ok=True)
+            if payload.path is not None and payload.path.exists():  # else the journal has moved it
+                await in_thread(payload.path.unlink, True)
         await _wait(record.done, wait)
         return _answer(record, controller.fetched)
+
+    @api.get("/v1/results")
+    async def results(app: str = "", before: float = Query(0.0, ge=0.0)) -> dict[str, Any]:
+        """What results of finished calls take; with `before` of those that finished before it (Unix time)."""
+        controller.tell_fetched()
+        return {
+            "apps": await asyncio.to_thread(controller.journal.usage, app, before),
+            "limit_bytes": settings.keep_results_mib << 20,
+            "keep_s": settings.keep_results_s,
+        }
+
+    @api.delete("/v1/results")
+    async def delete_results(app: str = "", before: float = Query(0.0, ge=0.0)) -> dict[str, Any]:
+        if not app and not before:
+            raise SpecError("name an app, or a time before which results go (before=)", code="bad-request")
+        count, size = await controller.remove_results(app, before)
+        return {"deleted": count, "bytes": size}
 
     @api.get("/v1/calls")
     async def recent_calls(limit: int = Query(50, ge=1, le=1000)) -> dict[str, Any]:
@@ -564,8 +588,15 @@ def build(
             raise OutputExpired(
                 f"items of call {call_id} before number {record.taken} were taken already", call=call_id
             )
-        out = [(kind, payload.read()) for kind, payload in itertools.islice(record.items, first, first + _PAGE)]
-        if record.done.is_set() and after + len(out) >= record.count:
+        page = list(itertools.islice(record.items, first, first + _PAGE))
+        if any(payload.data is None for _, payload in page):
+            try:
+                out = await in_thread(lambda: [(kind, payload.read()) for kind, payload in page])
+            except FileNotFoundError:  # meanwhile somebody said that they have come
+                raise OutputExpired(f"items of call {call_id} were taken meanwhile", call=call_id) from None
+        else:
+            out = [(kind, payload.read()) for kind, payload in page]
+        if record.outcome is not None and after + len(out) >= record.count:
             record.closed = time.monotonic()
             if record.outcome == "success" and record.from_journal:
                 gone = OutputExpired(f"the items of call {call_id} are no longer kept", call=call_id)
@@ -573,7 +604,9 @@ def build(
             elif record.outcome == "success":
                 out.append((b"d", b""))
             elif record.outcome == "exception":
-                out.append((b"e", record.result.read()))
+                out.append(
+                    (b"e", await in_thread(record.result.read) if record.result.data is None else record.result.data)
+                )
             else:
                 out.append((b"f", json.dumps(failure_of(record).to_dict()).encode()))
         headers = {"Woodfrog-Call": call_id, "Woodfrog-Status": record.outcome or "pending"}

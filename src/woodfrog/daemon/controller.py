@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from woodfrog.backends.base import Answer, Backend, CallRequest, StartRequest
-from woodfrog.backends.connection import Payload
+from woodfrog.backends.payload import Payload, discard, spooled
 from woodfrog.control import events as ev
 from woodfrog.control.gpus import Gpu, chip_of, chips_for
 from woodfrog.control.machine import InvalidTransition, handle
 from woodfrog.control.replay import journal_header, journal_line
 from woodfrog.control.state import Config, State
 from woodfrog.daemon.calllog import CallLog
-from woodfrog.daemon.journal import CallRow, DeployRow, Journal
+from woodfrog.daemon.journal import INLINE_BYTES, CallRow, DeployRow, Journal
 from woodfrog.daemon.logs import LogBook
 from woodfrog.daemon.resources import Resources
 from woodfrog.errors import (
@@ -58,6 +58,7 @@ _SPARED_S = 3600.0
 _FETCHED_S = 120.0
 """And fetched ones for so long: a client that lost its connection may ask again."""
 _FETCHED_AT_ONCE = 500
+_REMOVED_AT_ONCE = 200
 _LITTLE_ROOM = 256 << 20
 """With less on the disk, fetched results go."""
 _RUNS_AT_ONCE = 20
@@ -94,6 +95,8 @@ class CallRecord:
     """Bytes of items that the client has not said it has."""
     read: asyncio.Event = field(default_factory=asyncio.Event)
     answer: Answer | None = None
+    ended: bool = False
+    """The machine is done with it; it has an outcome as soon as its answer is durable."""
     outcome: str | None = None
     error: dict[str, Any] | None = None
     result: Payload = field(default_factory=lambda: Payload(data=b""))
@@ -105,6 +108,8 @@ class CallRecord:
     closed: float | None = None
     """When somebody was told last that there are no more items."""
     instance_id: str | None = None
+    ran: int | None = None
+    """The version of the container that took it last: while a newer one starts, the old one's serve its calls."""
     mode: str = ""
     attempts: int = 0
     """So many there are at most; 0 = none has failed so far."""
@@ -157,6 +162,7 @@ class InstanceInfo:
 
     request: StartRequest
     begun: float
+    version: int
     call_id: str | None = None
     served: int = 0
     ready: bool = False
@@ -226,6 +232,8 @@ class Controller:
         self._running = False
         self._wake: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._keeping: set[asyncio.Task[None]] = set()
+        """Those of them that write answers."""
         self.shutting_down = False
         self.quiet = asyncio.Event()
         folder = settings.home / "events"
@@ -319,10 +327,11 @@ class Controller:
             case ev.WakeAt():
                 self._schedule(action.time)
 
-    def _task(self, work: Any) -> None:
+    def _task(self, work: Any) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._task_done)
+        return task
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -688,7 +697,7 @@ class Controller:
             self._call_finished(action, "success", None)
             return
         info.call_id = action.call_id
-        record.instance_id = action.instance_id
+        record.instance_id, record.ran = action.instance_id, info.version
         record.drop_items()
         waited = (self.now() - record.submitted) * 1e3
         record.phases = [Phase("queue", 0.0, round(waited, 3))]
@@ -768,27 +777,45 @@ class Controller:
 
     def _finish_call(self, action: ev.FinishCall) -> None:
         record = self.calls.get(action.call_id)
-        if record is None or record.outcome is not None:
+        if record is None or record.ended:
             return
+        record.ended = True
         record.finished = self.now()
         if record.row.app in self.touched:  # its client may have nothing to ask before it has looked at the answer
             self.touched[record.row.app] = record.finished
-        record.outcome = action.outcome
-        answer = record.answer
-        if action.outcome in ("success", "exception") and answer is not None:
-            record.error, record.result = answer.error, answer.payload
-        else:
-            record.error = action.error
         counters[f"call.{action.outcome}"] += 1
+        answer, error = record.answer, action.error
+        if action.outcome in ("success", "exception") and answer is not None:
+            if answer.payload.data is not None and len(answer.payload.data) > INLINE_BYTES:
+                task = self._task(self._keep_answer(record, action.outcome, answer))
+                self._keeping.add(task)
+                task.add_done_callback(self._keeping.discard)
+                return
+            error, record.result = answer.error, answer.payload
+        self._conclude(record, action.outcome, error)
+
+    async def _keep_answer(self, record: CallRecord, outcome: str, answer: Answer) -> None:
+        """An answer that the journal keeps in a file gets there without the loop."""
+        record.result = answer.payload
+        with contextlib.suppress(OSError):  # the journal meets the same, and says it
+            record.result = await spooled(answer.payload, self.journal.bodies)
+        self._conclude(record, outcome, answer.error)
+
+    def _conclude(self, record: CallRecord, outcome: str, error: dict[str, Any] | None) -> None:
+        """Write the answer, and let those have it who wait."""
+        call_id = record.row.id
+        record.outcome, record.error = outcome, error
         try:
             self.journal.finish_call(
-                action.call_id, outcome=action.outcome, error=record.error, result=record.result, trace=record.trace()
+                call_id, outcome=outcome, error=error, result=record.result, trace=record.trace(), version=record.ran
             )
-            if record.result.path is not None:
-                record.result = self.journal.result(action.call_id)
+            if record.result.path is not None:  # the journal has moved it
+                data = record.result.data
+                record.result = self.journal.result(call_id) if data is None else Payload(data=data)
         except StoreError as e:
             # Without a durable answer the caller gets the truth rather than a result that a restart would lose.
-            log.error("call %s: %s", action.call_id, e.message)
+            log.error("call %s: %s", call_id, e.message)
+            _drop(record.result)
             record.outcome, record.error, record.result = "failure", e.to_dict(), Payload(data=b"")
             self._write_failure(record)
         if record.outcome in ("exception", "failure"):
@@ -877,7 +904,7 @@ class Controller:
             parked=parked,
             gpus=gpus,
         )
-        self.instances[action.instance_id] = InstanceInfo(request, self.now())
+        self.instances[action.instance_id] = InstanceInfo(request, self.now(), row.version)
         counters[f"start.{mode}"] += not parked
         if self._uses_gpu(row, function) and not request.gpus:
             wanted = ", ".join(function.resources.gpu)
@@ -1121,9 +1148,9 @@ class Controller:
         """A client has got the answer: it is among the first to go where results take too much."""
         self._fetched.append(call_id)
         if len(self._fetched) >= _FETCHED_AT_ONCE:
-            self._tell_fetched()
+            self.tell_fetched()
 
-    def _tell_fetched(self) -> None:
+    def tell_fetched(self) -> None:
         calls, self._fetched = self._fetched, []
         if calls:
             try:
@@ -1132,7 +1159,7 @@ class Controller:
                 log.error("%s", e.message)
 
     def _forget_results(self) -> None:
-        self._tell_fetched()
+        self.tell_fetched()
         now = time.time()
         before, most = now - self.settings.keep_results_s, self.settings.keep_results_mib << 20
         gone = self.journal.prune(before, most, now - _SPARED_S, now - _FETCHED_S)
@@ -1140,6 +1167,26 @@ class Controller:
             gone += self.journal.prune(0.0, 1, 0.0, now - _FETCHED_S)
         for call_id in gone:
             self._forget_call(call_id)
+
+    async def remove_results(self, app: str, before: float) -> tuple[int, int]:
+        """Somebody wants results of finished calls gone: how many went, and their bytes.
+
+        Args:
+            app: only this one's; "" = all.
+            before: only those that finished before it (Unix time); 0 = all.
+        """
+        self.tell_fetched()
+        gone = await asyncio.to_thread(self.journal.finished, app, before)
+        count = size = 0
+        for at in range(0, len(gone), _REMOVED_AT_ONCE):
+            # What went meanwhile by itself is not counted twice.
+            part = [g for g in gone[at : at + _REMOVED_AT_ONCE] if self.journal.call(g[0]) is not None]
+            size += self.journal.forget(part)
+            count += len(part)
+            for call_id, _, _ in part:
+                self._forget_call(call_id)
+            await asyncio.sleep(0)
+        return count, size
 
     def _forget_calls(self) -> None:
         before = len(self.calls)
@@ -1223,10 +1270,15 @@ class Controller:
         if self._wake is not None:
             self._wake.cancel()
         await self.backend.close()
-        self._tell_fetched()
+        if self._keeping:
+            await asyncio.wait(self._keeping, timeout=grace)
+        self.tell_fetched()
         for record in self.calls.values():
             if record.unwritten:
                 self._write_failure(record)
+            # Whose call is not over is told so, and asks the next daemon; the server would break off.
+            record.done.set()
+            record.changed.set()
         for task in list(self._tasks):
             task.cancel()
         self._end_record()
@@ -1234,7 +1286,7 @@ class Controller:
 
 def _drop(payload: Payload) -> None:
     if payload.path is not None:
-        payload.path.unlink(missing_ok=True)
+        discard(payload.path)
 
 
 def _remove(paths: list[Path]) -> None:

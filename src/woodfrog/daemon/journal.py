@@ -12,12 +12,13 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from woodfrog.backends.connection import Payload
+from woodfrog.backends.payload import Payload, discard
 from woodfrog.daemon.room import Room
 from woodfrog.errors import OutputExpired, StoreError
 
@@ -60,6 +61,7 @@ _LIVE = """stopped IS NULL AND (
     OR (app, version) IN (SELECT app, version FROM calls WHERE finished IS NULL)
 )"""
 """Each running app's newest version, and those before it that have calls to finish."""
+_CHOSEN = "finished IS NOT NULL AND (:app = '' OR app = :app) AND (:before = 0 OR finished < :before)"
 VERSIONS_KEPT = 3
 """So many of each deployed app are kept with their code: a rollback needs it."""
 
@@ -228,7 +230,8 @@ class Journal:
         return bytes(row[0]) if row else b""
 
     def _keep(self, call_id: str, kind: str, payload: Payload) -> bytes | None:
-        """The inline form of a body, or None after moving it into its file."""
+        """The inline form of a body, or None after moving it into its file. A large one is best in a file already: what
+        is in memory alone is written here and now."""
         if payload.size <= INLINE_BYTES:
             return payload.read()
         path = self.bodies / f"{call_id}.{kind}"
@@ -320,25 +323,38 @@ class Journal:
         return payload
 
     def finish_call(
-        self, call_id: str, *, outcome: str, error: dict[str, Any] | None, result: Payload, trace: list[dict[str, Any]]
+        self,
+        call_id: str,
+        *,
+        outcome: str,
+        error: dict[str, Any] | None,
+        result: Payload,
+        trace: list[dict[str, Any]],
+        version: int | None = None,
     ) -> None:
-        """Record the answer; the arguments are dropped, since nothing can ask for them any more."""
+        """Record the answer; the arguments are dropped, since nothing can ask for them any more.
+
+        Args:
+            version: the app's that answered, where it is known.
+        """
         size = result.size
         data = self._keep(call_id, "out", result)
         why, phases = json.dumps(error) if error else None, json.dumps(trace)
         size += _ROW_BYTES + len(why or "") + len(phases)
         try:
             self._execute(
-                "UPDATE calls SET finished = ?, outcome = ?, error = ?, result = ?, trace = ?, size = ?, payload = NULL"
-                " WHERE id = ?",
-                *(time.time(), outcome, why, data, phases, size, call_id),
+                "UPDATE calls SET finished = ?, outcome = ?, error = ?, result = ?, trace = ?, size = ?,"
+                " payload = NULL, version = coalesce(?, version) WHERE id = ?",
+                *(time.time(), outcome, why, data, phases, size, version, call_id),
             )
         except StoreError:
             if data is None:
                 self._drop(self.bodies / f"{call_id}.out")
             raise
         self.kept += size
-        self._drop(self.bodies / f"{call_id}.in")
+        arguments = self.bodies / f"{call_id}.in"
+        if arguments.exists():
+            discard(arguments)
 
     def call(self, call_id: str) -> CallRow | None:
         return next(iter(self._calls("WHERE id = ?", call_id)), None)
@@ -366,6 +382,40 @@ class Journal:
             CallRow(*(*r[:10], json.loads(r[10]) if r[10] else None, json.loads(r[11]) if r[11] else [])) for r in rows
         ]
 
+    def usage(self, app: str = "", before: float = 0.0) -> list[dict[str, Any]]:
+        """What the results of finished calls take, by app. For a thread: it looks at every row.
+
+        Args:
+            app: only this one's; "" = all.
+            before: only those that finished before it (Unix time); 0 = all.
+        """
+        sql = "SELECT app, count(*), total(size), min(finished), total(delivered) FROM calls"
+        rows = self._apart(f"{sql} WHERE {_CHOSEN} GROUP BY app ORDER BY total(size) DESC", app, before)
+        names = ("app", "results", "bytes", "oldest", "fetched")
+        return [dict(zip(names, (a, n, int(s), t, int(d)), strict=True)) for a, n, s, t, d in rows]
+
+    def finished(self, app: str = "", before: float = 0.0) -> list[tuple[str, int, bool]]:
+        """Id, size, and whether its result is in a file, of each such call. For a thread, as `usage`."""
+        rows = self._apart(f"SELECT id, size, result IS NULL FROM calls WHERE {_CHOSEN}", app, before)
+        return [(i, s, bool(f)) for i, s, f in rows]
+
+    def _apart(self, sql: str, app: str, before: float) -> list[Any]:
+        """Through a connection of its own, beside which the loop goes on writing."""
+        try:
+            with contextlib.closing(sqlite3.connect(f"file:{self._home / _FILE}?mode=ro", uri=True)) as db:
+                return db.execute(sql, {"app": app, "before": before}).fetchall()
+        except sqlite3.Error as e:
+            path = self._home / _FILE
+            raise StoreError(f"the daemon's journal {path} cannot be used: {e}", code="journal") from e
+
+    def forget(self, calls: Sequence[tuple[str, int, bool]]) -> int:
+        """Forget finished calls, as `finished` tells of them; the bytes that went."""
+        files = [discard(self.bodies / f"{call_id}.out") for call_id, _, in_file in calls if in_file]
+        size = sum(size for _, size, _ in calls)
+        self._remove([call_id for call_id, _, _ in calls], files)
+        self.kept -= size
+        return size
+
     def mark_delivered(self, calls: Sequence[str]) -> None:
         """Their clients have got the answers."""
         with self._at_once():
@@ -383,6 +433,7 @@ class Journal:
             spared: then the rest, but not those that finished after it (Unix time).
         """
         gone: dict[str, None] = {}
+        files: list[Future[None]] = []
         left = self.kept
         for kind, limit, over in (("", before, False), ("delivered AND", delivered, True), ("", spared, True)):
             if over and (not most or left <= most):
@@ -400,20 +451,26 @@ class Journal:
                 gone[call_id] = None
                 left -= size
                 if in_file:
-                    # Before its row: on a full disk there is no room to delete rows in until something has gone.
-                    self._drop(self.bodies / f"{call_id}.out")
+                    files.append(discard(self.bodies / f"{call_id}.out"))
         if gone:
-            while True:
-                try:
-                    self._remove(gone)
-                    break
-                except StoreError as e:
-                    if e.code != "disk-full" or not self.room.give():
-                        raise
+            self._remove(gone, files)
             self.kept = left
         return list(gone)
 
-    def _remove(self, calls: Iterable[str]) -> None:
+    def _remove(self, calls: Collection[str], files: list[Future[None]]) -> None:
+        """Forget calls whose results' files are being removed."""
+        while True:
+            try:
+                self._remove_rows(calls)
+                return
+            except StoreError as e:
+                if files:  # on a full disk there is no room to delete rows in until something has gone
+                    wait(files)
+                    files.clear()
+                elif e.code != "disk-full" or not self.room.give():
+                    raise
+
+    def _remove_rows(self, calls: Collection[str]) -> None:
         with self._at_once():
             for call_id in calls:
                 self._execute("DELETE FROM calls WHERE id = ?", call_id)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from woodfrog.daemon.names import check_name
+from woodfrog.daemon.volumes import VolumeFiles, path_parts
 from woodfrog.errors import NotFoundError, SandboxError, SpecError
 from woodfrog.linux import rootplan
 from woodfrog.linux.skeleton import host_above, is_the_systems
@@ -21,18 +23,13 @@ from woodfrog.store.files import fsync_dir, remove_tree, store_error, write_atom
 
 __all__ = ["Resources"]
 
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
 _EPHEMERAL = re.compile(r"ephemeral-[0-9a-f]{12}")
 _DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
 _UNUSED_S = 86400.0
+_SUB_PATHS = 32
+"""So many mounts a sandbox takes at once."""
 _TAKEN_MOUNTS = ("/app", "/proc", "/sys", "/dev", "/run", "/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc")
-
-
-def check_name(kind: str, name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise SpecError(f"{kind} name {name!r}: letters, digits, '.', '_' and '-' only, at most 64", code="bad-name")
-    return name
 
 
 def _check_open(name: str) -> None:
@@ -155,11 +152,20 @@ class Resources:
         return path
 
     def mounts(self, function: FunctionSpec) -> tuple[rootplan.VolumeMount, ...]:
-        """What a sandbox of this function gets mounted."""
-        return tuple(
-            rootplan.VolumeMount(self.volume_path(v), v.path, v.read_only, host_above(os.path.normpath(v.path)))
-            for v in function.volumes
-        )
+        """What a sandbox of this function gets mounted.
+
+        Raises:
+            NotFoundError: a volume does not exist and may not be created.
+            SpecError: a link or a file is on the way to a directory in one.
+        """
+        found = []
+        for volume in function.volumes:
+            source, parts = self.volume_path(volume), path_parts(volume.sub_path)
+            if parts:
+                VolumeFiles(self._volumes, self._uid).make(volume.name, parts)
+            above = host_above(os.path.normpath(volume.path))
+            found.append(rootplan.VolumeMount(source, volume.path, volume.read_only, above, parts))
+        return tuple(found)
 
     def set_volumes_aside(self, specs: Callable[[], Iterable[str]]) -> list[Path]:
         """Take away the ephemeral volumes that none of these specs (JSON) has named for a day.
@@ -231,6 +237,8 @@ class Resources:
             with _of(where):
                 for secret in function.secrets:
                     self._secret(secret)
+            if sum(bool(v.sub_path) for v in function.volumes) > _SUB_PATHS:
+                raise SpecError(f"{where}: at most {_SUB_PATHS} volumes with sub_path", code="bad-volume")
             for mount in function.volumes:
                 path = os.path.normpath(mount.path)
                 if not os.path.isabs(mount.path) or path == "/":
@@ -247,3 +255,4 @@ class Resources:
                     raise SpecError(f"{where}: volume path {e.message}", code="bad-volume") from None
                 with _of(where):
                     self.volume_path(mount)
+                    path_parts(mount.sub_path)

@@ -20,15 +20,17 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import StreamingResponse
 
-from woodfrog.daemon.controller import Controller
-from woodfrog.daemon.resources import check_name
+from woodfrog.daemon.names import check_name
 from woodfrog.errors import FileMissing, FileTaken, NotFoundError, SpecError, StoreError, WoodfrogError
 from woodfrog.spec import VolumeMount
+
+if TYPE_CHECKING:
+    from woodfrog.daemon.controller import Controller
 
 __all__ = ["Upload", "VolumeFiles", "add_routes"]
 
@@ -156,6 +158,15 @@ class VolumeFiles:
     def _give(self, fd: int) -> None:
         if os.geteuid() == 0:
             os.fchown(fd, self._uid, self._uid)
+
+    def make(self, name: str, parts: Sequence[str]) -> None:
+        """Make a directory, and those above it, where they are missing.
+
+        Raises:
+            SpecError: a link or a file is on the way.
+        """
+        with self._directory(name, parts, make=True):
+            pass
 
     # Looking
 

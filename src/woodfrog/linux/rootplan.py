@@ -106,6 +106,8 @@ class VolumeMount:
     read_only: bool = False
     under: str = ""
     """The host's directory that has to be laid over because it lacks the mount point; see `skeleton.host_above`."""
+    parts: tuple[str, ...] = ()
+    """The way to the directory in `source` that is mounted. Others write there: no link on it is followed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +178,8 @@ class RootPlan:
 
     ops: tuple[Op, ...]
     shm_layer: Path | None = None
+    beneath: tuple[tuple[Path, tuple[str, ...]], ...] = ()
+    """Directories in others' ones that are mounted: the operations' `@0`, `@1`, …"""
 
 
 def _mkdir(path: str | PurePosixPath, mode: int = 0o755, uid: int = 0, gid: int = 0) -> Op:
@@ -412,18 +416,23 @@ def root_plan(request: RootRequest, host: HostRoot) -> RootPlan:
         ops.append(_bind(_absolute(request.kdat_file, "kdat file"), CRIU_KDAT, "ro,nosuid,nodev,noexec"))
 
     ops += binding
+    beneath: list[tuple[Path, tuple[str, ...]]] = []
     for volume in sorted(request.volumes, key=lambda v: v.target):
         target = _user_target(volume.target, "volume")
         attributes = "nosuid,nodev" + (",ro" if volume.read_only else "")
         # Else a link that was made in a directory of the worker's would have it lie over the system's own files.
         ops.append(Op("straight", (str(target),)))
         ops += [_mkdir(p, 0o1775, 0, gid) for p in reversed(target.parents) if len(p.parts) > 1]
-        ops += [_mkdir(target), _bind(_absolute(volume.source, "volume source"), target, attributes)]
+        source: str | PurePosixPath = _absolute(volume.source, "volume source")
+        if volume.parts:
+            source = f"@{len(beneath)}"
+            beneath.append((volume.source, volume.parts))
+        ops += [_mkdir(target), _bind(source, target, attributes)]
     ops.append(Op("pivot"))
     if not request.network:
         ops.append(Op("linkdel", ("eth0",)))
     ops.append(Op("hostname", (request.hostname,)))
-    return RootPlan(tuple(ops), request.shm_layer)
+    return RootPlan(tuple(ops), request.shm_layer, tuple(beneath))
 
 
 def _between(path: PurePosixPath, above: PurePosixPath, hidden: tuple[PurePosixPath, ...]) -> bool:

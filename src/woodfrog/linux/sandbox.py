@@ -48,6 +48,7 @@ _OPEN_TREE = 428
 _OPENAT2 = 437
 _OPEN_TREE_CLONE = 1
 _AT_FDCWD = -100
+_AT_EMPTY_PATH = 0x1000
 _AT_RECURSIVE = 0x8000
 _RESOLVE_NO_MAGICLINKS = 0x02
 _RESOLVE_NO_SYMLINKS = 0x04
@@ -295,6 +296,30 @@ class _Channel:
         self._on_event(fields, fds)
 
 
+def _mount_beneath(sandbox: str, source: Path, parts: Sequence[str]) -> int:
+    """A directory below `source` as a detached mount. Whoever writes there may put a link on the way at any time: none
+    is followed.
+
+    Raises:
+        SandboxError: it is not there, or a link or a file is on the way.
+    """
+    fd = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in parts:
+            deeper = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            os.close(fd)
+            fd = deeper
+        mount: int = _libc.syscall(_OPEN_TREE, fd, b"", _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH)
+        if mount < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return mount
+    except OSError as e:
+        inner = source.joinpath(*parts)
+        raise SandboxError(f"sandbox {sandbox}: cannot mount {inner}: {e.strerror}", errno=e.errno) from e
+    finally:
+        os.close(fd)
+
+
 class Sandbox:
     """A set of namespaces with woodfrog's init as PID 1. Make one with `prepare`."""
 
@@ -525,7 +550,14 @@ class Sandbox:
         Raises:
             SandboxError: which operation failed; the sandbox can only be destroyed then.
         """
-        values = await self._ops(plan.ops)
+        mounts: list[int] = []
+        try:
+            for source, parts in plan.beneath:
+                mounts.append(_mount_beneath(self.id, source, parts))
+            values = await self._ops(plan.ops, fds=mounts)
+        finally:
+            for mount in mounts:
+                os.close(mount)
         self._upper_fd = int(values[0]) if values else None
         if plan.shm_layer is not None and not _copy_small(plan.shm_layer, self.path("/dev/shm")):
             copy = await asyncio.create_subprocess_exec(

@@ -8,6 +8,8 @@ import io
 import json
 import os
 import re
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -38,6 +40,8 @@ TELL_S = 1.0
 """One that is away for longer is told of."""
 PATIENCE_S = 60.0
 """How long the daemon may take over an answer."""
+HUNG_S = 6.0
+"""An answer that takes longer may be that of a daemon that does not answer at all: it is asked for its health."""
 START_S = 30.0
 """How long a daemon may take from its start to its first answer."""
 END_S = 60.0
@@ -182,6 +186,7 @@ class Client:
             self._base = _address(settings.host)
             if settings.token:
                 self._headers["authorization"] = f"Bearer {settings.token}"
+        self._watching = True
         self._begin()
         _all_clients.add(self)
 
@@ -189,6 +194,10 @@ class Client:
         """With connections and locks of this process's own. Its parent's would carry the answers to others' calls, and
         a lock that one of its threads held at the fork would never be free here."""
         self._starting = threading.Lock()
+        self._under_way: dict[object, float] = {}
+        """When each request was begun that is not over."""
+        self._watch_lock = threading.Lock()
+        self._watched = False
         # Without httpx above it, which is slow to import and a quarter of a small call.
         self._pool = httpcore.ConnectionPool(
             uds=None if self.settings.host else str(self.settings.socket),
@@ -221,8 +230,39 @@ class Client:
             own["content-length"] = "0"
         sent = [(name.encode(), str(value).encode()) for name, value in {**self._headers, **own}.items()]
         timeout = {"connect": connect, "read": read, "write": write, "pool": None}
-        with self._pool.stream(method, url, headers=sent, content=content, extensions={"timeout": timeout}) as r:
-            yield _Answer(method, r)
+        request = object()
+        self._under_way[request] = time.monotonic()
+        try:
+            if self._watching and not self._watched:
+                self._begin_watch()
+            with self._pool.stream(method, url, headers=sent, content=content, extensions={"timeout": timeout}) as r:
+                yield _Answer(method, r)
+        finally:
+            self._under_way.pop(request, None)
+
+    def _begin_watch(self) -> None:
+        with self._watch_lock:
+            if not self._watched:
+                self._watched = True
+                threading.Thread(target=self._watch, daemon=True, name="woodfrog-watch").start()
+
+    def _watch(self) -> None:
+        """Tell of a daemon that does not answer any more: the answer to a call may take hours, that of its health not.
+
+        One thread for all requests, which ends when there have been none for a while.
+        """
+        idle = 0.0
+        while idle < 60.0:
+            time.sleep(HUNG_S / 4)
+            begun = min(list(self._under_way.values()), default=None)
+            idle = 0.0 if begun is not None else idle + HUNG_S / 4
+            if begun is None or time.monotonic() - begun < HUNG_S or self._told:
+                continue
+            with self.apart(HUNG_S) as other, suppress(WoodfrogError):
+                if other.health(timeout=HUNG_S) is None and (hung := other.hung()) and self._under_way:
+                    self._tell(hung.replace("does not answer", "does not answer: waiting for it", 1))
+            time.sleep(HUNG_S)
+        self._watched = False
 
     @contextmanager
     def apart(self, seconds: float) -> Iterator[Client]:
@@ -231,7 +271,7 @@ class Client:
         For what remains to be done after Ctrl-C, which may have left this one's pool locked or a connection half used.
         """
         client = Client(self.settings, reconnect_s=seconds, patience_s=seconds)
-        client.on_lost, client._told = self.on_lost, self._told
+        client.on_lost, client._told, client._watching = self.on_lost, self._told, False
         try:
             yield client
         finally:
@@ -329,9 +369,11 @@ class Client:
                 lost, absent = now, isinstance(trouble, httpcore.ConnectError)
             self._away = self._away or lost
             if now - lost > allowed:
+                went = f"went away and did not come back in {allowed:g} s ({type(trouble).__name__}: {trouble})"
+                hung = self.hung() if isinstance(trouble, httpcore.TimeoutException) else ""
                 raise DaemonError(
-                    f"woodfrog's daemon at {self.where} went away and did not come back in {allowed:g} s "
-                    f"({type(trouble).__name__}: {trouble}){kept and '; ' + kept}{self.remedy()}",
+                    (hung or f"woodfrog's daemon at {self.where} {went}")
+                    + f"{kept and '; ' + kept}{'' if hung else self.remedy()}",
                     code="daemon-lost",
                     retryable=True,
                 ) from None
@@ -459,6 +501,43 @@ class Client:
             )
         return found
 
+    def look(self, *, patience: float = 0.0, any_protocol: bool = False) -> dict[str, Any] | None:
+        """As `health`, but one that is there and does not answer is not taken for none.
+
+        Args:
+            patience: seconds to wait for it, besides the first 5; that it is waited for is told.
+
+        Raises:
+            DaemonError: it does not answer; or as `health`.
+        """
+        begin = time.monotonic()
+        while (found := self.health(any_protocol=any_protocol)) is None:
+            hung = self.hung()
+            if not hung:
+                return None
+            if time.monotonic() - begin > patience:
+                raise DaemonError(hung, code="daemon-hung", retryable=True)
+            self._tell(hung.replace("does not answer", "does not answer: waiting for it", 1))
+        self._told = False
+        return found
+
+    def hung(self) -> str:
+        """Of a daemon that did not answer: who it is and what to do, where it is there all the same."""
+        if self.settings.host:
+            return f"woodfrog's daemon at {self.where} does not answer"
+        try:
+            with socket.socket(socket.AF_UNIX) as asked:
+                asked.settimeout(1.0)
+                asked.connect(str(self.settings.socket))
+                pid = struct.unpack("3i", asked.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        except OSError:
+            return ""
+        return (
+            f"woodfrog's daemon (pid {pid}) does not answer; its log: {self.settings.home / 'daemon.log'}; where it is "
+            f"stopped `kill -CONT {pid}` lets it go on, and after `kill -9 {pid}` the next command starts another, "
+            "which runs unfinished calls again"
+        )
+
     def lines(self, path: str, params: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
         """An NDJSON answer line by line (logs); with `follow` for as long as the daemon sends.
 
@@ -568,7 +647,7 @@ def connect(settings: Settings | None = None, *, start: bool = True) -> Client:
     settings = settings or load()
     with _lock:
         client = _clients.get(settings) or Client(settings)
-        found = client.health()
+        found = client.health() if settings.host else client.look(patience=START_S if start else 0.0)
         gone = _gone(found)
         if found is None or (gone and start):
             if settings.host and gone:

@@ -57,6 +57,8 @@ class Volume:
     is_read_only: bool = False
     create: bool = False
     is_ephemeral: bool = False
+    sub_path: str = ""
+    """What of it containers see, where it is not all."""
 
     @classmethod
     def from_name(
@@ -92,18 +94,30 @@ class Volume:
     def with_mount_options(
         self, *, read_only: bool | None = None, sub_path: str | PurePosixPath | None = None
     ) -> Volume:
-        """The same volume, mounted read-only or not; None leaves it as it is.
+        """The same volume as containers are to see it; None leaves it as it is.
+
+        Args:
+            sub_path: the directory in the volume that is mounted, instead of all of it; made where it is missing. It
+                must be one: a symbolic link is not followed. `listdir` and so on go on from the volume's top.
 
         Raises:
-            SpecError: with `sub_path`: a volume is mounted as a whole.
+            SpecError: not a path within the volume.
+
+        Example:
+            >>> jobs = woodfrog.Volume.from_name("jobs", create_if_missing=True)
+            >>> app = woodfrog.App("a", volumes={"/out": jobs.with_mount_options(sub_path="today")})
         """
-        if sub_path is not None:
+        changed = self if read_only is None else replace(self, is_read_only=bool(read_only))
+        if sub_path is None:
+            return changed
+        parts = [p for p in str(sub_path).split("/") if p not in ("", ".")]
+        if ".." in parts or not "".join(parts).isprintable():
             raise SpecError(
-                f"Volume.with_mount_options: woodfrog does not have sub_path={str(sub_path)!r} yet: mount the whole "
-                f"volume and use the directory in it ({checks.caller()})",
-                code="not-yet",
+                f"Volume.with_mount_options: sub_path={str(sub_path)[:200]!r} is not a path within the volume "
+                f"({checks.caller()})",
+                code="bad-path",
             )
-        return self if read_only is None else replace(self, is_read_only=bool(read_only))
+        return replace(changed, sub_path="/".join(parts))
 
     @property
     def commit(self) -> Dual[[], None, Coroutine[Any, Any, None]]:
@@ -346,5 +360,6 @@ def mounts(value: Any) -> tuple[VolumeMount, ...]:
             read_only=volume.is_read_only,
             create=volume.create,
             ephemeral=volume.is_ephemeral,
+            sub_path=volume.sub_path,
         )
     return tuple(found[k] for k in sorted(found))

@@ -12,11 +12,11 @@ from blake3 import blake3
 
 from woodfrog.spec import CODE, FunctionSpec, RuntimeSpec, digest_of, key_parts
 
-__all__ = ["Origin", "explain", "origin_of", "read", "write"]
+__all__ = ["MOST_BYTES", "ORIGIN", "Origin", "explain", "origin_of", "read", "write"]
 
-_NAME = "origin"
+ORIGIN = "origin"
 """Beside the manifest, not under its signature: it only ever becomes words."""
-_MOST_BYTES = 4 << 20
+MOST_BYTES = 4 << 20
 _NAMED = 3
 """So many files are named."""
 _DIGITS = 16
@@ -93,18 +93,23 @@ def _digest(path: str) -> str:
 def write(origin: Origin, folder: Path) -> None:
     """Keep it with a snapshot that is not committed yet; where that cannot be, nothing is said later."""
     data = json.dumps(vars(origin), separators=(",", ":")).encode()
-    if len(data) > _MOST_BYTES:
+    if len(data) > MOST_BYTES:
         data = json.dumps({"parts": origin.parts, "files": None}).encode()
     with suppress(OSError):
-        (folder / _NAME).write_bytes(data)
+        (folder / ORIGIN).write_bytes(data)
 
 
 def read(folder: Path) -> Origin | None:
-    """What is kept in a snapshot's directory; None = nothing."""
+    """What is kept in a snapshot's directory; None = nothing that can be read. It may have come from elsewhere."""
     try:
-        return Origin(**json.loads((folder / _NAME).read_bytes()))
-    except (OSError, ValueError, TypeError):
+        found = Origin(**json.loads((folder / ORIGIN).read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
+    return found if _texts(found.parts) and (found.files is None or _texts(found.files)) else None
+
+
+def _texts(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
 
 
 def explain(before: Origin, now: Origin) -> str:

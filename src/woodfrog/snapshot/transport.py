@@ -7,6 +7,7 @@ In a tier:
     chunks[-<key>]/<2>/<name>                 a part of a large file of some layer, see store/chunks.py
     snapshots/<id>/images, fs, shm            CRIU's images and the file layers, cold form of trees
     snapshots/<id>/packs.json                 where its packs are and in which form; a hint, not trusted
+    snapshots/<id>/origin                     what it was made of, to tell what changed since; advice, not trusted
     snapshots/<id>/signer                     the public key of .sig, as a hint to people
     snapshots/<id>/manifest.json, .sig        last: what is not named by it is not there
     by-key/<function key>/<worker class>/<id> last of all: found by those who look for it
@@ -30,7 +31,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from woodfrog.snapshot.catalogue import WORKING_SET, Catalogue, Staging
 from woodfrog.snapshot.incoming import Incoming, Origin
 from woodfrog.snapshot.listing import MANIFEST_MAX, SIGNATURE_MAX, SIGNER, Lister
 from woodfrog.snapshot.manifest import Manifest, SigningKey, decode, encode, external_file
+from woodfrog.snapshot.origin import MOST_BYTES, ORIGIN
 from woodfrog.snapshot.sweep import Swept, sweep
 from woodfrog.snapshot.tombstones import Tombstone, bury, dig_up, read
 from woodfrog.snapshot.trust import TrustedKey, TrustStore, fingerprint, public_text, verify_any
@@ -212,6 +214,8 @@ class Transport:
                 fault("push.files")
                 if working_set := _read_advice(opened.path / WORKING_SET):
                     tier.put(f"{prefix}/{WORKING_SET}", self._sealed(working_set))
+                if made_of := _read_advice(opened.path / ORIGIN):
+                    tier.put(f"{prefix}/{ORIGIN}", self._sealed(made_of))
                 data = encode(manifest)
                 lease.check()
                 tier.put(f"{prefix}/{SIGNER}", public_text(self.signing).encode())
@@ -490,13 +494,14 @@ class Transport:
         def get(part: str) -> None:
             self._get(tier, f"{prefix}/{part}", room / part, _tree_max(manifest, folders[part]))
 
-        def get_set() -> bytes:
-            if not tier.has(f"{prefix}/{WORKING_SET}"):
+        def get_advice(name: str, most: int) -> bytes:
+            if not tier.has(f"{prefix}/{name}"):
                 return b""
-            return self._small(tier, f"{prefix}/{WORKING_SET}", _WORKING_SET_MAX)
+            return self._small(tier, f"{prefix}/{name}", most)
 
-        with ThreadPoolExecutor(_PARALLEL) as pool:
-            working_set = pool.submit(get_set)
+        with ThreadPoolExecutor(_PARALLEL + 1) as pool:
+            working_set = pool.submit(get_advice, WORKING_SET, _WORKING_SET_MAX)
+            made_of = pool.submit(get_advice, ORIGIN, MOST_BYTES)
             list(pool.map(get, folders))
         staging = self._catalogue.begin(manifest.id)
         try:
@@ -507,6 +512,9 @@ class Transport:
                 fault("pull.tree")
             if found := working_set.result():
                 (staging.path / WORKING_SET).write_bytes(found)
+            with suppress(StoreError, IntegrityError):  # without it a later start says less
+                if found := made_of.result():
+                    (staging.path / ORIGIN).write_bytes(found)
         except BaseException:
             self._catalogue.abandon(staging)
             raise
