@@ -27,6 +27,7 @@ import pytest
 from contract.fake_backend import WORKER_CLASS, FakeBackend, FaultyBackend
 from woodfrog.control.events import RunCall
 from woodfrog.daemon import api as api_module
+from woodfrog.daemon import controller as controller_module
 from woodfrog.daemon import journal as journal_module
 from woodfrog.daemon.api import TokenAuth, build
 from woodfrog.daemon.controller import Controller
@@ -536,6 +537,34 @@ async def test_a_generator_whose_items_are_gone_says_so(daemon: Daemon) -> None:
     again = Daemon(daemon.settings.home, FaultyBackend)
     items = list(unpack_items((await again.http.get(f"/calls/{call}/items")).content))
     assert items[-1][0] == b"f" and json.loads(items[-1][1])["code"] == "expired"
+    await again.close()
+    daemon.__dict__.update(Daemon(daemon.settings.home).__dict__)
+
+
+@pytest.mark.parametrize("read", [True, False])
+async def test_a_generator_is_not_pieced_together_from_two_daemons_runs(
+    daemon: Daemon, read: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has items of a run that its daemon did not end hears that it failed; who has none gets all of another run."""
+    monkeypatch.setattr(controller_module, "_ITEM_LIMIT", 1)  # it waits for its reader after each item
+    await daemon.deploy(function("count"))
+    call = (await daemon.submit("count", 4)).headers["woodfrog-call"]
+    items: list[tuple[bytes, bytes]] = []
+    while len(items) < 2 * read:
+        answer = await daemon.http.get(f"/calls/{call}/items", params={"after": len(items), "wait": 10})
+        items += unpack_items(answer.content)
+    await daemon.die()
+    again = Daemon(daemon.settings.home)
+    while not items or items[-1][0] == b"i":
+        answer = await again.http.get(f"/calls/{call}/items", params={"after": len(items), "wait": 10})
+        items += unpack_items(answer.content)
+    if read:
+        assert [kind for kind, _ in items[:2]] == [b"i", b"i"] and items[2:] == [items[-1]]
+        error = json.loads(items[-1][1])
+        assert error["code"] == "crashed" and "after 2 items" in error["message"]
+        assert (await again.http.get(f"/calls/{call}", params={"wait": 10})).headers["woodfrog-status"] == "failure"
+    else:
+        assert [kind for kind, _ in items] == [b"i"] * 4 + [b"d"]
     await again.close()
     daemon.__dict__.update(Daemon(daemon.settings.home).__dict__)
 

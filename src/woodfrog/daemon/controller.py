@@ -90,6 +90,10 @@ class CallRecord:
     """A generator's, without those that the client has."""
     taken: int = 0
     """Items the client has: the number of the first that is kept."""
+    sent: int = 0
+    """Items that were given out so far."""
+    taken_up: bool = False
+    """Of an earlier daemon's, unfinished there: whoever has more items than were `sent` has them of its run there."""
     unread: int = 0
     """Bytes of items that the client has not said it has."""
     read: asyncio.Event = field(default_factory=asyncio.Event)
@@ -358,7 +362,7 @@ class Controller:
                 except StoreError as e:
                     self._end_call(row, "failure", e)
                     continue
-                self._take_call(row, payload)
+                self._take_call(row, payload).taken_up = True
         for rows in unfinished.values():
             for row in rows:
                 self._end_call(row, "cancelled", CallCancelled(f"app {row.app!r} was stopped"))
@@ -676,8 +680,9 @@ class Controller:
         record.done.set()
         return record
 
-    def cancel(self, call_id: str) -> None:
-        self.emit(ev.CallCancelled(now=self.now(), call_id=call_id))
+    def cancel(self, call_id: str, error: WoodfrogError | None = None) -> None:
+        """End a call, as cancelled, or as failed with this error."""
+        self.emit(ev.CallCancelled(now=self.now(), call_id=call_id, error=error and error.to_dict()))
 
     async def _run_call(self, action: ev.RunCall) -> None:
         record = self.calls[action.call_id]
