@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -567,6 +568,19 @@ async def test_a_generator_is_not_pieced_together_from_two_daemons_runs(
         assert [kind for kind, _ in items] == [b"i"] * 4 + [b"d"]
     await again.close()
     daemon.__dict__.update(Daemon(daemon.settings.home).__dict__)
+
+
+async def test_no_more_containers_than_the_machine_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "Settings", partial(Settings, max_containers=2))
+    daemon = Daemon(tmp_path)
+    gates.clear()
+    await daemon.deploy(function("wait"))
+    calls = [(await daemon.submit("wait")).headers["woodfrog-call"] for _ in range(5)]
+    gates.setdefault("gate", asyncio.Event()).set()
+    for call in calls:
+        assert (await daemon.http.get(f"/calls/{call}", params={"wait": 10})).headers["woodfrog-status"] == "success"
+    assert len(daemon.backend.started) == 2
+    await daemon.close()
 
 
 async def test_constructor_parameters_have_instances_of_their_own(daemon: Daemon) -> None:

@@ -202,6 +202,7 @@ class Controller:
             Config(
                 snapshot_failures=settings.snapshot_failures,
                 capture_attempts=settings.capture_attempts,
+                max_instances=settings.max_containers,
                 parked=settings.parked,
                 gpus=gpus,
             ),
@@ -682,7 +683,7 @@ class Controller:
 
     def cancel(self, call_id: str, error: WoodfrogError | None = None) -> None:
         """End a call, as cancelled, or as failed with this error."""
-        self.emit(ev.CallCancelled(now=self.now(), call_id=call_id, error=error and error.to_dict()))
+        self.emit(ev.CallCancelled(now=self.now(), call_id=call_id, error=None if error is None else error.to_dict()))
 
     async def _run_call(self, action: ev.RunCall) -> None:
         record = self.calls[action.call_id]
