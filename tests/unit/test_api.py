@@ -36,8 +36,9 @@ from woodfrog.daemon.journal import Journal
 from woodfrog.daemon.logs import LogBook
 from woodfrog.daemon.package import Package
 from woodfrog.daemon.resources import Resources
-from woodfrog.errors import StoreError, error_from_dict
+from woodfrog.errors import InstanceCrashed, OutputExpired, StoreError, error_from_dict
 from woodfrog.protocol import unpack_items
+from woodfrog.sdk.client import error_from_answer
 from woodfrog.settings import Settings
 from woodfrog.snapshot.catalogue import Catalogue
 from woodfrog.snapshot.compat import WorkerClass
@@ -439,7 +440,7 @@ async def test_generators(daemon: Daemon) -> None:
     call = (await daemon.submit("count", 5)).headers["woodfrog-call"]
     answer = await daemon.http.get(f"/calls/{call}/items", params={"wait": 10})
     ((kind, body),) = unpack_items(answer.content)
-    assert kind == b"f" and json.loads(body)["code"] == "crashed"
+    assert kind == b"f" and isinstance(error_from_answer(json.loads(body), ""), InstanceCrashed)
 
 
 async def test_a_generator_that_is_left_early_is_closed_and_its_container_serves_on(daemon: Daemon) -> None:
@@ -537,7 +538,7 @@ async def test_a_generator_whose_items_are_gone_says_so(daemon: Daemon) -> None:
     await daemon.close()
     again = Daemon(daemon.settings.home, FaultyBackend)
     items = list(unpack_items((await again.http.get(f"/calls/{call}/items")).content))
-    assert items[-1][0] == b"f" and json.loads(items[-1][1])["code"] == "expired"
+    assert items[-1][0] == b"f" and isinstance(error_from_answer(json.loads(items[-1][1]), ""), OutputExpired)
     await again.close()
     daemon.__dict__.update(Daemon(daemon.settings.home).__dict__)
 
@@ -561,13 +562,31 @@ async def test_a_generator_is_not_pieced_together_from_two_daemons_runs(
         items += unpack_items(answer.content)
     if read:
         assert [kind for kind, _ in items[:2]] == [b"i", b"i"] and items[2:] == [items[-1]]
-        error = json.loads(items[-1][1])
-        assert error["code"] == "crashed" and "after 2 items" in error["message"]
+        error = error_from_answer(json.loads(items[-1][1]), "")
+        assert isinstance(error, InstanceCrashed) and "after 2 items" in error.message
         assert (await again.http.get(f"/calls/{call}", params={"wait": 10})).headers["woodfrog-status"] == "failure"
     else:
         assert [kind for kind, _ in items] == [b"i"] * 4 + [b"d"]
     await again.close()
     daemon.__dict__.update(Daemon(daemon.settings.home).__dict__)
+
+
+async def test_a_daemon_that_goes_lets_go_of_who_waits_for_a_call(daemon: Daemon) -> None:
+    daemon.backend.functions = {**FUNCTIONS, "count": wait_for_gate}
+    await daemon.deploy(function("wait"), function("count"))
+    asked = [asyncio.ensure_future(daemon.submit(tag, wait=200)) for tag in ("wait", "count")]
+    while len(daemon.controller.waiting) < 2:
+        await asyncio.sleep(0.01)
+    call, generator = daemon.controller.calls
+    asked.append(asyncio.ensure_future(daemon.http.get(f"/calls/{generator}/items", params={"wait": 200})))
+    while len(daemon.controller.waiting) < 3:
+        await asyncio.sleep(0.01)
+    daemon.controller.end_waits()
+    asked.append(asyncio.ensure_future(daemon.http.get(f"/calls/{call}", params={"wait": 200})))
+    answers = await asyncio.wait_for(asyncio.gather(*asked), 20)
+    assert [a.headers["woodfrog-status"] for a in answers] == ["pending"] * 4
+    assert [a.status_code for a in answers] == [202, 202, 200, 202] and not daemon.controller.waiting
+    gates["gate"].set()
 
 
 async def test_no_more_containers_than_the_machine_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

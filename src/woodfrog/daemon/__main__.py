@@ -326,6 +326,8 @@ async def serve(settings: Settings) -> None:
         await controller.shutdown()
         for s, _ in servers:
             s.should_exit = True
+        await asyncio.wait(running, timeout=0.3)  # from here on nobody new gets in
+        controller.end_waits()
         await asyncio.wait(running, timeout=5)
         settings.socket.unlink(missing_ok=True)
         logs.close()

@@ -188,12 +188,26 @@ def _answer(record: CallRecord, fetched: Callable[[str], None]) -> Response:
     return _Json({"error": failure_of(record).to_dict()}, headers=headers)
 
 
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    if not event.is_set() and seconds > 0:
-        try:
-            await asyncio.wait_for(event.wait(), min(seconds, _MAX_WAIT_S))
-        except TimeoutError:
-            return
+def _failure_frame(error: WoodfrogError) -> bytes:
+    return json.dumps({"error": error.to_dict()}).encode()
+
+
+async def _wait(controller: Controller, event: asyncio.Event, seconds: float) -> None:
+    if event.is_set() or seconds <= 0 or controller.let_go.is_set():
+        return
+    task = asyncio.current_task()
+    assert task is not None
+    controller.waiting.add(task)
+    try:
+        await asyncio.wait_for(event.wait(), min(seconds, _MAX_WAIT_S))
+    except TimeoutError:
+        return
+    except asyncio.CancelledError:
+        if not controller.let_go.is_set():
+            raise
+        task.uncancel()
+    finally:
+        controller.waiting.discard(task)
 
 
 def _class_for(manifest: Manifest, classes: tuple[WorkerClass, ...]) -> WorkerClass:
@@ -537,7 +551,7 @@ def build(
         finally:
             if payload.path is not None:  # the journal has moved it, or nobody wants it
                 payload.path.unlink(missing_ok=True)
-        await _wait(record.done, wait)
+        await _wait(controller, record.done, wait)
         return _answer(record, controller.fetched)
 
     @api.get("/v1/calls")
@@ -547,7 +561,7 @@ def build(
     @api.get("/v1/calls/{call_id}")
     async def get_call(call_id: str, wait: float = 0.0) -> Response:
         record = call_of(call_id)
-        await _wait(record.done, wait)
+        await _wait(controller, record.done, wait)
         return _answer(record, controller.fetched)
 
     def items_answer(record: CallRecord, frames: list[tuple[bytes, bytes]]) -> Response:
@@ -567,12 +581,14 @@ def build(
                 call=call_id,
             )
             controller.cancel(call_id, lost)
-            return items_answer(record, [(b"f", json.dumps(lost.to_dict()).encode())])
+            return items_answer(record, [(b"f", _failure_frame(lost))])
         record.acknowledge(after)
         deadline = time.monotonic() + min(wait, _MAX_WAIT_S)
         while record.count <= after and not record.done.is_set() and time.monotonic() < deadline:
+            if controller.let_go.is_set():
+                break
             record.changed.clear()
-            await _wait(record.changed, deadline - time.monotonic())
+            await _wait(controller, record.changed, deadline - time.monotonic())
         first = after - record.taken
         if first < 0:
             raise OutputExpired(
@@ -583,13 +599,13 @@ def build(
             record.closed = time.monotonic()
             if record.outcome == "success" and record.from_journal:
                 gone = OutputExpired(f"the items of call {call_id} are no longer kept", call=call_id)
-                out.append((b"f", json.dumps(gone.to_dict()).encode()))
+                out.append((b"f", _failure_frame(gone)))
             elif record.outcome == "success":
                 out.append((b"d", b""))
             elif record.outcome == "exception":
                 out.append((b"e", record.result.read()))
             else:
-                out.append((b"f", json.dumps(failure_of(record).to_dict()).encode()))
+                out.append((b"f", _failure_frame(failure_of(record))))
         record.sent = max(record.sent, after + sum(kind == b"i" for kind, _ in out))
         return items_answer(record, out)
 

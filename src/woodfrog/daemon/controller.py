@@ -233,6 +233,10 @@ class Controller:
         self._tasks: set[asyncio.Task[None]] = set()
         self.shutting_down = False
         self.quiet = asyncio.Event()
+        self.waiting: set[asyncio.Task[Any]] = set()
+        """Requests that wait for a call."""
+        self.let_go = asyncio.Event()
+        """Nothing is waited for any more: the next daemon is asked."""
         folder = settings.home / "events"
         folder.mkdir(mode=0o700, exist_ok=True)
         for old in sorted(folder.glob("*.ndjson"))[:-4]:
@@ -1216,6 +1220,12 @@ class Controller:
                 self._record.flush()
             except OSError as e:
                 self._end_record(e)
+
+    def end_waits(self) -> None:
+        """Answer all who wait for a call that it is not over: they ask the next daemon."""
+        self.let_go.set()
+        for task in self.waiting:
+            task.cancel()
 
     async def shutdown(self, grace: float = 30.0) -> None:
         """Let running calls finish, stop every instance; unfinished calls are for the next daemon."""
