@@ -707,6 +707,31 @@ async def test_a_secret_that_a_function_names_is_removed_by_force_only(daemon: D
 FROZEN = SnapshotPolicy(enabled=True)
 
 
+async def test_packages_that_came_after_a_snapshot_are_named(
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site-packages"
+    site.mkdir()
+    monkeypatch.setitem(globals(), "RUNTIME", replace(RUNTIME, sys_path=(str(site),)))
+    spec = function("square", snapshot=FROZEN, scaling=ScalingPolicy(single_use=True))
+
+    async def said() -> list[str]:
+        return [line["line"].partition(". ")[0] for line in await log_of(daemon) if "installed" in line["line"]]
+
+    await daemon.deploy(spec)
+    for _ in range(2):
+        await daemon.call("square", 2)
+        await settle()
+    assert daemon.backend.started[-1].mode == "restore" and await said() == []
+    (site / "torch-3.0.dist-info").mkdir()
+    os.utime(site / "torch-3.0.dist-info", (time.time() + 60,) * 2)
+    os.utime(site, (time.time() + 60,) * 2)
+    for _ in range(3):
+        await daemon.call("square", 2)
+        await settle()
+    assert await said() == ["installed since its snapshot was made: torch 3.0"]
+
+
 async def settle() -> None:
     await asyncio.sleep(0.03)
 

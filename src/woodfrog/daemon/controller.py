@@ -21,6 +21,7 @@ from woodfrog.control.machine import InvalidTransition, handle
 from woodfrog.control.replay import journal_header, journal_line
 from woodfrog.control.state import Config, State
 from woodfrog.daemon.calllog import CallLog
+from woodfrog.daemon.installed import installed_since
 from woodfrog.daemon.journal import CallRow, DeployRow, Journal
 from woodfrog.daemon.logs import LogBook
 from woodfrog.daemon.resources import Resources
@@ -233,6 +234,8 @@ class Controller:
         self._tasks: set[asyncio.Task[None]] = set()
         self.shutting_down = False
         self.quiet = asyncio.Event()
+        self._told_installed: dict[str, tuple[int, list[str]]] = {}
+        """What was said of each app's packages last, and of which version of it."""
         self.waiting: set[asyncio.Task[Any]] = set()
         """Requests that wait for a call."""
         self.let_go = asyncio.Event()
@@ -899,7 +902,25 @@ class Controller:
             )
             self.on_start_failed(action.instance_id, error, user_fault=True)
             return
+        if mode == "restore":
+            self._tell_installed(row, request)
         self.backend.start(request)
+
+    def _tell_installed(self, row: DeployRow, request: StartRequest) -> None:
+        """Say, once, that a snapshot is thawed beside other packages than it was made with."""
+        manifest = self.catalogue.known(request.snapshot_id or "")
+        if manifest is None:
+            return
+        found = installed_since(request.runtime.sys_path, max(manifest.created, row.deployed))
+        if not found or self._told_installed.get(request.app) == (row.version, found):
+            return
+        self._told_installed[request.app] = (row.version, found)
+        names = f"{', '.join(found[:5])}{f' and {len(found) - 5} more' if len(found) > 5 else ''}"
+        self._say(
+            request.instance_id,
+            f"installed since its snapshot was made: {names}. What that had imported stays, what is imported after the "
+            "thaw is new; deploy again to have one version of all",
+        )
 
     def _uses_gpu(self, row: DeployRow, function: FunctionSpec) -> bool:
         """Whether it is to have the GPU it asks for: `none` runs it without."""
