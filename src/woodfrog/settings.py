@@ -50,6 +50,8 @@ class Settings:
     device nodes are those in it."""
     worker_uid: int = 64646
     """Uid and gid that user code runs as."""
+    max_containers: int = 64
+    """Containers at a time, of all functions together."""
     pool_size: int = 2
     """Prepared sandboxes kept waiting."""
     lazy_min_mib: int = 4
@@ -142,6 +144,7 @@ _BOOLS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false":
 _LEAST = {
     "drain_ms": -1,
     "worker_uid": 1,
+    "max_containers": 1,
     "log_mib": 1,
     "keep_snapshots": 1,
     "snapshot_failures": 1,

@@ -23,6 +23,7 @@ from woodfrog.errors import (
     CallCancelled,
     ExecutionError,
     FunctionTimeoutError,
+    InstanceCrashed,
     NotFoundError,
     SerializationError,
     SpecError,
@@ -121,6 +122,13 @@ def endless():
             time.sleep(0.05)
     finally:
         print("endless was closed")
+
+
+@app.function()
+def dying():
+    yield 1
+    os.kill(os.getpid(), 9)
+    yield 2
 
 
 @app.function()
@@ -326,6 +334,13 @@ def test_asynchronous_functions_and_generators(shop: Any) -> None:
         for item in shop.countdown.remote_gen(5, fail_at=3):
             got.append(item)
     assert got == [5, 4]
+
+
+def test_a_generator_that_comes_to_no_end_says_why(shop: Any) -> None:
+    items = shop.dying.remote_gen()
+    assert next(items) == 1
+    with pytest.raises(InstanceCrashed, match="SIGKILL"):
+        next(items)
 
 
 def test_leaving_a_generator_closes_it_over_there(daemon: Daemon, shop: Any) -> None:

@@ -20,6 +20,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ from woodfrog.daemon.journal import Journal
 from woodfrog.daemon.logs import LogBook
 from woodfrog.daemon.package import Package
 from woodfrog.daemon.resources import Resources
-from woodfrog.errors import StoreError, error_from_dict
+from woodfrog.errors import InstanceCrashed, OutputExpired, StoreError, error_from_dict
 from woodfrog.protocol import unpack_items
+from woodfrog.sdk.client import error_from_answer
 from woodfrog.settings import Settings
 from woodfrog.snapshot.catalogue import Catalogue
 from woodfrog.snapshot.compat import WorkerClass
@@ -543,7 +545,7 @@ async def test_generators(daemon: Daemon) -> None:
     call = (await daemon.submit("count", 5)).headers["woodfrog-call"]
     answer = await daemon.http.get(f"/calls/{call}/items", params={"wait": 10})
     ((kind, body),) = unpack_items(answer.content)
-    assert kind == b"f" and json.loads(body)["code"] == "crashed"
+    assert kind == b"f" and isinstance(error_from_answer(json.loads(body), ""), InstanceCrashed)
 
 
 async def test_a_generator_that_is_left_early_is_closed_and_its_container_serves_on(daemon: Daemon) -> None:
@@ -641,9 +643,50 @@ async def test_a_generator_whose_items_are_gone_says_so(daemon: Daemon) -> None:
     await daemon.close()
     again = Daemon(daemon.settings.home, FaultyBackend)
     items = list(unpack_items((await again.http.get(f"/calls/{call}/items")).content))
-    assert items[-1][0] == b"f" and json.loads(items[-1][1])["code"] == "expired"
+    assert items[-1][0] == b"f" and isinstance(error_from_answer(json.loads(items[-1][1]), ""), OutputExpired)
     await again.close()
     daemon.__dict__.update(Daemon(daemon.settings.home).__dict__)
+
+
+@pytest.mark.parametrize("read", [True, False])
+async def test_a_generator_is_not_pieced_together_from_two_daemons_runs(
+    daemon: Daemon, read: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has items of a run that its daemon did not end hears that it failed; who has none gets all of another run."""
+    monkeypatch.setattr(controller_module, "_ITEM_LIMIT", 1)  # it waits for its reader after each item
+    await daemon.deploy(function("count"))
+    call = (await daemon.submit("count", 4)).headers["woodfrog-call"]
+    items: list[tuple[bytes, bytes]] = []
+    while len(items) < 2 * read:
+        answer = await daemon.http.get(f"/calls/{call}/items", params={"after": len(items), "wait": 10})
+        items += unpack_items(answer.content)
+    await daemon.die()
+    again = Daemon(daemon.settings.home)
+    while not items or items[-1][0] == b"i":
+        answer = await again.http.get(f"/calls/{call}/items", params={"after": len(items), "wait": 10})
+        items += unpack_items(answer.content)
+    if read:
+        assert [kind for kind, _ in items[:2]] == [b"i", b"i"] and items[2:] == [items[-1]]
+        error = error_from_answer(json.loads(items[-1][1]), "")
+        assert isinstance(error, InstanceCrashed) and "after 2 items" in error.message
+        assert (await again.http.get(f"/calls/{call}", params={"wait": 10})).headers["woodfrog-status"] == "failure"
+    else:
+        assert [kind for kind, _ in items] == [b"i"] * 4 + [b"d"]
+    await again.close()
+    daemon.__dict__.update(Daemon(daemon.settings.home).__dict__)
+
+
+async def test_no_more_containers_than_the_machine_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "Settings", partial(Settings, max_containers=2))
+    daemon = Daemon(tmp_path)
+    gates.clear()
+    await daemon.deploy(function("wait"))
+    calls = [(await daemon.submit("wait")).headers["woodfrog-call"] for _ in range(5)]
+    gates.setdefault("gate", asyncio.Event()).set()
+    for call in calls:
+        assert (await daemon.http.get(f"/calls/{call}", params={"wait": 10})).headers["woodfrog-status"] == "success"
+    assert len(daemon.backend.started) == 2
+    await daemon.close()
 
 
 async def test_constructor_parameters_have_instances_of_their_own(daemon: Daemon) -> None:
@@ -749,6 +792,31 @@ async def test_a_secret_that_a_function_names_is_removed_by_force_only(daemon: D
 # Snapshots
 
 FROZEN = SnapshotPolicy(enabled=True)
+
+
+async def test_packages_that_came_after_a_snapshot_are_named(
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site-packages"
+    site.mkdir()
+    monkeypatch.setitem(globals(), "RUNTIME", replace(RUNTIME, sys_path=(str(site),)))
+    spec = function("square", snapshot=FROZEN, scaling=ScalingPolicy(single_use=True))
+
+    async def said() -> list[str]:
+        return [line["line"].partition(". ")[0] for line in await log_of(daemon) if "installed" in line["line"]]
+
+    await daemon.deploy(spec)
+    for _ in range(2):
+        await daemon.call("square", 2)
+        await settle()
+    assert daemon.backend.started[-1].mode == "restore" and await said() == []
+    (site / "torch-3.0.dist-info").mkdir()
+    os.utime(site / "torch-3.0.dist-info", (time.time() + 60,) * 2)
+    os.utime(site, (time.time() + 60,) * 2)
+    for _ in range(3):
+        await daemon.call("square", 2)
+        await settle()
+    assert await said() == ["installed since its snapshot was made: torch 3.0"]
 
 
 async def settle() -> None:

@@ -188,6 +188,15 @@ def test_a_cancelled_generator_is_closed_and_its_instance_serves_on() -> None:
     assert d.done("c2", "i-t-1") == [] and d.state.stale == {"CallFinished": 1}
 
 
+def test_a_generator_whose_items_are_of_two_runs_fails() -> None:
+    d = Driver(function(methods=(MethodSpec("f", generator=True),)))
+    d.call()
+    d.ready("i-t-1")
+    finish, close = d.send(ev.CallCancelled, call_id="c1", error=ERROR)
+    assert finish == ev.FinishCall(call_id="c1", outcome="failure", error=ERROR)
+    assert close == ev.CloseCall(call_id="c1", instance_id="i-t-1")
+
+
 def test_a_generator_that_does_not_end_costs_its_instance() -> None:
     d = Driver(function(methods=(MethodSpec("f", generator=True),), timeout=60.0))
     for instance in ("i-t-1", "i-t-2"):

@@ -181,6 +181,8 @@ class CallSubmitted(Event):
 @dataclass(frozen=True, kw_only=True)
 class CallCancelled(Event):
     call_id: str
+    error: dict[str, Any] | None = None
+    """Why it has failed, where nobody cancelled it: it cannot be brought to a right end."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -228,7 +228,10 @@ def _call_cancelled(st: State, ev: CallCancelled) -> None:
     if call is None:
         return _stale(st)
     group, inst = call.group, call.instance
-    moves.end_call(st, call, "cancelled", CallCancelledError("the call was cancelled", call=call.id).to_dict())
+    if ev.error is not None:
+        moves.end_call(st, call, "failure", ev.error)
+    else:
+        moves.end_call(st, call, "cancelled", CallCancelledError("the call was cancelled", call=call.id).to_dict())
     if inst is not None and group.service.generators[call.method]:
         moves.close(st, inst, call.id)
     elif inst is not None:

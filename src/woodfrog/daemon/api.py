@@ -36,6 +36,7 @@ from woodfrog.errors import (
     DaemonError,
     HostError,
     IncompatibleSnapshot,
+    InstanceCrashed,
     IntegrityError,
     NotFoundError,
     OutputExpired,
@@ -184,6 +185,10 @@ def _answer(record: CallRecord, fetched: Callable[[str], None]) -> Response:
     if record.outcome == "exception":
         return _Json({"error": record.error}, headers=headers)
     return _Json({"error": failure_of(record).to_dict()}, headers=headers)
+
+
+def _failure_frame(error: WoodfrogError) -> bytes:
+    return json.dumps({"error": error.to_dict()}).encode()
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:
@@ -573,11 +578,24 @@ def build(
         await _wait(record.done, wait)
         return _answer(record, controller.fetched)
 
+    def items_answer(record: CallRecord, frames: list[tuple[bytes, bytes]]) -> Response:
+        headers = {"Woodfrog-Call": record.row.id, "Woodfrog-Status": record.outcome or "pending"}
+        return Response(protocol.pack_items(frames), media_type="application/octet-stream", headers=headers)
+
     @api.get("/v1/calls/{call_id}/items")
     async def items(call_id: str, after: int = Query(0, ge=0), wait: float = 0.0) -> Response:
         """A generator's items from number `after` on, at least one unless the wait runs out."""
         record = call_of(call_id)
         record.asked = time.monotonic()
+        if record.taken_up and after > record.sent:
+            # Its items are of a run that ended with the daemon before this one: a second run need not go on from them.
+            lost = InstanceCrashed(
+                f"the daemon ended in the middle of this generator, after {after} items, and another run would not "
+                "go on from them: call it again",
+                call=call_id,
+            )
+            controller.cancel(call_id, lost)
+            return items_answer(record, [(b"f", _failure_frame(lost))])
         record.acknowledge(after)
         deadline = time.monotonic() + min(wait, _MAX_WAIT_S)
         while record.count <= after and not record.done.is_set() and time.monotonic() < deadline:
@@ -600,7 +618,7 @@ def build(
             record.closed = time.monotonic()
             if record.outcome == "success" and record.from_journal:
                 gone = OutputExpired(f"the items of call {call_id} are no longer kept", call=call_id)
-                out.append((b"f", json.dumps(gone.to_dict()).encode()))
+                out.append((b"f", _failure_frame(gone)))
             elif record.outcome == "success":
                 out.append((b"d", b""))
             elif record.outcome == "exception":
@@ -608,9 +626,9 @@ def build(
                     (b"e", await in_thread(record.result.read) if record.result.data is None else record.result.data)
                 )
             else:
-                out.append((b"f", json.dumps(failure_of(record).to_dict()).encode()))
-        headers = {"Woodfrog-Call": call_id, "Woodfrog-Status": record.outcome or "pending"}
-        return Response(protocol.pack_items(out), media_type="application/octet-stream", headers=headers)
+                out.append((b"f", _failure_frame(failure_of(record))))
+        record.sent = max(record.sent, after + sum(kind == b"i" for kind, _ in out))
+        return items_answer(record, out)
 
     @api.post("/v1/calls/{call_id}/cancel")
     async def cancel(call_id: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from woodfrog.control.machine import InvalidTransition, handle
 from woodfrog.control.replay import journal_header, journal_line
 from woodfrog.control.state import Config, State
 from woodfrog.daemon.calllog import CallLog
+from woodfrog.daemon.installed import installed_since
 from woodfrog.daemon.journal import INLINE_BYTES, CallRow, DeployRow, Journal
 from woodfrog.daemon.logs import LogBook
 from woodfrog.daemon.resources import Resources
@@ -91,6 +92,10 @@ class CallRecord:
     """A generator's, without those that the client has."""
     taken: int = 0
     """Items the client has: the number of the first that is kept."""
+    sent: int = 0
+    """Items that were given out so far."""
+    taken_up: bool = False
+    """Of an earlier daemon's, unfinished there: whoever has more items than were `sent` has them of its run there."""
     unread: int = 0
     """Bytes of items that the client has not said it has."""
     read: asyncio.Event = field(default_factory=asyncio.Event)
@@ -204,6 +209,7 @@ class Controller:
             Config(
                 snapshot_failures=settings.snapshot_failures,
                 capture_attempts=settings.capture_attempts,
+                max_instances=settings.max_containers,
                 parked=settings.parked,
                 gpus=gpus,
             ),
@@ -236,6 +242,8 @@ class Controller:
         """Those of them that write answers."""
         self.shutting_down = False
         self.quiet = asyncio.Event()
+        self._told_installed: dict[str, tuple[int, list[str]]] = {}
+        """What was said of each app's packages last, and of which version of it."""
         folder = settings.home / "events"
         folder.mkdir(mode=0o700, exist_ok=True)
         for old in sorted(folder.glob("*.ndjson"))[:-4]:
@@ -367,7 +375,7 @@ class Controller:
                 except StoreError as e:
                     self._end_call(row, "failure", e)
                     continue
-                self._take_call(row, payload)
+                self._take_call(row, payload).taken_up = True
         for rows in unfinished.values():
             for row in rows:
                 self._end_call(row, "cancelled", CallCancelled(f"app {row.app!r} was stopped"))
@@ -685,8 +693,9 @@ class Controller:
         record.done.set()
         return record
 
-    def cancel(self, call_id: str) -> None:
-        self.emit(ev.CallCancelled(now=self.now(), call_id=call_id))
+    def cancel(self, call_id: str, error: WoodfrogError | None = None) -> None:
+        """End a call, as cancelled, or as failed with this error."""
+        self.emit(ev.CallCancelled(now=self.now(), call_id=call_id, error=None if error is None else error.to_dict()))
 
     async def _run_call(self, action: ev.RunCall) -> None:
         record = self.calls[action.call_id]
@@ -916,7 +925,25 @@ class Controller:
             )
             self.on_start_failed(action.instance_id, error, user_fault=True)
             return
+        if mode == "restore":
+            self._tell_installed(row, request)
         self.backend.start(request)
+
+    def _tell_installed(self, row: DeployRow, request: StartRequest) -> None:
+        """Say, once, that a snapshot is thawed beside other packages than it was made with."""
+        manifest = self.catalogue.known(request.snapshot_id or "")
+        if manifest is None:
+            return
+        found = installed_since(request.runtime.sys_path, max(manifest.created, row.deployed))
+        if not found or self._told_installed.get(request.app) == (row.version, found):
+            return
+        self._told_installed[request.app] = (row.version, found)
+        names = f"{', '.join(found[:5])}{f' and {len(found) - 5} more' if len(found) > 5 else ''}"
+        self._say(
+            request.instance_id,
+            f"installed since its snapshot was made: {names}. What that had imported stays, what is imported after the "
+            "thaw is new; deploy again to have one version of all",
+        )
 
     def _uses_gpu(self, row: DeployRow, function: FunctionSpec) -> bool:
         """Whether it is to have the GPU it asks for: `none` runs it without."""
