@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from unit.test_arrival import PAGE, B, Machine, memory, pushed
+from machine import PAGE, B, Machine
+from unit.test_arrival import memory, pushed
 from unit.test_keeper import settled, until
 from woodfrog.backends import keeper as keeper_module
 from woodfrog.criu.pagemap import INDEX, read_index
@@ -29,7 +30,7 @@ from woodfrog.store.tiers import DirectoryTier
 SCRIPT = """
 import asyncio, json, os, signal, sys, threading
 from pathlib import Path
-from unit.test_arrival import Machine
+from machine import Machine
 from woodfrog import faults
 from woodfrog.store.tiers import DirectoryTier
 

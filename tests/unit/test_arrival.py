@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from contract.faulty_tier import Fault, FaultyTier
+from machine import A, B, Machine
 from repack import repack
-from unit.test_keeper import A, B, Machine, settled, until
+from unit.test_keeper import settled, until
 from woodfrog.backends import keeper as keeper_module
 from woodfrog.backends.keeper import Keeper
 from woodfrog.criu.pagemap import INDEX, PageIndex, PageTask, read_index, write_index
