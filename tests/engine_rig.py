@@ -19,7 +19,7 @@ from woodfrog.criu.binary import Criu, find_criu
 from woodfrog.engine.engine import AmdSide, DumpResult, GpuSide, Lazy, dump, restore
 from woodfrog.linux import procfs
 from woodfrog.linux.rootplan import DeviceNode, RootRequest, root_plan
-from woodfrog.linux.sandbox import ProcessSpec, Sandbox, SandboxProcess, init_binary_path
+from woodfrog.linux.sandbox import ProcessSpec, Sandbox, SandboxProcess, init_binary_path, prestart_path
 from woodfrog.linux.skeleton import make_skeleton, read_host_root
 from woodfrog.telemetry import Phases
 
@@ -91,9 +91,9 @@ class Rig:
     @property
     def prefixes(self) -> tuple[Path, ...]:
         more = (self.hardware.folder,) if self.hardware is not None else ()
-        return tuple(
-            {Path(p).resolve() for p in (sys.base_prefix, self.criu.path.parents[1], self.home / "files", *more)}
-        )
+        prestart = prestart_path().parent  # also in a clone below /tmp
+        places = (sys.base_prefix, self.criu.path.parents[1], prestart, self.home / "files", *more)
+        return tuple({Path(p).resolve() for p in places})
 
     def devices(self, gpus: tuple[int, ...]) -> tuple[DeviceNode, ...]:
         if self.nodes is not None:

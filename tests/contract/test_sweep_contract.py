@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contract.faulty_tier import Fault, FaultyTier
+from machine import Machine
 from s3_server import S3Server
 from unit.test_arrival import A, B, memory
 from unit.test_arrival import make as make_packed
-from unit.test_keeper import Machine
 from woodfrog.errors import NotFoundError, StoreError, WoodfrogError
 from woodfrog.snapshot.sweep import MIN_AGE_S, Swept, grouped, sweep
 from woodfrog.snapshot.tombstones import KEEP_S, bury

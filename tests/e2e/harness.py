@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from e2e.forks import forks
 from woodfrog.errors import WoodfrogError
 from woodfrog.sdk.client import Client, error_from_answer
 from woodfrog.settings import Settings
@@ -24,6 +25,8 @@ BIN = Path(sys.executable).parent
 WOODFROG: Sequence[str] = (str(BIN / "woodfrog"),)
 if not Path(WOODFROG[0]).exists():  # a package that lies in PYTHONPATH has no programs
     WOODFROG = (sys.executable, "-c", "from woodfrog.cli import main; main()")
+FORKS = len(WOODFROG) == 1 and os.environ.get("WOODFROG_EXEC") != "1"
+"""Whether `Daemon.cli` forks a process in which the program is loaded, instead of starting it each time."""
 
 
 def until(condition: Callable[[], Any], seconds: float = 30, every: float = 0.05) -> Any:
@@ -116,14 +119,14 @@ class Daemon:
     def cli(
         self, *args: str, timeout: float = 180, check: bool = True, env: Mapping[str, str] | None = None, **kwargs: Any
     ) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [*WOODFROG, *args],
-            env={**self.env, **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            **kwargs,
-        )
+        environ = {**self.env, **(env or {})}
+        if FORKS and kwargs.keys() <= {"cwd", "input"} and (ready := forks(WOODFROG[0])).fits(environ):
+            given = {"cwd": kwargs.get("cwd"), "input": kwargs.get("input")}
+            done = ready.run(args, env=environ, timeout=timeout, **given)
+        else:
+            done = subprocess.run(
+                [*WOODFROG, *args], env=environ, capture_output=True, text=True, timeout=timeout, **kwargs
+            )
         if check and done.returncode:
             raise AssertionError(
                 f"woodfrog {' '.join(args)} -> {done.returncode}\n{done.stdout}\n{done.stderr}\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from unit.test_arrival import PAGE, A, B, Machine, make, memory
+from machine import PAGE, B, Machine
+from unit.test_arrival import memory, pushed
 from unit.test_keeper import settled, until
 from woodfrog.backends import keeper as keeper_module
 from woodfrog.criu.pagemap import INDEX, read_index
@@ -28,7 +30,7 @@ from woodfrog.store.tiers import DirectoryTier
 SCRIPT = """
 import asyncio, json, os, signal, sys, threading
 from pathlib import Path
-from unit.test_arrival import Machine
+from machine import Machine
 from woodfrog import faults
 from woodfrog.store.tiers import DirectoryTier
 
@@ -136,16 +138,20 @@ class Rig:
         machine.store.close()
 
 
-@pytest.fixture
-def rig(tmp_path: Path) -> Rig:
-    here, tier = Machine(tmp_path / "here"), DirectoryTier(tmp_path / "tier")
-    make(here, A, memory("a"))
-    make(here, B, memory("a", 600), parent=A)
-    here.transport.push(B, tier)
-    there = Machine(tmp_path / "there")
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("once")
+    pushed(home, B)
+    here, there = Machine(home / "here"), Machine(home / "there")
     there.trust.add(public_text(here.signing))
     here.store.close()
     there.store.close()
+    return home
+
+
+@pytest.fixture
+def rig(tmp_path: Path, once: Path) -> Rig:
+    shutil.copytree(once, tmp_path, symlinks=True, dirs_exist_ok=True)
     return Rig(tmp_path)
 
 

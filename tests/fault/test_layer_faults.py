@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from unit.test_keeper import A, B
+from machine import A, B
 from unit.test_layers import MODEL, WHEN, Sharing
 from woodfrog import faults
 from woodfrog.errors import StoreError

@@ -15,11 +15,13 @@ from pathlib import Path
 from woodfrog.linux import cgroups
 from woodfrog.linux.network import Network
 from woodfrog.linux.rootplan import HostRoot, RootRequest, etc_files, root_plan
-from woodfrog.linux.sandbox import Completed, Limits, ProcessSpec, Sandbox, init_binary_path
+from woodfrog.linux.sandbox import Completed, Limits, ProcessSpec, Sandbox, init_binary_path, prestart_path
 from woodfrog.linux.skeleton import make_skeleton, read_host_root
 
 UID = 64646
 PREFIX = Path(sys.base_prefix)
+PREFIXES = (PREFIX, prestart_path().parent)
+"""Seen inside wherever this clone is, also below /tmp."""
 PYTHON = f"{sys.base_prefix}/bin/python3"
 ENV = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -54,7 +56,7 @@ class Yard:
         return cls(
             base=base,
             host=host,
-            skeleton=make_skeleton(base / "skeletons", host, (PREFIX,), UID),
+            skeleton=make_skeleton(base / "skeletons", host, PREFIXES, UID),
             scratch=scratch,
             groups=cgroups.detect(tag),
             tag=tag,
@@ -70,7 +72,7 @@ class Yard:
             disk_bytes=64 << 20,
             hostname=f"frog-{sandbox.id}",
             worker_uid=UID,
-            prefixes=(PREFIX,),
+            prefixes=PREFIXES,
             hidden=(self.base,),
             etc=etc_files(
                 self.host,

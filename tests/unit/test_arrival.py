@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from contract.faulty_tier import Fault, FaultyTier
+from machine import A, B, Machine
 from repack import repack
-from unit.test_keeper import A, B, Machine, settled, until
+from unit.test_keeper import settled, until
 from woodfrog.backends import keeper as keeper_module
 from woodfrog.backends.keeper import Keeper
 from woodfrog.criu.pagemap import INDEX, PageIndex, PageTask, read_index, write_index
@@ -70,14 +71,27 @@ def make(machine: Machine, snapshot: str, data: bytes, parent: str = "") -> None
     machine.store.release("me")
 
 
-@pytest.fixture
-def here(tmp_path: Path, tier: DirectoryTier) -> Machine:
-    machine = Machine(tmp_path / "here")
+def pushed(home: Path, *snapshots: str) -> None:
+    """A machine with both snapshots in `home/here`, those named in the tier `home/tier` too."""
+    machine = Machine(home / "here")
     make(machine, A, memory("a"))
     make(machine, B, memory("a", 600), parent=A)
-    for snapshot in (A, B):
-        machine.transport.push(snapshot, tier)
-    return machine
+    for snapshot in snapshots:
+        machine.transport.push(snapshot, DirectoryTier(home / "tier"))
+    machine.store.close()
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("once")
+    pushed(home, A, B)
+    return home
+
+
+@pytest.fixture
+def here(tmp_path: Path, once: Path) -> Machine:
+    shutil.copytree(once, tmp_path, symlinks=True, dirs_exist_ok=True)
+    return Machine(tmp_path / "here")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contract.faulty_tier import FaultyTier
-from unit.test_keeper import A, B, C, Machine
+from machine import A, B, C, Machine
 from woodfrog.errors import IntegrityError, StoreError
 from woodfrog.snapshot import catalogue as catalogue_module
 from woodfrog.snapshot.catalogue import Catalogue, Staging

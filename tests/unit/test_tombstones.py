@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from contract.faulty_tier import Fault, FaultyTier
+from machine import PAGE, PAGES, A, B, C, Machine
 from s3_server import S3Server
-from unit.test_keeper import PAGE, PAGES, A, B, C, Machine, quietly, settled, until
+from unit.test_keeper import quietly, settled, until
 from woodfrog.backends import keeper as module
 from woodfrog.backends.keeper import Keeper
 from woodfrog.errors import NotFoundError, StoreError

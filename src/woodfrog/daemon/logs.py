@@ -8,7 +8,8 @@ import json
 import os
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +54,20 @@ class AppLog:
             raise
         self._fd, self._size = fd, size
 
-    def write(self, records: list[dict[str, Any]]) -> None:
-        """Append; a full disk must not take the functions down, so this never fails."""
+    def write(self, who: Mapping[str, Any], lines: list[str]) -> None:
+        """Append; a full disk must not take the functions down, so this never fails.
+
+        Args:
+            who: what the lines have in common: time, and where they are from.
+        """
         try:
             if self.dropped:
                 # As of one of its containers: a run shows these.
-                self._append([_own(f"{self.dropped} lines lost: no room for them", *records[:1])])
+                self._append(_own(who), [f"{self.dropped} lines lost: no room for them"])
                 self.dropped = 0
-            self._append(records)
+            self._append(who, lines)
         except OSError:
-            self.dropped += len(records)
+            self.dropped += len(lines)
         if self._size > self._limit:
             with contextlib.suppress(OSError):  # then the file grows on, and the next write tries again
                 os.replace(self._path, self._old)
@@ -71,12 +76,12 @@ class AppLog:
                 self._open()
         self._changed.set()
 
-    def _append(self, records: list[dict[str, Any]]) -> None:
+    def _append(self, who: Mapping[str, Any], lines: list[str]) -> None:
         """All of them, or nothing."""
         if self._fd < 0:
             self._open()
         first = (self._last or 0) + 1
-        data = b"".join(_encode(number, record) for number, record in enumerate(records, first))
+        data = _encode(first, who, lines)
         try:
             rest = memoryview(data)
             while rest:
@@ -85,7 +90,7 @@ class AppLog:
             os.ftruncate(self._fd, self._size)
             raise
         self._size += len(data)
-        self._last = first + len(records) - 1
+        self._last = first + len(lines) - 1
 
     async def read(self, *, since: float = 0.0, after: int | None = None, follow: bool) -> AsyncIterator[bytes]:
         """NDJSON, whole lines. A reader who falls behind goes on in the files, and is told of lines that are no longer
@@ -121,7 +126,7 @@ class AppLog:
                     number, file = max(number + 1, self._file - 1), None
                 elif self._ended or not follow:
                     if self.dropped:
-                        yield _encode(0, _own(f"{self.dropped} lines lost: no room for them"))
+                        yield _encode(0, _own({}), [f"{self.dropped} lines lost: no room for them"])
                     return
                 else:
                     self._changed.clear()
@@ -147,14 +152,20 @@ class AppLog:
             self._fd = -1
 
 
-def _encode(number: int, record: dict[str, Any]) -> bytes:
-    return json.dumps({"t": record["t"], "n": number, **record}, separators=(",", ":")).encode() + b"\n"
+def _encode(first: int, who: Mapping[str, Any], lines: list[str]) -> bytes:
+    """Successive lines as NDJSON. What they have in common is encoded once: who prints much keeps the daemon busy."""
+    moment = json.dumps(who["t"])
+    rest = json.dumps({name: value for name, value in who.items() if name != "t"}, separators=(",", ":"))[1:-1]
+    text = encode_basestring_ascii
+    return "".join(
+        [f'{{"t":{moment},"n":{number},{rest},"line":{text(line)}}}\n' for number, line in enumerate(lines, first)]
+    ).encode()
 
 
-def _own(text: str, beside: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A line of the log's own, of the same container as another."""
-    who = {key: (beside or {}).get(key, "") for key in ("instance", "function")}
-    return {"t": round(time.time(), 3), **who, "stream": "system", "call": None, "line": text}
+def _own(beside: Mapping[str, Any]) -> dict[str, Any]:
+    """Whose a line of the log's own is: the same container's as another."""
+    who = {key: beside.get(key, "") for key in ("instance", "function")}
+    return {"t": round(time.time(), 3), **who, "stream": "system", "call": None}
 
 
 def _head(line: bytes) -> tuple[float, int]:
@@ -194,7 +205,7 @@ def _pick(lines: list[bytes], since: float, after: int | None) -> tuple[list[byt
             continue
         if number > after + 1:
             text = f"{number - after - 1} lines left out: the log was over its bound before they were read"
-            wanted.append(_encode(number - 1, _own(f"{text} (WOODFROG_LOG_MIB)", json.loads(line))))
+            wanted.append(_encode(number - 1, _own(json.loads(line)), [f"{text} (WOODFROG_LOG_MIB)"]))
         after = number
         if moment >= since:
             wanted.append(line)
@@ -249,8 +260,8 @@ class LogBook:
         if not lines:
             return
         now = round(time.time(), 3)
-        base = {"t": now, "instance": instance, "function": function, "stream": stream, "call": call}
-        self.app(app).write([{**base, "line": line.decode(errors="replace")} for line in lines])
+        who = {"t": now, "instance": instance, "function": function, "stream": stream, "call": call}
+        self.app(app).write(who, [line.decode(errors="replace") for line in lines])
 
     def remove(self, name: str) -> None:
         """Forget an app's log.
