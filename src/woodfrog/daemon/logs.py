@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator
+from json.encoder import encode_basestring_ascii as _quoted
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ class AppLog:
         self._fd, self._size = fd, size
 
     def write(self, records: list[dict[str, Any]]) -> None:
-        """Append; a full disk must not take the functions down, so this never fails."""
+        """Append lines that differ in their text only.
+
+        A full disk must not take the functions down, so this never fails."""
         try:
             if self.dropped:
                 # As of one of its containers: a run shows these.
@@ -76,7 +79,7 @@ class AppLog:
         if self._fd < 0:
             self._open()
         first = (self._last or 0) + 1
-        data = b"".join(_encode(number, record) for number, record in enumerate(records, first))
+        data = _encode_all(first, records)
         try:
             rest = memoryview(data)
             while rest:
@@ -149,6 +152,18 @@ class AppLog:
 
 def _encode(number: int, record: dict[str, Any]) -> bytes:
     return json.dumps({"t": record["t"], "n": number, **record}, separators=(",", ":")).encode() + b"\n"
+
+
+def _encode_all(first: int, records: list[dict[str, Any]]) -> bytes:
+    """As `_encode`, of lines that have all but their text in common. One by one they take four times as long, and a
+    program may print tens of thousands of empty ones at once."""
+    if len(records) == 1:
+        return _encode(first, records[0])
+    common = _encode(0, {**records[0], "line": ""}).decode()
+    head, tail = common.removesuffix('""}\n').split('"n":0', 1)
+    return "".join(
+        [f'{head}"n":{number}{tail}{_quoted(record["line"])}}}\n' for number, record in enumerate(records, first)]
+    ).encode()
 
 
 def _own(text: str, beside: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -176,6 +176,8 @@ class RootPlan:
 
     ops: tuple[Op, ...]
     shm_layer: Path | None = None
+    volumes: tuple[str, ...] = ()
+    """Where they are mounted."""
 
 
 def _mkdir(path: str | PurePosixPath, mode: int = 0o755, uid: int = 0, gid: int = 0) -> Op:
@@ -423,7 +425,8 @@ def root_plan(request: RootRequest, host: HostRoot) -> RootPlan:
     if not request.network:
         ops.append(Op("linkdel", ("eth0",)))
     ops.append(Op("hostname", (request.hostname,)))
-    return RootPlan(tuple(ops), request.shm_layer)
+    volumes = tuple(str(_user_target(v.target, "volume")) for v in request.volumes)
+    return RootPlan(tuple(ops), request.shm_layer, volumes)
 
 
 def _between(path: PurePosixPath, above: PurePosixPath, hidden: tuple[PurePosixPath, ...]) -> bool:

@@ -1,0 +1,118 @@
+"""Programs that mean harm: what they reach, and what they keep others from."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from e2e.harness import Daemon
+from woodfrog.errors import WoodfrogError
+
+pytestmark = [pytest.mark.root, pytest.mark.criu]
+
+CLOSED = Path("/etc/shadow")
+"""A file of the host's that every sandbox has, and only root may read."""
+
+THIEF = """
+import os, woodfrog
+
+app = woodfrog.App("thief")
+volume = woodfrog.Volume.from_name("shared", create_if_missing=True)
+
+@app.cls(enable_memory_snapshot=True, volumes={"/data": volume}, single_use_containers=True)
+class Thief:
+    @woodfrog.enter(snap=True)
+    def prepare(self):
+        if os.path.islink("/data/d"):
+            self.fd = None  # the snapshot was not used
+            return
+        about = os.stat("/etc/shadow")
+        os.makedirs("/data/d", exist_ok=True)
+        with open("/data/d/shadow", "wb") as file:
+            file.write(b"x" * about.st_size)
+        os.chmod("/data/d/shadow", about.st_mode & 0o7777)
+        os.utime("/data/d/shadow", ns=(about.st_mtime_ns, about.st_mtime_ns))
+        self.fd = os.open("/data/d/shadow", os.O_RDONLY)
+        with suppress(FileExistsError):
+            os.symlink("d", "/data/link")
+
+    @woodfrog.method()
+    def read(self):
+        if self.fd is None:
+            return "cold"
+        with open("/data/link/shadow", "rb") as file:  # links in volumes lead somewhere again
+            return [os.pread(self.fd, 64, 0).decode(), len(file.read(1))]
+
+@app.function(volumes={"/data": volume})
+def swap():
+    os.rename("/data/d", "/data/old")
+    os.symlink("/etc", "/data/d")
+""".replace("import os, woodfrog", "import os, woodfrog\nfrom contextlib import suppress")
+
+NOISY = """
+import os, time, woodfrog
+
+app = woodfrog.App("noisy")
+
+@app.function()
+def shout():
+    for _ in range(3):
+        if os.fork() == 0:
+            while True:
+                os.write(1, b"\\n" * 65536)
+    time.sleep(0.3)
+    raise ValueError("and the rest of it")
+
+@app.function()
+def quiet():
+    return 1
+"""
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Daemon]:
+    with Daemon() as daemon:
+        yield daemon
+
+
+@pytest.mark.skipif(not CLOSED.exists() or os.stat(CLOSED).st_mode & 0o004, reason="no file that only root may read")
+def test_a_restore_opens_nothing_through_a_link_in_a_volume(daemon: Daemon) -> None:
+    """CRIU opens the files as root; what was a directory at the freeze may be a link at the thaw."""
+    daemon.cli("deploy", str(daemon.program(THIEF, "thief.py")))
+    captured = daemon.call("thief", "Thief.read")
+    daemon.wait_snapshot("thief")
+    assert captured == daemon.call("thief", "Thief.read") and set(captured[0]) == {"x"} and captured[1] == 1
+    assert "criu" in daemon.last_phases()
+    daemon.call("thief", "swap")
+    assert daemon.call("thief", "Thief.read") == "cold"
+
+
+def test_output_without_end_stops_nobody_else(daemon: Daemon) -> None:
+    """The daemon reads what is in the pipes before a traceback: not until they are empty, which they never are."""
+    daemon.cli("deploy", str(daemon.program(NOISY, "noisy.py")))
+    assert daemon.call("noisy", "quiet") == 1
+    ended = threading.Event()
+
+    def shout() -> None:
+        other = Daemon.__new__(Daemon)
+        other.__dict__.update(daemon.__dict__, _client=None)
+        with suppress(AssertionError, WoodfrogError):
+            other.call("noisy", "shout", timeout=60)
+        ended.set()
+
+    thread = threading.Thread(target=shout)
+    thread.start()
+    begin, calls = time.monotonic(), 0
+    while time.monotonic() < begin + 5:
+        assert daemon.call("noisy", "quiet", timeout=30) == 1
+        calls += 1
+    assert calls > 1
+    thread.join(60)
+    assert ended.is_set()
+    assert "and the rest of it" in daemon.app_text("noisy")
