@@ -801,6 +801,7 @@ class LocalBackend:
                 reply = await connection.receive()
                 ms = (time.monotonic() - begin) * 1e3
                 if reply.type == "item":
+                    await asyncio.sleep(0)  # there may always be another one here already
                     if request.on_item is not None:
                         await request.on_item(reply.body)
                 elif reply.type in ("result", "done"):
@@ -829,10 +830,10 @@ class LocalBackend:
         """Whether the process is seen dead within a moment: its connection ends a little before it does."""
         if instance.process is None:
             return False
-        with contextlib.suppress(TimeoutError, SandboxError):
-            await asyncio.wait_for(asyncio.shield(asyncio.ensure_future(instance.process.wait())), _END_S)
-            return True
-        return False
+        ended = asyncio.ensure_future(instance.process.wait())
+        ended.add_done_callback(lambda f: f.cancelled() or f.exception())  # whoever watches the process tells
+        await asyncio.wait({ended}, timeout=_END_S)
+        return ended.done() and ended.exception() is None
 
     def _after_call(self, instance: Instance) -> None:
         instance.calls += 1
