@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -116,3 +117,39 @@ def test_output_without_end_stops_nobody_else(daemon: Daemon) -> None:
     thread.join(60)
     assert ended.is_set()
     assert "and the rest of it" in daemon.app_text("noisy")
+
+
+KEEPER = """
+import os, woodfrog
+
+app = woodfrog.App("keeper")
+volume = woodfrog.Volume.from_name("private", create_if_missing=True)
+
+@app.function(volumes={"/data": volume})
+def keep():
+    with open("/data/file", "w") as file:
+        file.write("private")
+    os.chmod("/data/file", 0o666)
+    return sorted(os.listdir("/tmp"))
+"""
+
+
+def test_what_other_users_of_the_machine_reach(daemon: Daemon) -> None:
+    """Nothing of volumes, snapshots, code or secrets; nothing that containers see."""
+    daemon.cli("deploy", str(daemon.program(KEEPER, "keeper.py")))
+    daemon.cli("secret", "create", "closed", "KEY=value")
+    daemon.call("keeper", "keep")
+    known = [path for path in daemon.home.rglob("*") if not path.is_relative_to(daemon.home / "snapshots")]
+    assert any(path.name == "file" for path in known) and any(path.name == "keeper.py" for path in known)
+    theirs = ("src-", "test-daemon.log")  # what the test itself left there
+
+    names = [str(p) for p in known if not p.relative_to(daemon.home).parts[0].startswith(theirs)]
+    script = 'while read -r p; do if [ -r "$p" ] || [ -w "$p" ] && ! [ -L "$p" ]; then echo "$p"; fi; done'
+    done = subprocess.run(
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-c", script],
+        input="".join(f"{name}\n" for name in names),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == []

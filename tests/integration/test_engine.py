@@ -498,3 +498,21 @@ async def test_credentials_that_are_not_the_processes_own(rig: Rig, monkeypatch:
         await rig.freeze(sandbox)
     assert caught.value.code == "images-altered" and not caught.value.alive
     await rig.nothing_runs(sandbox)
+
+
+@pytest.mark.parametrize("cache", ["criu.kdat", "lazy/criu.kdat"])
+async def test_what_criu_believes_of_the_kernel_is_roots(rig: Rig, cache: str) -> None:
+    """CRIU as root, or with root's powers, reads it as it is: no worker may have written it."""
+    from woodfrog.engine.engine import _fill_cache, _fill_lazy_cache
+
+    sandbox = await rig.sandbox()
+    fill = _fill_cache if cache == "criu.kdat" else _fill_lazy_cache
+    await fill(sandbox, rig.criu)
+    path = rig.kdat / cache
+    good = path.read_bytes()
+    assert path.stat().st_uid == 0 and len(good) > 100
+    path.write_bytes(b"x" * len(good))
+    os.chown(path, UID, UID)
+    await fill(sandbox, rig.criu)
+    found = path.read_bytes()  # not to the byte as before: it has numbers of mounts in it
+    assert path.stat().st_uid == 0 and (len(found), found[:64]) == (len(good), good[:64])

@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import socket
+import stat
 import struct
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -282,9 +283,19 @@ async def _prestart_dump(sandbox: Sandbox, criu: Criu, root: SandboxProcess) -> 
 
 async def _fill_cache(sandbox: Sandbox, criu: Criu) -> None:
     """Let root write CRIU's kernel-feature cache, before a CRIU that runs as the worker's uid makes one the worker
-    could alter."""
-    if not sandbox.path(f"{CACHE}/criu.kdat").exists():
+    could alter. CRIU believes what is in it: one that is not root's is made anew."""
+    if not _of_root(sandbox.path(f"{CACHE}/criu.kdat")):
         await sandbox.run(_spec(criu, check_command(str(criu.path))), 60.0)
+
+
+def _of_root(cache: Path) -> bool:
+    """Whether there is such a file, which none but root may have written. Any other is removed."""
+    with suppress(FileNotFoundError):
+        info = cache.lstat()
+        if stat.S_ISREG(info.st_mode) and info.st_uid == 0 and not info.st_mode & 0o022:
+            return True
+        cache.unlink()
+    return False
 
 
 async def _fill_lazy_cache(sandbox: Sandbox, criu: Criu) -> bool:
@@ -295,7 +306,7 @@ async def _fill_lazy_cache(sandbox: Sandbox, criu: Criu) -> bool:
     privileged CRIU makes this one. It keeps it in /run, and only where that is a tmpfs.
     """
     target = sandbox.path(f"{LAZY_CACHE}/criu.kdat")
-    if target.exists():
+    if _of_root(target):
         return True
     script = 'mount -n -t tmpfs tmpfs /run && { "$0" check --no-default-config >/dev/null 2>&1; cat /run/criu.kdat; }'
     argv = ("unshare", "--mount", "--propagation", "private", "/bin/sh", "-c", script, str(criu.path))
@@ -806,6 +817,8 @@ async def restore(
         with phases("prepare"):
             if plan.lazy_pages and not await _fill_lazy_cache(sandbox, criu):
                 plan = replace(plan, lazy_pages=False)
+            if not plan.lazy_pages:
+                await _fill_cache(sandbox, criu)
             if lazy is not None and lazy.files is not None and not plan.lazy_pages:
                 # The images have only what CRIU reads itself: it would take the rest for zeroes.
                 raise _Failure(
