@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from woodfrog.backends.base import CallRequest, StartRequest
-from woodfrog.backends.connection import Payload, Reply
+from woodfrog.backends.connection import Payload, Reply, WorkerConnection
 from woodfrog.backends.local import Instance, LocalBackend, LocalConfig
 from woodfrog.backends.memory import Memory
 from woodfrog.backends.zygote import ZygoteConfig
@@ -294,3 +295,28 @@ async def test_phases_that_a_worker_tells(backend: Any) -> None:
     backend._take_phases(instance, {"phases": {**told, **{f"p{i}": 1 for i in range(1000)}}}, "wake")
     names = [p.name for p in instance.phases.items]
     assert names[0] == "reseed.numpy" and names[1] == "p0" and len(names) < 200
+
+
+async def test_a_worker_that_takes_no_greeting_does_not_keep_its_sandbox(backend: Any, tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    connection = await WorkerConnection.of(ours, tmp_path)
+    instance = Instance(request())
+    instance.sandbox = sandbox = Sandbox()  # type: ignore[assignment]
+    backend._context = lambda *_: {"type": "start", "env": {"LARGE": "x" * (3 << 20)}}
+
+    async def now(*_: Any) -> WorkerConnection:
+        return connection
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("woodfrog.backends.local.connect_now", now)
+        instance.greeting = asyncio.ensure_future(backend._greet(instance, "s-1"))
+        await asyncio.sleep(0.05)
+    assert not instance.greeting.done()
+    backend._factory.slow.set()
+    await asyncio.wait_for(backend._leave(instance), 5)
+    assert sandbox.destroyed
+    theirs.setblocking(True)
+    while theirs.recv(1 << 20):  # the connection was closed
+        pass
+    theirs.close()

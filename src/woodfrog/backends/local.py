@@ -461,9 +461,11 @@ class LocalBackend:
         try:
             await connection.send(self._context(instance, snapshot_id))
             return connection
-        except WoodfrogError:
+        except BaseException as e:
             await connection.close()
-            return None
+            if isinstance(e, WoodfrogError):
+                return None
+            raise
 
     def _context(self, instance: Instance, snapshot_id: str | None) -> dict[str, Any]:
         return protocol.StartContext(
@@ -1084,8 +1086,9 @@ async def _send_close(connection: WorkerConnection, call_id: str) -> None:
 
 async def _hang_up(greeting: asyncio.Task[WorkerConnection | None] | None, connection: WorkerConnection | None) -> None:
     if greeting is not None:
+        greeting.cancel()  # the worker may never take what it is told
         await asyncio.wait({greeting})
-        connection = greeting.result()
+        connection = None if greeting.cancelled() else greeting.result()
     if connection is not None:
         await connection.close()
 
