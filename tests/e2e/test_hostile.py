@@ -153,3 +153,27 @@ def test_what_other_users_of_the_machine_reach(daemon: Daemon) -> None:
         check=True,
     )
     assert done.stdout.split() == []
+
+
+SPARSE = """
+import woodfrog
+
+app = woodfrog.App("sparse")
+
+@app.cls(enable_memory_snapshot=True, single_use_containers=True)
+class Sparse:
+    @woodfrog.enter(snap=True)
+    def prepare(self):
+        with open("/tmp/holes", "wb") as file:
+            file.truncate(1 << 43)
+
+    @woodfrog.method()
+    def serve(self):
+        return 1
+"""
+
+
+def test_a_file_of_holes_is_not_read_for_hours(daemon: Daemon) -> None:
+    daemon.cli("deploy", str(daemon.program(SPARSE, "sparse.py")))
+    assert daemon.call("sparse", "Sparse.serve") == 1
+    assert "of holes, at most 16" in daemon.app_text("sparse") and not daemon.snapshots("sparse")

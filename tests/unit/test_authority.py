@@ -10,7 +10,7 @@ import pytest
 from woodfrog.criu.authority import Credentials, credentials, paths
 from woodfrog.criu.stats import encode_bytes, encode_int
 from woodfrog.engine.plan import foreign_credentials, volumes_entered
-from woodfrog.snapshot.capture import link_on_the_way
+from woodfrog.snapshot.capture import holes, link_on_the_way
 
 UID = 64646
 WORKER = Credentials(frozenset({UID}), 0, True)
@@ -112,3 +112,17 @@ def test_a_link_on_the_way_to_an_open_file(tmp_path: Path) -> None:
     (shm / "link").symlink_to("/etc")
     for name in ("/tmp/link/shadow", "/tmp/real/last", "/var/tmp/link/a/b", "/dev/shm/link", "/tmp/link/../x"):
         assert through("/tmp/real/file", name) == name
+
+
+def test_holes_are_what_nobody_has_written(tmp_path: Path) -> None:
+    fs, shm = tmp_path / "fs", tmp_path / "shm"
+    (fs / "tmp").mkdir(parents=True)
+    shm.mkdir()
+    (fs / "tmp/full").write_bytes(b"x" * (1 << 20))
+    (fs / "tmp/link").symlink_to("sparse")
+    assert holes(fs, shm) == 0
+    for path in (fs / "tmp/sparse", shm / "sparse"):
+        with open(path, "wb") as file:
+            file.truncate(1 << 40)
+            file.write(b"x" * (1 << 20))
+    assert 2 * ((1 << 40) - (2 << 20)) < holes(fs, shm) < 2 << 40

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,9 +26,10 @@ from woodfrog.snapshot.manifest import FORMAT, Manifest
 from woodfrog.store.files import store_error, write_atomic
 from woodfrog.telemetry import Phases
 
-__all__ = ["DEVICE_USES", "SnapshotIdentity", "capture", "device_bytes", "link_on_the_way"]
+__all__ = ["DEVICE_USES", "SnapshotIdentity", "capture", "device_bytes", "holes", "link_on_the_way"]
 
 SHM = "/dev/shm"
+MOST_HOLES = 16 << 30
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,19 @@ def link_on_the_way(paths: Iterable[str], fs: Path, shm: Path) -> str:
     return ""
 
 
+def holes(*folders: Path) -> int:
+    """Bytes of files that nobody has written: they take no room, and as long to read as any others. A file of holes
+    alone may have exabytes, and each snapshot's files are read whole by threads that others wait for."""
+    total = 0
+    for folder in folders:
+        for where, _, names in os.walk(folder):
+            for name in names:
+                info = os.lstat(os.path.join(where, name))
+                if stat.S_ISREG(info.st_mode):
+                    total += max(0, info.st_size - 512 * info.st_blocks)
+    return total
+
+
 DEVICE_USES = ("weights", "tensors", "graphs", "allocator cache")
 """What a worker may say of its GPU memory."""
 
@@ -199,6 +214,12 @@ async def capture(
             for failure in await asyncio.gather(*copies, return_exceptions=True):
                 if failure is not None:
                     raise failure
+            if (empty := await asyncio.to_thread(holes, staging.fs, staging.shm)) > MOST_HOLES:
+                text = (
+                    f"cannot capture: its files have {empty >> 30} GiB of holes, at most {MOST_HOLES >> 30} are taken"
+                )
+                remedy = "make sparse files after the snapshot (enter(snap=False)), or in a volume"
+                raise CaptureError(f"{text}; {remedy}", alive=False, phase="files", code="sparse-files", remedy=remedy)
             if through := await asyncio.to_thread(link_on_the_way, result.reached, staging.fs, staging.shm):
                 text = f"cannot capture: a symbolic link has come in the way of an open file: {through}"
                 raise CaptureError(text, alive=False, phase="files", code="images-altered")
