@@ -93,6 +93,7 @@
 #define WF_ATTR_NOSUID 0x00000002u
 #define WF_ATTR_NODEV 0x00000004u
 #define WF_ATTR_NOEXEC 0x00000008u
+#define WF_ATTR_NOSYMFOLLOW 0x00200000u
 #define WF_CLOSE_RANGE_CLOEXEC 4u
 #define WF_RESOLVE_NO_MAGICLINKS 0x02u
 #define WF_RESOLVE_NO_SYMLINKS 0x04u
@@ -355,7 +356,7 @@ static int write_file(const char *path, mode_t mode, uid_t uid, gid_t gid, const
 
 static const struct word attribute_words[] = {
     {"ro", WF_ATTR_RDONLY}, {"nosuid", WF_ATTR_NOSUID}, {"nodev", WF_ATTR_NODEV}, {"noexec", WF_ATTR_NOEXEC},
-    {"rec", 1ul << 32}, {"rw", 1ul << 33}, {NULL, 0},
+    {"rec", 1ul << 32}, {"rw", 1ul << 33}, {"nosymfollow", WF_ATTR_NOSYMFOLLOW}, {"symfollow", 1ul << 34}, {NULL, 0},
 };
 static const struct word mount_words[] = {
     {"ro", MS_RDONLY}, {"nosuid", MS_NOSUID}, {"nodev", MS_NODEV}, {"noexec", MS_NOEXEC}, {NULL, 0},
@@ -365,7 +366,9 @@ static const struct word mount_words[] = {
 static int set_attributes(int mount, unsigned long words)
 {
     struct wf_mount_attr attributes = {
-        .attr_set = words & 0xffffffffu, .attr_clr = words & 1ul << 33 ? WF_ATTR_RDONLY : 0, .propagation = MS_PRIVATE,
+        .attr_set = words & 0xffffffffu,
+        .attr_clr = (words & 1ul << 33 ? WF_ATTR_RDONLY : 0) | (words & 1ul << 34 ? WF_ATTR_NOSYMFOLLOW : 0),
+        .propagation = MS_PRIVATE,
     };
     unsigned flags = AT_EMPTY_PATH | (words & 1ul << 32 ? AT_RECURSIVE : 0);
     return (int)syscall(SYS_mount_setattr, mount, "", flags, &attributes, sizeof attributes);
@@ -700,7 +703,7 @@ static int perform(const struct message *m, const char *name, char **a, struct a
         unsigned long words;
         if (parse_words(a[1], attribute_words, &words))
             return bad_argument();
-        if ((fd = open_in_base(a[0], O_PATH)) < 0)
+        if ((fd = open_resolved(a[0], O_PATH | O_NOFOLLOW, WF_RESOLVE_NO_SYMLINKS)) < 0)
             return -1;
         result = set_attributes(fd, words);
         close_keeping_errno(fd);
@@ -782,6 +785,9 @@ static void run_operations(unsigned long sequence, struct message *m)
 #endif
 
 #define WF_NEW_NAMESPACES 0x7e020080u  /* every CLONE_NEW*; 0x80 (NEWTIME) is part of clone's exit signal */
+/* A child of init's would be none of the worker's: CRIU does not stop it, and it could change under CRIU's hands what is
+ * being dumped. */
+#define WF_REFUSED_CLONES ((WF_NEW_NAMESPACES & ~0x80u) | CLONE_PARENT)
 
 /* What CRIU cannot dump says "not implemented", so that programs fall back; what would be an escape says "no". */
 static const int absent_calls[] = {
@@ -842,12 +848,20 @@ static size_t build_filter(struct sock_filter *f)
     f[n++] = no_permission;
     f[n++] = IF(BPF_JEQ, SYS_clone, 0, 4);
     f[n++] = LOAD(args[0]);
-    f[n++] = IF(BPF_JSET, WF_NEW_NAMESPACES & ~0x80u, 0, 1);
+    f[n++] = IF(BPF_JSET, WF_REFUSED_CLONES, 0, 1);
     f[n++] = no_permission;
     f[n++] = allow;
     f[n++] = IF(BPF_JEQ, SYS_unshare, 0, 4);
     f[n++] = LOAD(args[0]);
     f[n++] = IF(BPF_JSET, WF_NEW_NAMESPACES, 0, 1);
+    f[n++] = no_permission;
+    f[n++] = allow;
+    /* The worker stays the one to whom its orphans go; see WF_REFUSED_CLONES. */
+    f[n++] = IF(BPF_JEQ, SYS_prctl, 0, 6);
+    f[n++] = LOAD(args[0]);
+    f[n++] = IF(BPF_JEQ, PR_SET_CHILD_SUBREAPER, 0, 3);
+    f[n++] = LOAD(args[1]);
+    f[n++] = IF(BPF_JEQ, 0, 0, 1);
     f[n++] = no_permission;
     f[n++] = allow;
     /* Families that are not bound to a network namespace, or reach into the kernel. */

@@ -59,7 +59,7 @@ __all__ = [
 MAGIC = b"wfrg"
 VERSION = 1
 HEAD = struct.Struct("!4sIIQ")
-MAX_HEADER = 16 << 20
+MAX_HEADER = 4 << 20
 MAX_BODY = 8 << 30
 SPOOL_BYTES = 4 << 20
 """Bodies larger than this are spooled to disk by the daemon instead of being held in memory."""

@@ -10,11 +10,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from engine_rig import UID, WORKER_PID, Rig
+from woodfrog.criu.authority import Credentials
+from woodfrog.engine import engine
 from woodfrog.engine.engine import dump, restore
 from woodfrog.engine.inspect import inspect_tree
 from woodfrog.errors import CaptureError, RestoreError
@@ -479,3 +482,48 @@ async def test_a_clock_that_ran_backwards_goes_on(rig: Rig) -> None:
     ahead, process = await rig.thaw(frozen)
     assert int(await rig.ask(ahead)) - before < 60
     assert os.readlink(f"/proc/{process.host_pid}/ns/time") != os.readlink("/proc/self/ns/time")
+
+
+async def test_a_process_that_ran_on_while_the_others_were_dumped(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is taken of what it may have changed meanwhile."""
+    sandbox, _ = await rig.start("def check(): return 1")
+    await rig.ask(sandbox)
+    monkeypatch.setattr("woodfrog.engine.engine.refuse", lambda *_, **__: None)  # it came after the look
+    await sandbox.spawn(ProcessSpec(("/bin/sleep", "1000"), uid=UID, gid=UID))
+    with pytest.raises(CaptureError) as caught:
+        await rig.freeze(sandbox)
+    assert caught.value.code == "stray-process" and not caught.value.alive
+
+
+async def test_credentials_that_are_not_the_processes_own(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CRIU reads them from memory that others may have written to."""
+    sandbox, _ = await rig.start("def check(): return 1")
+    await rig.ask(sandbox)
+    real = engine.credentials
+
+    def forged(images: Path) -> dict[str, Credentials]:
+        return {name: replace(has, capabilities=1 << 21) for name, has in real(images).items()}
+
+    monkeypatch.setattr(engine, "credentials", forged)
+    with pytest.raises(CaptureError, match="capabilities 200000") as caught:
+        await rig.freeze(sandbox)
+    assert caught.value.code == "images-altered" and not caught.value.alive
+    await rig.nothing_runs(sandbox)
+
+
+@pytest.mark.parametrize("cache", ["criu.kdat", "lazy/criu.kdat"])
+async def test_what_criu_believes_of_the_kernel_is_roots(rig: Rig, cache: str) -> None:
+    """CRIU as root, or with root's powers, reads it as it is: no worker may have written it."""
+    from woodfrog.engine.engine import _fill_cache, _fill_lazy_cache
+
+    sandbox = await rig.sandbox()
+    fill = _fill_cache if cache == "criu.kdat" else _fill_lazy_cache
+    await fill(sandbox, rig.criu)
+    path = rig.kdat / cache
+    good = path.read_bytes()
+    assert path.stat().st_uid == 0 and len(good) > 100
+    path.write_bytes(b"x" * len(good))
+    os.chown(path, UID, UID)
+    await fill(sandbox, rig.criu)
+    found = path.read_bytes()  # not to the byte as before: it has numbers of mounts in it
+    assert path.stat().st_uid == 0 and (len(found), found[:64]) == (len(good), good[:64])

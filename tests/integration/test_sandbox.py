@@ -83,6 +83,10 @@ async def test_forbidden_system_calls(yard: Yard) -> None:
         assert call(330 if x86 else 289, 0, 0) == "ENOSYS"                            # pkey_alloc
         assert call(272 if x86 else 97, 0x10000000) == "EPERM"                        # unshare(CLONE_NEWUSER)
         assert call(56 if x86 else 220, 0x20000000 | 17, 0, 0, 0, 0) == "EPERM"       # clone(CLONE_NEWPID)
+        # A child of init's, or orphans that go to init, would run on while CRIU dumps the worker's tree.
+        assert call(56 if x86 else 220, 0x8000 | 17, 0, 0, 0, 0) == "EPERM"           # clone(CLONE_PARENT)
+        assert call(157 if x86 else 167, 36, 0, 0, 0, 0) == "EPERM"                   # prctl(PR_SET_CHILD_SUBREAPER, 0)
+        assert libc.prctl(36, 1, 0, 0, 0) == 0 and libc.prctl(4, 1, 0, 0, 0) == 0     # 1, PR_SET_DUMPABLE
         assert call(165 if x86 else 40, b"none", b"/tmp", b"tmpfs", 0, 0) == "EPERM"  # mount
         assert call(428, -100, b"/", 0) == "EPERM"                                    # open_tree
         assert call(101 if x86 else 117, 16, 1, 0, 0) == "EPERM"                      # ptrace

@@ -548,6 +548,31 @@ async def test_generators(daemon: Daemon) -> None:
     assert kind == b"f" and isinstance(error_from_answer(json.loads(body), ""), InstanceCrashed)
 
 
+async def test_empty_items_that_nobody_reads_are_not_kept_without_end(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("woodfrog.daemon.controller._ITEM_LIMIT", 64 << 10)
+    made: list[int] = []
+
+    def count() -> Iterator[bytes]:
+        for i in range(5000):
+            made.append(i)
+            yield b""
+
+    daemon.backend.functions = {**FUNCTIONS, "count": count}
+    await daemon.deploy(function("count"))
+    call = (await daemon.submit("count")).headers["woodfrog-call"]
+    record = daemon.controller.calls[call]
+    while record.unread <= 64 << 10:
+        await asyncio.sleep(0.001)
+    assert len(record.items) < 500 and not record.done.is_set()
+    taken = 0
+    while not record.done.is_set():  # it goes on as they are read
+        answer = await daemon.http.get(f"/calls/{call}/items", params={"after": taken, "wait": 5})
+        taken += len(list(unpack_items(answer.content)))
+    assert len(made) == 5000 and record.unread <= 64 << 10
+
+
 async def test_a_generator_that_is_left_early_is_closed_and_its_container_serves_on(daemon: Daemon) -> None:
     """Items that nobody wants any more do not keep it from its end; what its `finally` raises is in the log."""
     ended: list[int] = []

@@ -400,3 +400,8 @@ def test_looking_while_others_commit_and_remove(root: Path, key: SigningKey) -> 
     stop.set()
     looker.join()
     assert failures == [] and len(catalogue.manifests()) == 16
+
+
+@pytest.mark.parametrize("name", ["..", "\0", "s-\n", "x" * 5000, "../keys/ed25519", ""])
+def test_names_that_no_failure_can_have(root: Path, key: SigningKey, name: str) -> None:
+    assert Catalogue(root, key).failure(name) is None

@@ -79,3 +79,12 @@ def test_sizes_ages_and_times() -> None:
     for wrong in ("soon", "m", "tenm"):
         with pytest.raises(SpecError, match="expected 30s, 10m"):
             since_time(wrong, 1000.0)
+
+
+def test_nothing_of_a_container_moves_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    """Messages of users' exceptions stand in tables and errors; logs are shown as they are."""
+    output.table(["error"], [("ValueError: é\x1b[2J\r\x9b\ud800\tx",)])
+    output.show_error(SpecError("f: ValueError: \x1b]0;title\x07\nbelow \x1b[1m"))
+    said = capsys.readouterr()
+    assert said.out.splitlines()[1] == "ValueError: é\\x1b[2J\\r\\x9b\\ud800\tx"
+    assert said.err.splitlines() == ["error: f: ValueError: \\x1b]0;title\\x07", "    below \\x1b[1m"]

@@ -12,6 +12,7 @@ import subprocess
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from woodfrog.backends import payload as payload_module
 from woodfrog.backends.connection import WorkerConnection
 from woodfrog.backends.payload import Payload
 from woodfrog.errors import InstanceCrashed, StoreError
-from woodfrog.protocol import HEAD, MAGIC, MAX_BODY, MAX_HEADER, SPOOL_BYTES, VERSION, ProtocolError, pack
+from woodfrog.protocol import HEAD, MAGIC, MAX_BODY, MAX_HEADER, SPOOL_BYTES, VERSION, ProtocolError, pack, parse_header
 
 
 class Pair:
@@ -330,3 +331,23 @@ async def test_open_waits_for_the_listener(tmp_path: Path) -> None:
     gone.set_result(None)
     with pytest.raises(InstanceCrashed, match="ended before it listened"):
         await WorkerConnection.open(connect, timeout=5, spool=tmp_path, gone=gone)
+
+
+async def test_json_that_took_long_is_followed_by_a_rest(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, rests = [0.0], []
+    sleep = asyncio.sleep
+
+    def slow(data: bytes) -> dict[str, Any]:
+        now[0] += 0.5 if b"long" in data else 0.0
+        return parse_header(data)
+
+    async def rest(seconds: float) -> None:
+        rests.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr("woodfrog.backends.connection.parse_header", slow)
+    monkeypatch.setattr("woodfrog.backends.connection.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("woodfrog.backends.connection.asyncio.sleep", rest)
+    await pair.say(pack({"type": "short"}) + pack({"type": "long"}) + pack({"type": "short"}))
+    assert [(await pair.connection.receive()).type for _ in range(3)] == ["short", "long", "short"]
+    assert rests == [1.5]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -14,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from woodfrog.backends.base import StartRequest
+from woodfrog.backends.base import CallRequest, StartRequest
+from woodfrog.backends.connection import Payload, Reply, WorkerConnection
 from woodfrog.backends.local import Instance, LocalBackend, LocalConfig
 from woodfrog.backends.memory import Memory
 from woodfrog.backends.zygote import ZygoteConfig
@@ -255,3 +257,66 @@ async def test_a_function_that_had_a_snapshot_says_why_it_starts_cold(
     await backend._say_why_cold(Instance(replace(asked, params_digest="other")))
     await backend._say_why_cold(Instance(replace(asked, family="b")))
     assert len(backend._observer.said) <= 1
+
+
+async def test_items_that_are_all_there_already_let_others_run(backend: Any) -> None:
+    """A worker may send them faster than they are taken: then nothing is waited for."""
+    turns, items = 0, 0
+
+    class Full:
+        async def send(self, *_: Any) -> None: ...
+
+        async def receive(self) -> Reply:
+            return Reply({"type": "item" if turns < 50 else "done"}, Payload(data=b""))
+
+    async def taken(_: Payload) -> None:
+        nonlocal items
+        items += 1
+        assert items < 10_000, "nobody else runs"
+
+    async def other() -> None:
+        nonlocal turns
+        while turns < 50:
+            turns += 1
+            await asyncio.sleep(0)
+
+    instance = backend._instances["i-1"] = Instance(request())
+    instance.connection = Full()
+    beside = asyncio.ensure_future(other())
+    answer = await backend.call("i-1", CallRequest("c", "f", "pickle", Payload(data=b""), taken))
+    await beside
+    assert answer.outcome == "success" and items
+
+
+async def test_phases_that_a_worker_tells(backend: Any) -> None:
+    """Their names are shown on terminals."""
+    instance = Instance(request())
+    told = {"reseed.numpy": 1, "bad\x1b[2J": 1, "new\nline": 1, "x" * 41: 1, "not a number": "x", "negative": -1}
+    backend._take_phases(instance, {"phases": {**told, **{f"p{i}": 1 for i in range(1000)}}}, "wake")
+    names = [p.name for p in instance.phases.items]
+    assert names[0] == "reseed.numpy" and names[1] == "p0" and len(names) < 200
+
+
+async def test_a_worker_that_takes_no_greeting_does_not_keep_its_sandbox(backend: Any, tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    connection = await WorkerConnection.of(ours, tmp_path)
+    instance = Instance(request())
+    instance.sandbox = sandbox = Sandbox()  # type: ignore[assignment]
+    backend._context = lambda *_: {"type": "start", "env": {"LARGE": "x" * (3 << 20)}}
+
+    async def now(*_: Any) -> WorkerConnection:
+        return connection
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("woodfrog.backends.local.connect_now", now)
+        instance.greeting = asyncio.ensure_future(backend._greet(instance, "s-1"))
+        await asyncio.sleep(0.05)
+    assert not instance.greeting.done()
+    backend._factory.slow.set()
+    await asyncio.wait_for(backend._leave(instance), 5)
+    assert sandbox.destroyed
+    theirs.setblocking(True)
+    while theirs.recv(1 << 20):  # the connection was closed
+        pass
+    theirs.close()

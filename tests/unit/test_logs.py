@@ -325,3 +325,16 @@ def test_the_daemon_s_own_log_is_bounded(tmp_path: Path) -> None:
     rotate_own(log, 95)  # it is not where this process writes
     assert log.stat().st_size == 200
     rotate_own(tmp_path / "none", 95)
+
+
+async def test_many_lines_at_once_are_as_one_by_one(tmp_path: Path) -> None:
+    texts = ["", 'a "quoted" \\ line', "é \x1b[31m", '"n":0', "\udcff".encode(errors="replace").decode()] * 3
+    for name, size in (("many", len(texts)), ("single", 1)):
+        book = LogBook(tmp_path / name, 1 << 20)
+        for i in range(0, len(texts), size):
+            data = "".join(f"{text}\n" for text in texts[i : i + size]).encode()
+            book.feed("demo", instance='i"n":0', function="f", stream="stdout", call=None, data=data)
+    many, single = (parse((tmp_path / name / "demo.ndjson").read_bytes()) for name in ("many", "single"))
+    assert [r["line"] for r in many] == texts and [r["n"] for r in many] == list(range(1, len(texts) + 1))
+    assert [{**r, "t": 0} for r in many] == [{**r, "t": 0} for r in single]
+    assert all(list(a) == list(b) for a, b in zip(many, single, strict=True))

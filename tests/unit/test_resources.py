@@ -100,3 +100,9 @@ def test_names_that_must_exist(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"^demo.f: no volume 'v': `woodfrog volume create v` makes it, or Volume"):
         held.check(app(volumes=(VolumeMount("v", "/data", create=False),)))
     assert (tmp_path / "secrets" / "token.json").stat().st_mode & 0o077 == 0
+
+
+def test_volumes_are_closed_to_other_users_of_the_machine(tmp_path: Path) -> None:
+    (tmp_path / "volumes").mkdir(mode=0o755)  # as an earlier version may have left it
+    path = resources(tmp_path).volume_path(VolumeMount("v", "/data"))
+    assert path.parent.stat().st_mode & 0o777 == 0o700

@@ -20,6 +20,7 @@ from woodfrog.linux.rootplan import (
     root_plan,
     skeleton_entries,
 )
+from woodfrog.linux.skeleton import private_skeletons
 
 UID = 64646
 TOP = (
@@ -218,3 +219,14 @@ def test_whatever_the_prefixes_each_is_reachable_inside(fixed: list[str], drawn:
     # Parents are mounted before what lies in them.
     targets = [op.args[1] for op in ops if op.name == "bind" and op.args[1] in map(str, prefixes)]
     assert targets == sorted(targets, key=lambda t: len(PurePosixPath(t).parts))
+
+
+def test_skeletons_are_roots_alone(tmp_path: Path) -> None:
+    left = tmp_path / "skeletons" / "ab" / "tmp"
+    left.mkdir(parents=True)
+    (tmp_path / "skeletons").chmod(0o755)  # of an earlier version: anybody may have put something there
+    for _ in range(2):
+        path = private_skeletons(tmp_path)
+        assert path.stat().st_mode & 0o777 == 0o700 and not left.exists()
+    (path / "cd").mkdir()
+    assert (private_skeletons(tmp_path) / "cd").exists()

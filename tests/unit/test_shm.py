@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 from woodfrog.daemon.shm import claim, sweep
+from woodfrog.errors import HostError
 from woodfrog.settings import Settings
 
 
@@ -24,6 +27,37 @@ def test_places_whose_state_directory_is_gone_are_removed(tmp_path: Path) -> Non
     os.symlink(places[0], tmp_path / "woodfrog-11111111")
     assert sweep(tmp_path) == [places[1]]
     assert [p.exists() for p in (*places, silent, other)] == [True, False, True, True, True, True]
+
+
+@pytest.mark.parametrize("kind", ["open", "link", "foreign"])
+def test_a_place_that_somebody_else_has_made(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is known beforehand, and what lies there is believed by root."""
+    place, target = tmp_path / "woodfrog-11111111", tmp_path / "target"
+    (target / "criu").mkdir(parents=True)
+    target.chmod(0o777)
+    place.symlink_to(target) if kind == "link" else target.rename(place)
+    uid = os.geteuid()
+    if kind == "foreign":
+        place.chmod(0o755)
+        if uid:
+            pytest.skip("only root may give it away")
+        os.chown(place, 12345, 12345)
+    claim(place, tmp_path)
+    assert not place.is_symlink() and os.listdir(place) == ["home"]
+    info = place.stat()
+    assert info.st_uid == uid and not info.st_mode & 0o022
+    claim(place, tmp_path)
+    assert len([p for p in tmp_path.iterdir() if p.name.startswith("woodfrog-11111111.")]) == 1
+    if kind != "foreign":
+        return
+    os.chown(place, 12345, 12345)
+    monkeypatch.setattr("os.rename", _refused)
+    with pytest.raises(HostError, match="others may write there"):
+        claim(place, tmp_path)
+
+
+def _refused(*_: object) -> None:
+    raise PermissionError
 
 
 def test_a_place_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import cloudpickle
 import pytest
 
+from woodfrog import protocol
 from woodfrog.errors import NotFoundError, SerializationError
 from woodfrog.sdk import hooks
 from woodfrog.worker import codec, renew, runtime
@@ -47,6 +48,16 @@ def test_arguments() -> None:
     assert codec.load_arguments(bytearray(b"[1, null]"), "json", "f()") == ((1, None), {})
     with pytest.raises(SerializationError, match=r"arguments of f\(\)"):
         codec.load_arguments(bytearray(b"\x80\x05."), "pickle", "f()")
+
+
+def test_what_a_header_says_of_an_error_is_bounded() -> None:
+    error = ValueError("begin" + "\0" * 5_000_000 + "end")
+    for encoding in ("pickle", "json"):
+        plain, body = codec.encode_error(error, encoding)
+        assert len(protocol.pack({"type": "error", "error": plain})) < protocol.MAX_HEADER
+        assert plain["message"].startswith("begin\0") and plain["message"].endswith("\0end")
+        assert "4900008 characters left out" in plain["message"]
+        assert len(join(body)) > 5_000_000  # the caller gets all of it
 
 
 def test_exception_that_holds_itself_is_sent_once() -> None:

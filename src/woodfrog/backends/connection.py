@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from woodfrog.store.files import FREE_SOME
 __all__ = ["Reply", "WorkerConnection", "connect", "connect_now"]
 
 _CONNECT_S = 60.0
+_LONG_S = 0.002
+_REST = 3.0
 
 
 @dataclass(frozen=True)
@@ -103,12 +106,21 @@ class WorkerConnection:
         """
         try:
             header_len, body_len = parse_head(await self._reader.readexactly(HEAD.size))
-            header = parse_header(await self._reader.readexactly(header_len))
+            header = await self._parse(await self._reader.readexactly(header_len))
             if body_len <= SPOOL_BYTES:
                 return Reply(header, Payload(data=await self._reader.readexactly(body_len) if body_len else b""))
             return Reply(header, await self._to_disk(body_len))
         except (asyncio.IncompleteReadError, ConnectionError) as e:
             raise InstanceCrashed("the worker closed its connection", code="worker-gone") from e
+
+    @staticmethod
+    async def _parse(data: bytes) -> dict[str, Any]:
+        """Nothing else runs while JSON is parsed: a worker that sends much of it waits for the others in between."""
+        begin = time.monotonic()
+        header = parse_header(data)
+        if (took := time.monotonic() - begin) > _LONG_S:
+            await asyncio.sleep(_REST * took)
+        return header
 
     async def _to_disk(self, length: int) -> Payload:
         """Take a body into a file. A full disk costs this body, not the worker: the rest is read and dropped."""

@@ -17,7 +17,7 @@ from woodfrog.linux import cgroups, descriptors
 from woodfrog.linux.network import Network
 from woodfrog.linux.rootplan import APP, HOME, DeviceNode, RootRequest, VolumeMount, etc_files, root_plan
 from woodfrog.linux.sandbox import Limits, ProcessSpec, Sandbox, SandboxProcess, init_binary_path
-from woodfrog.linux.skeleton import make_skeleton, read_host_root
+from woodfrog.linux.skeleton import make_skeleton, private_skeletons, read_host_root
 from woodfrog.settings import Settings
 from woodfrog.spec import FunctionSpec, RuntimeSpec
 
@@ -42,6 +42,7 @@ class SandboxFactory:
         self._look_at_host()
         self._scratch = settings.home / "scratch"
         self._scratch.mkdir(mode=0o700, exist_ok=True)
+        self._skeletons = private_skeletons(settings.home)
         settings.kdat_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self._disk_bytes = (settings.disk_mib << 20) or memory // 4
@@ -203,7 +204,7 @@ class SandboxFactory:
         """What every root for this Python environment shares: its prefixes and the lowest layer."""
         if runtime not in self._bases:
             prefixes = self._prefixes(runtime)
-            lowest = make_skeleton(self._settings.home / "skeletons", self._host, prefixes, self._settings.worker_uid)
+            lowest = make_skeleton(self._skeletons, self._host, prefixes, self._settings.worker_uid)
             self._bases[runtime] = (prefixes, lowest)
         return self._bases[runtime]
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
+import re
 import signal
 import time
 import uuid
@@ -23,6 +25,7 @@ from woodfrog.backends.gpus import Gpus
 from woodfrog.backends.health import LOOK_S, Health
 from woodfrog.backends.keeper import Keeper
 from woodfrog.backends.memory import SETTLED_S, Huge, Memory
+from woodfrog.backends.output import OutputReader
 from woodfrog.backends.parked import unpark
 from woodfrog.backends.payload import Payload
 from woodfrog.backends.zygote import Plan, ZygoteConfig, Zygotes, basic_env
@@ -68,6 +71,9 @@ _USER_STAGES = frozenset({"importing", "starting"})
 """In these the user's code runs."""
 _OTHER_GPUS = frozenset({"gpu-out-of-memory", "gpu-chip"})
 """Why a snapshot did not thaw that may thaw on other GPUs."""
+_WORKER_PHASES = 200
+_PHASE = re.compile(r"[\w.()-]{1,40}", re.ASCII)
+"""Names of phases that a worker may tell: they are shown to people, on terminals."""
 _RNDRESEEDCRNG = 0x5207
 
 
@@ -177,6 +183,7 @@ class LocalBackend:
             self._gpus, held=self._gpus_held, tell=observer.on_gpus, free_percent=config.gpu_free_percent
         )
         self._observer = observer
+        self._output = OutputReader(observer.on_log)
         self._factory = factory
         factory.ahead = lambda sandbox: prestart(sandbox, criu)
         self._catalogue = catalogue
@@ -452,9 +459,9 @@ class LocalBackend:
     def _take_phases(instance: Instance, header: dict[str, Any], parent: str) -> None:
         phases = header.get("phases")
         if isinstance(phases, dict):
-            for name, ms in phases.items():
-                if isinstance(ms, (int, float)) and 0 <= ms < 1e9:
-                    instance.phases.add(str(name)[:40], float(ms), parent=parent)
+            for name, ms in itertools.islice(phases.items(), _WORKER_PHASES):
+                if isinstance(ms, (int, float)) and 0 <= ms < 1e9 and _PHASE.fullmatch(name):
+                    instance.phases.add(name, float(ms), parent=parent)
 
     async def _greet(self, instance: Instance, snapshot_id: str) -> WorkerConnection | None:
         """Give a thawed worker its context ahead of CRIU's end; None = it has to be given afterwards."""
@@ -467,9 +474,11 @@ class LocalBackend:
         try:
             await connection.send(self._context(instance, snapshot_id))
             return connection
-        except WoodfrogError:
+        except BaseException as e:
             await connection.close()
-            return None
+            if isinstance(e, WoodfrogError):
+                return None
+            raise
 
     def _context(self, instance: Instance, snapshot_id: str | None) -> dict[str, Any]:
         return protocol.StartContext(
@@ -570,7 +579,8 @@ class LocalBackend:
             params_digest=request.params_digest,
             parent=instance.zygote or "",
         )
-        self._drain_logs(instance.id, instance.log_fds)  # what lies in the pipes would be printed by every copy
+        # What lies in the pipes would be printed by every copy.
+        self._output.drain(instance.id, instance.log_fds, always=True)
         try:
             if instance.pages is not None and not instance.pages.complete:
                 raise CaptureError("its memory is not complete yet", alive=True, phase="freeze", code="lazy-pages")
@@ -798,29 +808,10 @@ class LocalBackend:
     # Output
 
     def _open_logs(self, instance: Instance, sandbox: Sandbox) -> None:
-        loop = asyncio.get_running_loop()
         for stream, inner in (("stdout", protocol.WORKER_STDOUT), ("stderr", protocol.WORKER_STDERR)):
             fd = os.open(sandbox.path(inner), os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
             instance.log_fds[fd] = stream
-            loop.add_reader(fd, self._read_log, instance.id, fd, stream)
-
-    def _read_log(self, instance_id: str, fd: int, stream: str) -> None:
-        # Opened for both ways: with a writer of our own it never ends, also between a freeze and a thaw.
-        with contextlib.suppress(BlockingIOError):
-            self._observer.on_log(instance_id, stream, os.read(fd, 1 << 16))
-
-    def _drain_logs(self, instance_id: str, log_fds: dict[int, str]) -> None:
-        for fd, stream in log_fds.items():
-            with contextlib.suppress(BlockingIOError):
-                while data := os.read(fd, 1 << 16):
-                    self._observer.on_log(instance_id, stream, data)
-
-    def _close_logs(self, instance_id: str, log_fds: dict[int, str]) -> None:
-        loop = asyncio.get_running_loop()
-        self._drain_logs(instance_id, log_fds)
-        for fd in log_fds:
-            loop.remove_reader(fd)
-            os.close(fd)
+            self._output.add(instance.id, fd, stream)
 
     # Calls
 
@@ -837,6 +828,7 @@ class LocalBackend:
                 reply = await connection.receive()
                 ms = (time.monotonic() - begin) * 1e3
                 if reply.type == "item":
+                    await asyncio.sleep(0)  # there may always be another one here already
                     if request.on_item is not None:
                         await request.on_item(reply.body)
                 elif reply.type in ("result", "done"):
@@ -844,7 +836,7 @@ class LocalBackend:
                     return Answer("success", reply.body, ms=ms)
                 elif reply.type == "error":
                     self._after_call(instance)
-                    self._drain_logs(instance.id, instance.log_fds)  # what was printed comes before the traceback
+                    self._output.drain(instance.id, instance.log_fds)  # what was printed comes before the traceback
                     return Answer("exception", reply.body, _plain_error(reply.header.get("error")), ms)
                 else:
                     raise protocol.ProtocolError(f"worker answered {reply.type!r} to a call")
@@ -865,10 +857,10 @@ class LocalBackend:
         """Whether the process is seen dead within a moment: its connection ends a little before it does."""
         if instance.process is None:
             return False
-        with contextlib.suppress(TimeoutError, SandboxError):
-            await asyncio.wait_for(asyncio.shield(asyncio.ensure_future(instance.process.wait())), _END_S)
-            return True
-        return False
+        ended = asyncio.ensure_future(instance.process.wait())
+        ended.add_done_callback(lambda f: f.cancelled() or f.exception())  # whoever watches the process tells
+        await asyncio.wait({ended}, timeout=_END_S)
+        return ended.done() and ended.exception() is None
 
     def _after_call(self, instance: Instance) -> None:
         instance.calls += 1
@@ -963,7 +955,7 @@ class LocalBackend:
                 )
                 if reply.type == "failed":
                     error = _plain_error(reply.header.get("error"))
-                    self._drain_logs(instance.id, instance.log_fds)
+                    self._output.drain(instance.id, instance.log_fds)
                     text = f"exit hook failed: {error['type']}: {error['message']}\n"
                     self._observer.on_log(instance.id, "system", text.encode(errors="replace"))
                     self._observer.on_log(instance.id, "stderr", error["traceback"].encode(errors="replace"))
@@ -1003,7 +995,7 @@ class LocalBackend:
         if pages is not None:
             ends.push_async_callback(self._memory.drop, pages, instance.id)
         log_fds, instance.log_fds = instance.log_fds, {}
-        ends.callback(self._close_logs, instance.id, log_fds)
+        ends.callback(self._output.close, instance.id, log_fds)
         sandbox, instance.sandbox = instance.sandbox, None
         if sandbox is not None:
             ends.push_async_callback(self._factory.release, sandbox)
@@ -1064,6 +1056,8 @@ class LocalBackend:
         instance = self._instances.get(instance_id)
         if instance is None or instance.sandbox is None:
             raise SandboxError(f"container {instance_id} is gone")
+        if instance.stage == "capturing":
+            raise SandboxError(f"container {instance_id} is being frozen; try again in a moment", code="exec")
         return await self._factory.execute(instance.sandbox, argv, self._env(instance), timeout)
 
     async def close(self) -> None:
@@ -1119,8 +1113,9 @@ async def _send_close(connection: WorkerConnection, call_id: str) -> None:
 
 async def _hang_up(greeting: asyncio.Task[WorkerConnection | None] | None, connection: WorkerConnection | None) -> None:
     if greeting is not None:
+        greeting.cancel()  # the worker may never take what it is told
         await asyncio.wait({greeting})
-        connection = greeting.result()
+        connection = None if greeting.cancelled() else greeting.result()
     if connection is not None:
         await connection.close()
 

@@ -54,9 +54,17 @@ def show_error(error: WoodfrogError) -> None:
     """`error: …` on stderr in one line, with the remedy where the message lacks it; an attached log below it."""
     message, _, rest = str(error).strip().partition("\n")
     remedy = " ".join(str(error.fields.get("remedy") or "").split())
-    note(f"error: {message}" + (f"; {remedy}" if remedy and remedy not in message else ""))
+    note(harmless(f"error: {message}" + (f"; {remedy}" if remedy and remedy not in message else "")))
     for line in rest.splitlines():
-        note(f"    {line}")
+        note(harmless(f"    {line}"))
+
+
+def harmless(text: str) -> str:
+    """What comes from containers may hold what moves a terminal's cursor, or worse: it is shown as it is written."""
+    if text.isprintable():
+        return text
+    shown = (c if c.isprintable() or c == "\t" else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return "".join(shown)
 
 
 def show_json(value: Any) -> None:
@@ -71,7 +79,7 @@ def text(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.1f}"
-    return str(value)
+    return harmless(str(value))
 
 
 def size(count: Any) -> str:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import struct
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-from woodfrog.criu.stats import encode_bytes, encode_int, fields_of
+from woodfrog.criu.stats import encode_bytes, encode_int, fields_of, messages_of
 
 __all__ = ["close_outside", "closed_outside"]
 
@@ -51,7 +50,7 @@ def closed_outside(files: bytes) -> tuple[bytes, tuple[int, ...]]:
         ValueError: it is not understood in full.
     """
     out, inodes = [files[:8]], []
-    for message in _messages(files):
+    for message in messages_of(files):
         entry: Fields = list(fields_of(message))
         for i, (number, value) in enumerate(entry):
             if number == _INET_SOCKET and isinstance(value, bytes) and (socket := _closed(list(fields_of(value)))):
@@ -62,16 +61,6 @@ def closed_outside(files: bytes) -> tuple[bytes, tuple[int, ...]]:
                 message = _message(entry)
         out.append(struct.pack("<I", len(message)) + message)
     return b"".join(out), tuple(inodes)
-
-
-def _messages(data: bytes) -> Iterator[bytes]:
-    at = 8
-    while at < len(data):
-        end = at + 4 + int.from_bytes(data[at : at + 4], "little")
-        if end > len(data):
-            raise ValueError("a truncated image of files")
-        yield data[at + 4 : end]
-        at = end
 
 
 def _message(fields: Fields) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-__all__ = ["encode_bytes", "encode_int", "fields_of", "parse_stats"]
+__all__ = ["encode_bytes", "encode_int", "fields_of", "messages_of", "parse_stats"]
 
 MAGIC = 0x57093306
 DUMP = {
@@ -65,6 +65,21 @@ def fields_of(data: bytes) -> Iterator[tuple[int, int | bytes]]:
                 at += 4
             case kind:
                 raise ValueError(f"wire type {kind}")
+
+
+def messages_of(image: bytes) -> Iterator[bytes]:
+    """The messages of one of CRIU's images: magic numbers, then each with its length before it.
+
+    Raises:
+        ValueError: the image is cut short.
+    """
+    at = 8
+    while at < len(image):
+        end = at + 4 + int.from_bytes(image[at : at + 4], "little")
+        if end > len(image):
+            raise ValueError("an image that is cut short")
+        yield image[at + 4 : end]
+        at = end
 
 
 def parse_stats(data: bytes) -> dict[str, int]:

@@ -70,6 +70,8 @@ _CONTENT_KEPT_S = 3600.0
 """How long code stays that no app needs: a client that found it here deploys it soon, and edits are taken back."""
 _ITEM_LIMIT = 64 << 20
 """Bytes of unread generator items; beyond it the generator waits for its reader."""
+_ITEM_OWN = 256
+"""What an item takes beside its bytes: there may be millions of empty ones."""
 _ANSWER_S = 60.0
 """How long an answer stays in memory that may have been lost on its way."""
 _ANSWERS_LIMIT = 64 << 20
@@ -132,7 +134,7 @@ class CallRecord:
         """The client has the first `count` items: they need not be kept."""
         while self.items and self.taken < count:
             _, payload = self.items.popleft()
-            self.unread -= payload.size
+            self.unread -= payload.size + _ITEM_OWN
             _drop(payload)
             self.taken += 1
         self.read.set()
@@ -727,7 +729,7 @@ class Controller:
                 _drop(payload)
                 return
             record.items.append((b"i", payload))
-            record.unread += payload.size
+            record.unread += payload.size + _ITEM_OWN
             record.changed.set()
             while record.unread > _ITEM_LIMIT and not record.done.is_set():
                 record.read.clear()

@@ -71,7 +71,8 @@ class Resources:
         self._secrets = settings.home / "secrets"
         self._volumes = settings.home / "volumes"
         self._secrets.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._volumes.mkdir(mode=0o711, parents=True, exist_ok=True)
+        self._volumes.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._volumes.chmod(0o700)  # their files are as open as functions make them; earlier versions left it at 0711
         for leftover in self._volumes.glob(".gone-*"):
             remove_tree(leftover)
 

@@ -6,11 +6,12 @@ import logging
 import os
 import re
 import stat
+import uuid
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
-from woodfrog.errors import StoreError
+from woodfrog.errors import HostError, StoreError
 from woodfrog.store.files import remove_tree, write_atomic
 
 __all__ = ["claim", "sweep"]
@@ -22,13 +23,30 @@ _NAME = re.compile(r"woodfrog-([0-9a-f]{8})")
 
 
 def claim(directory: Path, home: Path) -> None:
-    """Make a state directory's place in /dev/shm, and note whose it is. Without the note it is never removed."""
+    """Make a state directory's place in /dev/shm, and note whose it is. Without the note it is never removed.
+
+    Everybody can tell its name and may have made it first: what CRIU, as root, reads there must be ours alone.
+
+    Raises:
+        HostError: somebody else has it, and it cannot be moved out of the way.
+    """
     with suppress(OSError):  # there is no note then
+        if os.path.lexists(directory) and not _ours(directory):
+            aside = directory.with_name(f"{directory.name}.{uuid.uuid4().hex}")
+            os.rename(directory, aside)
+            log.warning("%s: somebody else had made it; it is %s now", directory, aside)
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    if os.path.isdir(directory) and not _ours(directory):
+        raise HostError(f"{directory}: others may write there; remove it", code="state-dir")
     try:
         write_atomic(directory / _HOME, f"{home}\n".encode())
     except StoreError as e:
         log.warning("%s", e.message)
+
+
+def _ours(path: Path) -> bool:
+    info = path.lstat()
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid() and not info.st_mode & 0o022
 
 
 def sweep(root: Path = Path("/dev/shm")) -> list[Path]:
@@ -40,8 +58,7 @@ def sweep(root: Path = Path("/dev/shm")) -> list[Path]:
     for path in root.iterdir():
         name = _NAME.fullmatch(path.name)
         try:
-            info = path.lstat()
-            if name is None or not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
+            if name is None or not _ours(path):
                 continue
             home = (path / _HOME).read_text().removesuffix("\n")
             if sha256(home.encode()).hexdigest()[:8] != name[1] or os.path.lexists(home):

@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import socket
+import stat
 import struct
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from woodfrog.criu.authority import credentials, paths
 from woodfrog.criu.binary import Criu
 from woodfrog.criu.diagnose import Diagnosis, diagnose, tail
 from woodfrog.criu.options import check_command, dump_command, environment, restore_command
@@ -52,9 +54,11 @@ from woodfrog.engine.plan import (
     damaged,
     dump_plan,
     facts_of,
+    foreign_credentials,
     parse_facts,
     refuse,
     restore_plan,
+    volumes_entered,
     warnings,
 )
 from woodfrog.errors import CaptureError, GpuError, RestoreError, SandboxError
@@ -99,6 +103,7 @@ class DumpResult:
             mapped or open: a restore needs them unchanged.
         warnings: what the snapshot does not keep, one line each.
         gpu: of `pages_bytes`, what was on GPUs, and where it lies now; None = nothing.
+        reached: every path that a restore opens.
     """
 
     phases: dict[str, float]
@@ -108,6 +113,7 @@ class DumpResult:
     files: tuple[tuple[str, int, int], ...] = ()
     warnings: tuple[str, ...] = ()
     gpu: GpuFacts | None = None
+    reached: frozenset[str] = frozenset()
 
     @property
     def gpu_bytes(self) -> int:
@@ -280,9 +286,19 @@ async def _prestart_dump(sandbox: Sandbox, criu: Criu, root: SandboxProcess) -> 
 
 async def _fill_cache(sandbox: Sandbox, criu: Criu) -> None:
     """Let root write CRIU's kernel-feature cache, before a CRIU that runs as the worker's uid makes one the worker
-    could alter."""
-    if not sandbox.path(f"{CACHE}/criu.kdat").exists():
+    could alter. CRIU believes what is in it: one that is not root's is made anew."""
+    if not _of_root(sandbox.path(f"{CACHE}/criu.kdat")):
         await sandbox.run(_spec(criu, check_command(str(criu.path))), 60.0)
+
+
+def _of_root(cache: Path) -> bool:
+    """Whether there is such a file, which none but root may have written. Any other is removed."""
+    with suppress(FileNotFoundError):
+        info = cache.lstat()
+        if stat.S_ISREG(info.st_mode) and info.st_uid == 0 and not info.st_mode & 0o022:
+            return True
+        cache.unlink()
+    return False
 
 
 async def _fill_lazy_cache(sandbox: Sandbox, criu: Criu) -> bool:
@@ -293,7 +309,7 @@ async def _fill_lazy_cache(sandbox: Sandbox, criu: Criu) -> bool:
     privileged CRIU makes this one. It keeps it in /run, and only where that is a tmpfs.
     """
     target = sandbox.path(f"{LAZY_CACHE}/criu.kdat")
-    if target.exists():
+    if _of_root(target):
         return True
     script = 'mount -n -t tmpfs tmpfs /run && { "$0" check --no-default-config >/dev/null 2>&1; cat /run/criu.kdat; }'
     argv = ("unshare", "--mount", "--propagation", "private", "/bin/sh", "-c", script, str(criu.path))
@@ -419,6 +435,34 @@ def _seal(images: Path, facts: Facts) -> None:
     for path in images.iterdir():
         os.chown(path, 0, 0, follow_symlinks=False)
         path.chmod(0o600)
+
+
+def _refuse_survivors(sandbox: Sandbox) -> None:
+    """What CRIU did not stop may have changed what it was dumping."""
+    for pid in procfs.children(sandbox.init_pid):
+        with suppress(ProcessLookupError):
+            left = procfs.status(pid)
+            if not procfs.ending(pid):
+                cause, remedy = REFUSALS["stray-process"]
+                raise _Failure(f"process {left.ns_pids[-1]} ({left.name}): {cause}", "stray-process", remedy)
+
+
+def _check_authority(images: Path, who: procfs.Status) -> frozenset[str]:
+    """Every path in the images; the processes in them must not be more than they were."""
+    try:
+        found = foreign_credentials(
+            credentials(images),
+            ids=frozenset((*who.uids, *who.gids, *who.groups)),
+            capabilities=who.cap_inheritable | who.cap_permitted | who.cap_bounding | who.cap_ambient,
+            no_new_privs=who.no_new_privs,
+        )
+        reached = paths(images)
+    except (ValueError, IndexError) as e:
+        found = f"an image is not understood ({e})"
+    if found:
+        cause, remedy = "the images do not hold the processes as they were", "do not change a process that is frozen"
+        raise _Failure(f"cannot capture: {cause}: {found}", "images-altered", remedy)
+    return reached
 
 
 def _remove_images(images: Path) -> None:
@@ -575,10 +619,10 @@ async def dump(
             fault("dump.before")
         phase = "criu"
         with phases("criu"):
-            root_task = tree.tasks[0]
+            who = procfs.status(tree.tasks[0].pid)
             await loading
             command = dump_command(str(criu.path), plan)
-            spec = _spec(criu, command, uid=root_task.uid, gid=procfs.status(root_task.pid).gids[0])
+            spec = _spec(criu, command, uid=who.uids[0], gid=who.gids[0])
             done = await _run_criu(sandbox, spec, timeout, "dump.criu")
             if done.status != 0:
                 log = _read_log(log_path)
@@ -591,6 +635,9 @@ async def dump(
         with phases("finish"):
             fault("dump.after")
             await sandbox.unbind(IMAGES)
+            _refuse_survivors(sandbox)
+            reached = await asyncio.to_thread(_check_authority, images, who)
+            facts = replace(facts, directories=tuple(sorted({os.path.dirname(p) for p in reached})))
             stats = _stats(images / "stats-dump")
             await asyncio.to_thread(_write_index, images)
             lost = warnings(tree)
@@ -633,6 +680,7 @@ async def dump(
         files=tuple((f.path, f.size, f.mtime_ns) for f in tree.files),
         warnings=lost,
         gpu=facts.gpu,
+        reached=reached,
     )
 
 
@@ -770,13 +818,21 @@ async def restore(
             )
             clock = _clock_ns(sandbox.init_pid)
             lazy_pages = page_files is not None
+            # Another sandbox may put a symlink where a directory was, and CRIU follows it as root.
+            entered = volumes_entered(facts.directories, sandbox.volumes)
             plan = restore_plan(
-                facts, monotonic_ns=clock, lazy_pages=lazy_pages, stopped=stopped, plugins=_plugins(amd)
+                facts,
+                monotonic_ns=clock,
+                lazy_pages=lazy_pages,
+                stopped=stopped or bool(entered),
+                plugins=_plugins(amd),
             )
         phase = "prepare"
         with phases("prepare"):
             if plan.lazy_pages and not await _fill_lazy_cache(sandbox, criu):
                 plan = replace(plan, lazy_pages=False)
+            if not plan.lazy_pages:
+                await _fill_cache(sandbox, criu)
             if lazy is not None and lazy.files is not None and not plan.lazy_pages:
                 # The images have only what CRIU reads itself: it would take the rest for zeroes.
                 raise _Failure(
@@ -788,6 +844,8 @@ async def restore(
             undo.push("unbind images", lambda: sandbox.unbind(IMAGES))
             undo.push("kill what was restored", lambda: _kill_all(sandbox))
             await sandbox.set_last_pid(facts.max_pid)
+            if entered:
+                await sandbox.follow_links(entered, False)
             if lazy is not None and page_files is not None and plan.lazy_pages:
                 _serve_pages(sandbox, images, page_files, lazy)
                 undo.push("drop its pages", lambda: _drop_pages(lazy))
@@ -804,6 +862,10 @@ async def restore(
                 await served.safe()
             if done.status != 0:
                 raise _failed("restore", done, log)
+            if entered:
+                await sandbox.follow_links(entered, True)
+                if not stopped:
+                    await sandbox.signal(-1, signal.SIGCONT)
             stats = _stats(sandbox.path(f"{WORK}/stats-restore"))
         for name, key in (("criu.fork", "forking_time"), ("criu.restore", "restore_time")):
             if key in stats:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
+from woodfrog.criu.authority import Credentials
 from woodfrog.criu.options import Dump, Restore, Tcp
 from woodfrog.engine.inspect import AMD_NODES, Descriptor, Task, Tree
 from woodfrog.linux.rootplan import APP, HOME
@@ -22,10 +23,12 @@ __all__ = [
     "damaged",
     "dump_plan",
     "facts_of",
+    "foreign_credentials",
     "parse_facts",
     "refusals_markdown",
     "refuse",
     "restore_plan",
+    "volumes_entered",
     "warnings",
 ]
 
@@ -275,6 +278,8 @@ class Facts:
     sizes: Mapping[str, int] = field(default_factory=dict)
     format: int = 1
     gpu: GpuFacts | None = None
+    directories: tuple[str, ...] = ()
+    """Those in which CRIU, as root, will open what the processes had open, mapped or bound."""
     amd: bool = False
     """The images hold the memory of AMD's GPUs: CRIU needs its plugin to restore them."""
     huge: tuple[tuple[int, int, int], ...] = ()
@@ -317,7 +322,7 @@ def parse_facts(text: str) -> Facts:
             for tid, cpus, ioprio, slack in data.get("threads", ())
         )
         data["huge"] = tuple((int(pid), int(begin), int(end)) for pid, begin, end in data.get("huge", ()))
-        facts = Facts(**data)
+        facts = Facts(**(data | {"directories": tuple(map(str, data.get("directories", ())))}))
     except (TypeError, KeyError) as e:
         raise ValueError(str(e)) from None
     if not isinstance(facts.sizes, dict) or not facts.sizes:
@@ -325,6 +330,22 @@ def parse_facts(text: str) -> Facts:
     if facts.tcp not in ("none", "established", "close"):
         raise ValueError(f"tcp {facts.tcp!r}")
     return facts
+
+
+def volumes_entered(directories: tuple[str, ...], volumes: tuple[str, ...]) -> tuple[str, ...]:
+    """The volumes in which a restore opens anything."""
+    return tuple(v for v in volumes if any(d == v or d.startswith(f"{v}/") for d in directories))
+
+
+def foreign_credentials(
+    found: Mapping[str, Credentials], *, ids: frozenset[int], capabilities: int, no_new_privs: bool
+) -> str:
+    """The thread that would be restored with more than the process had that was dumped; empty when there is none."""
+    for name, has in found.items():
+        more = has.capabilities & ~capabilities
+        if more or not has.ids <= ids or (no_new_privs and not has.no_new_privs):
+            return f"{name}: ids {', '.join(map(str, sorted(has.ids)))}, capabilities {has.capabilities:x}"
+    return "" if found else "no thread"
 
 
 def facts_of(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ __all__ = [
     "Status",
     "children",
     "descriptors",
+    "ending",
     "maps",
     "mountinfo",
     "parse_maps",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 PROC = Path("/proc")
+PF_EXITING = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +280,15 @@ def maps(pid: int) -> tuple[MapEntry, ...]:
 
 def mountinfo(pid: int) -> tuple[MountEntry, ...]:
     return parse_mountinfo(_read(pid, "mountinfo"))
+
+
+def ending(pid: int) -> bool:
+    """Whether a process runs no code of its own any more: it is dead, on its way there, or was sent SIGKILL."""
+    fields = _read(pid, "stat").rpartition(")")[2].split()
+    if fields[0] in "ZX" or int(fields[6]) & PF_EXITING:
+        return True
+    pending = [x.split()[1] for x in _read(pid, "status").split("\n") if x.startswith(("SigPnd:", "ShdPnd:"))]
+    return any(int(x, 16) & 1 << signal.SIGKILL - 1 for x in pending)
 
 
 def children(pid: int) -> tuple[int, ...]:

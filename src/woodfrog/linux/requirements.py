@@ -27,8 +27,8 @@ from woodfrog.errors import HostError, WoodfrogError
 
 __all__ = ["Cgroups", "Check", "CriuState", "Host", "demand", "failed", "judge", "probe", "probe_criu"]
 
-OLDEST_KERNEL = (5, 12)
-"""mount_setattr with AT_RECURSIVE."""
+OLDEST_KERNEL = (5, 14)
+"""mount_setattr with MOUNT_ATTR_NOSYMFOLLOW."""
 OLDEST_CRIU = (4, 1)
 OLDEST_PYTHON = (3, 11)
 MIN_FREE_BYTES = 1 << 30

@@ -180,6 +180,8 @@ class RootPlan:
     shm_layer: Path | None = None
     beneath: tuple[tuple[Path, tuple[str, ...]], ...] = ()
     """Directories in others' ones that are mounted: the operations' `@0`, `@1`, …"""
+    volumes: tuple[str, ...] = ()
+    """Where they are mounted."""
 
 
 def _mkdir(path: str | PurePosixPath, mode: int = 0o755, uid: int = 0, gid: int = 0) -> Op:
@@ -432,7 +434,8 @@ def root_plan(request: RootRequest, host: HostRoot) -> RootPlan:
     if not request.network:
         ops.append(Op("linkdel", ("eth0",)))
     ops.append(Op("hostname", (request.hostname,)))
-    return RootPlan(tuple(ops), request.shm_layer, tuple(beneath))
+    volumes = tuple(str(_user_target(v.target, "volume")) for v in request.volumes)
+    return RootPlan(tuple(ops), request.shm_layer, tuple(beneath), volumes)
 
 
 def _between(path: PurePosixPath, above: PurePosixPath, hidden: tuple[PurePosixPath, ...]) -> bool:

@@ -330,6 +330,8 @@ class Sandbox:
         self.network: NetworkLease | None = None
         self.cgroup: Cgroup | None = None
         self.worker_uid = 0
+        self.volumes: tuple[str, ...] = ()
+        """Where inside directories are mounted that other sandboxes may change at the same time."""
         self._channel: _Channel
         self._init_pidfd = -1
         self._launcher: subprocess.Popen[bytes] | None = None
@@ -559,6 +561,7 @@ class Sandbox:
             for mount in mounts:
                 os.close(mount)
         self._upper_fd = int(values[0]) if values else None
+        self.volumes = plan.volumes
         if plan.shm_layer is not None and not _copy_small(plan.shm_layer, self.path("/dev/shm")):
             copy = await asyncio.create_subprocess_exec(
                 "cp", "-a", "--sparse=auto", f"{plan.shm_layer}/.", f"{self.path('/dev/shm')}/",
@@ -837,6 +840,14 @@ class Sandbox:
     async def unbind(self, inner: str) -> None:
         """Take away what `bind` mounted."""
         await self._ops([Op("umount", (inner,))])
+
+    async def follow_links(self, volumes: Sequence[str], yes: bool) -> None:
+        """Whether symlinks in these volumes lead anywhere, for everyone in the sandbox, root too.
+
+        Raises:
+            SandboxError: one is not where it was mounted.
+        """
+        await self._ops([Op("setattr", (path, "symfollow" if yes else "nosymfollow")) for path in volumes])
 
     async def mount_tmpfs(self, inner: str) -> None:
         """Mount an empty tmpfs, for root only, at an existing directory inside."""

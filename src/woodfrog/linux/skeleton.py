@@ -19,7 +19,7 @@ from woodfrog.linux.rootplan import (
     skeleton_entries,
 )
 
-__all__ = ["host_above", "is_the_systems", "make_skeleton", "read_host_root"]
+__all__ = ["host_above", "is_the_systems", "make_skeleton", "private_skeletons", "read_host_root"]
 
 
 def read_host_root(root: Path = Path("/")) -> HostRoot:
@@ -70,6 +70,18 @@ def is_the_systems(path: str) -> bool:
     """Whether what a sandbox's own layers hold at a path is hidden by the host's files, or by a file system's."""
     top = Path(path).parts[1]
     return top in OWN - {"tmp"} or (top not in MASKED | {"tmp"} and os.path.lexists(f"/{top}"))
+
+
+def private_skeletons(home: Path) -> Path:
+    """Where skeletons are: root's alone, since anybody may write to the `/tmp` in them, and each sandbox sees that.
+
+    What earlier versions left open to others is removed; no sandbox may be up.
+    """
+    path = home / "skeletons"
+    if path.exists() and path.stat().st_mode & 0o077:
+        shutil.rmtree(path)
+    path.mkdir(mode=0o700, exist_ok=True)
+    return path
 
 
 def make_skeleton(parent: Path, host: HostRoot, prefixes: tuple[Path, ...], worker_uid: int) -> Path:

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import os
 import shutil
+import stat
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from woodfrog.criu.binary import Criu
 from woodfrog.engine.engine import AmdSide, GpuSide, dump
@@ -16,6 +18,7 @@ from woodfrog.engine.plan import GpuFacts
 from woodfrog.errors import CaptureError, StoreError
 from woodfrog.faults import fault
 from woodfrog.linux.pageserver import make_set
+from woodfrog.linux.rootplan import VAR_TMP
 from woodfrog.linux.sandbox import Sandbox
 from woodfrog.snapshot.catalogue import WORKING_SET, Staging
 from woodfrog.snapshot.compat import WorkerClass
@@ -23,7 +26,10 @@ from woodfrog.snapshot.manifest import FORMAT, Manifest
 from woodfrog.store.files import store_error, write_atomic
 from woodfrog.telemetry import Phases
 
-__all__ = ["DEVICE_USES", "SnapshotIdentity", "capture", "device_bytes"]
+__all__ = ["DEVICE_USES", "SnapshotIdentity", "capture", "device_bytes", "holes", "link_on_the_way"]
+
+SHM = "/dev/shm"
+MOST_HOLES = 16 << 30
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,41 @@ def _opaque(path: str) -> bool:
         return os.getxattr(path, "trusted.overlay.opaque") == b"y"
     except OSError:
         return False
+
+
+def link_on_the_way(paths: Iterable[str], fs: Path, shm: Path) -> str:
+    """The first of these paths that leads through a symlink of the layers, or is one; empty when there is none.
+
+    CRIU opens them as root. It has noted them as they were, without links, while somebody else may have held a
+    directory of the sandbox and changed what is in it.
+    """
+    seen: dict[PurePosixPath, bool] = {}
+
+    def is_link(path: PurePosixPath) -> bool:
+        if path not in seen:
+            inner = shm / path.relative_to(SHM) if path.is_relative_to(SHM) else fs / path.relative_to("/")
+            others = fs / VAR_TMP[1:] / path.relative_to("/var/tmp") if path.is_relative_to("/var/tmp") else inner
+            seen[path] = any(map(os.path.islink, (inner, others)))
+        return seen[path]
+
+    for path in paths:
+        pure = PurePosixPath(path)
+        if pure.is_absolute() and any(map(is_link, (pure, *pure.parents))):
+            return path
+    return ""
+
+
+def holes(*folders: Path) -> int:
+    """Bytes of files that nobody has written: they take no room, and as long to read as any others. A file of holes
+    alone may have exabytes, and each snapshot's files are read whole by threads that others wait for."""
+    total = 0
+    for folder in folders:
+        for where, _, names in os.walk(folder):
+            for name in names:
+                info = os.lstat(os.path.join(where, name))
+                if stat.S_ISREG(info.st_mode):
+                    total += max(0, info.st_size - 512 * info.st_blocks)
+    return total
 
 
 DEVICE_USES = ("weights", "tensors", "graphs", "allocator cache")
@@ -173,6 +214,15 @@ async def capture(
             for failure in await asyncio.gather(*copies, return_exceptions=True):
                 if failure is not None:
                     raise failure
+            if (empty := await asyncio.to_thread(holes, staging.fs, staging.shm)) > MOST_HOLES:
+                text = (
+                    f"cannot capture: its files have {empty >> 30} GiB of holes, at most {MOST_HOLES >> 30} are taken"
+                )
+                remedy = "make sparse files after the snapshot (enter(snap=False)), or in a volume"
+                raise CaptureError(f"{text}; {remedy}", alive=False, phase="files", code="sparse-files", remedy=remedy)
+            if through := await asyncio.to_thread(link_on_the_way, result.reached, staging.fs, staging.shm):
+                text = f"cannot capture: a symbolic link has come in the way of an open file: {through}"
+                raise CaptureError(text, alive=False, phase="files", code="images-altered")
             if result.gpu is not None and result.gpu.memory:
                 # The driver reads all of it at each restore: that has not to be learned.
                 await asyncio.to_thread(write_atomic, staging.path / WORKING_SET, make_set(result.gpu.memory))

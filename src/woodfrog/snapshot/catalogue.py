@@ -483,7 +483,7 @@ class Catalogue:
         path = self._failures / f"{snapshot_id}.log"
         try:
             return path.read_text(errors="replace") if path.parent == self._failures else None
-        except (FileNotFoundError, NotADirectoryError):
+        except (OSError, ValueError):  # there is none, or no file can have such a name
             return None
 
     def abandon(self, staging: Staging) -> None:

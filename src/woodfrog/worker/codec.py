@@ -29,6 +29,8 @@ Body = Sequence[bytes | memoryview]
 
 _PLAIN = frozenset({type(None), bool, int, float, str, bytes})
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_SHOWN = 100_000
+"""Characters of each part of an error in a header, which holds three of them whatever they are."""
 _LINKS = 32
 """Causes and contexts of one exception that travel with it, at most."""
 
@@ -162,9 +164,16 @@ def format_error(error: BaseException) -> dict[str, str]:
 def encode_error(error: BaseException, encoding: str = "pickle") -> tuple[dict[str, str], Body]:
     """The plain form for the header, and the body: what a Python client raises, or the plain form as JSON."""
     plain = format_error(error)
+    shown = {key: shorten(text) for key, text in plain.items()}
     if encoding == "json":
-        return plain, [json.dumps(plain).encode()]
-    return plain, [pickle.dumps({"exception": pickle_exception(error), **plain}, protocol=5)]
+        return shown, [json.dumps(plain).encode()]
+    return shown, [pickle.dumps({"exception": pickle_exception(error), **plain}, protocol=5)]
+
+
+def shorten(text: str) -> str:
+    """The beginning and the end of a long text: what is said of an error in a header, for logs and people."""
+    left = len(text) - _SHOWN
+    return text if left <= 0 else f"{text[: _SHOWN // 2]}\n... {left} characters left out ...\n{text[-_SHOWN // 2 :]}"
 
 
 def pickle_exception(error: BaseException) -> bytes | None:

@@ -248,7 +248,8 @@ class _Worker:
         plain = codec.format_error(error)
         _flush()
         data = codec.pickle_exception(error)
-        self._send({"type": "failed", "stage": stage, "error": plain}, [data] if data else ())
+        shown = {key: codec.shorten(text) for key, text in plain.items()}
+        self._send({"type": "failed", "stage": stage, "error": shown}, [data] if data else ())
 
     def _receive(self) -> tuple[dict[str, Any], bytearray]:
         header_len, body_len = parse_head(bytes(self._read(HEAD.size)))
