@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -87,6 +88,8 @@ def test_the_unit_s_file(home: str, tmp_path: Path) -> None:
     assert f"EnvironmentFile={home.replace('%', '%%')}/service.env\n" in text
     for line in ("Type=notify", "KillMode=mixed", "Delegate=yes", "Restart=on-failure", "WantedBy=multi-user.target"):
         assert f"\n{line}\n" in text
+    patience = re.search(r"^TimeoutStartSec=(\d+)$", text, re.MULTILINE)
+    assert patience and int(patience[1]) > module.START_S >= 120, "systemd ends no daemon that a client still waits for"
     name = systemd.unit_name(settings)
     assert name == "woodfrogd.service" if home == "/var/lib/woodfrog" else name == f"woodfrogd-{settings.tag}.service"
     if shutil.which("systemd-analyze"):

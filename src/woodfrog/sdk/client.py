@@ -38,8 +38,9 @@ TELL_S = 1.0
 """One that is away for longer is told of."""
 PATIENCE_S = 60.0
 """How long the daemon may take over an answer."""
-START_S = 30.0
-"""How long a daemon may take from its start to its first answer."""
+START_S = 120.0
+"""How long a daemon may take from its start to its first answer: two seconds as a rule, two minutes where a loaded
+machine reads all of Python from a slow disk. One that dies is told of at once."""
 END_S = 60.0
 """How long one may take to its end that has nothing to do any more."""
 DAEMON = [sys.executable, "-P", "-m", "woodfrog.daemon"]

@@ -59,7 +59,7 @@ EnvironmentFile={home}/{ENVIRONMENT}
 WorkingDirectory=/
 # The daemon ends its containers itself; what is left after that is killed.
 KillMode=mixed
-TimeoutStartSec=60
+TimeoutStartSec=150
 TimeoutStopSec=60
 Restart=on-failure
 RestartSec=1
@@ -94,7 +94,7 @@ def apart() -> list[str]:
         return []
     prefix = [tool, "--scope", "--quiet", "--collect", "--description=woodfrog's daemon", "--"]
     try:
-        done = subprocess.run([*prefix, "true"], capture_output=True, timeout=10)
+        done = subprocess.run([*prefix, "true"], capture_output=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return []
     return prefix if done.returncode == 0 else []
