@@ -57,8 +57,9 @@ Type=notify
 ExecStart={" ".join(map(_quoted, command))}
 EnvironmentFile={home}/{ENVIRONMENT}
 WorkingDirectory=/
-# The daemon ends its containers itself; what is left after that is killed.
-KillMode=mixed
+# The daemon alone is killed. Its containers end with it, and its page server three seconds later: were that killed
+# with it, they would find zeroes in their memory for as long as they have not ended.
+KillMode=process
 TimeoutStartSec=150
 TimeoutStopSec=60
 Restart=on-failure
