@@ -2293,6 +2293,10 @@ int main(int argc, char **argv)
 	control_fd = atoi(argv[2]);
 	fcntl(control_fd, F_SETFD, FD_CLOEXEC);
 	signal(SIGPIPE, SIG_IGN);
+	/* An init system that stops a whole group would have this one die first. It ends with its daemon, not before. */
+	signal(SIGTERM, SIG_IGN);
+	signal(SIGINT, SIG_IGN);
+	signal(SIGHUP, SIG_IGN);
 	struct rlimit open_files;
 	if (!getrlimit(RLIMIT_NOFILE, &open_files)) {
 		open_files.rlim_cur = open_files.rlim_max;

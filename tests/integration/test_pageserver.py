@@ -9,6 +9,8 @@ import ast
 import asyncio
 import contextlib
 import importlib.util
+import os
+import signal
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -119,6 +121,22 @@ async def test_many_at_once(victim: Path, sanitized: Path | None, tmp_path: Path
 
     async with page_server(sanitized) as server:
         await asyncio.gather(*(one(server, n) for n in range(16)))
+
+
+async def test_a_signal_that_ends_a_group_does_not_end_it(victim: Path, tmp_path: Path) -> None:
+    """As systemd sends it to all of a scope: whoever it serves would read zeroes once the daemon has ended, too."""
+    async with page_server() as server:
+        process = await Victim.start(victim, tmp_path / "v", seed=5, operations=200, threads=2, pages=512)
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                os.kill(server.pid, number)
+            process.serve(server, drain_ms=NEVER)
+            await process.expect("done")
+            assert await process.end() == 0, await process.words()
+            assert process.served is not None
+            await process.served.drop()
+        finally:
+            await process.kill()
 
 
 async def test_record_then_push(victim: Path, tmp_path: Path) -> None:

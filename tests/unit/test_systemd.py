@@ -1,9 +1,10 @@
-"""The daemon as a service: the unit's file, and who starts the daemon where systemd runs. Never seen on such a host."""
+"""The daemon as a service: the unit's file, and who starts the daemon where systemd runs."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -85,8 +86,10 @@ def test_the_unit_s_file(home: str, tmp_path: Path) -> None:
     text = systemd.unit_text(settings, [sys.executable, "-P", "-m", "woodfrog.daemon", 'a "$b"'])
     assert f'ExecStart={sys.executable} -P -m woodfrog.daemon "a \\"$$b\\""\n' in text
     assert f"EnvironmentFile={home.replace('%', '%%')}/service.env\n" in text
-    for line in ("Type=notify", "KillMode=mixed", "Delegate=yes", "Restart=on-failure", "WantedBy=multi-user.target"):
+    for line in ("Type=notify", "KillMode=process", "Delegate=yes", "Restart=on-failure", "WantedBy=multi-user.target"):
         assert f"\n{line}\n" in text
+    patience = re.search(r"^TimeoutStartSec=(\d+)$", text, re.MULTILINE)
+    assert patience and int(patience[1]) > module.START_S >= 120, "systemd ends no daemon that a client still waits for"
     name = systemd.unit_name(settings)
     assert name == "woodfrogd.service" if home == "/var/lib/woodfrog" else name == f"woodfrogd-{settings.tag}.service"
     if shutil.which("systemd-analyze"):

@@ -487,5 +487,5 @@ class PageServer:
         for number in list(self._served):
             self._forget(number)
         with suppress(ProcessLookupError):
-            self._process.terminate()
+            self._process.kill()
         await asyncio.to_thread(self._process.wait)

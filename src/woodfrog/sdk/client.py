@@ -42,8 +42,9 @@ PATIENCE_S = 60.0
 """How long the daemon may take over an answer."""
 HUNG_S = 6.0
 """An answer that takes longer may be that of a daemon that does not answer at all: it is asked for its health."""
-START_S = 30.0
-"""How long a daemon may take from its start to its first answer."""
+START_S = 120.0
+"""How long a daemon may take from its start to its first answer: two seconds as a rule, two minutes where a loaded
+machine reads all of Python from a slow disk. One that dies is told of at once."""
 END_S = 60.0
 """How long one may take to its end that has nothing to do any more."""
 DAEMON = [sys.executable, "-P", "-m", "woodfrog.daemon"]

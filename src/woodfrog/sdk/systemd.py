@@ -57,9 +57,10 @@ Type=notify
 ExecStart={" ".join(map(_quoted, command))}
 EnvironmentFile={home}/{ENVIRONMENT}
 WorkingDirectory=/
-# The daemon ends its containers itself; what is left after that is killed.
-KillMode=mixed
-TimeoutStartSec=60
+# The daemon alone is killed. Its containers end with it, and its page server three seconds later: were that killed
+# with it, they would find zeroes in their memory for as long as they have not ended.
+KillMode=process
+TimeoutStartSec=150
 TimeoutStopSec=60
 Restart=on-failure
 RestartSec=1
@@ -94,7 +95,7 @@ def apart() -> list[str]:
         return []
     prefix = [tool, "--scope", "--quiet", "--collect", "--description=woodfrog's daemon", "--"]
     try:
-        done = subprocess.run([*prefix, "true"], capture_output=True, timeout=10)
+        done = subprocess.run([*prefix, "true"], capture_output=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return []
     return prefix if done.returncode == 0 else []
