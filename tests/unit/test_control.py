@@ -291,6 +291,20 @@ def test_startup_timeout_is_the_users_but_not_while_capturing() -> None:
 # Scaling
 
 
+def test_not_all_thaw_at_once() -> None:
+    """More at once end no sooner; those that are up answer calls of the others, and the user's part holds up nobody."""
+    d = Driver(function(snapshot=SnapshotPolicy(enabled=True)), max_thawing=2)
+    d.call()
+    d.send(ev.SnapshotCaptured, instance_id="i-t-1", snapshot_id="s1")
+    d.ready("i-t-1")
+    assert [len(d.call()) for _ in range(5)] == [1, 1, 0, 0, 0]
+    assert names(d.ready("i-t-2")) == ["RunCall", "StartInstance"]
+    assert names(d.send(ev.InstanceStage, instance_id="i-t-3", stage="starting")) == ["StartInstance"]
+    # Two thaw, one starts; the last call is answered by what comes free.
+    assert names(d.done("c1", "i-t-1")) == ["FinishCall", "RunCall"]
+    assert d.send(ev.InstanceStage, instance_id="i-t-4", stage="starting") == []
+
+
 def test_burst_is_bounded() -> None:
     d = Driver(function(), max_starting=8, max_instances=10)
     starts = sum(len(d.call()) for _ in range(1000))

@@ -89,6 +89,7 @@ configs = st.builds(
     Config,
     max_instances=st.integers(1, 6),
     max_starting=st.integers(1, 3),
+    max_thawing=st.integers(1, 3),
     snapshot_failures=st.integers(1, 3),
     capture_attempts=st.integers(1, 3),
     start_attempts=st.integers(1, 3),
@@ -112,6 +113,8 @@ class Box:
     park: bool = False
     parked: bool = False
     up: bool = False
+    thawing: bool = False
+    """Its memory is being restored: the user's own part has not begun."""
     ending: bool = False
     call: str | None = None
     gpus: tuple[str, ...] = ()
@@ -174,6 +177,7 @@ class Backend:
                     action.snapshot_id,
                     action.capture,
                     gpus=action.gpus,
+                    thawing=action.mode == "restore",
                 )
                 wish = service.spec.resources.gpu
                 assert bool(action.gpus) == (bool(wish) and possible(wish, self.state.config.gpus))
@@ -188,10 +192,18 @@ class Backend:
                 self.seen.add(action.instance_id)
                 key = (service.key, action.params_digest, "")
                 self.boxes[action.instance_id] = Box(
-                    action.instance_id, action.service_id, key, "restore", action.snapshot_id, False, park=True
+                    action.instance_id,
+                    action.service_id,
+                    key,
+                    "restore",
+                    action.snapshot_id,
+                    False,
+                    park=True,
+                    thawing=True,
                 )
             case WakeInstance():
                 box = self.boxes[action.instance_id]
+                box.thawing = False
                 assert box.parked and not box.ending and not self.shutdown
                 box.park = box.parked = False
             case RunCall():
@@ -239,6 +251,8 @@ class Backend:
         assert len(self.boxes) <= config.max_instances
         cold = [b for b in self.boxes.values() if b.mode == "cold" and not b.up and not b.ending]
         assert len(cold) <= config.max_starting
+        thawing = [b for b in self.boxes.values() if b.thawing and not (b.up or b.parked or b.ending)]
+        assert len(thawing) <= config.max_thawing
         given = [gpu for b in self.boxes.values() for gpu in b.gpus]
         assert len(given) == len(set(given)), "one GPU, two instances"
         capturing = [b.group for b in (self.boxes | self.storing).values() if b.capturing]
@@ -366,7 +380,8 @@ class Backend:
                     self.gone(box)
                 self.send(CaptureFailed(now=now, instance_id=box.id, reason="x", alive=alive))
             case 7:
-                stage = "capturing" if box.capturing else "restoring" if box.snapshot else "enter"
+                stage = "capturing" if box.capturing else "restoring" if box.snapshot and fate & 8 else "enter"
+                box.thawing &= stage == "restoring"
                 self.send(InstanceStage(now=now, instance_id=box.id, stage=stage))
             case 3 if box.capturing:
                 self.storing[box.id] = box

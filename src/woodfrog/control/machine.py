@@ -284,6 +284,7 @@ def _instance_stage(st: State, ev: InstanceStage) -> None:
         moves.change(st, inst, "capturing")
     elif inst.state == "capturing":
         moves.change(st, inst, "starting")
+    st.freed = st.freed or inst.stage == "restoring"
     inst.stage = ev.stage
     if ev.stage in ("capturing", "restoring"):
         moves.set_deadline(st, inst, st.now + inst.group.service.spec.startup_timeout)

@@ -193,7 +193,16 @@ def room(st: State, group: Group) -> Place | None:
     if len(st.instances) >= st.config.max_instances or (limit is not None and service.instances >= limit):
         return None
     found = place(st, group)
-    return found if found is not None and (st.cold_starting < st.config.max_starting or found.restore) else None
+    if found is None:
+        return None
+    # The user's own part of a thaw, `enter(snap=False)`, may take long, and holds up nobody.
+    busy = (
+        sum(i.state == "starting" and i.stage == "restoring" and i.mode == "restore" for i in st.instances.values())
+        >= st.config.max_thawing
+        if found.restore
+        else st.cold_starting >= st.config.max_starting
+    )
+    return None if busy else found
 
 
 def place(st: State, group: Group) -> Place | None:

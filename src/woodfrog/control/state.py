@@ -28,6 +28,9 @@ class Config:
     """Of the whole machine, those being stopped included."""
     max_starting: int = 8
     """Cold starts at the same time."""
+    max_thawing: int = 64
+    """Snapshots that are restored at the same time, for calls that wait. A restore is bound by the processors: more at
+    once end no sooner all together, and the first of them later; what is up by then answers calls of the others."""
     snapshot_failures: int = 3
     """Failed restores in a row after which a snapshot is retired."""
     capture_attempts: int = 3

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import re
 import time
 from collections import deque
@@ -62,6 +63,8 @@ _FETCHED_AT_ONCE = 500
 _REMOVED_AT_ONCE = 200
 _LITTLE_ROOM = 256 << 20
 """With less on the disk, fetched results go."""
+_LEAST_THAWS = 4
+"""So many snapshots may be restored at the same time, also on one processor: a part of it is waiting."""
 _RUNS_AT_ONCE = 20
 _MANY = 100
 """So many calls may have left much memory."""
@@ -212,6 +215,7 @@ class Controller:
                 snapshot_failures=settings.snapshot_failures,
                 capture_attempts=settings.capture_attempts,
                 max_instances=settings.max_containers,
+                max_thawing=max(_LEAST_THAWS, 2 * len(os.sched_getaffinity(0))),
                 parked=settings.parked,
                 gpus=gpus,
             ),
