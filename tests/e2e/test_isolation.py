@@ -25,6 +25,7 @@ import woodfrog
 app = woodfrog.App("inside")
 libc = ctypes.CDLL(None, use_errno=True)
 UNSHARE_USER, UNSHARE_NET, UNSHARE_MOUNT = 0x10000000, 0x40000000, 0x20000
+X86 = os.uname().machine == "x86_64"  # else arm64, whose system calls have other numbers
 
 
 def attempt(function, *args):
@@ -94,11 +95,11 @@ def misbehave():
         "io_uring_setup": syscall(425, 8, 0),
         "io_uring_enter": syscall(426, 0, 0, 0, 0, 0, 0),
         "io_uring_register": syscall(427, 0, 0, 0, 0),
-        "bpf": syscall(321, 0, 0, 0),
-        "keyctl": syscall(250, 0, 0, 0),
-        "init_module": syscall(175, 0, 0, 0),
-        "kexec_load": syscall(246, 0, 0, 0, 0),
-        "open_by_handle_at": syscall(304, 0, 0, 0),
+        "bpf": syscall(321 if X86 else 280, 0, 0, 0),
+        "keyctl": syscall(250 if X86 else 219, 0, 0, 0),
+        "init_module": syscall(175 if X86 else 105, 0, 0, 0),
+        "kexec_load": syscall(246 if X86 else 104, 0, 0, 0, 0),
+        "open_by_handle_at": syscall(304 if X86 else 265, 0, 0, 0),
         "still here": True,
     }
     su = subprocess.run(["su", "-c", "id"], stdin=subprocess.DEVNULL, capture_output=True)

@@ -344,7 +344,7 @@ REFUSED = {
         "os._exit(0)\n"
         "os.wait(); time.sleep(0.2)\n"
     ),
-    "descriptor-kind": "fd = libc.syscall(323, 0o4000 | 1)\n",
+    "descriptor-kind": "fd = libc.syscall({'x86_64': 323, 'aarch64': 282}[os.uname().machine], 0o4000 | 1)\n",
     "traced": "p = subprocess.Popen(['sleep', '1000']); time.sleep(0.2); libc.ptrace(0x4206, p.pid, 0, 0)\n",
     "sysv-shm": (
         "libc.shmat.restype = ctypes.c_void_p\nlibc.shmat(libc.shmget(0, 4096, 0o1600), None, 0)\n"
@@ -369,6 +369,26 @@ async def test_what_cannot_be_captured_is_refused_and_unharmed(rig: Rig, code: s
     assert "\n" not in caught.value.message
     assert caught.value.fields["phase"] == "plan" and list(images.iterdir()) == []
     assert await rig.ask(sandbox) == "2" and process.status is None
+
+
+@pytest.mark.parametrize("rests", [True, False])
+async def test_where_vectors_would_be_cut_threads_that_compute_are_refused(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rests: bool
+) -> None:
+    monkeypatch.setattr(engine, "SVE", tmp_path)
+    body = "time.sleep(1000)" if rests else "\n    while True: pass"
+    setup = f"def work(): {body}\nthreading.Thread(target=work, daemon=True).start()\n"
+    sandbox, process = await rig.start(setup + COUNTER)
+    assert await rig.ask(sandbox) == "1"
+    images = rig.images()
+    dumping = dump(sandbox, root_pid=WORKER_PID, images=images, criu=rig.criu, phases=Phases())
+    if rests:
+        await dumping
+        return
+    with pytest.raises(CaptureError) as caught:
+        await dumping
+    assert (caught.value.code, caught.value.alive) == ("sve", True) and "1 thread outside" in caught.value.message
+    assert list(images.iterdir()) == [] and await rig.ask(sandbox) == "2" and process.status is None
 
 
 async def test_a_dump_that_criu_refuses_leaves_the_process_as_it_was(rig: Rig) -> None:

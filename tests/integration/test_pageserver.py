@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import importlib.util
 import os
+import platform
 import signal
 import struct
 from collections.abc import AsyncIterator
@@ -331,7 +332,7 @@ LITTLE = zlib.crc32(b"".join(s.encode() for s in little))
 WHOLE = digest()
 """
 FIRST_ANSWER = "'to be frozen'"
-JEMALLOC = Path("/usr/lib/x86_64-linux-gnu/libjemalloc.so.2")
+JEMALLOC = Path(f"/usr/lib/{platform.machine()}-linux-gnu/libjemalloc.so.2")
 PRELOAD = {"LD_PRELOAD": str(JEMALLOC), "PYTHONMALLOC": "malloc"}
 ALLOCATORS: dict[str, dict[str, str]] = {
     "glibc": {},

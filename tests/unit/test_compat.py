@@ -11,6 +11,7 @@ from woodfrog.criu.binary import Criu
 from woodfrog.snapshot.compat import (
     HostFacts,
     cpu_features,
+    cpu_model,
     explain_mismatch,
     host_facts,
     runtime_digest,
@@ -18,12 +19,22 @@ from woodfrog.snapshot.compat import (
 )
 
 FACTS = HostFacts("x86_64", ("avx2", "sse2"), "6.18.0", "4.2.1", "ab12", 4096)
+ARM64 = """\
+processor\t: 0
+BogoMIPS\t: 125.00
+Features\t: fp asimd evtstrm aes crc32 atomics sve cpuid
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x4
+CPU part\t: 0xd0c
+CPU revision\t: 1
+"""
 
 
 def test_every_fact_counts_and_is_explained() -> None:
     first = worker_class(FACTS)
     assert worker_class(replace(FACTS)) == first and explain_mismatch(first.parts, first.parts) == ""
-    other = HostFacts("aarch64", ("avx2",), "6.19.0", "4.3.0", "cd34", 16384)
+    other = HostFacts("aarch64", ("avx2",), "6.19.0", "4.3.0", "cd34", 16384, "0x41:0xd0c", "32")
     for name in (f.name for f in fields(HostFacts)):
         changed = worker_class(replace(FACTS, **{name: getattr(other, name)}))
         assert changed.digest != first.digest, name
@@ -36,6 +47,8 @@ def test_every_fact_counts_and_is_explained() -> None:
         ({"cpu": "avx2 avx512f sse2"}, {"cpu": "avx2 sse2"}, "this processor lacks avx512f"),
         ({"cpu": "sse2"}, {"cpu": "avx2 sse2"}, "this processor has avx2 besides"),
         ({"criu": "4.1.1"}, {"criu": "4.2.1"}, "CRIU 4.1.1 there, 4.2.1 here"),
+        ({"model": "0x41:0xd0c"}, {"model": "0x41:0xd40"}, "processor 0x41:0xd0c there, 0x41:0xd40 here"),
+        ({"vector_bytes": "32"}, {"vector_bytes": "16"}, "length of SVE vectors 32 there, 16 here"),
         ({"gpu": "H100"}, {}, "GPU H100 there, unknown here"),
     ],
 )
@@ -48,8 +61,18 @@ def test_cpu_features() -> None:
     assert cpu_features(x86) == ("avx2", "avx512f", "fpu", "sse2")
     # A process may run on any of them: only what all have counts.
     assert cpu_features(x86 + "\nflags\t\t: fpu sse2\n") == ("fpu", "sse2")
-    assert cpu_features("Features\t: fp asimd sve cpuid\n") == ("asimd", "cpuid", "fp", "sve")
+    assert cpu_features(ARM64) == tuple(sorted(("fp", "asimd", "evtstrm", "aes", "crc32", "atomics", "sve", "cpuid")))
+    assert cpu_features(ARM64 + "\n" + ARM64.replace("sve ", "")) == tuple(sorted(set(cpu_features(ARM64)) - {"sve"}))
     assert cpu_features("") == ()
+
+
+def test_arm64_names_the_processor_itself() -> None:
+    assert cpu_model(ARM64) == cpu_model(ARM64 + "\n" + ARM64) == "0x41:0xd0c"
+    # Large and small cores: a process may have asked either.
+    assert cpu_model(ARM64 + "\n" + ARM64.replace("0xd0c", "0xd05")) == "0x41:0xd05 0x41:0xd0c"
+    assert cpu_model("processor: 0\nmodel name: x\nflags: fpu\n") == ""
+    # On x86 its class is what it was before: nothing has to be captured anew.
+    assert not worker_class(FACTS).parts.keys() & {"model", "vector_bytes"}
 
 
 def test_runtime_digest(tmp_path: Path) -> None:

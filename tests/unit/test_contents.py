@@ -237,6 +237,15 @@ def test_what_is_as_in_the_parent(images: Images, tmp_path: Path) -> None:
     assert whole["shared_bytes"] == whole["resident_bytes"]
 
 
+def test_the_stack_of_an_arm64_thread_is_one(tmp_path: Path) -> None:
+    made = Images(tmp_path / "img")
+    made.process(100, "python", [vma(MAPPED, 8, ANON), vma(MAPPED + 64 * PAGE, 8, ANON)], threads=(101,))
+    for tid, sp in ((100, STACK + 8), (101, MAPPED + 66 * PAGE)):
+        registers = message(*((1, 7) for _ in range(31)), (2, sp), (3, MAPPED), (4, 0))
+        image(made.root / f"core-{tid}.img", message((1, 3), (8, message((1, 0), (2, 0), (3, registers)))))
+    assert [area.kind for area in read_areas(made.root)[0].areas] == ["anonymous", "stacks"]
+
+
 def test_shared_memory_counts_once(images: Images) -> None:
     for pid in (200, 201):
         images.process(pid, f"p{pid}", [vma(0x7F3000000000, 4, ANON_SHARED, shmid=55)])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from woodfrog.criu.binary import find_criu, parse_version
+from woodfrog.criu.binary import authenticates, find_criu, parse_version, restorer_signs
 from woodfrog.criu.diagnose import TABLE, Known, diagnose, error_lines, markdown, tail
 from woodfrog.criu.options import Dump, Restore, check_command, dump_command, environment, restore_command
 from woodfrog.criu.stats import parse_stats
@@ -187,3 +187,39 @@ def test_find_criu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HostError) as caught:
         find_criu()
     assert caught.value.code == "criu-missing"
+
+
+def elf(*sections: tuple[int, bytes], machine: int = 183) -> bytes:
+    """A 64-bit ELF file of sections of data: (flags, what is in it)."""
+    head = b"\x7fELF\2\1".ljust(18, b"\0") + struct.pack("<HIQQQIHHHHHH", machine, 1, 0, 0, 64, 0, 64, 0, 0, 64, 0, 0)
+    at, rows, bodies = 64 + 64 * len(sections), b"", b""
+    for flags, body in sections:
+        rows += struct.pack("<IIQQQQIIQQ", 0, 1, flags, 0, at + len(bodies), len(body), 0, 0, 4, 0)
+        bodies += body
+    return head[:60] + struct.pack("<H", len(sections)) + head[62:] + rows + bodies
+
+
+NOP, PACIASP = bytes.fromhex("1f2003d5"), bytes.fromhex("3f2303d5")
+READ_ONLY, CODE = 2, 6
+
+
+@pytest.mark.parametrize(
+    ("data", "signs"),
+    [
+        (elf((CODE, NOP + PACIASP), (READ_ONLY, NOP + PACIASP)), True),
+        (elf((CODE, NOP + PACIASP), (READ_ONLY, NOP * 3)), False),  # CRIU itself may sign what it likes
+        (elf((READ_ONLY, b"text: " + PACIASP)), False),
+        (elf((READ_ONLY, NOP + PACIASP), machine=62), False),
+        (elf((READ_ONLY, PACIASP))[:100], False),
+        (b"#!/bin/sh\nexec criu\n", False),
+    ],
+)
+def test_a_restorer_that_signs_return_addresses_is_known(tmp_path: Path, data: bytes, signs: bool) -> None:
+    (tmp_path / "criu").write_bytes(data)
+    assert restorer_signs(tmp_path / "criu") is signs
+    assert not restorer_signs(tmp_path / "none")
+
+
+def test_whether_pointers_are_authenticated() -> None:
+    assert authenticates("processor: 0\nFeatures\t: fp asimd paca pacg\n")
+    assert not authenticates("processor: 0\nFeatures\t: fp asimd pacag\nflags: paca\n") and not authenticates("")

@@ -23,6 +23,7 @@ GOOD = Host(
     machine="x86_64",
     uid=0,
     capabilities=(1 << 41) - 1,
+    page_size=4096,
     checkpoint_restore=True,
     userfaultfd=0,
     seccomp_filter=True,
@@ -120,6 +121,8 @@ def test_each_lack_is_one_failure_with_its_remedy(changes: dict[str, Any], name:
     ("changes", "name", "found", "remedy"),
     [
         ({"checkpoint_restore": False}, "checkpoint-restore", "not in this kernel", "CONFIG_CHECKPOINT_RESTORE=y"),
+        ({"criu": replace(GOOD.criu, signs=True)}, "criu-pointers", "authenticates pointers", "arm64.nopauth"),
+        ({"page_size": 65536}, "page-size", "64 KiB", "pages have 4 KiB"),
         ({"seccomp_confined": True}, "seccomp-profile", "under a seccomp filter", "seccomp=unconfined"),
     ],
 )

@@ -58,6 +58,16 @@ def test_refused_by_name(tree: Tree, code: str) -> None:
     assert f"process {culprit.inner_pid} ({culprit.name})" in refusal.cause
 
 
+def test_larger_pages_than_those_of_snapshots_are_refused() -> None:
+    refusal = refuse(Tree((TASK,), page_size=16384))
+    assert refusal is not None and refusal.code == "page-size" and refusal.cause.startswith("16 KiB: this kernel's")
+
+
+def test_what_this_criu_could_not_restore_is_not_dumped() -> None:
+    refusal = refuse(Tree((TASK,)), criu_signs=True)
+    assert refusal is not None and refusal.code == "criu-pointers" and "arm64.nopauth" in refusal.remedy
+
+
 @pytest.mark.parametrize(
     ("task", "known", "code"),
     [

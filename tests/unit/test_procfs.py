@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -151,3 +152,23 @@ def test_what_a_process_has() -> None:
     mine = procfs.resident(os.getpid())
     assert sum(r.own for r in mine) > 1 << 20
     assert [(r.begin, r.end) for r in mine] == sorted((r.begin, r.end) for r in mine)
+
+
+def test_threads_outside_any_system_call_are_counted() -> None:
+    program = "import sys, threading, time\nthreading.Thread(target=time.sleep, args=(1000,), daemon=True).start()\n"
+    for last, count in (("sys.stdin.read()", 0), ("while True: pass", 1)):
+        child = subprocess.Popen(
+            [sys.executable, "-c", f"{program}print('up', flush=True)\n{last}"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        with child:
+            try:
+                assert child.stdout is not None and child.stdout.readline() == b"up\n"
+                deadline = time.monotonic() + 30
+                while procfs.computing(child.pid) != count and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                assert procfs.computing(child.pid) == count
+            finally:
+                child.kill()
+    with pytest.raises(ProcessLookupError):
+        procfs.computing(child.pid)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from woodfrog.errors import HostError
 
-__all__ = ["OLDEST", "PRIVATE", "Criu", "find_criu", "parse_version"]
+__all__ = ["OLDEST", "PRIVATE", "Criu", "authenticates", "find_criu", "parse_version", "restorer_signs"]
 
 OLDEST = (4, 1)
 """3.x does not start on kernels from 6.13 on."""
 PRIVATE = Path("/usr/local/lib/woodfrog/criu/bin/criu")
 """Where `make setup` puts a criu when the distribution's is too old."""
 REMEDY = f"install CRIU {OLDEST[0]}.{OLDEST[1]} or newer, or run `make setup`; WOODFROG_CRIU names one elsewhere"
+_AARCH64, _PROGBITS, _ALLOC, _CODE = 183, 1, 2, 4
+_PACIASP = re.compile(rb"[\x3f\x7f]\x23\x03\xd5")
+"""The instructions that sign a return address."""
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -27,6 +31,8 @@ class Criu:
 
     path: Path
     version: tuple[int, int, int]
+    signs: bool = False
+    """It cannot be relied on to restore on this processor: see `restorer_signs`."""
 
     @property
     def name(self) -> str:
@@ -63,7 +69,40 @@ def _ask(path: Path) -> Criu:
         raise HostError(
             f"{path} is CRIU {found}, too old: {REMEDY}", code="criu-too-old", path=str(path), version=list(version)
         )
-    return Criu(path, version)
+    return Criu(path, version, authenticates(Path("/proc/cpuinfo").read_text()) and restorer_signs(path))
+
+
+def authenticates(cpuinfo: str) -> bool:
+    """Whether the processor authenticates pointers (arm64), and the kernel lets programs use it.
+
+    >>> authenticates("Features\\t: fp asimd paca pacg\\n")
+    True
+    """
+    return any(line.startswith("Features") and "paca" in line.split() for line in cpuinfo.splitlines())
+
+
+def restorer_signs(path: Path) -> bool:
+    """Whether the code that CRIU has a task restore itself with was built to sign its return addresses (arm64).
+
+    While it runs, CRIU gives the task its own keys again. Where it then returns from a function, the signature is
+    wrong: the task stops, and CRIU waits for ever, about every second time. Debian 13's is built so. The code is data
+    to the binary that carries it.
+    """
+    try:
+        data = path.read_bytes()
+        if data[:6] != b"\x7fELF\2\1" or struct.unpack_from("<H", data, 18)[0] != _AARCH64:
+            return False
+        (table,) = struct.unpack_from("<Q", data, 40)
+        size, count = struct.unpack_from("<HH", data, 58)
+        for at in range(table, table + size * count, size):
+            _, kind, flags, _, begin, length = struct.unpack_from("<IIQQQQ", data, at)
+            if kind == _PROGBITS and flags & _ALLOC and not flags & _CODE:
+                body = data[begin : begin + length]
+                if any(found.start() % 4 == 0 for found in _PACIASP.finditer(body)):
+                    return True
+    except (OSError, struct.error, ValueError):
+        pass  # a script, or what nobody can read: CRIU itself will tell
+    return False
 
 
 def find_criu(explicit: Path | None = None) -> Criu:

@@ -57,6 +57,7 @@ from woodfrog.engine.plan import (
     foreign_credentials,
     parse_facts,
     refuse,
+    refused_computing,
     restore_plan,
     volumes_entered,
     warnings,
@@ -85,6 +86,10 @@ CRIU_LAST_WORDS_S = 0.5
 """How long CRIU may take to notice by itself that its page server is gone."""
 SETTLE_S = 2.0
 """How long the tasks may take to run on after CRIU ended."""
+SVE = Path("/proc/sys/abi/sve_default_vector_length")
+"""There where the processor has arm64's scalable vectors, of whose registers CRIU keeps the first 16 bytes."""
+AT_REST_S = 1.0
+"""How long threads may go on computing before a dump where that matters."""
 KILL_AFTER_S = 0.01
 """How far CRIU gets before the injected fault `kill-criu`."""
 INJECTED_BLOB = "memfd:CRIUMFD"
@@ -584,7 +589,7 @@ async def dump(
                 await on_gpu.find(tree)
         phase = "plan"
         if on_gpu is not None:
-            _refuse(refuse(tree, on_gpu.known, gpu_peers=on_gpu.peers))
+            _refuse(refuse(tree, on_gpu.known, gpu_peers=on_gpu.peers, criu_signs=criu.signs))
             if on_gpu.processes:
                 phase = "gpu"
                 await on_gpu.save(phases)
@@ -594,7 +599,8 @@ async def dump(
         with phases("huge"):
             huge = await asyncio.to_thread(_huge, tree)
         with phases("plan"):
-            _refuse(refuse(tree, amd_plugin=amd.plugins is not None if amd is not None else None))
+            plugin = amd.plugins is not None if amd is not None else None
+            _refuse(refuse(tree, amd_plugin=plugin, criu_signs=criu.signs))
             plan = dump_plan(tree, plugins=_plugins(amd))
             facts = facts_of(
                 tree,
@@ -621,6 +627,7 @@ async def dump(
         with phases("criu"):
             who = procfs.status(tree.tasks[0].pid)
             await loading
+            await _at_rest(tree)
             command = dump_command(str(criu.path), plan)
             spec = _spec(criu, command, uid=who.uids[0], gid=who.gids[0])
             done = await _run_criu(sandbox, spec, timeout, "dump.criu")
@@ -697,6 +704,30 @@ def _plugins(amd: AmdSide | None) -> str:
 def _refuse(refusal: Refusal | None) -> None:
     if refusal is not None:
         raise _Failure(f"cannot capture: {refusal.cause}", refusal.code, refusal.remedy)
+
+
+async def _at_rest(tree: Tree) -> None:
+    """With SVE, wait for a moment in which no thread computes. Those in a system call have nothing in its registers:
+    the kernel clears them there. One that begins again before CRIU has stopped it is not seen.
+
+    Raises:
+        _Failure: there was no such moment.
+    """
+    if not SVE.exists():
+        return
+    end = time.monotonic() + AT_REST_S
+    while busy := await asyncio.to_thread(_computing, tree):
+        if time.monotonic() >= end:
+            _refuse(refused_computing(*busy))
+        await asyncio.sleep(0.01)
+
+
+def _computing(tree: Tree) -> tuple[Task, int] | None:
+    for task in tree.tasks:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if threads := procfs.computing(task.pid):
+                return task, threads
+    return None
 
 
 async def _bring_back(

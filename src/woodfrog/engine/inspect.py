@@ -119,6 +119,8 @@ class Tree:
     files: tuple[ExternalFile, ...] = ()
     ipc: tuple[str, ...] = ()
     """What belongs to the sandbox and to no process: `semaphores 0 (key 0x00005eed)`, `message queue /frogs`."""
+    page_size: int = 4096
+    """Bytes of the kernel's memory pages."""
 
 
 class HostPaths:
@@ -348,7 +350,8 @@ def inspect_tree(root_pid: int, init_pid: int) -> Tree:
         bound += parse_bound(text, sockets, table[:3])
     everything = tuple(tasks)
     files = _external_files(everything, maps, init_pid)
-    return Tree(everything, tuple(strays), connections, bound, files, ipc.objects(root_pid))
+    page_size = os.sysconf("SC_PAGE_SIZE")
+    return Tree(everything, tuple(strays), connections, bound, files, ipc.objects(root_pid), page_size)
 
 
 def _descends(pid: int, root_pid: int) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 
 from woodfrog.criu.authority import Credentials
 from woodfrog.criu.options import Dump, Restore, Tcp
+from woodfrog.criu.pagemap import PAGE
 from woodfrog.engine.inspect import AMD_NODES, Descriptor, Task, Tree
 from woodfrog.linux.rootplan import APP, HOME
 from woodfrog.linux.threads import ThreadSettings
@@ -27,6 +28,7 @@ __all__ = [
     "parse_facts",
     "refusals_markdown",
     "refuse",
+    "refused_computing",
     "restore_plan",
     "volumes_entered",
     "warnings",
@@ -64,6 +66,21 @@ class Refusal:
 
 
 REFUSALS: dict[str, tuple[str, str]] = {
+    "page-size": (
+        "this kernel's memory pages are larger than the 4 KiB that snapshots are made of (some arm64 kernels')",
+        "use a kernel with pages of 4 KiB: on arm64, one without 16k or 64k in its name",
+    ),
+    "criu-pointers": (
+        "this CRIU's restores hang where the processor authenticates pointers (arm64): its own code signs return "
+        "addresses, with keys that it changes meanwhile",
+        "boot the kernel with arm64.nopauth, or build CRIU without -mbranch-protection and name it in WOODFROG_CRIU",
+    ),
+    "sve": (
+        "a thread computes, and CRIU does not keep the registers of this processor's SVE (arm64): what it works on "
+        "would be wrong after it",
+        "let threads rest before a snapshot: stop them in a register_before_snapshot hook, or start them after it "
+        "(enter(snap=False)); or boot the kernel with arm64.nosve",
+    ),
     "stray-process": (
         "a process in the sandbox is no descendant of the worker's any more (a daemon that detached itself), and "
         "would be lost",
@@ -146,6 +163,11 @@ def _refusal(code: str, task: Task, what: str = "") -> Refusal:
     return Refusal(code, f"{_named(task)}{f', {what}' if what else ''}: {cause}", remedy)
 
 
+def refused_computing(task: Task, threads: int) -> Refusal:
+    """A process with threads that would go on with other registers than they had."""
+    return _refusal("sve", task, f"{threads} thread{'s' * (threads > 1)} outside any system call")
+
+
 def _refused_descriptor(d: Descriptor) -> str:
     if d.target == "anon_inode:[io_uring]":
         return "io-uring"
@@ -174,7 +196,12 @@ def _refused_map(name: str) -> str:
 
 
 def refuse(
-    tree: Tree, gpu: Mapping[int, bool] | None = None, *, gpu_peers: bool = False, amd_plugin: bool | None = None
+    tree: Tree,
+    gpu: Mapping[int, bool] | None = None,
+    *,
+    gpu_peers: bool = False,
+    amd_plugin: bool | None = None,
+    criu_signs: bool = False,
 ) -> Refusal | None:
     """The first thing in the tree that CRIU cannot capture, or would capture wrongly.
 
@@ -182,7 +209,13 @@ def refuse(
         gpu: where device memory is to be captured too: by host pid, whether the driver knows the process.
         gpu_peers: this driver can checkpoint memory that GPU processes share.
         amd_plugin: where memory of AMD's GPUs is to be captured too: whether CRIU has the plugin for it.
+        criu_signs: what this CRIU dumps, it cannot restore here.
     """
+    if criu_signs:
+        return Refusal("criu-pointers", *REFUSALS["criu-pointers"])
+    if tree.page_size != PAGE:
+        cause, remedy = REFUSALS["page-size"]
+        return Refusal("page-size", f"{tree.page_size >> 10} KiB: {cause}", remedy)
     device = "" if gpu is not None else "gpu-device"
     codes = {"gpu-device": device, "amd": {None: device, False: "gpu-amd-plugin", True: ""}[amd_plugin]}
     for task in tree.tasks:

@@ -22,6 +22,7 @@ __all__ = [
     "Stat",
     "Status",
     "children",
+    "computing",
     "descriptors",
     "ending",
     "maps",
@@ -323,4 +324,19 @@ def descriptors(pid: int) -> dict[int, str]:
                 found[int(name)] = os.readlink(path / "fd" / name)
             except FileNotFoundError:
                 continue  # closed meanwhile
+    return found
+
+
+def computing(pid: int) -> int:
+    """How many threads are outside any system call: they run, wait for a processor or for a page, or were stopped so.
+
+    0 where the kernel does not tell.
+    """
+    found = 0
+    with _of(pid) as process:
+        for thread in (process / "task").iterdir():
+            try:
+                found += (thread / "syscall").read_text().split()[:1] in (["running"], ["-1"])
+            except OSError:
+                continue  # gone, or the file is not there
     return found

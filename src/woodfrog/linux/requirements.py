@@ -34,6 +34,8 @@ OLDEST_PYTHON = (3, 11)
 MIN_FREE_BYTES = 1 << 30
 LOW_FREE_BYTES = 10 << 30
 MIN_MEMORY_BYTES = 512 << 20
+PAGE_SIZE = 4096
+"""What snapshots are made of. An arm64 kernel may have larger ones."""
 MAX_STATE_DIR = 90
 """A Unix socket's path has at most 107 bytes."""
 OLDEST_CLOCK = 1_735_689_600.0
@@ -110,6 +112,8 @@ class CriuState:
     """Why there is none to use, in one line."""
     remedy: str = ""
     """What to do about it; empty = the usual."""
+    signs: bool = False
+    """On this arm64 processor its restores hang: its own code signs return addresses."""
     check: str | None = None
     """What `criu check` complains of; empty = nothing, None = not run."""
 
@@ -123,6 +127,7 @@ class Host:
     machine: str
     uid: int
     capabilities: int
+    page_size: int
     checkpoint_restore: bool | None
     userfaultfd: int
     """errno of the system call; 0 = works."""
@@ -215,6 +220,13 @@ def judge(host: Host) -> list[Check]:
         {True: "yes", False: "not in this kernel", None: "cannot tell"}[host.checkpoint_restore],
         "every start is a cold one: use a kernel built with CONFIG_CHECKPOINT_RESTORE=y (every distribution's own"
         " kernel is)",
+    )
+    add(
+        "page-size",
+        host.page_size == PAGE_SIZE,
+        f"{host.page_size >> 10} KiB",
+        "every start is a cold one: use a kernel whose memory pages have 4 KiB (of arm64's, the ones without 16k or 64k"
+        " in their names)",
     )
     if host.userfaultfd == 0:
         add("userfaultfd", True, "yes")
@@ -398,6 +410,14 @@ def _judge_criu(host: Host, add: _Add) -> None:
         add("criu", False, criu.error or "not found", remedy)
     else:
         add("criu", True, f"{_dotted(criu.version)} at {criu.path}")
+        if criu.signs:
+            add(
+                "criu-pointers",
+                False,
+                "this CRIU's restores hang where the processor authenticates pointers",
+                "every start is a cold one: boot the kernel with arm64.nopauth, or build CRIU without"
+                " -mbranch-protection and name it in WOODFROG_CRIU",
+            )
         if criu.check is None:
             add("criu-check", None, "not tried: needs root")
         else:
@@ -409,7 +429,7 @@ def _judge_criu(host: Host, add: _Add) -> None:
             )
 
 
-COLD_ONLY = frozenset({"checkpoint-restore", "seccomp-profile"})
+COLD_ONLY = frozenset({"checkpoint-restore", "criu-pointers", "page-size", "seccomp-profile"})
 """What the daemon runs without: calls are answered, each by a cold start where no snapshot can be made or thawed."""
 
 
@@ -444,6 +464,8 @@ class _Criu(Protocol):
     def path(self) -> Path: ...
     @property
     def version(self) -> tuple[int, int, int]: ...
+    @property
+    def signs(self) -> bool: ...
 
 
 def probe_criu(find: Callable[[], _Criu], *, remedy: str = "", check: bool = True, timeout: float = 30.0) -> CriuState:
@@ -466,7 +488,7 @@ def probe_criu(find: Callable[[], _Criu], *, remedy: str = "", check: bool = Tru
     complaint: str | None = None
     if check and os.geteuid() == 0:
         complaint = _criu_check(str(criu.path), timeout)
-    return CriuState(str(criu.path), tuple(criu.version), check=complaint)
+    return CriuState(str(criu.path), tuple(criu.version), signs=criu.signs, check=complaint)
 
 
 def _criu_check(path: str, timeout: float) -> str:
@@ -654,6 +676,7 @@ def probe(*, state_dir: Path, worker_uid: int, native: Iterable[Path], criu: Cri
         machine=platform.machine(),
         uid=os.geteuid(),
         capabilities=_capabilities(),
+        page_size=os.sysconf("SC_PAGE_SIZE"),
         checkpoint_restore=probe_checkpoint_restore(),
         userfaultfd=probe_userfaultfd(),
         seccomp_filter="errno" in (_read("/proc/sys/kernel/seccomp/actions_avail") or "").split(),

@@ -17,6 +17,7 @@ __all__ = [
     "HostFacts",
     "WorkerClass",
     "cpu_features",
+    "cpu_model",
     "explain_mismatch",
     "host_facts",
     "runtime_digest",
@@ -44,6 +45,10 @@ class HostFacts:
     criu: str
     runtime: str
     page_size: int
+    model: str = ""
+    """arm64: who made the processor, and which it is."""
+    vector_bytes: str = ""
+    """arm64: how long SVE's vectors are in a new process; empty without SVE."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,32 @@ def cpu_features(cpuinfo: str) -> tuple[str, ...]:
     return tuple(sorted(f for f in common or () if not x86 or f.startswith(X86_ISA)))
 
 
+def cpu_model(cpuinfo: str) -> str:
+    """Every kind of processor that there is, by implementer and part; empty on x86, whose text names neither.
+
+    On arm64 the features do not say it all: libc's copies and compilers at run time keep a cache line's length and how
+    much one instruction zeroes, and numeric libraries choose their code by the part. They ask once, at their start.
+
+    >>> cpu_model("CPU implementer\\t: 0x41\\nCPU part\\t: 0xd0c\\n")
+    '0x41:0xd0c'
+    """
+    found, implementer = set(), ""
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "CPU implementer":
+            implementer = value.strip()
+        elif key.strip() == "CPU part":
+            found.add(f"{implementer}:{value.strip()}")
+    return " ".join(sorted(found))
+
+
+def _vector_bytes() -> str:
+    try:
+        return Path("/proc/sys/abi/sve_default_vector_length").read_text().strip()
+    except OSError:
+        return ""
+
+
 def runtime_digest(package: Path, init_binary: Path) -> str:
     """Digest of woodfrog's own code that is frozen into a snapshot, talks to a thawed worker, or makes its root."""
     digest = hashlib.sha256()
@@ -86,13 +117,16 @@ def runtime_digest(package: Path, init_binary: Path) -> str:
 
 def host_facts(criu: Criu) -> HostFacts:
     """Look at this machine: a few files, about a millisecond."""
+    cpuinfo = Path("/proc/cpuinfo").read_text()
     return HostFacts(
         arch=platform.machine(),
-        cpu=cpu_features(Path("/proc/cpuinfo").read_text()),
+        cpu=cpu_features(cpuinfo),
         kernel=os.uname().release,
         criu=criu.name,
         runtime=runtime_digest(Path(woodfrog.__file__).parent, init_binary_path()),
         page_size=os.sysconf("SC_PAGE_SIZE"),
+        model=cpu_model(cpuinfo),
+        vector_bytes=_vector_bytes(),
     )
 
 
@@ -111,6 +145,9 @@ def worker_class(facts: HostFacts) -> WorkerClass:
         "runtime": facts.runtime,
         "page_size": str(facts.page_size),
     }
+    # Where there is none, as on x86, the class is what it would be without.
+    parts |= {"model": facts.model} if facts.model else {}
+    parts |= {"vector_bytes": facts.vector_bytes} if facts.vector_bytes else {}
     return _class_of(parts)
 
 
@@ -130,6 +167,8 @@ NAMES = {
     "criu": "CRIU",
     "runtime": "woodfrog's worker runtime",
     "page_size": "page size",
+    "model": "processor",
+    "vector_bytes": "length of SVE vectors",
     "gpu": "GPU",
     "driver": "GPU driver",
 }

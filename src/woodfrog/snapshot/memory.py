@@ -426,12 +426,20 @@ def _core(images: Path, tid: int) -> dict[int, int | bytes]:
         return {}
 
 
+_STACK_POINTERS = ((2, 2, 20), (8, 3, 2))
+"""Where core.proto keeps a thread's stack pointer: registers of the thread's x86 part, of its arm64 part."""
+
+
 def _stack_pointer(images: Path, tid: int) -> int:
-    """The stack pointer of a thread on x86; 0 where that is not known."""
-    info = _core(images, tid).get(2)
-    registers = dict(fields_of(info)).get(2) if isinstance(info, bytes) else None
-    value = dict(fields_of(registers)).get(20) if isinstance(registers, bytes) else 0
-    return value if isinstance(value, int) else 0
+    """The stack pointer of a thread; 0 where that is not known."""
+    core = _core(images, tid)
+    for part, registers, number in _STACK_POINTERS:
+        info = core.get(part)
+        saved = dict(fields_of(info)).get(registers) if isinstance(info, bytes) else None
+        value = dict(fields_of(saved)).get(number) if isinstance(saved, bytes) else None
+        if isinstance(value, int):
+            return value
+    return 0
 
 
 def _comm(images: Path, pid: int) -> str:
