@@ -7,7 +7,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -98,14 +97,15 @@ def test_output_without_end_stops_nobody_else(daemon: Daemon) -> None:
     """The daemon reads what is in the pipes before a traceback: not until they are empty, which they never are."""
     daemon.cli("deploy", str(daemon.program(NOISY, "noisy.py")))
     assert daemon.call("noisy", "quiet") == 1
-    ended = threading.Event()
+    answers: list[str] = []
 
     def shout() -> None:
         other = Daemon.__new__(Daemon)
         other.__dict__.update(daemon.__dict__, _client=None)
-        with suppress(AssertionError, WoodfrogError):
+        try:
             other.call("noisy", "shout", timeout=60)
-        ended.set()
+        except (AssertionError, WoodfrogError) as e:
+            answers.append(str(e))
 
     thread = threading.Thread(target=shout)
     thread.start()
@@ -115,8 +115,8 @@ def test_output_without_end_stops_nobody_else(daemon: Daemon) -> None:
         calls += 1
     assert calls > 1
     thread.join(60)
-    assert ended.is_set()
-    assert "and the rest of it" in daemon.app_text("noisy")
+    # In the log it may have been followed by more than that keeps.
+    assert answers and "and the rest of it" in answers[0], answers
 
 
 KEEPER = """

@@ -193,6 +193,7 @@ def test_stub_of_the_checkpointing_beta(daemon: Daemon) -> None:
     assert "Stub is now called App" in done.stderr
     assert "checkpointing_enabled= is now called enable_memory_snapshot=" in done.stderr
 
+    until(lambda: snapshots(daemon, "checkpointing-example-simple"))  # the run's, stored after its answer
     daemon.cli("deploy", str(program), "--snapshot")
     assert snapshots(daemon, "checkpointing-example-simple") == ["my_func"]
     assert daemon.cli("call", "checkpointing-example-simple.my_func").stdout.strip() == "null"

@@ -401,3 +401,15 @@ def test_files_that_an_image_cannot_add(tmp_path: Path, monkeypatch: pytest.Monk
         SpecError, match=r"largest: large \(3.0 MiB\); leave some out with ignore=, or keep them in a Volume"
     ):
         pack([], image.add_local_dir(tmp_path, "/root/x").spec.files)
+
+
+def test_one_interpreter_has_one_name(tmp_path: Path) -> None:
+    for name in ("python3.11", "other"):
+        (tmp_path / name).touch()
+    (tmp_path / "python3").symlink_to("python3.11")
+    (tmp_path / "python").symlink_to("python3")
+    assert {source._by_one_name(str(tmp_path / n)) for n in ("python", "python3", "python3.11")} == {
+        str(tmp_path / "python3")
+    }
+    for kept in ("other", "gone"):
+        assert source._by_one_name(str(tmp_path / kept)) == str(tmp_path / kept)

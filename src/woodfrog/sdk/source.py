@@ -466,7 +466,7 @@ def runtime(roots: Iterable[Root], installed: Mapping[str, str]) -> RuntimeSpec:
         os.path.abspath(p) for p in sys.path if p and (p in libraries or os.path.abspath(p) not in own)
     )
     return RuntimeSpec(
-        executable=_without_dots(sys.executable),
+        executable=_by_one_name(_without_dots(sys.executable)),
         prefix=_without_dots(sys.prefix),
         base_prefix=_without_dots(sys.base_prefix),
         version=".".join(map(str, sys.version_info[:3])),
@@ -481,6 +481,15 @@ def _without_dots(path: str) -> str:
         return path
     folder, name = os.path.split(path)
     return os.path.realpath(path) if name == ".." else os.path.join(os.path.realpath(folder), name)
+
+
+def _by_one_name(executable: str) -> str:
+    """`python3` where that is the same beside it: `python program.py` and `woodfrog deploy` share snapshots."""
+    other = os.path.join(os.path.dirname(executable), "python3")
+    with contextlib.suppress(OSError):
+        if os.path.samefile(executable, other):
+            return other
+    return executable
 
 
 def installed_packages() -> dict[str, str]:
