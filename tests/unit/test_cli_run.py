@@ -292,7 +292,7 @@ def test_commands_of_modals_say_what_to_do_instead() -> None:
     assert shown.exit_code == 2 and shown.stderr.startswith(
         "error: Modal has a command 'serve'; woodfrog has none: use"
     )
-    assert "No such command 'nonsense'" in run("nonsense").stderr
+    assert "no such command 'nonsense'" in run("nonsense").stderr
 
 
 def test_a_result_that_is_not_json(tmp_path: Path, daemon: RunDaemon) -> None:
