@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +32,7 @@ from rich.table import Table
 import woodfrog
 from woodfrog.errors import WoodfrogError
 from woodfrog.sdk import deploy
-from woodfrog.sdk.client import Client, connect
+from woodfrog.sdk.client import Client, connect, outdated
 
 SENTENCES = ["what is the meaning of life?", "a wood frog freezes in winter", "and thaws in spring"]
 # What a person wants to see of a start, from the names the system gives its phases.
@@ -131,6 +132,8 @@ def main() -> int:
     options = parser.parse_args()
     console = Console()
     client = connect()
+    if outdated(client.health() or {}):  # the clone was updated
+        subprocess.run([Path(sys.executable).with_name("woodfrog"), "daemon", "restart"], check=True)
     console.print(
         "[bold]1.[/] deploy the embedder (all-MiniLM-L6-v2 through sentence-transformers), with and without snapshots"
     )
