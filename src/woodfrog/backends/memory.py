@@ -158,11 +158,7 @@ class Memory:
 
 def _piece_together(root_pid: int, huge: tuple[Huge, ...], wanted: Callable[[], bool]) -> int:
     blocks = 0
-    for pid in procfs.tree(root_pid):
-        try:
-            inner = procfs.status(pid).ns_pids[-1]
-        except (OSError, ProcessLookupError):
-            continue
+    for inner, pid in procfs.by_inner_pid(root_pid).items():
         if ranges := [(begin, end) for of, begin, end in huge if of == inner]:
             done = hugepages.collapse(pid, ranges, wanted=wanted)
             blocks += done.blocks

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -216,15 +215,6 @@ class GpuCapture:
         )
 
 
-def _host_pids(init_pid: int) -> dict[int, int]:
-    """By inner pid, the host's pids of a sandbox."""
-    found = {}
-    for pid in procfs.tree(init_pid):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            found[procfs.status(pid).ns_pids[-1]] = pid
-    return found
-
-
 async def plan_back(side: GpuSide, facts: GpuFacts) -> tuple[tuple[str, str], ...]:
     """Which of this sandbox's GPUs takes the place of which.
 
@@ -249,7 +239,7 @@ async def put_back(
         GpuError: after which the processes are good for nothing: the driver never takes them again.
     """
     cuda = side.cuda
-    pids = await asyncio.to_thread(_host_pids, init_pid)
+    pids = await asyncio.to_thread(procfs.by_inner_pid, init_pid)
     missing = [inner for inner, _ in facts.processes if inner not in pids]
     if missing:
         raise gpu_error("gpu-not-cuda", f"process {missing[0]}: restore")

@@ -9,7 +9,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ __all__ = [
     "Resident",
     "Stat",
     "Status",
+    "by_inner_pid",
     "children",
     "computing",
     "descriptors",
@@ -251,6 +252,15 @@ def stat(pid: int) -> Stat:
 
 def status(pid: int) -> Status:
     return parse_status(_read(pid, "status"))
+
+
+def by_inner_pid(root_pid: int) -> dict[int, int]:
+    """The host's pids of a process and all below it, by their pids in their own namespace."""
+    found = {}
+    for pid in tree(root_pid):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            found[status(pid).ns_pids[-1]] = pid
+    return found
 
 
 def parse_smaps(text: str) -> tuple[Resident, ...]:
