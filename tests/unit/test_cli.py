@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -612,7 +613,8 @@ def test_daemon_logs_are_followed_into_the_next_file(home: Path, monkeypatch: py
         log.rename(home / "daemon.log.old")
         (home / "new").rename(log)
 
-    monkeypatch.setattr("woodfrog.cli.daemon.time.sleep", rotate)
+    # Not `time.sleep` itself: the thread that watches for a hung daemon sleeps, too.
+    monkeypatch.setattr("woodfrog.cli.daemon.time", SimpleNamespace(**{**vars(time), "sleep": rotate}))
     assert run("daemon", "logs", "-f").stdout == "one\nthree\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import re
@@ -22,8 +23,11 @@ _HOME = "home"
 _NAME = re.compile(r"woodfrog-([0-9a-f]{8})")
 
 
-def claim(directory: Path, home: Path) -> None:
+def claim(directory: Path, home: Path) -> int:
     """Make a state directory's place in /dev/shm, and note whose it is. Without the note it is never removed.
+
+    The descriptor that this returns keeps it for as long as it is open, also where the state directory cannot be seen:
+    a container, which has files of its own, may share /dev/shm. -1: there is nothing to keep.
 
     Everybody can tell its name and may have made it first: what CRIU, as root, reads there must be ours alone.
 
@@ -42,6 +46,23 @@ def claim(directory: Path, home: Path) -> None:
         write_atomic(directory / _HOME, f"{home}\n".encode())
     except StoreError as e:
         log.warning("%s", e.message)
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        return fd
+    except OSError:
+        return -1
+
+
+def _in_use(path: Path) -> bool:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
 
 
 def _ours(path: Path) -> bool:
@@ -61,7 +82,7 @@ def sweep(root: Path = Path("/dev/shm")) -> list[Path]:
             if name is None or not _ours(path):
                 continue
             home = (path / _HOME).read_text().removesuffix("\n")
-            if sha256(home.encode()).hexdigest()[:8] != name[1] or os.path.lexists(home):
+            if sha256(home.encode()).hexdigest()[:8] != name[1] or os.path.lexists(home) or _in_use(path):
                 continue
             remove_tree(path)
             gone.append(path)
