@@ -185,7 +185,11 @@ def the_device(options: argparse.Namespace) -> None:
     fields = "name,driver_version,memory.total,memory.used,persistence_mode,mig.mode.current,pcie.link.gen.max"
     say("smi", said=run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"))
     driver, version, count = Driver(), ctypes.c_int(), ctypes.c_int()
-    answer, ms = driver.call("cuInit", 0)
+    until = time.monotonic() + 25
+    while (found := driver.call("cuInit", 0))[0] == "CUDA_ERROR_SYSTEM_NOT_READY" and time.monotonic() < until:
+        say("cuInit waits", answer=found)  # for the fabric manager, on a machine that has just started
+        time.sleep(3)
+    answer, ms = found
     driver.call("cuDriverGetVersion", ctypes.byref(version))
     driver.call("cuDeviceGetCount", ctypes.byref(count))
     name, total = ctypes.create_string_buffer(96), ctypes.c_size_t()
