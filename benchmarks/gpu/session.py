@@ -93,10 +93,10 @@ def steps(out: Path, *, fake: bool) -> tuple[Step, ...]:
     restore = benchmark("restore", *restore, "--rounds", "3", "--json", str(out / "restore.json"))
     start = benchmark("start", *start, "--rounds", "3", "--json", str(out / "start.json"))
     return (
-        Step("bare", benchmark("bare"), 0.14, own_clock=True, output="bare.jsonl", driver=False),
+        Step("bare", benchmark("bare"), 0.18, own_clock=True, output="bare.jsonl", driver=False),
         Step("machine", ("/bin/sh", "-c", MACHINE), 0.05, driver=False),
-        Step("probe", benchmark("probe"), 0.12, output="probe.jsonl", packages=OURS),
-        Step("engine", tests("test_gpu_engine.py"), 0.24, packages=TESTS, sandboxes=True),
+        Step("probe", benchmark("probe"), 0.10, output="probe.jsonl", packages=OURS),
+        Step("engine", tests("test_gpu_engine.py"), 0.22, packages=TESTS, sandboxes=True),
         Step(
             "restore", restore, 0.21, least=60, own_clock=True, packages=OURS,
             without_sandboxes=("--parts", "bound,several"),

@@ -120,6 +120,9 @@ async def test_the_node(cuda: Cuda, hardware: Hardware) -> None:
 
 async def test_the_whole_life(cuda: Cuda, hardware: Hardware, worker: Worker) -> None:
     assert await cuda.state(worker.pid) is State.RUNNING and await cuda.state(os.getpid()) is None
+    hardware.configure("hidden 1")
+    assert await cuda.held(worker.pid) is None
+    hardware.configure()
     held = await cuda.held(worker.pid)
     assert held is not None and held >= MIB and hardware.memory_of(0) == held
     for move in LIFE:

@@ -9,7 +9,8 @@
  *                               forgets what a dead process had.
  *   D/nvidiactl/config          read at every call: "version 13000", "context BYTES", "lossy 1" (a checkpoint saves
  *                               nothing), "shared 1" (it saves into shared memory), "scratch BYTES" (what NVML tells
- *                               of a process beside what is saved), "map 1" (a map of GPUs may name those alone that
+ *                               of a process beside what is saved), "hidden 1" (NVML
+ *                               lists no process: in a container it has other pids for them), "map 1" (a map of GPUs may name those alone that
  *                               the process can reach; else it must name all of the machine),
  *                               "fault CALL ACTION [FIRST [TIMES]]" with ACTION fail=CODE, late=CODE (done, then an
  *                               error), broken=CODE (an error, and the process is FAILED), sleep=MS, hang, kill.
@@ -47,7 +48,6 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/sysinfo.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/un.h>
@@ -99,7 +99,7 @@ static struct {
     pthread_mutex_t mutex;
     pthread_cond_t changed;
     int ready, forked, lost, stuck, state, locked, active, count, ctl, uvm, tid, pipe[2];
-    uint64_t born, reserved;
+    uint64_t born;
     char *reservation;
     struct device devices[MAX_GPUS];
     struct pinned pinned[MAX_PINNED];
@@ -537,7 +537,7 @@ static int pin(uintptr_t at, size_t size)
 static int whole(void)
 {
     unsigned char byte = 'x', there;
-    char *last = P.reservation + P.reserved - 4096;
+    char *last = P.reservation + RESERVED - 4096;
     if (mincore(P.reservation, 4096, &there) || mincore(last, 4096, &there))
         return OPERATING_SYSTEM;
     return write(P.pipe[1], &byte, 1) == 1 && read(P.pipe[0], &byte, 1) == 1 && byte == 'x' ? OK : OPERATING_SYSTEM;
@@ -648,15 +648,11 @@ static int visible(const struct gpu *g, int ordinal, const char *wish)
 /* What cuInit needs of the system beside the device nodes. */
 static int set_up(void)
 {
-    struct sysinfo machine;
     int memory = (int)syscall(SYS_memfd_create, "cuda", 0);
-    if (memory < 0 || pipe2(P.pipe, O_CLOEXEC) || sysinfo(&machine))
+    if (memory < 0 || pipe2(P.pipe, O_CLOEXEC))
         return OPERATING_SYSTEM;
     close(memory);
-    /* CRIU maps it writable for a moment: what is more than the machine's memory it cannot. */
-    uint64_t half = (uint64_t)machine.totalram * machine.mem_unit / 2 & ~4095UL;
-    P.reserved = RESERVED < half ? RESERVED : half;
-    P.reservation = mmap(RESERVED_AT, P.reserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    P.reservation = mmap(RESERVED_AT, RESERVED, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     return P.reservation == MAP_FAILED ? OUT_OF_MEMORY : open_shared();
 }
 
@@ -1455,6 +1451,8 @@ int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, struc
     unsigned room = *count, n = 0;
     char path[600], line[256];
     *count = 0;
+    if (number("hidden", 0))
+        return 0;
     snprintf(path, sizeof path, "%s/nvidia%d", root(), (int)(intptr_t)handle - 1);
     FILE *locks = fopen("/proc/locks", "re");
     while (locks && fgets(line, sizeof line, locks)) {

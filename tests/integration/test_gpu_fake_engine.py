@@ -19,6 +19,7 @@ from engine_rig import Rig
 from fake_cuda.hardware import MIB, Hardware
 from fake_cuda.program import GPU
 from woodfrog import faults
+from woodfrog.cuda import client
 from woodfrog.cuda.client import Cuda
 from woodfrog.engine.engine import AmdSide, GpuSide, Lazy
 from woodfrog.engine.plan import FACTS, parse_facts
@@ -131,6 +132,19 @@ async def test_freeze_and_thaw(rig: Rig, cuda: Cuda) -> None:
         await answers(rig, thawed, "(2, True, '0')")
     assert {"gpu.lock", "gpu.checkpoint", "gpu.check", "gpu.restore", "gpu.unlock"} <= {p.name for p in phases.items}
     assert hardware_of(rig).memory_of(0) >= 16 * MIB
+
+
+async def test_a_process_that_nvml_does_not_list_has_its_time(
+    rig: Rig, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container's NVML knows processes by other pids: the bound goes by what is in use of the GPU."""
+    monkeypatch.setattr(client, "BYTES_PER_S", 1.5 * MIB)
+    sandbox, _ = await rig.start(HOLDER, gpus=(0,))
+    await answers(rig, sandbox, "(1, True, '0')")
+    hardware_of(rig).configure("hidden 1", f"rate {2 * MIB}")  # 4.5 s: more than what is always given
+    frozen = await rig.freeze(sandbox, gpu=side(rig, cuda, 0))
+    thawed, _ = await rig.thaw(frozen, gpu=side(rig, cuda, 0), gpus=(0,))
+    await answers(rig, thawed, "(2, True, '0')")
 
 
 async def test_frozen_again_after_a_thaw(rig: Rig, cuda: Cuda) -> None:
