@@ -9,6 +9,8 @@ import asyncio
 import os
 import signal
 import stat
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -523,3 +525,24 @@ async def test_a_rocm_process_without_criu_s_plugin(rig: Rig, tmp_path: Path) ->
         assert lazy.served is None, "all of it was read before"
     finally:
         await server.close()
+
+
+def test_the_tests_for_real_gpus_find_one_and_pass() -> None:
+    """As on a machine that has one: what they ask for is tried before there is one."""
+    tests = Path(__file__).parents[1]
+    command = [sys.executable, str(tests / "fake_cuda/machine.py"), "--mib", "600", sys.executable, "-m", "pytest"]
+    done = subprocess.run(
+        [*command, str(tests / "gpu/test_gpu_engine.py"), "-k", "freeze_and_thaw", "-p", "no:cacheprovider"],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_program_for_real_gpus_that_ends_is_not_waited_for() -> None:
+    tests = Path(__file__).parents[1]
+    command = [sys.executable, str(tests / "fake_cuda/machine.py"), "--mib", "8", sys.executable, "-m", "pytest"]
+    done = subprocess.run(
+        [*command, str(tests / "gpu/test_gpu_engine.py"), "-k", "freeze_and_thaw", "-p", "no:cacheprovider"],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 1 and "it ended" in done.stdout and "CUDA error 2" in done.stdout, done.stdout
