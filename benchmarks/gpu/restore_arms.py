@@ -39,11 +39,12 @@ def medians(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: round(statistics.median(row[name] for row in rows if name in row), 3) for name in names}
 
 
-async def write_back() -> None:
-    """Images on their way to the disk would be in the way of who is measured next."""
+async def write_back(seconds: float) -> None:
+    """Images on their way to the disk would be in the way of who is measured next. A slow disk is not waited for at the
+    cost of the measuring."""
     process = await asyncio.create_subprocess_exec("sync")
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(process.wait(), 60)
+        await asyncio.wait_for(process.wait(), seconds)
 
 
 class Ours:
@@ -215,7 +216,7 @@ class Restore:
                 await one.prepare()
             except (Exception, SystemExit) as e:
                 self.failed |= dict.fromkeys(arms, says(e))
-        await write_back()
+        await write_back(min(60.0, max(1.0, self.bench.left("restore") / 4)))
 
     async def measure(self, arm: str, how: str) -> tuple[float, dict[str, float]]:
         if arm in OURS:

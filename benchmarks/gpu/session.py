@@ -88,7 +88,7 @@ def steps(out: Path, *, fake: bool) -> tuple[Step, ...]:
     def tests(name: str) -> tuple[str, ...]:
         return (python, *PYTEST, str(ROOT / "tests" / "gpu" / name))
 
-    restore = () if fake else ("--sizes", "4", "--cycles", "20")
+    restore = () if fake else ("--sizes", "2", "--cycles", "20")
     start = () if fake else ("--sizes", "1")
     restore = benchmark("restore", *restore, "--rounds", "3", "--json", str(out / "restore.json"))
     start = benchmark("start", *start, "--rounds", "3", "--json", str(out / "start.json"))
