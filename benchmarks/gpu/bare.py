@@ -69,6 +69,10 @@ def run(*command: str, seconds: float = 20.0) -> str:
     return (done.stdout + done.stderr).strip()[-1500:] + (f" (exit status {done.returncode})" * bool(done.returncode))
 
 
+def smi(fields: str) -> str:
+    return run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", seconds=8)
+
+
 def there(package: str) -> bool:
     with contextlib.suppress(ImportError, ValueError):
         return importlib.util.find_spec(package) is not None
@@ -181,9 +185,7 @@ def the_device(options: argparse.Namespace) -> None:
         found = sorted(p for p in Path("/dev").glob("nvidia*"))
         return {p.name: f"{p.stat().st_mode & 0o777:o} {os.major(p.stat().st_rdev)}" for p in found}
 
-    say("nodes", before=nodes(), module=read("/proc/driver/nvidia/version"), smi=run("nvidia-smi", "-L"))
-    fields = "name,driver_version,memory.total,memory.used,persistence_mode,mig.mode.current,pcie.link.gen.max"
-    say("smi", said=run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"))
+    say("nodes", before=nodes(), module=read("/proc/driver/nvidia/version"))
     driver, version, count = Driver(), ctypes.c_int(), ctypes.c_int()
     until = time.monotonic() + 25
     while (found := driver.call("cuInit", 0))[0] == "CUDA_ERROR_SYSTEM_NOT_READY" and time.monotonic() < until:
@@ -201,6 +203,8 @@ def the_device(options: argparse.Namespace) -> None:
         gib=round(total.value / 2**30, 1), library=sorted(library), nodes=nodes(), **of_the_gpu(os.getpid()),
         threads=sorted(read(p / "comm") for p in Path("/proc/self/task").iterdir()),
     )  # fmt: skip
+    fields = "name,uuid,driver_version,memory.total,memory.used,persistence_mode,mig.mode.current,pcie.link.gen.max"
+    say("smi", said=smi(fields))
 
 
 LEFTOVERS = """
@@ -293,7 +297,7 @@ def the_moves(options: argparse.Namespace, kind: str, size: int) -> None:
             return
         if not (driver.move(pid, "Lock", size) and driver.move(pid, "Checkpoint", size)):
             return
-        say("used while it is checkpointed", smi=run("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader"))
+        say("used while it is checkpointed", smi=smi("memory.used"))
         if not (driver.move(pid, "Restore", size) and driver.move(pid, "Unlock", size)):
             return
         made.check("after the moves")

@@ -52,6 +52,11 @@ echo "LD_LIBRARY_PATH=$LD_LIBRARY_PATH"; ldconfig -p | grep -E 'libcuda|nvidia-m
 "$PYTHON" -VV; "$PYTHON" -m pip list 2>/dev/null | grep -iE '^(cuda|torch|pytest|nvidia-ml|triton|woodfrog)'
 """
 
+AFTER = """
+dmesg | grep -iE 'nvrm|xid|segfault|out of memory|oom-kill|userfault|hung' | tail -40; timeout 15 nvidia-smi
+ls /var/tmp /dev/shm; free -m; ps -eo pid,ppid,stat,wchan:20,comm | grep -iE 'criu|woodfrog|python' | tail -20
+"""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -102,7 +107,8 @@ def steps(out: Path, *, fake: bool) -> tuple[Step, ...]:
             without_sandboxes=("--parts", "bound,several"),
         ),
         Step("programs", tests("test_gpu_programs.py"), 0.12, least=30, packages=(*TESTS, "torch"), sandboxes=True),
-        Step("start", start, 0.12, least=60, own_clock=True, packages=(*OURS, "torch"), sandboxes=True),
+        Step("start", start, 0.11, least=60, own_clock=True, packages=(*OURS, "torch"), sandboxes=True),
+        Step("after", ("/bin/sh", "-c", AFTER), 0.01, least=3, driver=False),
     )  # fmt: skip
 
 
