@@ -206,6 +206,8 @@ class Restore:
         self.bench, self.size = bench, size
         self.values: dict[str, list[float]] = {}
         self.phases: dict[str, list[dict[str, float]]] = {}
+        self.first: dict[str, dict[str, float]] = {}
+        """Of the round that is not counted."""
         self.failed: dict[str, str] = {}
         self.ours, self.plain = Ours(bench, size), Plain(bench, size)
         self.in_a_row = dict.fromkeys(ARMS, 0)
@@ -238,7 +240,9 @@ class Restore:
                     self.failed[arm] = says(e)
                 continue
             self.in_a_row[arm] = 0
-            if turn >= 0:
+            if turn < 0:
+                self.first[arm] = {"all": round(ms, 3), **phases}
+            else:
                 self.values.setdefault(arm, []).append(ms)
                 self.phases.setdefault(arm, []).append(phases)
 
@@ -262,6 +266,7 @@ class Restore:
             },
             "first_thaw_ms": round(self.ours.first_ms, 1),
             "pushed_bytes": self.ours.pushed_pages * 4096,
+            "first_round_ms": self.first,
             "failed": self.failed,
         }
 
@@ -282,6 +287,9 @@ async def part_restore(bench: Bench, sizes: Sequence[int], keep: Callable[[dict[
         try:
             with console.status(f"{name}: freeze"):
                 await work.prepare()
+            # What is known so far, for the case that there is no time for more.
+            found[name] = work.result()
+            keep(found)
             longest = 0.0
             for turn in range(-1, bench.rounds):
                 # One counted round there is in any case: without it the session would have been for nothing.
@@ -292,9 +300,8 @@ async def part_restore(bench: Bench, sizes: Sequence[int], keep: Callable[[dict[
                 with console.status(f"{name}: round {turn + 1} of {bench.rounds}"):
                     await work.round(turn)
                 longest = time.monotonic() - begin
-                if turn >= 0:
-                    found[name] = work.result()
-                    keep(found)
+                found[name] = work.result()
+                keep(found)
         finally:
             await work.close()
 

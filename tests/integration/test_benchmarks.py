@@ -97,6 +97,7 @@ def test_gpu_restore_on_the_fake_driver(tmp_path: Path) -> None:
         ("ours", "follows", "whole", "plain", "lazy"), 1
     )
     assert all({"criu", "gpu.restore", "gpu.unlock", "answer"} <= set(p) for p in found["phases_ms"].values())
+    assert set(found["first_round_ms"]) == set(found["ms"])
     assert all(v > 0 for rates in found["gib_s"].values() for v in rates.values()) and len(found["gib_s"]) == 2
     copies, driver = parts["bound"]["copies"], parts["bound"]["driver"]
     ways = {"pageable", "pinned", "registered", "staged, 1 thread", "staged, 4 threads"}
