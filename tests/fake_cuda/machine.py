@@ -72,6 +72,10 @@ def main() -> int:
         return subprocess.run(options.command, env=env).returncode
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        # Where the fake's processes were met, of those that were killed.
+        for path in Path("/tmp").glob(".fake-cuda-*"):
+            if not Path("/proc", path.name.rpartition("-")[2]).exists():
+                path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
