@@ -70,6 +70,8 @@ class Rig:
     """GPUs that sandboxes may be given."""
     nodes: Callable[[tuple[int, ...]], tuple[DeviceNode, ...]] | None = None
     """Device nodes of real ones."""
+    said: dict[int, tuple[int, bytearray]] = field(default_factory=dict)
+    """By init's pid: the end of the programs' standard error, and what was read of it."""
 
     @classmethod
     def make(cls, home: Path) -> Rig:
@@ -89,10 +91,15 @@ class Rig:
         return path
 
     @property
+    def libraries(self) -> list[str]:
+        """Where the GPU's library is, if not where all libraries are."""
+        path = library_path(str(self.hardware.folder) if self.hardware is not None else "")
+        return list(filter(None, path.split(os.pathsep)))
+
+    @property
     def prefixes(self) -> tuple[Path, ...]:
-        more = (self.hardware.folder,) if self.hardware is not None else ()
         prestart = prestart_path().parent  # also in a clone below /tmp
-        places = (sys.base_prefix, self.criu.path.parents[1], prestart, self.home / "files", *more)
+        places = (sys.base_prefix, self.criu.path.parents[1], prestart, self.home / "files", *self.libraries)
         return tuple({Path(p).resolve() for p in places})
 
     def devices(self, gpus: tuple[int, ...]) -> tuple[DeviceNode, ...]:
@@ -143,14 +150,17 @@ class Rig:
         """Run a program: `setup` defines `check()`, whose repr every connection gets."""
         (self.home / "code/app/program.py").write_text(PROGRAM.replace("{setup}", setup).replace("{socket}", SOCKET))
         sandbox = await self.sandbox(gpus=gpus)
-        place = library_path(str(self.hardware.folder) if self.hardware is not None else "")
-        library = {"LD_LIBRARY_PATH": place} if place else {}
+        library = {"LD_LIBRARY_PATH": os.pathsep.join(self.libraries)} if self.libraries else {}
         return sandbox, await self.spawn(sandbox, "program.py", env={**library, **(env or {})}, seccomp=seccomp)
 
     async def spawn(
         self, sandbox: Sandbox, program: str, *arguments: str, env: Mapping[str, str], seccomp: bool = True
     ) -> SandboxProcess:
         """Run a file of `code`, as the worker."""
+        # Held from before its start: what it says last is gone when nobody reads a pipe that it closes.
+        if sandbox.init_pid not in self.said:
+            said = os.open(sandbox.path("/run/woodfrog/stderr"), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            self.said[sandbox.init_pid] = said, bytearray()
         return await sandbox.spawn(
             ProcessSpec(
                 (sys._base_executable, "-B", f"/app/{program}", *arguments),
@@ -173,8 +183,10 @@ class Rig:
                 connection = await sandbox.connect(SOCKET)
                 break
             except OSError:
-                if loop.time() > end:
-                    raise AssertionError(f"no program answers: {self.stderr(sandbox)}") from None
+                ended = len(procfs.tree(sandbox.init_pid)) < 2
+                if ended or loop.time() > end:
+                    why = "it ended" if ended else f"not within {patience:.0f} s"
+                    raise AssertionError(f"no program answers ({why}): {self.stderr(sandbox)}") from None
                 await asyncio.sleep(0.01)
         try:
             data = bytearray()
@@ -195,13 +207,12 @@ class Rig:
         raise AssertionError(f"left running: {[procfs.status(p) for p in left[1:]]}")
 
     def stderr(self, sandbox: Sandbox) -> str:
+        """What programs said so far that were started here, not thawed."""
+        said, text = self.said.get(sandbox.init_pid, (-1, bytearray()))
         with suppress(OSError):
-            fd = os.open(sandbox.path("/run/woodfrog/stderr"), os.O_RDONLY | os.O_NONBLOCK)
-            try:
-                return os.read(fd, 65536).decode(errors="replace")
-            finally:
-                os.close(fd)
-        return ""
+            while chunk := os.read(said, 65536):
+                text += chunk
+        return text.decode(errors="replace")
 
     def images(self) -> Path:
         path = self.home / f"snap-{uuid.uuid4().hex[:6]}"
@@ -245,4 +256,7 @@ class Rig:
     async def close(self) -> None:
         for sandbox in self.sandboxes:
             await sandbox.destroy()
+        for said, _ in self.said.values():
+            os.close(said)
+        self.said.clear()
         shutil.rmtree(self.kdat.parent, ignore_errors=True)

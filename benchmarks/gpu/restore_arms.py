@@ -39,11 +39,12 @@ def medians(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: round(statistics.median(row[name] for row in rows if name in row), 3) for name in names}
 
 
-async def write_back() -> None:
-    """Images on their way to the disk would be in the way of who is measured next."""
+async def write_back(seconds: float) -> None:
+    """Images on their way to the disk would be in the way of who is measured next. A slow disk is not waited for at the
+    cost of the measuring."""
     process = await asyncio.create_subprocess_exec("sync")
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(process.wait(), 60)
+        await asyncio.wait_for(process.wait(), seconds)
 
 
 class Ours:
@@ -205,6 +206,8 @@ class Restore:
         self.bench, self.size = bench, size
         self.values: dict[str, list[float]] = {}
         self.phases: dict[str, list[dict[str, float]]] = {}
+        self.first: dict[str, dict[str, float]] = {}
+        """Of the round that is not counted."""
         self.failed: dict[str, str] = {}
         self.ours, self.plain = Ours(bench, size), Plain(bench, size)
         self.in_a_row = dict.fromkeys(ARMS, 0)
@@ -215,7 +218,7 @@ class Restore:
                 await one.prepare()
             except (Exception, SystemExit) as e:
                 self.failed |= dict.fromkeys(arms, says(e))
-        await write_back()
+        await write_back(min(60.0, max(1.0, self.bench.left("restore") / 4)))
 
     async def measure(self, arm: str, how: str) -> tuple[float, dict[str, float]]:
         if arm in OURS:
@@ -237,7 +240,9 @@ class Restore:
                     self.failed[arm] = says(e)
                 continue
             self.in_a_row[arm] = 0
-            if turn >= 0:
+            if turn < 0:
+                self.first[arm] = {"all": round(ms, 3), **phases}
+            else:
                 self.values.setdefault(arm, []).append(ms)
                 self.phases.setdefault(arm, []).append(phases)
 
@@ -261,6 +266,7 @@ class Restore:
             },
             "first_thaw_ms": round(self.ours.first_ms, 1),
             "pushed_bytes": self.ours.pushed_pages * 4096,
+            "first_round_ms": self.first,
             "failed": self.failed,
         }
 
@@ -281,6 +287,9 @@ async def part_restore(bench: Bench, sizes: Sequence[int], keep: Callable[[dict[
         try:
             with console.status(f"{name}: freeze"):
                 await work.prepare()
+            # What is known so far, for the case that there is no time for more.
+            found[name] = work.result()
+            keep(found)
             longest = 0.0
             for turn in range(-1, bench.rounds):
                 # One counted round there is in any case: without it the session would have been for nothing.
@@ -291,9 +300,8 @@ async def part_restore(bench: Bench, sizes: Sequence[int], keep: Callable[[dict[
                 with console.status(f"{name}: round {turn + 1} of {bench.rounds}"):
                     await work.round(turn)
                 longest = time.monotonic() - begin
-                if turn >= 0:
-                    found[name] = work.result()
-                    keep(found)
+                found[name] = work.result()
+                keep(found)
         finally:
             await work.close()
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -20,7 +22,10 @@ import pytest
 
 from fake_cuda.hardware import MIB, Hardware
 from fake_cuda.program import GPU
+from woodfrog.backends import gpus as backend
+from woodfrog.backends.gpus import Gpus
 from woodfrog.cuda.client import Cuda
+from woodfrog.cuda.devices import Device
 from woodfrog.cuda.health import Vitals
 from woodfrog.cuda.states import MOVES, Move, State
 from woodfrog.errors import GpuError
@@ -115,6 +120,9 @@ async def test_the_node(cuda: Cuda, hardware: Hardware) -> None:
 
 async def test_the_whole_life(cuda: Cuda, hardware: Hardware, worker: Worker) -> None:
     assert await cuda.state(worker.pid) is State.RUNNING and await cuda.state(os.getpid()) is None
+    hardware.configure("hidden 1")
+    assert await cuda.held(worker.pid) is None
+    hardware.configure()
     held = await cuda.held(worker.pid)
     assert held is not None and held >= MIB and hardware.memory_of(0) == held
     for move in LIFE:
@@ -405,3 +413,59 @@ async def test_no_helper_is_left(hardware: Hardware, worker: Worker) -> None:
     await cuda.close()
     await asyncio.sleep(0.2)
     assert not [p for p in pids if Path(f"/proc/{p}/cmdline").exists() and Path(f"/proc/{p}/cmdline").read_text()]
+
+
+async def test_nodes_that_are_not_there_before_the_driver_starts(
+    hardware: Hardware, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backend, "DEV", tmp_path)
+    monkeypatch.setattr(backend, "MODULE", tmp_path / "version")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(hardware.folder))
+    assert "no NVIDIA device" in (await backend.find_gpus("", "")).why
+    (tmp_path / "version").touch()
+    (tmp_path / "nvidiactl").mkdir(mode=0o700)
+    with caplog.at_level(logging.WARNING, "woodfrog"):
+        found = await backend.find_gpus("", "")
+    try:
+        assert [d.uuid for d in found.devices] == list(hardware.uuids)
+    finally:
+        await found.close()
+    assert f"there is no {tmp_path}/nvidia0: " in caplog.text and "nvidia-modprobe" in caplog.text
+    assert f"{tmp_path}/nvidiactl is not open to all users" in caplog.text
+    hardware.configure("fault cuInit fail=100")
+    assert "CUDA_ERROR_NO_DEVICE" in (await backend.find_gpus("", "")).why
+
+
+def test_without_nvml_nodes_are_taken_in_their_order(tmp_path: Path) -> None:
+    for name in ("nvidia3", "nvidia5", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    devices = (Device("GPU-a", "H200", 1), Device("GPU-b", "H200", 1), Device("GPU-c", "H200", 1, minor=3))
+    gpus = Gpus(None, devices, tmp_path)
+    assert [n.name for n in gpus.device_nodes(["GPU-b"])] == ["nvidiactl", "nvidia-uvm", "nvidia5"]
+    assert gpus.numbers() == {"GPU-a": 3, "GPU-b": 5, "GPU-c": 3}
+
+
+async def test_the_driver_answers_as_the_real_one_where_there_is_no_process_of_its_own() -> None:
+    """A caller that has not started the driver, or may not look into the process: our calls rely on these answers."""
+    ask = "state = _ct.c_int(); print(lib.cuCheckpointProcessGetState(int(sys.argv[1]), _ct.byref(state)))"
+    code = f"import sys\n{GPU}\nlib = _ct.CDLL('libcuda.so.1')\n{ask}\nCuda()\n{ask}"
+
+    def answers(pid: int, uid: int) -> list[int]:
+        # As another user it is the system's own Python: ours may lie where that user cannot look.
+        python = sys.executable if uid == 0 else "/usr/bin/python3"
+        done = subprocess.run(
+            [python, "-I", "-c", code, str(pid)], env={"LD_LIBRARY_PATH": str(hardware.folder)},
+            user=uid, group=uid, extra_groups=(), capture_output=True, text=True,
+        )  # fmt: skip
+        return [*map(int, done.stdout.split())]
+
+    with contextlib.ExitStack() as stack:
+        # Where every user can look, as pytest's directories are not.
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/var/tmp")))
+        folder.chmod(0o755)
+        hardware = Hardware(folder / "cuda")
+        sleeping = stack.enter_context(subprocess.Popen(["sleep", "60"]))
+        stack.callback(sleeping.kill)
+        assert answers(sleeping.pid, 0) == [3, 3] and answers(4194303, 0) == [3, 1]
+        if os.path.exists("/usr/bin/python3"):
+            assert answers(sleeping.pid, 64646) == [3, 304]

@@ -63,6 +63,7 @@ class Hardware:
         self.control.chmod(0o777)
         self.configure()
         (self.dev / "nvidia-uvm").touch()
+        (self.dev / "nvidia-uvm").chmod(0o666)
         if os.geteuid() == 0:
             # The one of them that is a device, as all of the real ones are: it is bound, and never opened.
             os.mknod(self.dev / "nvidia-uvm-tools", 0o666 | stat.S_IFCHR, os.makedev(1, 3))

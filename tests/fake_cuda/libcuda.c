@@ -9,17 +9,25 @@
  *                               forgets what a dead process had.
  *   D/nvidiactl/config          read at every call: "version 13000", "context BYTES", "lossy 1" (a checkpoint saves
  *                               nothing), "shared 1" (it saves into shared memory), "scratch BYTES" (what NVML tells
- *                               of a process beside what is saved), "map 1" (a map of GPUs may name those alone that
+ *                               of a process beside what is saved), "hidden 1" (NVML
+ *                               lists no process: in a container it has other pids for them), "map 1" (a map of GPUs may name those alone that
  *                               the process can reach; else it must name all of the machine),
  *                               "fault CALL ACTION [FIRST [TIMES]]" with ACTION fail=CODE, late=CODE (done, then an
- *                               error), hang, kill. FIRST counts from 1, over all processes.
+ *                               error), broken=CODE (an error, and the process is FAILED), sleep=MS, hang, kill.
+ *                               FIRST counts from 1, over all processes. "rate BYTES": what is saved and put back in a
+ *                               second at most.
  *   D/nvidia0/health            what NVML says of a GPU: "ecc COUNT", "pending 1", "failed 1", "retired 1", "lost 1",
  *                               "reset 1", "hang 1"
  *   D/nvidiactl/xids            lines "MINOR XID", appended: errors that NVML reports to whoever waits for them
  *   D/nvidia-uvm                held open, as the real one is
  *
- * A process that is not CHECKPOINTED holds these files open. When it is dumped all the same and comes back, it is not
- * the process that the GPU knew: its memory is gone, and every call says so.
+ * A process that is not CHECKPOINTED holds these files open, from cuInit on. When it is dumped all the same and comes
+ * back, it is not the process that the GPU knew: its memory is gone, and every call says so.
+ *
+ * As strict as the real one where that is known: cuInit writes its thread's name below /proc and makes a memfd; it
+ * reserves addresses that a restored process must still have; what was mapped of a GPU goes at a checkpoint and comes
+ * back at its own addresses, which must be free; who makes the checkpoint calls must have called cuInit and may look
+ * into the target. A process without CUDA is CUDA_ERROR_NOT_INITIALIZED, no process CUDA_ERROR_INVALID_VALUE.
  *
  * The controlling process finds the target's helper thread by a Unix socket: in the target's /tmp if that is in a
  * sandbox, which has a network of its own, and else an abstract one, of which nothing is left whoever kills the target.
@@ -68,6 +76,9 @@ enum { RUNNING, LOCKED, CHECKPOINTED, FAILED };
 #define MAX_PINNED 64
 #define BASE 0x700000000000ULL
 #define PER_GPU (1ULL << 40)
+#define WINDOW (2UL << 20)
+#define RESERVED_AT ((void *)0x200000000UL)
+#define RESERVED 8592031744UL
 
 struct gpu { int minor; char name[96]; CUuuid uuid; uint64_t memory; };
 struct block { uint64_t offset, size; };
@@ -79,7 +90,7 @@ struct device {
     struct block blocks[MAX_BLOCKS];
     int count, contexts;
     char *saved;
-    void *page;
+    void *page, *place;
 };
 struct pinned { uintptr_t at; size_t size; int ours; };
 struct context { int device; };
@@ -87,8 +98,9 @@ struct context { int device; };
 static struct {
     pthread_mutex_t mutex;
     pthread_cond_t changed;
-    int ready, forked, lost, stuck, state, locked, active, count, ctl, uvm, tid;
+    int ready, forked, lost, stuck, state, locked, active, count, ctl, uvm, tid, pipe[2];
     uint64_t born;
+    char *reservation;
     struct device devices[MAX_GPUS];
     struct pinned pinned[MAX_PINNED];
 } P = {.mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER, .ctl = -1, .uvm = -1};
@@ -236,9 +248,27 @@ static int resize(struct device *d, uint64_t size)
     return OK;
 }
 
-static int hold(struct device *d, uint64_t size)
+static int open_shared(void)
 {
     char path[400];
+    snprintf(path, sizeof path, "%s/nvidiactl/config", root());
+    if (P.ctl < 0)
+        P.ctl = open(path, O_RDONLY | O_CLOEXEC);
+    snprintf(path, sizeof path, "%s/nvidia-uvm", root());
+    if (P.uvm < 0)
+        P.uvm = open(path, O_RDONLY | O_CLOEXEC);
+    return P.ctl < 0 || P.uvm < 0 ? OPERATING_SYSTEM : OK;
+}
+
+static void close_shared(void)
+{
+    close(P.ctl);
+    close(P.uvm);
+    P.ctl = P.uvm = -1;
+}
+
+static int hold(struct device *d, uint64_t size)
+{
     snprintf(d->path, sizeof d->path, "%s/nvidia%d/mem-XXXXXX", root(), d->gpu.minor);
     d->fd = mkostemp(d->path, O_CLOEXEC);
     if (d->fd < 0)
@@ -253,32 +283,26 @@ static int hold(struct device *d, uint64_t size)
         unlink(d->path);
         return result;
     }
-    d->page = mmap(NULL, 4096, PROT_READ, MAP_SHARED, d->fd, 0);
-    snprintf(path, sizeof path, "%s/nvidiactl/config", root());
-    if (P.ctl < 0)
-        P.ctl = open(path, O_RDONLY | O_CLOEXEC);
-    snprintf(path, sizeof path, "%s/nvidia-uvm", root());
-    if (P.uvm < 0)
-        P.uvm = open(path, O_RDONLY | O_CLOEXEC);
+    /* The real one takes its addresses back whatever is there by now. */
+    d->page = mmap(d->place, WINDOW, PROT_READ, MAP_SHARED | (d->place ? MAP_FIXED_NOREPLACE : 0), d->fd, 0);
+    if (d->page == MAP_FAILED) {
+        d->page = NULL;
+        return OPERATING_SYSTEM;
+    }
+    d->place = d->page;
     return OK;
 }
 
 static void let_go(struct device *d)
 {
     if (d->page)
-        munmap(d->page, 4096);
+        munmap(d->page, WINDOW);
     d->page = NULL;
     if (d->fd >= 0) {
         unlink(d->path);
         close(d->fd);
     }
     d->fd = -1;
-    for (int i = 0; i < P.count; i++)
-        if (P.devices[i].fd >= 0)
-            return;
-    close(P.ctl);
-    close(P.uvm);
-    P.ctl = P.uvm = -1;
 }
 
 /* ------------------------------------------------------------------------------------------------------- faults */
@@ -317,6 +341,12 @@ static int fault(const char *call)
             return atoi(action + 5);
         if (!strncmp(action, "late=", 5))
             late = atoi(action + 5);
+        if (!strncmp(action, "sleep=", 6))
+            usleep((useconds_t)atoi(action + 6) * 1000);
+        if (!strncmp(action, "broken=", 7)) {
+            P.state = FAILED;
+            return atoi(action + 7);
+        }
         if (!strcmp(action, "kill"))
             raise(SIGKILL);
         while (!strcmp(action, "hang"))
@@ -405,9 +435,20 @@ static int do_lock(unsigned timeout)
     return OK;
 }
 
+/* How long the GPU's memory takes, where the configuration says so. */
+static void take_time(void)
+{
+    uint64_t rate = number("rate", 0), sum = 0;
+    for (int i = 0; i < P.count; i++)
+        sum += P.devices[i].fd >= 0 || P.devices[i].saved ? P.devices[i].size : 0;
+    if (rate)
+        usleep((useconds_t)(sum * 1000 / rate * 1000));
+}
+
 static int do_checkpoint(void)
 {
     int lossy = (int)number("lossy", 0);
+    take_time();
     for (int i = 0; i < P.count; i++) {
         struct device *d = &P.devices[i];
         if (d->fd < 0)
@@ -429,6 +470,7 @@ static int do_checkpoint(void)
     for (int i = 0; i < P.count; i++)
         if (P.devices[i].fd >= 0)
             let_go(&P.devices[i]);
+    close_shared();
     P.state = CHECKPOINTED;
     return OK;
 }
@@ -491,10 +533,21 @@ static int pin(uintptr_t at, size_t size)
     return failed ? OPERATING_SYSTEM : OK;
 }
 
+/* Whether the process still is what it was beside the GPU's memory. */
+static int whole(void)
+{
+    unsigned char byte = 'x', there;
+    char *last = P.reservation + RESERVED - 4096;
+    if (mincore(P.reservation, 4096, &there) || mincore(last, 4096, &there))
+        return OPERATING_SYSTEM;
+    return write(P.pipe[1], &byte, 1) == 1 && read(P.pipe[0], &byte, 1) == 1 && byte == 'x' ? OK : OPERATING_SYSTEM;
+}
+
 static int do_restore(const struct order *o)
 {
     struct gpu here[MAX_GPUS];
-    int count = scan(here), stuck = P.stuck;
+    int count = scan(here), stuck = P.stuck || whole() || open_shared();
+    take_time();
     for (int i = 0; i < MAX_PINNED && !stuck; i++)
         stuck = P.pinned[i].size ? pin(P.pinned[i].at, P.pinned[i].size) : OK;
     /* As with the real one: what failed here never comes back, and says so in this way. */
@@ -557,7 +610,6 @@ static void *helper(void *argument)
 {
     int listener = (int)(intptr_t)argument;
     P.tid = (int)syscall(SYS_gettid);
-    pthread_setname_np(pthread_self(), "cuda-helper");
     for (;;) {
         int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
         if (fd < 0)
@@ -593,6 +645,30 @@ static int visible(const struct gpu *g, int ordinal, const char *wish)
     return 0;
 }
 
+/* What cuInit needs of the system beside the device nodes. */
+static int set_up(void)
+{
+    int memory = (int)syscall(SYS_memfd_create, "cuda", 0);
+    if (memory < 0 || pipe2(P.pipe, O_CLOEXEC))
+        return OPERATING_SYSTEM;
+    close(memory);
+    P.reservation = mmap(RESERVED_AT, RESERVED, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return P.reservation == MAP_FAILED ? OUT_OF_MEMORY : open_shared();
+}
+
+static int name_thread(pthread_t thread)
+{
+    char path[64], name[16];
+    while (!*(volatile int *)&P.tid)
+        usleep(100);
+    snprintf(path, sizeof path, "/proc/self/task/%d/comm", P.tid);
+    snprintf(name, sizeof name, "cuda%011lx", (unsigned long)thread & 0xfffffffffffUL);
+    int fd = open(path, O_WRONLY | O_CLOEXEC), failed = fd < 0 || write(fd, name, 15) != 15;
+    if (fd >= 0)
+        close(fd);
+    return failed ? OPERATING_SYSTEM : OK;
+}
+
 /* ------------------------------------------------------------------------------------------------- the driver API */
 
 CUresult cuInit(unsigned flags)
@@ -619,13 +695,15 @@ CUresult cuInit(unsigned flags)
         pthread_t thread;
         sigset_t all_signals, before;
         sigfillset(&all_signals);
+        P.tid = 0;
         if (!P.count)
             result = NO_DEVICE;
-        else if (listener < 0 || bind(listener, (struct sockaddr *)&at, sizeof at) || listen(listener, 8))
+        else if (set_up() || listener < 0 || bind(listener, (struct sockaddr *)&at, sizeof at) || listen(listener, 8))
             result = OPERATING_SYSTEM;
         else {
             pthread_sigmask(SIG_SETMASK, &all_signals, &before);
-            result = pthread_create(&thread, NULL, helper, (void *)(intptr_t)listener) ? OPERATING_SYSTEM : OK;
+            result = pthread_create(&thread, NULL, helper, (void *)(intptr_t)listener) ? OPERATING_SYSTEM
+                                                                                       : name_thread(thread);
             pthread_sigmask(SIG_SETMASK, &before, NULL);
             pthread_atfork(NULL, NULL, in_child);
         }
@@ -1122,15 +1200,18 @@ static int inner_pid(int pid)
 
 static int ask(const char *call, int pid, struct order *o, struct answer *a)
 {
-    int result = fault(call);
+    int result = P.ready && !P.forked ? fault(call) : NOT_INITIALIZED;
     if (result)
         return result;
-    char where[64];
+    char where[64], link[64];
+    snprintf(where, sizeof where, "/proc/%d/ns/pid", pid);
+    if (readlink(where, link, sizeof link) < 0)
+        return errno == ENOENT ? INVALID_VALUE : OPERATING_SYSTEM;
     snprintf(where, sizeof where, "/proc/%d/root", pid);
     struct sockaddr_un at;
     socket_name(&at, where, inner_pid(pid));
     int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    result = INVALID_VALUE;
+    result = NOT_INITIALIZED;
     if (!connect(fd, (struct sockaddr *)&at, sizeof at)) {
         result = OPERATING_SYSTEM;
         if (send(fd, o, sizeof *o, MSG_NOSIGNAL) == sizeof *o && recv(fd, a, sizeof *a, MSG_WAITALL) == sizeof *a)
@@ -1370,6 +1451,8 @@ int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, struc
     unsigned room = *count, n = 0;
     char path[600], line[256];
     *count = 0;
+    if (number("hidden", 0))
+        return 0;
     snprintf(path, sizeof path, "%s/nvidia%d", root(), (int)(intptr_t)handle - 1);
     FILE *locks = fopen("/proc/locks", "re");
     while (locks && fgets(line, sizeof line, locks)) {

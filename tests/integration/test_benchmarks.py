@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+from conftest import criu_path
 from fake_cuda.hardware import Hardware
 from woodfrog.cuda.client import Cuda
 
@@ -94,6 +97,7 @@ def test_gpu_restore_on_the_fake_driver(tmp_path: Path) -> None:
         ("ours", "follows", "whole", "plain", "lazy"), 1
     )
     assert all({"criu", "gpu.restore", "gpu.unlock", "answer"} <= set(p) for p in found["phases_ms"].values())
+    assert set(found["first_round_ms"]) == set(found["ms"])
     assert all(v > 0 for rates in found["gib_s"].values() for v in rates.values()) and len(found["gib_s"]) == 2
     copies, driver = parts["bound"]["copies"], parts["bound"]["driver"]
     ways = {"pageable", "pinned", "registered", "staged, 1 thread", "staged, 4 threads"}
@@ -201,6 +205,67 @@ def test_gpu_probe_on_the_fake_driver(tmp_path: Path) -> None:
     assert asked["the moves"]["checkpointed"]["state"] == "CHECKPOINTED" and len(asked["the moves"]["restore_ms"]) == 2
     assert asked["memory that follows"]["page-locked"]["pages_asked_for"] == 0, "what page-locks does not wait"
     assert asked["in a pid namespace"]["states"][-1] == "RUNNING"
+
+
+def test_gpu_bare_on_the_fake_driver(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "gpu/bare.py"), "--fake", "--torch-mib", "1"],
+        env={**os.environ, "WOODFROG_CRIU": criu_path() or ""}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    said = {row["bare"]: row for row in rows}
+    assert said["cuInit"]["answer"] == "CUDA_SUCCESS" and said["allowed"]["mount"] == "yes", done.stdout + done.stderr
+    raw = rows[[r["bare"] for r in rows].index("worker") :]
+    assert [r["state"] for r in raw[1:4] if "state" in r] == ["LOCKED", "CHECKPOINTED"]
+    assert said["after the moves"]["memory"] == "same" and said["after CRIU and the moves"]["memory"] == "same"
+    assert next(r for r in raw if r["bare"] == "Checkpoint")["open"] == []
+    assert [r["by"] for r in rows if r["bare"] == "left open"] == ["a cuInit that finds no device", "NVML"]
+
+
+def test_gpu_bare_ends_what_hangs(tmp_path: Path) -> None:
+    hardware = Hardware(tmp_path / "cuda")
+    hardware.configure("fault cuInit hang")
+    command = [sys.executable, str(BENCHMARKS / "gpu/bare.py"), "--seconds", "6"]
+    env = {**os.environ, "LD_LIBRARY_PATH": str(hardware.folder)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    said = {row["bare"]: row for row in map(json.loads, done.stdout.splitlines())}
+    assert done.returncode == 1 and "did not end" in said["device"]["error"], done.stdout
+    assert "the time is over" in said["moves"]["error"]
+
+
+def test_gpu_bare_needs_python_alone() -> None:
+    for path in (BENCHMARKS / "gpu/bare.py", *(BENCHMARKS / "gpu/programs" / f"{n}.py" for n in ("files", "raw"))):
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {a.name.partition(".")[0] for a in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add((node.module or "").partition(".")[0])
+        # Those of its own, and what is tried only where it is there or asked for.
+        assert names - sys.stdlib_module_names <= {"raw", "torch", "common_gpu"}, path
+
+
+def test_a_gpu_step_that_cannot_work_is_left_out(tmp_path: Path) -> None:
+    session = import_module_alone(BENCHMARKS / "gpu" / "session.py")
+    steps = {s.name: s for s in session.steps(tmp_path, fake=False)}
+    said = tmp_path / "bare.jsonl"
+
+    def left_out(*rows: dict[str, Any]) -> dict[str, str]:
+        said.write_text("".join(json.dumps(row) + "\n" for row in rows) + "half a li")
+        facts = session.known(said)
+        found = {name: session.hindrance(replace(step, packages=()), facts) for name, step in steps.items()}
+        return {name: why for name, why in found.items() if why}
+
+    machine, started = {"bare": "machine"}, {"bare": "cuInit", "answer": "CUDA_SUCCESS"}
+    assert left_out() == left_out(machine, {"bare": "allowed", "mount": "yes"}, started) == {}
+    no_mounts = {"bare": "allowed", "mount": "Operation not permitted"}
+    found = left_out(machine, no_mounts, started)
+    assert set(found) == {"engine", "programs", "start"} and "Operation not permitted" in found["engine"]
+    found = left_out(machine, {"bare": "cuInit", "answer": "CUDA_ERROR_NO_DEVICE"})
+    assert set(found) == set(steps) - {"bare", "machine", "after"} and "CUDA_ERROR_NO_DEVICE" in found["probe"]
+    assert "within 45 s" in left_out(machine, {"bare": "device", "error": "it did not end within 45 s"})["probe"]
+    lacking = replace(steps["machine"], packages=("json", "no_such_package", "no.such"))
+    assert session.hindrance(lacking, session.Known()) == "these packages are missing: no_such_package, no.such"
 
 
 def test_without_criu_the_driver_is_measured_alone(tmp_path: Path) -> None:

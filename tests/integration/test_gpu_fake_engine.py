@@ -9,6 +9,8 @@ import asyncio
 import os
 import signal
 import stat
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from engine_rig import Rig
 from fake_cuda.hardware import MIB, Hardware
 from fake_cuda.program import GPU
 from woodfrog import faults
+from woodfrog.cuda import client
 from woodfrog.cuda.client import Cuda
 from woodfrog.engine.engine import AmdSide, GpuSide, Lazy
 from woodfrog.engine.plan import FACTS, parse_facts
@@ -131,6 +134,19 @@ async def test_freeze_and_thaw(rig: Rig, cuda: Cuda) -> None:
         await answers(rig, thawed, "(2, True, '0')")
     assert {"gpu.lock", "gpu.checkpoint", "gpu.check", "gpu.restore", "gpu.unlock"} <= {p.name for p in phases.items}
     assert hardware_of(rig).memory_of(0) >= 16 * MIB
+
+
+async def test_a_process_that_nvml_does_not_list_has_its_time(
+    rig: Rig, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container's NVML knows processes by other pids: the bound goes by what is in use of the GPU."""
+    monkeypatch.setattr(client, "BYTES_PER_S", 1.5 * MIB)
+    sandbox, _ = await rig.start(HOLDER, gpus=(0,))
+    await answers(rig, sandbox, "(1, True, '0')")
+    hardware_of(rig).configure("hidden 1", f"rate {2 * MIB}")  # 4.5 s: more than what is always given
+    frozen = await rig.freeze(sandbox, gpu=side(rig, cuda, 0))
+    thawed, _ = await rig.thaw(frozen, gpu=side(rig, cuda, 0), gpus=(0,))
+    await answers(rig, thawed, "(2, True, '0')")
 
 
 async def test_frozen_again_after_a_thaw(rig: Rig, cuda: Cuda) -> None:
@@ -509,3 +525,24 @@ async def test_a_rocm_process_without_criu_s_plugin(rig: Rig, tmp_path: Path) ->
         assert lazy.served is None, "all of it was read before"
     finally:
         await server.close()
+
+
+def test_the_tests_for_real_gpus_find_one_and_pass() -> None:
+    """As on a machine that has one: what they ask for is tried before there is one."""
+    tests = Path(__file__).parents[1]
+    command = [sys.executable, str(tests / "fake_cuda/machine.py"), "--mib", "600", sys.executable, "-m", "pytest"]
+    done = subprocess.run(
+        [*command, str(tests / "gpu/test_gpu_engine.py"), "-k", "freeze_and_thaw", "-p", "no:cacheprovider"],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_program_for_real_gpus_that_ends_is_not_waited_for() -> None:
+    tests = Path(__file__).parents[1]
+    command = [sys.executable, str(tests / "fake_cuda/machine.py"), "--mib", "8", sys.executable, "-m", "pytest"]
+    done = subprocess.run(
+        [*command, str(tests / "gpu/test_gpu_engine.py"), "-k", "freeze_and_thaw", "-p", "no:cacheprovider"],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 1 and "it ended" in done.stdout and "CUDA error 2" in done.stdout, done.stdout

@@ -75,6 +75,8 @@ def test_what_this_criu_could_not_restore_is_not_dumped() -> None:
         (replace(TASK, special_maps=("/dev/nvidia-uvm", "/dev/nvidia0")), True, ""),
         (replace(TASK, special_maps=("/dev/nvidia0",)), False, "gpu-fork"),
         (replace(TASK, descriptors=(Descriptor(3, "/dev/nvidia-caps/nvidia-cap21"),)), True, "gpu-mig"),
+        # Fabric memory of NVSwitch machines, which has its nodes beside MIG's.
+        (replace(TASK, descriptors=(Descriptor(3, "/dev/nvidia-caps-imex-channels/channel0"),)), True, ""),
         (replace(TASK, descriptors=(Descriptor(3, "/dev/dri/renderD128", device=(226, 128)),)), True, "gpu-graphics"),
         (replace(TASK, descriptors=(Descriptor(3, "/dev/nvidia-modeset", device=(195, 254)),)), True, "gpu-graphics"),
         (replace(TASK, descriptors=(Descriptor(3, "/tmp/nvidia-mps/control"),)), True, "gpu-mps"),

@@ -23,6 +23,8 @@ __all__ = ["Gpus", "amd_gpus", "find_gpus", "library_path"]
 log = logging.getLogger("woodfrog")
 
 DEV = Path("/dev")
+MODULE = Path("/proc/driver/nvidia/version")
+"""There while the kernel's part of the driver is loaded. Its device nodes may come with the first `cuInit` only."""
 _SHARED = ("nvidiactl", "nvidia-uvm", "nvidia-uvm-tools")
 """Device nodes that every CUDA program needs, whichever GPU it has."""
 _LIBRARIES = ("libcuda.so.1", "libnvidia-ml.so.1")
@@ -43,6 +45,12 @@ def library_path(setting: str, environ: Mapping[str, str] = os.environ) -> str:
     return os.pathsep.join(dict.fromkeys(found))
 
 
+def _numbers(nodes: Path) -> list[int]:
+    """Those of NVIDIA's GPUs that have a device node."""
+    found = (re.fullmatch(r"nvidia(\d+)", p.name) for p in nodes.glob("nvidia*"))
+    return sorted(int(m[1]) for m in found if m)
+
+
 @dataclass(frozen=True)
 class Gpus:
     """What `find_gpus` found. `why` says why there is none."""
@@ -59,13 +67,21 @@ class Gpus:
         """Those of these GPUs, and what all share: a sandbox sees no other."""
         if not uuids:
             return ()
-        numbers = {d.uuid: d.minor if d.minor is not None else i for i, d in enumerate(self.devices)}
+        numbers = self.numbers()
         if self.amd is not None:
             names = ("kfd", *(f"dri/renderD{numbers[uuid]}" for uuid in uuids))
         else:
             names = (*_SHARED, *(f"nvidia{numbers[uuid]}" for uuid in uuids))
         paths = [(self.nodes / name, name) for name in names]
         return tuple(DeviceNode(p, name, p.is_dir()) for p, name in paths if p.exists())
+
+    def numbers(self) -> dict[str, int]:
+        """Of each GPU's device node.
+
+        Without NVML's word, in the order of the nodes: a container may have others than the first.
+        """
+        order = dict(enumerate(_numbers(self.nodes)))
+        return {d.uuid: d.minor if d.minor is not None else order.get(i, i) for i, d in enumerate(self.devices)}
 
     def side(self, uuids: Sequence[str]) -> GpuSide | AmdSide | None:
         if self.amd is not None:
@@ -106,6 +122,12 @@ def amd_gpus(found: Sequence[KfdGpu], plugins: Path | None, nodes: Path = Path("
     return Gpus(None, devices, nodes, amd=AmdSide(plugins), amd_driver=driver)
 
 
+def _warn_closed(node: Path, how: str) -> None:
+    """User code has a uid of no group."""
+    if node.stat().st_mode & 0o006 != 0o006:
+        log.warning("%s is not open to all users: functions cannot use it; chmod 0666, %s", node, how)
+
+
 def _find_amd(criu: Path | None) -> Gpus | None:
     nodes = DEV
     found = find_kfd() if (nodes / "kfd").exists() else ()
@@ -117,17 +139,14 @@ def _find_amd(criu: Path | None) -> Gpus | None:
     for device in gpus.devices:
         log.info("GPU %s: %s", device.uuid, device.name)
         for node in gpus.device_nodes((device.uuid,)):
-            if node.source.stat().st_mode & 0o006 != 0o006:
-                log.warning(
-                    "%s is not open to all users: functions cannot use it; chmod 0666, by a udev rule", node.source
-                )
+            _warn_closed(node.source, "by a udev rule")
     if gpus.amd is not None and gpus.amd.plugins is None:
         log.warning("CRIU has no plugin for AMD's GPUs (amdgpu_plugin.so): there are no snapshots of their memory")
     return gpus
 
 
 async def find_gpus(wanted: str, directory: str, criu: Path | None = None) -> Gpus:
-    """Look for GPUs: NVIDIA's where there are device nodes of it, else AMD's.
+    """Look for GPUs: NVIDIA's where its driver is loaded or there are device nodes of it, else AMD's.
 
     Args:
         wanted: the setting `gpu`.
@@ -138,7 +157,7 @@ async def find_gpus(wanted: str, directory: str, criu: Path | None = None) -> Gp
         return Gpus(why="WOODFROG_GPU=none")
     library = Path(directory) if directory else None
     nodes = library / "dev" if library is not None and (library / "dev").is_dir() else DEV
-    if not any(re.fullmatch(r"nvidia\d+", p.name) for p in nodes.glob("nvidia*")):
+    if not _numbers(nodes) and not MODULE.exists():
         return _find_amd(criu) or Gpus(why=f"no NVIDIA device in {nodes}")
     cuda = Cuda(library=library)
     try:
@@ -146,8 +165,14 @@ async def find_gpus(wanted: str, directory: str, criu: Path | None = None) -> Gp
     except GpuError as e:
         log.warning("GPUs are not used: %s", e.message)
         await cuda.close()
-        return Gpus(why=e.message)
+        return (None if _numbers(nodes) else _find_amd(criu)) or Gpus(why=e.message)
     whole = tuple(d for d in node.devices if not d.mig)
+    gpus = Gpus(cuda, whole, nodes, "" if whole else "all of its GPUs are split (MIG)")
     for device in node.devices:
         log.info("GPU %s: %s, driver %s%s", device.uuid, device.name, node.driver, ", MIG: not used" * device.mig)
-    return Gpus(cuda, whole, nodes, "" if whole else "all of its GPUs are split (MIG)")
+    for path in (nodes / n for n in (*_SHARED[:2], *(f"nvidia{n}" for n in gpus.numbers().values()))):
+        if not path.exists():
+            log.warning("there is no %s: functions cannot use the GPU; create it (nvidia-modprobe -u -c 0)", path)
+        else:
+            _warn_closed(path, "set the module's NVreg_DeviceFileMode")
+    return gpus

@@ -125,6 +125,8 @@ class Driver:
         if move != "restore" or not pairs:
             return None
         self._demand(MAP_VERSION)
+        if not hasattr(self._cuda, "CUcheckpointGpuPair"):
+            raise gpu_error("gpu-driver-old", "a map of GPUs is not in this cuda-bindings")
         restore = self._cuda.CUcheckpointRestoreArgs()
         made = []
         for then, now in pairs:

@@ -34,6 +34,16 @@ CODES: dict[str, tuple[str, str]] = {
         "a process uses what the driver cannot checkpoint (managed memory, CUDA IPC, MPS, MIG, graphics)",
         "open it after the snapshot (enter(snap=False)), or run without enable_gpu_snapshot",
     ),
+    "gpu-not-permitted": (
+        "the driver may not do this here",
+        "enable persistence mode (nvidia-smi -pm 1); in a container, give it CAP_SYS_PTRACE, and all of the machine's "
+        "GPUs or driver 580",
+    ),
+    "gpu-not-ready": (
+        "the driver does not start yet: GPUs that are joined by NVSwitch wait for NVIDIA's fabric manager",
+        "start nvidia-fabricmanager, wait until `nvidia-smi -q` calls the fabric's state Completed, and start the "
+        "daemon again",
+    ),
     "gpu-not-cuda": (
         "the driver knows no such process",
         "it ended, or holds no CUDA state; look at the function's log",
@@ -78,6 +88,8 @@ RESULTS: dict[str, str] = {
     "CUDA_ERROR_NOT_SUPPORTED": "gpu-unsupported",
     "CUDA_ERROR_ILLEGAL_STATE": "gpu-illegal-move",
     "CUDA_ERROR_INVALID_DEVICE": "gpu-chip",
+    "CUDA_ERROR_NOT_PERMITTED": "gpu-not-permitted",
+    "CUDA_ERROR_SYSTEM_NOT_READY": "gpu-not-ready",
 }
 """Codes by the driver's answer; anything else is `gpu-driver`."""
 

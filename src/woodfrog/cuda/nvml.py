@@ -90,8 +90,9 @@ class Nvml:
         return now.value == 1
 
     def held(self, uuids: list[str], pid: int) -> int | None:
-        """Bytes that a process has of these GPUs."""
-        total = 0
+        """Bytes that a process has of these GPUs; None also where NVML does not list it: in a container it may know
+        processes by their pids outside."""
+        sizes: list[int] = []
         for uuid in uuids:
             handle = self._handle(uuid)
             count = ctypes.c_uint(_MAX_PROCESSES)
@@ -99,11 +100,9 @@ class Nvml:
             name = "nvmlDeviceGetComputeRunningProcesses_v3"
             if handle is None or not self._call(name, handle, ctypes.byref(count), found):
                 return None
-            for process in found[: count.value]:
-                # Where NVML may not tell, it says the highest number there is.
-                if process.pid == pid and process.bytes < 1 << 60:
-                    total += process.bytes
-        return total
+            sizes += [process.bytes for process in found[: count.value] if process.pid == pid]
+        # Where NVML may not tell, it says the highest number there is.
+        return sum(sizes) if sizes and max(sizes) < 1 << 60 else None
 
     def vitals(self, uuid: str) -> Vitals:
         """How a GPU is. What a chip does not have (ECC, spare rows) counts as well."""

@@ -42,6 +42,8 @@ class _Process:
     name: str
     held: int | None = None
     """Bytes of device memory, as NVML says; None = not known."""
+    most: int = 0
+    """That, or what is in use of its GPUs by anybody: how long its memory may take to move goes by it."""
     before: tuple[procfs.Resident, ...] = ()
     """Its host memory before it was checkpointed, and `saved`: what that added to it."""
     saved: tuple[tuple[int, int], ...] = ()
@@ -134,7 +136,7 @@ class GpuCapture:
         try:
             return await self.side.cuda.state(task.pid)
         except GpuError as e:
-            if task.gpu_devices or e.code != "gpu-driver":
+            if task.gpu_devices or e.code not in ("gpu-driver", "gpu-not-permitted"):
                 raise
             return None  # it has the library loaded, and nothing of a GPU
 
@@ -152,7 +154,8 @@ class GpuCapture:
                 self.processes, await _all([cuda.held(p.pid) for p in self.processes]), strict=True
             ):
                 process.held, process.before = held, await asyncio.to_thread(procfs.resident, process.pid)
-            await _all([self._move(p, "checkpoint", size=p.held or 0) for p in self.processes])
+                process.most = held if held is not None else await self._used()
+            await _all([self._move(p, "checkpoint", size=p.most) for p in self.processes])
         with phases("gpu.check"):
             # A checkpoint that saved nothing would make an image that restores to garbage.
             for process, state in zip(
@@ -176,6 +179,9 @@ class GpuCapture:
                         pid=process.pid,
                     )
 
+    async def _used(self) -> int:
+        return sum([(await self.side.cuda.vitals(uuid)).used or 0 for uuid in self.side.uuids])
+
     async def _move(self, process: _Process, move: Move, size: int = 0) -> None:
         await _move(self.side.cuda, process.pid, process.who, move, size=size)
 
@@ -193,7 +199,7 @@ class GpuCapture:
         moves: tuple[Move, ...] = ("restore", "unlock")
         for move in moves:
             going = [p for p in reversed(self.processes) if move in ways[id(p)]]
-            await _all([self._move(p, move, size=p.held or 0) for p in going])
+            await _all([self._move(p, move, size=p.most) for p in going])
 
     async def _way(self, process: _Process) -> tuple[Move, ...]:
         state = await self.side.cuda.state(process.pid)

@@ -242,7 +242,7 @@ def refuse(
 
 def _refused_gpu(task: Task, known: bool, peers: bool) -> Refusal | None:
     for name in task.gpu_devices:
-        if name.startswith("/dev/nvidia-caps"):
+        if name.startswith("/dev/nvidia-caps") and "-imex-" not in name:
             return _refusal("gpu-mig", task, f"holds {name}")
         if name.startswith(("/dev/dri/", "/dev/nvidia-modeset")):
             return _refusal("gpu-graphics", task, f"holds {name}")
