@@ -121,6 +121,8 @@ def test_app_list(daemon: Daemon) -> None:
         "Embedder",
     ]
     assert json.loads(run("app", "list", "--json").stdout) == [app]
+    daemon.routes["GET /apps"] = {"apps": [app | {"left_out": [{"tag": "web", "why": "so"}]}]}
+    assert run("app", "list").stdout.splitlines()[1].endswith("square, Embedder, web (left out)")
     daemon.routes["GET /apps"] = {"apps": []}
     assert (run("app", "list").stdout, run("app", "list").stderr) == ("", "no apps\n")
     assert run("app", "list", "--json").stdout == "[]\n"

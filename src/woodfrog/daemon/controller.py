@@ -411,6 +411,8 @@ class Controller:
         self.logs.note(
             spec.name, f"deployed version {row.version}: {', '.join(f.tag for f in spec.functions) or 'no functions'}"
         )
+        for left in spec.left_out:
+            self.logs.note(spec.name, f"{left.tag} is left out: {left.why}")
         for function in spec.functions:
             if function.scaling.buffer_containers and self._uses_gpu(row, function):
                 text = f"{function.tag}: buffer_containers keeps idle copies that hold their GPUs; none is parked"
@@ -551,13 +553,16 @@ class Controller:
         if name in self.touched:
             self.touched[name] = self.heard[name] = self.now()
 
-    def _function(self, app: str, tag: str) -> tuple[DeployRow, FunctionSpec]:
+    def _function(self, app: str, tag: str, method: str | None = None) -> tuple[DeployRow, FunctionSpec]:
         """A function of an app's active version.
 
         Raises:
-            NotFoundError: no such app runs, or it has no such function.
+            NotFoundError: no such app runs, or it has no such function; or it, or that method of it, was left out.
         """
         row, spec = self.app(app)
+        left = spec.missing(tag, method)
+        if left is not None:
+            raise NotFoundError(f"{left.tag} is left out of app {app!r}: {left.why}", code="left-out", app=app, tag=tag)
         function = spec.function(tag)
         if function is None:
             names = ", ".join(f.tag for f in spec.functions) or "none"
@@ -633,7 +638,7 @@ class Controller:
         known = self.find_call(call_id)
         if known is not None:
             return known
-        row, function = self._function(app, service)
+        row, function = self._function(app, service, method)
         if function.kind == "class" and method is None:
             names = ", ".join(m.name for m in function.methods)
             raise NotFoundError(f"{service!r} is a class: name one of its methods ({names})", app=app, tag=service)

@@ -22,6 +22,7 @@ __all__ = [
     "nearest",
     "note",
     "number",
+    "tell",
     "text_dict",
     "whole",
 ]
@@ -66,7 +67,13 @@ def note(key: str, text: str) -> None:
     if _quiet or key in _noted or in_worker():
         return
     _noted.add(key)
-    print(f"woodfrog: note: {text}", file=sys.stderr)
+    tell(text)
+
+
+def tell(text: str) -> None:
+    """Print a note to stderr, each time."""
+    if not _quiet and not in_worker():
+        print(f"woodfrog: note: {text}", file=sys.stderr)
 
 
 def settle_imports() -> None:

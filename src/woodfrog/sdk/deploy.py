@@ -44,7 +44,7 @@ class Bundle:
 
 
 def build(name: str, handles: Sequence[Handle], program: tuple[str, str] | None = None) -> Bundle:
-    """Check the app against this environment and pack its code.
+    """Check the app against this environment and pack its code, without what woodfrog lacks something for.
 
     Args:
         program: module name and file of the module that made the app.
@@ -53,6 +53,8 @@ def build(name: str, handles: Sequence[Handle], program: tuple[str, str] | None 
         SpecError: a missing package, code that cannot be found again in a container, too much code.
         SerializationError: a serialized function that cannot be pickled.
     """
+    left = tuple(item for h in handles for item in h.left_out())
+    handles = [h for h in handles if not h.lacks]
     specs = [_spec(h) for h in handles]
     installed = source.installed_packages()
     for spec in specs:
@@ -92,7 +94,7 @@ def build(name: str, handles: Sequence[Handle], program: tuple[str, str] | None 
             made = replace(made, blob_digest=digest)
         functions.append(replace(spec, source=made))
     return Bundle(
-        AppSpec(name=name, runtime=runtime, functions=tuple(functions)),
+        AppSpec(name=name, runtime=runtime, functions=tuple(functions), left_out=left),
         {a.digest: a.data for a in archives.values()},
         blobs,
     )
