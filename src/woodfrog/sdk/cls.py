@@ -158,8 +158,9 @@ class LocalMethod:
 
     def _no(self) -> Any:
         raise SpecError(
-            f"{self.name}: `self` is an instance in this process: call {self.name}.local(); for a call in a container "
-            "use the class's handle on the client"
+            f"{self.name}: `self` is an instance in this process: call self.{self.name}.local(); for a call in a "
+            f"container use the class's handle on the client ({checks.caller()})",
+            code="not-yet",
         )
 
     remote = remote_gen = map = starmap = for_each = spawn = property(_no)

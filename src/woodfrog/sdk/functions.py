@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
@@ -55,10 +56,14 @@ class Deployed:
         return Deployed, (self.app_name,)
 
 
+NESTED = "calling other functions from inside a container is not in woodfrog yet"
+_STDLIB = os.path.dirname(os.__file__) + os.sep
+
+
 def inside(what: str, remedy: str = "call it with .local(), or from the client") -> SpecError:
-    return SpecError(
-        f"{what}: calling other functions from inside a container is not in woodfrog yet: {remedy}", code="not-yet"
-    )
+    where = checks.caller()  # of a task of an event loop it tells nothing
+    place = "" if where.startswith(_STDLIB) else f" ({where})"
+    return SpecError(f"{what}: {NESTED}: {remedy}{place}", code="not-yet")
 
 
 _SCALING = "set min_containers=, max_containers=, buffer_containers= and scaledown_window= in the decorator"
@@ -268,6 +273,9 @@ class Function(Generic[P, R, L]):
     # Calls.
 
     def _be_there(self) -> None:
+        if in_worker():
+            here = f"call {self._tag}.local(), or call it" if self._raw is not None else "call it"
+            raise inside(self._tag, f"{here} from the client, and pass its result on")
         for left in self.left_out():
             raise absent.error(left)
 
