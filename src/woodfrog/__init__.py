@@ -82,6 +82,7 @@ _SERVE = "start the server on the host, and have it call functions with woodfrog
 _SHARED = "keep shared data in a Volume, or in a service of your own"
 _NO_SANDBOX = "run the program with subprocess inside a function"
 _ONE_MACHINE = "drop it: there is one machine"
+_DROP = "drop it"
 _NOT_YET = {
     "Client": "drop it: the daemon is found by WOODFROG_HOST",
     "CloudBucketMount": "mount the bucket on the host, or read it with its own client",
@@ -112,7 +113,6 @@ _NOT_YET = {
     "concurrent": "drop it, and say how many with max_containers=: a container takes one input at a time, and more "
     "containers are started",
     "config": "settings are environment variables: docs/settings.md",
-    "experimental": "drop it",
     "fastapi_endpoint": _ENDPOINT,
     "forward": _WEB,
     "get_cluster_info": _ONE_MACHINE,
@@ -131,6 +131,7 @@ _MODULES = {
     "app": ("app",),
     "cloud_bucket_mount": (),
     "cls": ("cls",),
+    "experimental": (),
     "functions": ("functions", "call"),
     "image": ("image",),
     "mount": (),
@@ -200,6 +201,9 @@ class _Modules:
                     return getattr(home, name)
             if name in _NOT_YET:
                 return _missing(name, True)
+            if short == "experimental" and not name.startswith("__"):
+                # A program that imports it, or has it in one function, runs otherwise.
+                return _missing(f"experimental.{name}", _from_import())
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
         module.__getattr__ = find
@@ -222,6 +226,10 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module("woodfrog." + home), name)
     elif name == "exception":
         import woodfrog.exception as value
+    elif name == "experimental":
+        from importlib import import_module
+
+        value = import_module("woodfrog.experimental")
     elif name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 
@@ -230,13 +238,21 @@ def __getattr__(name: str) -> Any:
         except PackageNotFoundError:  # sources that PYTHONPATH names, not installed
             value = "unknown"
     elif name in _NOT_YET:
-        import sys
-
-        return _missing(name, sys._getframe(1).f_code.co_name == "_handle_fromlist")
+        return _missing(name, _from_import())
     else:
         raise AttributeError(f"module 'woodfrog' has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def _from_import() -> bool:
+    """Whether who asks the caller of this for a name is a `from` import."""
+    import sys
+    from opcode import opname
+
+    frame = sys._getframe(2)
+    code = frame.f_code
+    return code.co_name == "_handle_fromlist" or opname[code.co_code[frame.f_lasti]] == "IMPORT_FROM"
 
 
 def _missing(name: str, importing: bool) -> Any:
@@ -250,7 +266,7 @@ def _missing(name: str, importing: bool) -> Any:
     absent = import_module("woodfrog.sdk.absent")
     if name not in (*absent.DECORATORS, *absent.VALUES):
         raise _not_yet(name, importing)
-    return absent.stand_in(name, _NOT_YET[name])
+    return absent.stand_in(name, _NOT_YET.get(name, _DROP))
 
 
 def _not_yet(name: str, importing: bool) -> SpecError:
@@ -265,7 +281,7 @@ def _not_yet(name: str, importing: bool) -> SpecError:
 
     where = import_module("woodfrog.sdk.checks").caller()
     kind = SpecError if importing else MissingNameError
-    remedy = _NOT_YET.get(name) or _MODULES_NOT_YET[name]
+    remedy = _NOT_YET.get(name) or _MODULES_NOT_YET.get(name, _DROP)
     return kind(f"Modal has {name!r}; woodfrog does not have it yet: {remedy} ({where})", code="not-yet", name=name)
 
 

@@ -47,6 +47,7 @@ def why(handle: Any) -> str:
         ),
         ({"mounts": [names.Mount.from_local_dir(".")]}, "sent with it"),
         ({"allow_concurrent_inputs": 3}, "several inputs at once"),
+        ({"max_inputs": 5}, "drop it, or give single_use_containers=True"),
         (
             {"volumes": {"/x": names.CloudBucketMount("b", secret=None)}},
             r"\(volumes=...\).*mount the bucket on the host",
@@ -198,6 +199,10 @@ def test_what_cannot_be_meant_for_one_function_is_refused(line: str, words: str)
 def test_they_are_in_modals_modules_too() -> None:
     for module, name in (("schedule", "Cron"), ("partial_function", "batched"), ("mount", "Mount")):
         assert getattr(importlib.import_module(f"woodfrog.{module}"), name) is getattr(woodfrog, name)
+    exec("from woodfrog.experimental import clustered, http_server\nimport woodfrog.experimental", found := {})
+    assert why(modal.App("a").function(serialized=True)(found["clustered"](size=2)(square)))
+    assert names.experimental is found["woodfrog"].experimental and not hasattr(names.experimental, "nonsense")
+    del square.__woodfrog_lacks__  # type: ignore[attr-defined]
     assert not hasattr(woodfrog, "Queue") and "Cron" not in dir(woodfrog)
 
 

@@ -111,7 +111,7 @@ def test_parameters_land_in_the_spec() -> None:
         ({"volumes": {"/proc/x": modal.Volume.from_name("v")}}, "taken by the container"),
         ({"volumes": {"/a": "v"}}, "expected a woodfrog.Volume"),
         ({"secrets": modal.Secret.from_dict({})}, "put it in"),
-        ({"max_inputs": 5}, "only max_inputs=1"),
+        ({"max_inputs": 0}, "must be at least 1"),
         ({"name": "a/b"}, "is not a name"),
     ],
 )
@@ -207,7 +207,7 @@ def test_classes() -> None:
     ]
     assert handle().run.local(3) == "['load', 'after']3" * 2
     assert handle().items.is_generator is True
-    with pytest.raises(SpecError, match=r"in this process: call helper\.local"):
+    with pytest.raises(SpecError, match=r"in this process: call self\.helper\.local"):
         handle()._local().helper.remote(1)
 
     class Child(handle):  # type: ignore[misc]
@@ -622,7 +622,8 @@ def test_sources_that_are_not_installed_have_a_version_too(tmp_path: Path) -> No
         ("from woodfrog import gpu", 'gpu="A100:2"'),
         ("from woodfrog.gpu import A100", 'gpu="A100:2"'),
         ("import woodfrog.gpu", 'gpu="A100:2"'),
-        ("import woodfrog.experimental", "'experimental'"),
+        ("from woodfrog.experimental import eager_image", "'experimental.eager_image'"),
+        ("import woodfrog.experimental as e; e.stop_fetching_inputs()", "'experimental.stop_fetching_inputs'"),
         ("import woodfrog.queue", "'queue'; .* Volume"),
         ("from woodfrog.server import Server", "'server'; .*on the host"),
         ("from woodfrog.container_process import ContainerProcess", "'container_process'; .*subprocess"),

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 DECORATORS = (
     *("asgi_app", "batched", "build", "clustered", "concurrent", "fastapi_endpoint", "sessioned"),
-    *("web_endpoint", "web_server", "wsgi_app"),
+    *("web_endpoint", "web_server", "wsgi_app", "experimental.clustered", "experimental.http_server"),
 )
 VALUES = ("CloudBucketMount", "Cron", "Mount", "NetworkFileSystem", "Period", "Proxy", "SchedulerPlacement")
 """Names at Modal's top level that are given to one function."""

@@ -23,6 +23,7 @@ __all__ = [
     "note",
     "number",
     "tell",
+    "tell_lacking",
     "text_dict",
     "whole",
 ]
@@ -115,6 +116,17 @@ def lacking(names: Mapping[str, str]) -> Callable[[C], C]:
         return cls
 
     return add
+
+
+def tell_lacking(handle: Any, name: str) -> None:
+    """For the `__getattr__` of a class with names that are `lacking`: Python asks it after their error, too.
+
+    Raises:
+        MissingNameError: it is one of these.
+    """
+    for klass in type(handle).__mro__:
+        if isinstance(found := vars(klass).get(name), _Lacking):
+            found.__get__(handle, type(handle))
 
 
 def known(what: str, given: Iterable[str], names: Iterable[str]) -> None:

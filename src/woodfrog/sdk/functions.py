@@ -268,6 +268,7 @@ class Function(Generic[P, R, L]):
         def __getattr__(self, name: str) -> Any:
             if name in NOT_YET:
                 raise missing(self._tag, name)
+            checks.tell_lacking(self, name)
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # Calls.

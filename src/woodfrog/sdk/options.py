@@ -107,6 +107,7 @@ class Options(TypedDict, total=False):
     keep_warm: int | None
     max_inputs: int | None
     # Accepted, and noted once: without meaning on one's own machine.
+    allow_background_volume_commits: Any
     cloud: Any
     i6pn: Any
     nonpreemptible: Any
@@ -225,9 +226,7 @@ def _some(value: Any) -> int:
 
 
 def _single(value: Any) -> bool:
-    if checks.whole(value, least=1) != 1:
-        raise ValueError("only max_inputs=1 is known")
-    return True
+    return checks.whole(value, least=1) == 1
 
 
 def _name(value: Any) -> str:
@@ -288,6 +287,7 @@ PARAMETERS: dict[str, Parameter] = {
 }
 WITHOUT_MEANING = frozenset(
     {
+        "allow_background_volume_commits",
         "cloud",
         "i6pn",
         "nonpreemptible",
@@ -359,6 +359,10 @@ def parse(decorator: str, options: Mapping[str, Any], where: str) -> tuple[dict[
                 raise TypeError(f"@app.{decorator} has no parameter {key!r}{hint} ({where})")
             continue
         if value is None:
+            continue
+        if key == "max_inputs" and type(value) is int and value > 1:
+            text = "woodfrog does not have yet containers that end after several inputs: drop it, or give "
+            lacks.append(absent.Lack(f"@app.{decorator}({key}=...): {text}single_use_containers=True", line))
             continue
         if (stand_in := absent.among(value)) is not None:
             lacks.append(absent.Lack(f"@app.{decorator}({key}=...): {stand_in.text}", line))
