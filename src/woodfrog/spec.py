@@ -236,6 +236,12 @@ class AppSpec:
     def function(self, tag: str) -> FunctionSpec | None:
         return next((f for f in self.functions if f.tag == tag), None)
 
+    def serves(self, tag: str) -> bool:
+        """Whether a function, a class or a method (`Class.method`) is in it."""
+        service, method = split_tag(tag)
+        function = self.function(service)
+        return function is not None and (method is None or function.method(method) is not None)
+
     def missing(self, service: str, method: str | None) -> LeftOut | None:
         """What was left out of that name: itself, or its class."""
         return next((x for x in self.left_out if x.tag in (service, f"{service}.{method}")), None)

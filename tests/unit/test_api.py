@@ -498,6 +498,15 @@ async def test_what_is_not_there(daemon: Daemon) -> None:
         assert answer.status_code == 404 and words in error_of(answer)["message"]
         assert error_of(answer)["code"] == "left-out"
     assert (await daemon.submit("square", 3, app="part")).status_code == 202
+    for tag in ("square", "square.square"):
+        spec = replace(spec, functions=(function("other"),), left_out=(LeftOut(tag, "no more (a.py:3)"),))
+        refused = await daemon.http.post("/apps/part/deploy", json={"spec": to_dict(spec)})
+        assert refused.status_code == 400 and error_of(refused)["code"] == "left-out"
+        assert (
+            f"{tag} is served by version 1 of app 'part', and would be left out: no more"
+            in error_of(refused)["message"]
+        )
+    assert (await daemon.http.get("/apps/part")).json()["functions"][0]["tag"] == "square"
     for path in (
         "/calls/none",
         "/calls/none/items",

@@ -394,18 +394,35 @@ class Controller:
             log.error("call %s: %s", row.id, e.message)
 
     def deploy(
-        self, raw: dict[str, Any], *, ephemeral: bool, client: dict[str, Any], capture: bool, rolling: bool = True
+        self,
+        raw: dict[str, Any],
+        *,
+        ephemeral: bool,
+        client: dict[str, Any],
+        capture: bool,
+        rolling: bool = True,
+        lose: bool = False,
     ) -> dict[str, Any]:
         """A new version of an app.
 
         Args:
             rolling: as in `AppDeployed`.
+            lose: what the active version serves may be left out.
 
         Raises:
-            SpecError: the spec is not usable here; nothing has changed.
+            SpecError: the spec is not usable here, or leaves out what is served now; nothing has changed.
         """
         spec = from_dict(AppSpec, raw)
         self.resources.check(spec)
+        if spec.name in self.active and not lose:
+            now = self.active[spec.name]
+            for left in spec.left_out:
+                if self.apps[spec.name, now][1].serves(left.tag):
+                    raise SpecError(
+                        f"{left.tag} is served by version {now} of app {spec.name!r}, and would be left out: "
+                        f"{left.why}; or take it away: `woodfrog app stop {spec.name}`, then deploy",
+                        code="left-out",
+                    )
         row = self.journal.add_deploy(spec.name, to_dict(spec), ephemeral=ephemeral, client=client)
         self._take_deploy(row, rolling=rolling)
         self.logs.note(
@@ -447,7 +464,9 @@ class Controller:
             raise SpecError(f"version {version} of app {app!r} is the active one", code="bad-arguments")
         row = rows[version]
         try:
-            answer = self.deploy(row.spec, ephemeral=False, client={**row.client, "rollback": version}, capture=False)
+            answer = self.deploy(
+                row.spec, ephemeral=False, client={**row.client, "rollback": version}, capture=False, lose=True
+            )
         except SpecError as e:
             if e.code not in ("missing-code", "missing-blob"):
                 raise
