@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from woodfrog.sdk.hooks import snapshot_id as snapshot_id
     from woodfrog.sdk.image import Image as Image
     from woodfrog.sdk.options import Retries as Retries
+    from woodfrog.sdk.patterns import FilePatternMatcher as FilePatternMatcher
     from woodfrog.sdk.secret import Secret as Secret
     from woodfrog.sdk.volume import Volume as Volume
 
@@ -52,6 +53,7 @@ _HOME = {
     "App": "sdk.app",
     "Cls": "sdk.cls",
     "Error": "exception",
+    "FilePatternMatcher": "sdk.patterns",
     "Function": "sdk.functions",
     "FunctionCall": "sdk.call",
     "Image": "sdk.image",
@@ -92,7 +94,6 @@ _NOT_YET = {
     "Cron": _SCHEDULE,
     "Dict": _SHARED,
     "Environment": "drop it: apps have names only",
-    "FilePatternMatcher": "name what is not to be sent in .woodfrogignore",
     "Mount": "files beside the program are sent with it",
     "NetworkFileSystem": "use a Volume",
     "Period": _SCHEDULE,
@@ -132,6 +133,7 @@ _MODULES = {
     "cloud_bucket_mount": (),
     "cls": ("cls",),
     "experimental": (),
+    "file_pattern_matcher": ("patterns",),
     "functions": ("functions", "call"),
     "image": ("image",),
     "mount": (),
@@ -154,7 +156,6 @@ _MODULES_NOT_YET = {
     "dict": _SHARED,
     "environments": _NOT_YET["Environment"],
     "file_io": _NO_SANDBOX,
-    "file_pattern_matcher": _NOT_YET["FilePatternMatcher"],
     "object": "drop it",
     "parallel_map": "use .map()",
     "queue": _SHARED,
