@@ -29,8 +29,8 @@ def options(**parameters: Any) -> Any:
 
 def why(handle: Any) -> str:
     """Of what is left out as a whole."""
-    (left,) = handle.left_out()
-    assert left.tag == handle.tag and handle.lacks
+    (left,) = handle._left_out()
+    assert left.tag == handle.tag and handle._lacks
     assert HERE in left.why and "\n" not in left.why
     return str(left.why)
 
@@ -68,7 +68,7 @@ def test_options(parameters: dict[str, Any], words: str) -> None:
 
 def test_values_of_options_that_mean_nothing_here() -> None:
     handle = options(proxy=names.Proxy.from_name("p"), scheduler_placement=names.SchedulerPlacement(region="eu"))
-    assert handle.left_out() == () and handle.spec is not None
+    assert handle._left_out() == () and handle.spec is not None
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_decorators(name: str, given: dict[str, Any]) -> None:
             return self.web(x), self.web.local(x)
 
     cls: Any = app.cls(serialized=True)(Model)
-    assert [left.tag for left in cls.left_out()] == ["Model.web"] and not cls.lacks
+    assert [left.tag for left in cls._left_out()] == ["Model.web"] and not cls._lacks
     assert [m.name for m in cls.spec.methods] == ["run"]
     assert cls().run.local(1) == (2, 2) and cls().web.local(1) == 2
     with pytest.raises(SpecError, match=r"Model\.web is left out of its app: "):
@@ -125,7 +125,7 @@ def test_decorators(name: str, given: dict[str, Any]) -> None:
         def more(self) -> int:
             return 1
 
-    assert app.cls(serialized=True)(Child).left_out() == ()  # type: ignore[attr-defined]
+    assert app.cls(serialized=True)(Child)._left_out() == ()  # type: ignore[attr-defined]
 
 
 def test_a_class_that_rests_on_what_is_missing_is_left_out_whole() -> None:
@@ -163,7 +163,7 @@ def test_the_rest_is_built() -> None:
     left = app.function(serialized=True, name="left", schedule=names.Period(days=1))(square)
     outer = modal.App("outer").include(app)
     spec = build("outer", outer.handles).spec
-    assert [f.tag for f in spec.functions] == ["kept"] and spec.left_out == left.left_out()
+    assert [f.tag for f in spec.functions] == ["kept"] and spec.left_out == left._left_out() == outer.left_out
     assert from_dict(AppSpec, to_dict(spec)) == spec
     assert (spec.missing("left", None), spec.missing("kept", None)) == (spec.left_out[0], None)
     methods = AppSpec("a", spec.runtime, (), "", (LeftOut("C.m", "so"),))

@@ -85,11 +85,12 @@ def runnables(apps: dict[str, App]) -> dict[str, Runnable]:
 
 def _of_one(app: App) -> list[Runnable]:
     found = [Runnable(app, e.name, e.raw_f, e.raw_f, True) for e in app.registered_entrypoints.values()]
-    for function in (f for f in app.registered_functions.values() if not f.lacks):
+    left = {item.tag for item in app.left_out}
+    for function in (f for tag, f in app.registered_functions.items() if tag not in left):
         generator = bool(function.is_generator)
         start = function.remote_gen if generator else function.remote
         found.append(Runnable(app, function.tag, function.get_raw_f(), start, False, generator))
-    for cls in (c for c in app.registered_classes.values() if not c.lacks):
+    for cls in (c for tag, c in app.registered_classes.items() if tag not in left):
         for method in cls.spec.methods if cls.spec else ():
             found.append(_of_method(app, cls, method.name, method.generator))
     return found
@@ -148,7 +149,7 @@ def choose(module: types.ModuleType, source: str, name: str | None) -> Runnable:
         # A class with one method stands for that method.
         methods = [n for n in found if n.startswith(name + ".")]
         name = methods[0] if len(methods) == 1 else name
-    left = [item for app in apps.values() for handle in app.handles for item in handle.left_out()]
+    left = [item for app in apps.values() for item in app.left_out]
     for item in left:
         if name not in found and (item.tag in (name, str(name).partition(".")[0]) or not found):
             raise absent.error(item)

@@ -21,6 +21,7 @@ from woodfrog.sdk.hooks import in_worker
 from woodfrog.sdk.image import Image
 from woodfrog.sdk.secret import Secret
 from woodfrog.sdk.volume import Volume
+from woodfrog.spec import LeftOut
 
 if TYPE_CHECKING:
     import threading
@@ -169,6 +170,11 @@ class App:
     def image(self) -> Image:
         """The image of functions that have none of their own, for `with app.image.imports():`."""
         return Image(self._defaults.image)
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """What of its functions, classes and methods runs and deploys go without: woodfrog lacks what they ask for."""
+        return tuple(left for handle in self._handles.values() for left in handle._left_out())
 
     @property
     def handles(self) -> tuple[Function[..., Any, Any] | Cls, ...]:
@@ -373,8 +379,8 @@ class App:
         from woodfrog.sdk.client import connect
         from woodfrog.sdk.deploy import build, send
 
-        left = [left for handle in self.handles for left in handle.left_out()]
-        nothing = not ephemeral and left and all(handle.lacks for handle in self.handles)
+        left = self.left_out
+        nothing = not ephemeral and left and all(handle._lacks for handle in self.handles)
         if left and (strict or nothing):
             for item in left[1:]:
                 checks.tell(f"{item.tag}: {item.why}")

@@ -392,6 +392,7 @@ class Cls:
         self._owner, self._tag, self._user_cls, self.spec = owner, tag, user_cls, spec
         self._where, self._include_source = where, include_source
         self._lacks = lacks
+        """Why the class is in no run and no deploy; none where it is."""
         self._asked = -_KNOWN_S
         self._described: dict[str, Any] = {}
         if user_cls is not None:
@@ -450,12 +451,7 @@ class Cls:
         """
         return Obj(self, args, kwargs)
 
-    @property
-    def lacks(self) -> tuple[absent.Lack, ...]:
-        """Why the class is in no run and no deploy; none where it is."""
-        return self._lacks
-
-    def left_out(self) -> tuple[LeftOut, ...]:
+    def _left_out(self) -> tuple[LeftOut, ...]:
         """What of it is in no run and no deploy, since woodfrog lacks what it asks for: itself, methods, or nothing."""
         if self._lacks:
             return (absent.left_out(self._tag, self._lacks),)
@@ -476,7 +472,7 @@ class Cls:
 
     def _hydrate(self, client: Any = None) -> Cls:
         if self._lacks:
-            raise absent.error(self.left_out()[0])
+            raise absent.error(self._left_out()[0])
         ask(self._owner, self._tag)
         return self
 

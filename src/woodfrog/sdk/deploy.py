@@ -53,8 +53,8 @@ def build(name: str, handles: Sequence[Handle], program: tuple[str, str] | None 
         SpecError: a missing package, code that cannot be found again in a container, too much code.
         SerializationError: a serialized function that cannot be pickled.
     """
-    left = tuple(item for h in handles for item in h.left_out())
-    handles = [h for h in handles if not h.lacks]
+    left = tuple(item for h in handles for item in h._left_out())
+    handles = [h for h in handles if not h._lacks]
     specs = [_spec(h) for h in handles]
     installed = source.installed_packages()
     for spec in specs:

@@ -172,7 +172,7 @@ class Function(Generic[P, R, L]):
     ) -> None:
         self._owner, self._tag, self._raw, self._method = owner, tag, raw, method
         self._params, self.spec, self._where, self._include_source = params, spec, where, include_source
-        self.lacks = lacks
+        self._lacks = lacks
         """Why it is in no run and no deploy; none where it is."""
         if raw is not None:
             self.__doc__ = raw.__doc__
@@ -226,9 +226,9 @@ class Function(Generic[P, R, L]):
         """None where it is not known: the function was named, not defined, by this program."""
         return self._method.generator if self._method else None
 
-    def left_out(self) -> tuple[LeftOut, ...]:
+    def _left_out(self) -> tuple[LeftOut, ...]:
         """What of it is in no run and no deploy, since woodfrog lacks what it asks for: itself, or nothing."""
-        return (absent.left_out(self._tag, self.lacks),) if self.lacks else ()
+        return (absent.left_out(self._tag, self._lacks),) if self._lacks else ()
 
     def get_raw_f(self) -> Callable[P, L]:
         """The plain function.
@@ -277,7 +277,7 @@ class Function(Generic[P, R, L]):
         if in_worker():
             here = f"call {self._tag}.local(), or call it" if self._raw is not None else "call it"
             raise inside(self._tag, f"{here} from the client, and pass its result on")
-        for left in self.left_out():
+        for left in self._left_out():
             raise absent.error(left)
 
     def _target(self) -> Target:
