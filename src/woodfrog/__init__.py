@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from woodfrog.sdk.hooks import snapshot_id as snapshot_id
     from woodfrog.sdk.image import Image as Image
     from woodfrog.sdk.options import Retries as Retries
+    from woodfrog.sdk.patterns import FilePatternMatcher as FilePatternMatcher
     from woodfrog.sdk.secret import Secret as Secret
     from woodfrog.sdk.volume import Volume as Volume
 
@@ -52,6 +53,7 @@ _HOME = {
     "App": "sdk.app",
     "Cls": "sdk.cls",
     "Error": "exception",
+    "FilePatternMatcher": "sdk.patterns",
     "Function": "sdk.functions",
     "FunctionCall": "sdk.call",
     "Image": "sdk.image",
@@ -76,10 +78,13 @@ _HOME = {
 }
 
 _SCHEDULE = "drop it, and have cron run `woodfrog call`"
-_WEB = "call it with .remote(), with `woodfrog call`, or over woodfrog's HTTP API"
+_WEB = "call the function with .remote(), with `woodfrog call`, or over woodfrog's HTTP API"
+_ENDPOINT = "without it the function can be called with .remote(), with `woodfrog call`, or over woodfrog's HTTP API"
+_SERVE = "start the server on the host, and have it call functions with woodfrog.Function.from_name(…).remote()"
 _SHARED = "keep shared data in a Volume, or in a service of your own"
 _NO_SANDBOX = "run the program with subprocess inside a function"
 _ONE_MACHINE = "drop it: there is one machine"
+_DROP = "drop it"
 _NOT_YET = {
     "Client": "drop it: the daemon is found by WOODFROG_HOST",
     "CloudBucketMount": "mount the bucket on the host, or read it with its own client",
@@ -89,7 +94,6 @@ _NOT_YET = {
     "Cron": _SCHEDULE,
     "Dict": _SHARED,
     "Environment": "drop it: apps have names only",
-    "FilePatternMatcher": "name what is not to be sent in .woodfrogignore",
     "Mount": "files beside the program are sent with it",
     "NetworkFileSystem": "use a Volume",
     "Period": _SCHEDULE,
@@ -99,18 +103,18 @@ _NOT_YET = {
     "Sandbox": _NO_SANDBOX,
     "SandboxSnapshot": _NO_SANDBOX,
     "SchedulerPlacement": _ONE_MACHINE,
-    "Server": _WEB,
+    "Server": _SERVE,
     "Tunnel": _WEB,
     "Workspace": _ONE_MACHINE,
-    "asgi_app": _WEB,
-    "batched": "take a list of inputs in one call",
+    "asgi_app": _SERVE,
+    "batched": "without it, take a list of inputs in one call",
     "billing": "drop it: nothing is billed",
     "build": "install what it installs on the host, or do its work in @enter(snap=True)",
     "clustered": _ONE_MACHINE,
-    "concurrent": "drop it: a container takes one input at a time, and more containers are started",
+    "concurrent": "drop it, and say how many with max_containers=: a container takes one input at a time, and more "
+    "containers are started",
     "config": "settings are environment variables: docs/settings.md",
-    "experimental": "drop it",
-    "fastapi_endpoint": _WEB,
+    "fastapi_endpoint": _ENDPOINT,
     "forward": _WEB,
     "get_cluster_info": _ONE_MACHINE,
     "gpu": 'name GPUs by text, as in gpu="A100:2"',
@@ -118,20 +122,28 @@ _NOT_YET = {
     "io_streams": _NO_SANDBOX,
     "sessioned": _WEB,
     "types": "drop it",
-    "web_endpoint": _WEB,
-    "web_server": _WEB,
-    "wsgi_app": _WEB,
+    "web_endpoint": _ENDPOINT,
+    "web_server": _SERVE,
+    "wsgi_app": _SERVE,
 }
 """Names that Modal has, and what to do without them."""
 
 _MODULES = {
     "app": ("app",),
+    "cloud_bucket_mount": (),
     "cls": ("cls",),
+    "experimental": (),
+    "file_pattern_matcher": ("patterns",),
     "functions": ("functions", "call"),
     "image": ("image",),
+    "mount": (),
+    "network_file_system": (),
     "output": ("app",),
     "partial_function": ("cls",),
+    "proxy": (),
     "retries": ("options",),
+    "schedule": (),
+    "scheduler_placement": (),
     "secret": ("secret",),
     "volume": ("volume", "volume_files"),
 }
@@ -139,25 +151,18 @@ _MODULES = {
 _MODULES_NOT_YET = {
     "call_graph": "the client has the calls it made: their FunctionCall",
     "client": _NOT_YET["Client"],
-    "cloud_bucket_mount": _NOT_YET["CloudBucketMount"],
     "cluster": _ONE_MACHINE,
     "container_process": _NO_SANDBOX,
     "dict": _SHARED,
     "environments": _NOT_YET["Environment"],
     "file_io": _NO_SANDBOX,
-    "file_pattern_matcher": _NOT_YET["FilePatternMatcher"],
-    "mount": _NOT_YET["Mount"],
-    "network_file_system": _NOT_YET["NetworkFileSystem"],
     "object": "drop it",
     "parallel_map": "use .map()",
-    "proxy": _NOT_YET["Proxy"],
     "queue": _SHARED,
     "runner": "use app.run() and app.deploy()",
     "running_app": "use app.run()",
     "sandbox": _NO_SANDBOX,
-    "schedule": _SCHEDULE,
-    "scheduler_placement": _ONE_MACHINE,
-    "server": _WEB,
+    "server": _SERVE,
     "serving": "use `woodfrog run`",
     "snapshot": _NO_SANDBOX,
     "stream_type": _NO_SANDBOX,
@@ -196,7 +201,10 @@ class _Modules:
                 if name in home.__all__:
                     return getattr(home, name)
             if name in _NOT_YET:
-                raise _not_yet(name, True)
+                return _missing(name, True)
+            if short == "experimental" and not name.startswith("__"):
+                # A program that imports it, or has it in one function, runs otherwise.
+                return _missing(f"experimental.{name}", _from_import())
             raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
 
         module.__getattr__ = find
@@ -219,6 +227,10 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module("woodfrog." + home), name)
     elif name == "exception":
         import woodfrog.exception as value
+    elif name == "experimental":
+        from importlib import import_module
+
+        value = import_module("woodfrog.experimental")
     elif name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 
@@ -227,13 +239,35 @@ def __getattr__(name: str) -> Any:
         except PackageNotFoundError:  # sources that PYTHONPATH names, not installed
             value = "unknown"
     elif name in _NOT_YET:
-        import sys
-
-        raise _not_yet(name, sys._getframe(1).f_code.co_name == "_handle_fromlist")
+        return _missing(name, _from_import())
     else:
         raise AttributeError(f"module 'woodfrog' has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def _from_import() -> bool:
+    """Whether who asks the caller of this for a name is a `from` import."""
+    import sys
+    from opcode import opname
+
+    frame = sys._getframe(2)
+    code = frame.f_code
+    return code.co_name == "_handle_fromlist" or opname[code.co_code[frame.f_lasti]] == "IMPORT_FROM"
+
+
+def _missing(name: str, importing: bool) -> Any:
+    """What stands for one of Modal's names that are given to one function, so that the others run.
+
+    Raises:
+        SpecError: it is another one.
+    """
+    from importlib import import_module
+
+    absent = import_module("woodfrog.sdk.absent")
+    if name not in (*absent.DECORATORS, *absent.VALUES):
+        raise _not_yet(name, importing)
+    return absent.stand_in(name, _NOT_YET.get(name, _DROP))
 
 
 def _not_yet(name: str, importing: bool) -> SpecError:
@@ -248,7 +282,7 @@ def _not_yet(name: str, importing: bool) -> SpecError:
 
     where = import_module("woodfrog.sdk.checks").caller()
     kind = SpecError if importing else MissingNameError
-    remedy = _NOT_YET.get(name) or _MODULES_NOT_YET[name]
+    remedy = _NOT_YET.get(name) or _MODULES_NOT_YET.get(name, _DROP)
     return kind(f"Modal has {name!r}; woodfrog does not have it yet: {remedy} ({where})", code="not-yet", name=name)
 
 

@@ -42,6 +42,7 @@ __all__ = [
     "Error",
     "ExecTimeoutError",
     "ExecutionError",
+    "FilesystemExecutionError",
     "FunctionTimeoutError",
     "ImageBuildError",
     "InputCancellation",
@@ -55,6 +56,7 @@ __all__ = [
     "MountUploadTimeoutError",
     "NotFoundError",
     "OutputExpiredError",
+    "PendingDeprecationError",
     "PermissionDeniedError",
     "RemoteError",
     "RequestSizeError",
@@ -88,6 +90,7 @@ DeserializationError = SerializationError
 RemoteError = ExecutionError
 """A call without an answer: its process crashed, did not start, or raised what cannot be read here."""
 DeprecationError = DeprecationWarning
+PendingDeprecationError = PendingDeprecationWarning
 """The category of the warnings about older names."""
 
 
@@ -158,6 +161,9 @@ class SandboxTerminatedError(Error): ...
 
 
 class SandboxFilesystemError(Error): ...
+
+
+class FilesystemExecutionError(Error): ...
 
 
 class SandboxFilesystemDirectoryNotEmptyError(SandboxFilesystemError): ...

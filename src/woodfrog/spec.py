@@ -18,6 +18,7 @@ __all__ = [
     "AppSpec",
     "FunctionSpec",
     "ImageSpec",
+    "LeftOut",
     "MethodSpec",
     "Resources",
     "RetryPolicy",
@@ -215,14 +216,35 @@ class FunctionSpec:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """What of a program is not in its app."""
+
+    tag: str
+    """Of a function, a class, or a method (`Class.method`)."""
+    why: str
+    """One line for people: what it asks for, what to do without, and `file:line`."""
+
+
+@dataclass(frozen=True)
 class AppSpec:
     name: str
     runtime: RuntimeSpec
     functions: tuple[FunctionSpec, ...] = ()
     description: str = ""
+    left_out: tuple[LeftOut, ...] = ()
 
     def function(self, tag: str) -> FunctionSpec | None:
         return next((f for f in self.functions if f.tag == tag), None)
+
+    def serves(self, tag: str) -> bool:
+        """Whether a function, a class or a method (`Class.method`) is in it."""
+        service, method = split_tag(tag)
+        function = self.function(service)
+        return function is not None and (method is None or function.method(method) is not None)
+
+    def missing(self, service: str, method: str | None) -> LeftOut | None:
+        """What was left out of that name: itself, or its class."""
+        return next((x for x in self.left_out if x.tag in (service, f"{service}.{method}")), None)
 
 
 def split_tag(tag: str) -> tuple[str, str | None]:

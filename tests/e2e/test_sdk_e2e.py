@@ -623,6 +623,60 @@ def test_apps_of_several_parts(daemon: Daemon) -> None:
         assert caller.remote() == "not-yet"
 
 
+SITE = """
+import woodfrog as modal
+import woodfrog.experimental
+from woodfrog import concurrent
+
+app = modal.App("site")
+
+@app.function()
+def square(x):
+    return x * x
+
+@app.function(schedule=modal.Period(days=1))
+def nightly():
+    return square.local(3)
+
+@app.function()
+@concurrent(max_inputs=10)
+@modal.asgi_app()
+def web(): ...
+
+@app.cls()
+class Model:
+    @modal.method()
+    def run(self, x):
+        return [self.page(x), self.page.local(x), nightly.local()]
+
+    @modal.fastapi_endpoint()
+    def page(self, x):
+        return x + 1
+
+    @modal.method()
+    def calls(self):
+        return square.remote(3)
+"""
+
+
+def test_a_program_of_which_woodfrog_lacks_something(daemon: Daemon) -> None:
+    """Its other functions run, in containers that import the very program; what is left out is an error at the call."""
+    file = daemon.program(SITE, "site_program.py")
+    told = daemon.cli("deploy", str(file)).stderr
+    for tag in ("nightly", "web", "Model.page"):
+        assert f"note: {tag} is left out: " in told
+    assert "note: Model.calls calls square.remote(), which fails in a container: " in told
+    assert daemon.call("site", "square", x=3) == 9
+    assert daemon.call("site", "Model.run", x=1) == [2, 2, 9]
+    for tag in ("nightly", "web", "Model.page"):
+        with pytest.raises(NotFoundError, match=f"{tag} is left out of app 'site': .*site_program.py:") as no:
+            daemon.call("site", tag)
+        assert no.value.code == "left-out"
+    with pytest.raises(AssertionError, match=r"square: calling other functions .*\(site_program.py:\d+\)"):
+        daemon.call("site", "Model.calls")
+    assert daemon.cli("deploy", str(file), "--strict", check=False).returncode == 2
+
+
 VERSIONED = """
 import woodfrog
 app = woodfrog.App("versioned")

@@ -49,6 +49,7 @@ from woodfrog.snapshot.manifest import SigningKey
 from woodfrog.spec import (
     AppSpec,
     FunctionSpec,
+    LeftOut,
     MethodSpec,
     RetryPolicy,
     RuntimeSpec,
@@ -483,6 +484,29 @@ async def test_what_is_not_there(daemon: Daemon) -> None:
     ):
         answer = await daemon.http.post(path, content=b"x" * (5 << 20))
         assert answer.status_code == 404 and words in error_of(answer)["message"]
+    spec = AppSpec("part", RUNTIME, (function("square"),), left_out=(LeftOut("web", "no web (a.py:3)"),))
+    spec = replace(spec, left_out=(*spec.left_out, LeftOut("square.m", "no m")))
+    assert (await daemon.http.post("/apps/part/deploy", json={"spec": to_dict(spec)})).status_code == 200
+    assert (await daemon.http.get("/apps/part")).json()["left_out"] == to_dict(spec.left_out)
+    assert (await daemon.http.get("/apps")).json()["apps"][1]["left_out"] == to_dict(spec.left_out)
+    assert [e["line"] for e in await log_of(daemon, "part")][1:] == [
+        "web is left out: no web (a.py:3)",
+        "square.m is left out: no m",
+    ]
+    for tag, words in (("web", "web is left out of app 'part': no web (a.py:3)"), ("square.m", "square.m is left out")):
+        answer = await daemon.submit(tag, app="part")
+        assert answer.status_code == 404 and words in error_of(answer)["message"]
+        assert error_of(answer)["code"] == "left-out"
+    assert (await daemon.submit("square", 3, app="part")).status_code == 202
+    for tag in ("square", "square.square"):
+        spec = replace(spec, functions=(function("other"),), left_out=(LeftOut(tag, "no more (a.py:3)"),))
+        refused = await daemon.http.post("/apps/part/deploy", json={"spec": to_dict(spec)})
+        assert refused.status_code == 400 and error_of(refused)["code"] == "left-out"
+        assert (
+            f"{tag} is served by version 1 of app 'part', and would be left out: no more"
+            in error_of(refused)["message"]
+        )
+    assert (await daemon.http.get("/apps/part")).json()["functions"][0]["tag"] == "square"
     for path in (
         "/calls/none",
         "/calls/none/items",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -97,7 +98,7 @@ class RunDaemon:
                 spec = self.deploys[-1]["spec"]
                 warm = self.warm.pop(0) if len(self.warm) > 1 else next(iter(self.warm), {})
                 known = [{**f, "key": "k", "capture": self.capture, "warm": warm} for f in spec["functions"]]
-                return Answer({"app": name, "version": 4, "functions": known})
+                return Answer({"app": name, "version": 4, "functions": known, "left_out": spec["left_out"]})
             case ("POST", "apps", name, "stop"):
                 self.stopped.append(name)
                 return Answer({"app": name, "stopped": True, "cancelled": self.unfinished})
@@ -376,6 +377,63 @@ def test_deploy(tmp_path: Path, daemon: RunDaemon) -> None:
     assert daemon.deploys[1]["strategy"] == "recreate"
     assert (answer["app"], answer["version"]) == ("other", 4)
     assert {f["tag"] for f in answer["functions"]} == {"square", "count", "Embedder"}
+
+
+LEFT_OUT = (
+    PROGRAM
+    + """
+@app.function(schedule=woodfrog.Period(days=1))
+def nightly(): ...
+
+@app.cls()
+class Site:
+    @woodfrog.method()
+    def run(self): ...
+
+    @woodfrog.fastapi_endpoint()
+    def web(self): ...
+"""
+)
+
+
+def test_what_woodfrog_lacks_is_left_out_by_name(tmp_path: Path, daemon: RunDaemon) -> None:
+    file = program(tmp_path, LEFT_OUT)
+    schedule = r"nightly.*: @app.function\(schedule=...\): .* cron .*\(a_program.py:19\)"
+    web = r"Site.web.*: .* @fastapi_endpoint\(\) yet: .*\(a_program.py:27\)"
+    shown = run("deploy", file)
+    assert shown.exit_code == 0, shown.output
+    assert [f["tag"] for f in daemon.deploys[0]["spec"]["functions"]] == ["square", "count", "Embedder", "Site"]
+    assert [x["tag"] for x in daemon.deploys[0]["spec"]["left_out"]] == ["nightly", "Site.web"]
+    for words in (schedule, web, r"left out, as said above: nightly, Site.web \(--strict"):
+        assert re.search(words, shown.stderr), shown.stderr
+    answer = run("deploy", file, "--json")
+    assert [x["tag"] for x in json.loads(answer.stdout)["left_out"]] == ["nightly", "Site.web"]
+    assert re.search(schedule, answer.stderr) and re.search(web, answer.stderr)
+    strict = run("deploy", file, "--strict")
+    assert strict.exit_code == 2 and len(daemon.deploys) == 2
+    assert re.search(f"error: {schedule}; the same of 1 more, named above", strict.stderr)
+    assert re.search(f"note: {web}", strict.stderr)
+
+
+def test_a_run_goes_without_what_woodfrog_lacks(tmp_path: Path, daemon: RunDaemon) -> None:
+    daemon.reply = lambda tag, args, kwargs: ("success", 9)
+    file = program(tmp_path, LEFT_OUT + ENTRYPOINT)
+    shown = run("run", file)
+    assert "local 9 " in shown.stdout.splitlines() and "note: nightly is left out: " in shown.stderr
+    assert "left out" not in run("run", "--quiet", file).stderr
+    assert len(daemon.deploys) == 2
+    for name in ("nightly", "Site.web"):
+        refused = run("run", f"{file}::{name}")
+        assert refused.exit_code == 2 and f"error: {name} is left out of its app: " in refused.stderr
+    assert len(daemon.deploys) == 2
+
+
+def test_nothing_but_what_woodfrog_lacks(tmp_path: Path, daemon: RunDaemon) -> None:
+    text = "import woodfrog\napp = woodfrog.App('w')\n@app.function()\n@woodfrog.asgi_app()\ndef web(): ...\n"
+    file = program(tmp_path, text)
+    assert "error: nothing of w can be deployed: web: " in run("deploy", file).stderr
+    assert "error: web is left out of its app: " in run("run", file).stderr
+    assert not daemon.deploys
 
 
 def test_deploy_with_snapshots_waits_for_them(tmp_path: Path, daemon: RunDaemon) -> None:

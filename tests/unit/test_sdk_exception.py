@@ -18,7 +18,7 @@ def test_every_name_is_there_and_in_the_tree() -> None:
     assert modal.exception is exception and modal.Error is exception.Error is errors.WoodfrogError
     for name in exception.__all__:
         kind = getattr(exception, name)
-        outside = {"DeprecationError", "InputCancellation", "ModuleNotMountable"}
+        outside = {"DeprecationError", "PendingDeprecationError", "InputCancellation", "ModuleNotMountable"}
         if name not in outside and not name.endswith("Warning"):
             assert issubclass(kind, exception.Error), name
     assert not issubclass(exception.InputCancellation, Exception)

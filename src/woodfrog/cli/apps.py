@@ -32,7 +32,7 @@ def list_apps(as_json: Json = False) -> None:
             a["version"],
             a["containers"],
             output.ago(a["deployed"]),
-            ", ".join(a["functions"]),
+            ", ".join((*a["functions"], *(f"{x['tag']} (left out)" for x in a.get("left_out", ())))),
         )
         for a in apps
     ]

@@ -85,11 +85,12 @@ def runnables(apps: dict[str, App]) -> dict[str, Runnable]:
 
 def _of_one(app: App) -> list[Runnable]:
     found = [Runnable(app, e.name, e.raw_f, e.raw_f, True) for e in app.registered_entrypoints.values()]
-    for function in app.registered_functions.values():
+    left = {item.tag for item in app.left_out}
+    for function in (f for tag, f in app.registered_functions.items() if tag not in left):
         generator = bool(function.is_generator)
         start = function.remote_gen if generator else function.remote
         found.append(Runnable(app, function.tag, function.get_raw_f(), start, False, generator))
-    for cls in app.registered_classes.values():
+    for cls in (c for tag, c in app.registered_classes.items() if tag not in left):
         for method in cls.spec.methods if cls.spec else ():
             found.append(_of_method(app, cls, method.name, method.generator))
     return found
@@ -133,6 +134,7 @@ def choose(module: types.ModuleType, source: str, name: str | None) -> Runnable:
         SpecError: no app, no such name, or several and none named.
     """
     from woodfrog.cli.program import pick
+    from woodfrog.sdk import absent
 
     apps = apps_of(module)
     if not apps:
@@ -147,6 +149,10 @@ def choose(module: types.ModuleType, source: str, name: str | None) -> Runnable:
         # A class with one method stands for that method.
         methods = [n for n in found if n.startswith(name + ".")]
         name = methods[0] if len(methods) == 1 else name
+    left = [item for app in apps.values() for item in app.left_out]
+    for item in left:
+        if name not in found and (item.tag in (name, str(name).partition(".")[0]) or not found):
+            raise absent.error(item)
     local = [n for n, r in found.items() if r.local]
     chosen: Runnable = pick(found, name, what="function", source=source, prefer=local)
     return chosen
@@ -436,10 +442,17 @@ def deploy(
             "recreate: every call from now on gets the new code."
         ),
     ] = "rolling",
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Refuse a program of which a function asks for what woodfrog does not have."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     env: Env = None,
 ) -> None:
-    """Deploy a program's app, so that its functions can be called from anywhere on this machine."""
+    """Deploy a program's app, so that its functions can be called from anywhere on this machine.
+
+    What asks for something of Modal's that woodfrog does not have is left out, and named; --strict refuses instead.
+    """
     _note_env(env)
     from woodfrog.cli.program import load, parse_reference, pick
 
@@ -450,7 +463,7 @@ def deploy(
     app: App = pick(apps, reference.name, what="app", source=reference.source)
     with output.Progress(quiet=as_json) as progress:
         progress.say(f"deploying {name or app.name or reference.source}")
-        app.deploy(name=name or None, snapshot=snapshot, strategy=strategy)
+        app.deploy(name=name or None, snapshot=snapshot, strategy=strategy, strict=strict)
     client, deployed = app.reach("deploy")
     found = get(client, f"/apps/{segment(deployed)}")
     functions = found["functions"]
@@ -458,6 +471,7 @@ def deploy(
         "app": deployed,
         "version": found["version"],
         "functions": [{"tag": f["tag"], "key": f["key"]} for f in functions],
+        "left_out": found.get("left_out", []),
     }
     failed = _settle(client, answer, functions, "snapshots", quiet=as_json) if snapshot else []
     failed += _settle(client, answer, functions, "warm", quiet=as_json) if wait else []
@@ -515,3 +529,5 @@ def _show_deployed(answer: dict[str, Any], functions: list[dict[str, Any]]) -> N
         needed = [f" {key}=..." for key, text in (f.get("parameters") or {}).items() if " = " not in text]
         for tag in tags:
             output.note(f"  woodfrog call {deployed}.{tag}{''.join(needed)}")
+    if left := [x["tag"] for x in answer["left_out"]]:
+        output.note(f"left out, as said above: {', '.join(left)} (--strict refuses the deploy instead)")

@@ -420,6 +420,7 @@ def build(
             "deployed": row.deployed,
             "description": spec.description,
             "functions": [f.tag for f in spec.functions],
+            "left_out": to_dict(spec.left_out),
             "containers": len(instances),
         }
 

@@ -394,23 +394,42 @@ class Controller:
             log.error("call %s: %s", row.id, e.message)
 
     def deploy(
-        self, raw: dict[str, Any], *, ephemeral: bool, client: dict[str, Any], capture: bool, rolling: bool = True
+        self,
+        raw: dict[str, Any],
+        *,
+        ephemeral: bool,
+        client: dict[str, Any],
+        capture: bool,
+        rolling: bool = True,
+        lose: bool = False,
     ) -> dict[str, Any]:
         """A new version of an app.
 
         Args:
             rolling: as in `AppDeployed`.
+            lose: what the active version serves may be left out.
 
         Raises:
-            SpecError: the spec is not usable here; nothing has changed.
+            SpecError: the spec is not usable here, or leaves out what is served now; nothing has changed.
         """
         spec = from_dict(AppSpec, raw)
         self.resources.check(spec)
+        if spec.name in self.active and not lose:
+            now = self.active[spec.name]
+            for left in spec.left_out:
+                if self.apps[spec.name, now][1].serves(left.tag):
+                    raise SpecError(
+                        f"{left.tag} is served by version {now} of app {spec.name!r}, and would be left out: "
+                        f"{left.why}; or take it away: `woodfrog app stop {spec.name}`, then deploy",
+                        code="left-out",
+                    )
         row = self.journal.add_deploy(spec.name, to_dict(spec), ephemeral=ephemeral, client=client)
         self._take_deploy(row, rolling=rolling)
         self.logs.note(
             spec.name, f"deployed version {row.version}: {', '.join(f.tag for f in spec.functions) or 'no functions'}"
         )
+        for left in spec.left_out:
+            self.logs.note(spec.name, f"{left.tag} is left out: {left.why}")
         for function in spec.functions:
             if function.scaling.buffer_containers and self._uses_gpu(row, function):
                 text = f"{function.tag}: buffer_containers keeps idle copies that hold their GPUs; none is parked"
@@ -445,7 +464,9 @@ class Controller:
             raise SpecError(f"version {version} of app {app!r} is the active one", code="bad-arguments")
         row = rows[version]
         try:
-            answer = self.deploy(row.spec, ephemeral=False, client={**row.client, "rollback": version}, capture=False)
+            answer = self.deploy(
+                row.spec, ephemeral=False, client={**row.client, "rollback": version}, capture=False, lose=True
+            )
         except SpecError as e:
             if e.code not in ("missing-code", "missing-blob"):
                 raise
@@ -551,13 +572,16 @@ class Controller:
         if name in self.touched:
             self.touched[name] = self.heard[name] = self.now()
 
-    def _function(self, app: str, tag: str) -> tuple[DeployRow, FunctionSpec]:
+    def _function(self, app: str, tag: str, method: str | None = None) -> tuple[DeployRow, FunctionSpec]:
         """A function of an app's active version.
 
         Raises:
-            NotFoundError: no such app runs, or it has no such function.
+            NotFoundError: no such app runs, or it has no such function; or it, or that method of it, was left out.
         """
         row, spec = self.app(app)
+        left = spec.missing(tag, method)
+        if left is not None:
+            raise NotFoundError(f"{left.tag} is left out of app {app!r}: {left.why}", code="left-out", app=app, tag=tag)
         function = spec.function(tag)
         if function is None:
             names = ", ".join(f.tag for f in spec.functions) or "none"
@@ -633,7 +657,7 @@ class Controller:
         known = self.find_call(call_id)
         if known is not None:
             return known
-        row, function = self._function(app, service)
+        row, function = self._function(app, service, method)
         if function.kind == "class" and method is None:
             names = ", ".join(m.name for m in function.methods)
             raise NotFoundError(f"{service!r} is a class: name one of its methods ({names})", app=app, tag=service)

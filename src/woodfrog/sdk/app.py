@@ -13,14 +13,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast, dataclass_transform
 
 from woodfrog.errors import DaemonError, NotFoundError, SpecError, WoodfrogError
-from woodfrog.sdk import checks, options, source
+from woodfrog.sdk import absent, checks, options, source
 from woodfrog.sdk.cls import Cls, Method, make_cls, parameter
 from woodfrog.sdk.dual import ClassDual, Dual, at_once
-from woodfrog.sdk.functions import LOOK, NO_WEB, Decorator, Deployed, Function, inside, method_spec
+from woodfrog.sdk.functions import LOOK, NO_WEB, SERVE, Decorator, Deployed, Function, inside, method_spec
 from woodfrog.sdk.hooks import in_worker
 from woodfrog.sdk.image import Image
 from woodfrog.sdk.secret import Secret
 from woodfrog.sdk.volume import Volume
+from woodfrog.spec import LeftOut
 
 if TYPE_CHECKING:
     import threading
@@ -65,7 +66,6 @@ class LocalEntrypoint:
         "registered_web_endpoints": NO_WEB,
         "sandboxes": "run the program with subprocess inside a function",
         "serve": "use `woodfrog run`, or `with app.run():`",
-        "server": "let a method of an @app.cls() class answer: call it with .remote(), `woodfrog call`, or over HTTP",
         "set_description": "an app is known by its name",
         "stats": LOOK,
         "stop": "use `woodfrog app stop`",
@@ -111,6 +111,9 @@ class App:
             raise TypeError(f"App has no parameter {key!r}{checks.nearest(key, known)} ({where})")
         self.name = checks.name(name, "App") if name is not None else None
         given = {"image": image, "secrets": secrets, "volumes": volumes, "include_source": include_source}
+        for value in given.values():
+            if (stand_in := absent.among(value)) is not None:
+                raise SpecError(f"App({name!r}): {stand_in.text} ({stand_in.where})", code="not-yet")
         try:
             parsed = {k: options.PARAMETERS[k].parse(v) for k, v in given.items() if v is not None}
         except (TypeError, ValueError) as e:
@@ -167,6 +170,16 @@ class App:
     def image(self) -> Image:
         """The image of functions that have none of their own, for `with app.image.imports():`."""
         return Image(self._defaults.image)
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """What of its functions, classes and methods runs and deploys go without: woodfrog lacks what they ask for."""
+        return tuple(left for handle in self._handles.values() for left in handle._left_out())
+
+    @property
+    def handles(self) -> tuple[Function[..., Any, Any] | Cls, ...]:
+        """All functions and classes."""
+        return tuple(self._handles.values())
 
     @property
     def registered_functions(self) -> dict[str, Function[..., Any, Any]]:
@@ -244,6 +257,7 @@ class App:
                 spec=built.spec,
                 where=where,
                 include_source=built.include_source,
+                lacks=(*built.lacks, *absent.lacks_of(raw)),
             )
             self._add(handle)
             return handle
@@ -268,6 +282,23 @@ class App:
             return cast("C", handle)  # For editors it is still the class.
 
         return decorate
+
+    if not TYPE_CHECKING:  # to a type checker it is not there
+
+        def server(self, *args, **parameters):
+            """Of Modal's: the class is left out of runs and deploys."""
+            line = checks.caller()
+            lack = absent.Lack(f"woodfrog does not have Modal's @app.server() yet: {SERVE}", line)
+
+            def decorate(user_cls):
+                if not isinstance(user_cls, type):
+                    raise SpecError(f"@app.server() is for classes, got {user_cls!r} ({line})")
+                name = user_cls.__name__
+                handle = Cls(self, name, user_cls=user_cls, where=f"{name}, {line}", lacks=(lack,))
+                self._add(handle)
+                return handle
+
+            return decorate
 
     def local_entrypoint(self, *args: Any, name: str | None = None) -> Callable[[Callable[P, R]], LocalEntrypoint]:
         """Decorates the function that `woodfrog run` calls here, on the client, with the app running.
@@ -343,11 +374,22 @@ class App:
         attended: bool = False,
         snapshot: bool = False,
         strategy: str = "rolling",
+        strict: bool = False,
     ) -> tuple[Client, str]:
         from woodfrog.sdk.client import connect
         from woodfrog.sdk.deploy import build, send
 
-        bundle = build(name, list(self._handles.values()), self._program)
+        left = self.left_out
+        nothing = not ephemeral and left and all(handle._lacks for handle in self.handles)
+        if left and (strict or nothing):
+            for item in left[1:]:
+                checks.tell(f"{item.tag}: {item.why}")
+            none = "" if strict else f"nothing of {name} can be deployed: "
+            more = f"; the same of {len(left) - 1} more, named above" if left[1:] else ""
+            raise SpecError(f"{none}{left[0].tag}: {left[0].why}{more}", code="not-yet")
+        bundle = build(name, self.handles, self._program)
+        for item in left:
+            checks.tell(f"{item.tag} is left out: {item.why}")
         client = connect()
         answer = send(client, bundle, ephemeral=ephemeral, attended=attended, snapshot=snapshot, strategy=strategy)
         return client, str(answer.get("app", name))
@@ -374,6 +416,7 @@ class App:
         *,
         snapshot: bool = False,
         strategy: Literal["rolling", "recreate"] = "rolling",
+        strict: bool = False,
         **ignored: Any,
     ) -> App:
         checks.known("App.deploy", ignored, ("client", "environment_name", "tag"))
@@ -386,7 +429,9 @@ class App:
             raise SpecError(
                 f'a deployed app needs a name: woodfrog.App("name"), or deploy(name=...) ({checks.caller()})'
             )
-        client, app = self._send(checks.name(name, "App.deploy"), ephemeral=False, snapshot=snapshot, strategy=strategy)
+        client, app = self._send(
+            checks.name(name, "App.deploy"), ephemeral=False, snapshot=snapshot, strategy=strategy, strict=strict
+        )
         deployed = Deployed(app)
         deployed._client = client
         self._deployed = deployed
@@ -394,13 +439,15 @@ class App:
 
     @property
     def deploy(self) -> Dual[..., App, Coroutine[Any, Any, App]]:
-        """`deploy(name=None, snapshot=False, strategy="rolling")`: deploy the app so that it stays, under its name.
-        Gives the app.
+        """`deploy(name=None, snapshot=False, strategy="rolling", strict=False)`: deploy the app so that it stays, under
+        its name. Gives the app.
 
         Args:
             snapshot: take the snapshots now instead of at the first calls.
             strategy: "rolling": warm containers of the version before that are in use serve until this one has a
                 container ready. "recreate": every call from now on gets the new code.
+            strict: refuse the deploy where a function or method asks for what woodfrog does not have. Otherwise these
+                are left out, and named on stderr; the app has the rest.
 
         Raises:
             SpecError: no name, a missing package, code that a container could not import.

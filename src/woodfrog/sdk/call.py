@@ -23,6 +23,7 @@ from woodfrog.errors import (
     DaemonError,
     NotFoundError,
     NotOverYet,
+    SerializationError,
     SpecError,
     StartupError,
     WoodfrogError,
@@ -144,7 +145,8 @@ class Call:
         try:
             reply = self.send(DETACHED_WAIT_S if run else WAIT_S)
             self._body = b""
-            return outcome(wait_for(self.target.client, self.id, reply, run=run), self.target.tag)
+            with _versions_told(self.target.client, self.id):
+                return outcome(wait_for(self.target.client, self.id, reply, run=run), self.target.tag)
         except KeyboardInterrupt:
             self._over = True
             give_up([self])
@@ -184,11 +186,14 @@ class Call:
                 for kind, body in unpack_items(reply.body.getvalue()):
                     if kind == b"i":
                         after += 1
-                        yield payload.load_result(body, tag)
+                        with _versions_told(client, self.id):
+                            item = payload.load_result(body, tag)
+                        yield item
                         continue
                     ended = True
                     if kind == b"e":
-                        raise payload.remote_exception(body, tag)
+                        with _versions_told(client, self.id):
+                            raise payload.remote_exception(body, tag)
                     if kind == b"f":
                         raise _failure(body, tag)
                     return
@@ -297,6 +302,33 @@ def outcome(reply: Reply, tag: str) -> Any:
     )
 
 
+@contextlib.contextmanager
+def _versions_told(client: Client, call_id: str) -> Iterator[None]:
+    """To the error of a pickle that could not be read, add which versions differ between here and the container."""
+    try:
+        yield
+    except SerializationError as e:
+        with contextlib.suppress(Exception):  # the error itself is what matters
+            if found := _versions_differ(client, call_id, e):
+                e.message += f"{'' if e.message.endswith('?') else ';'} {found}"
+        raise
+
+
+def _versions_differ(client: Client, call_id: str, error: SerializationError) -> str:
+    from woodfrog import versions
+
+    there = error.fields.get("versions")
+    modules = error.fields.get("modules")
+    if modules is not None:
+        app = client.request("GET", f"/calls/{call_id}/trace").json()["app"]
+        runtime = client.request("GET", f"/apps/{segment(app)}").json()["runtime"]
+        there = versions.installed_at(runtime["sys_path"], modules, runtime["version"])
+    elif not isinstance(there, dict):
+        return ""
+    names = "here", "in the container"
+    return versions.difference(versions.here(name for name in there if name != versions.PYTHON), there, names)
+
+
 # Waiting without blocking an event loop: threads of our own, since the loop's default pool has a handful only.
 
 _aio_pool: ThreadPoolExecutor | None = None
@@ -372,7 +404,8 @@ class FunctionCall(Generic[R]):
 
     def _get(self, timeout: float | None = None) -> R:
         deadline = None if timeout is None else time.monotonic() + timeout
-        found: R = outcome(wait_for(self._client(), self.object_id, None, deadline), self._tag)
+        with _versions_told(self._client(), self.object_id):
+            found: R = outcome(wait_for(self._client(), self.object_id, None, deadline), self._tag)
         return found
 
     def _cancel(self, terminate_containers: bool = False) -> None:

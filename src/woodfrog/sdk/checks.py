@@ -22,6 +22,8 @@ __all__ = [
     "nearest",
     "note",
     "number",
+    "tell",
+    "tell_lacking",
     "text_dict",
     "whole",
 ]
@@ -66,7 +68,13 @@ def note(key: str, text: str) -> None:
     if _quiet or key in _noted or in_worker():
         return
     _noted.add(key)
-    print(f"woodfrog: note: {text}", file=sys.stderr)
+    tell(text)
+
+
+def tell(text: str) -> None:
+    """Print a note to stderr, each time."""
+    if not _quiet and not in_worker():
+        print(f"woodfrog: note: {text}", file=sys.stderr)
 
 
 def settle_imports() -> None:
@@ -108,6 +116,17 @@ def lacking(names: Mapping[str, str]) -> Callable[[C], C]:
         return cls
 
     return add
+
+
+def tell_lacking(handle: Any, name: str) -> None:
+    """For the `__getattr__` of a class with names that are `lacking`: Python asks it after their error, too.
+
+    Raises:
+        MissingNameError: it is one of these.
+    """
+    for klass in type(handle).__mro__:
+        if isinstance(found := vars(klass).get(name), _Lacking):
+            found.__get__(handle, type(handle))
 
 
 def known(what: str, given: Iterable[str], names: Iterable[str]) -> None:

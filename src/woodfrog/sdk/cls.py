@@ -23,12 +23,12 @@ from typing import (
 )
 
 from woodfrog.errors import SpecError
-from woodfrog.sdk import checks, source
+from woodfrog.sdk import absent, checks, source
 from woodfrog.sdk.dual import ClassDual, Dual
 from woodfrog.sdk.functions import NOT_YET, Deployed, Function, Owner, ask, method_spec, missing, note_version
 from woodfrog.sdk.options import Built, Defaults, build_spec
 from woodfrog.sdk.parameters import annotations_of, by_name, described, signature, signature_of
-from woodfrog.spec import FunctionSpec, MethodSpec
+from woodfrog.spec import FunctionSpec, LeftOut, MethodSpec
 
 __all__ = ["Cls", "Method", "Obj", "enter", "exit", "make_cls", "method", "parameter"]
 
@@ -158,8 +158,9 @@ class LocalMethod:
 
     def _no(self) -> Any:
         raise SpecError(
-            f"{self.name}: `self` is an instance in this process: call {self.name}.local(); for a call in a container "
-            "use the class's handle on the client"
+            f"{self.name}: `self` is an instance in this process: call self.{self.name}.local(); for a call in a "
+            f"container use the class's handle on the client ({checks.caller()})",
+            code="not-yet",
         )
 
     remote = remote_gen = map = starmap = for_each = spawn = property(_no)
@@ -386,9 +387,12 @@ class Cls:
         spec: FunctionSpec | None = None,
         where: str = "",
         include_source: bool = True,
+        lacks: tuple[absent.Lack, ...] = (),
     ) -> None:
         self._owner, self._tag, self._user_cls, self.spec = owner, tag, user_cls, spec
         self._where, self._include_source = where, include_source
+        self._lacks = lacks
+        """Why the class is in no run and no deploy; none where it is."""
         self._asked = -_KNOWN_S
         self._described: dict[str, Any] = {}
         if user_cls is not None:
@@ -447,6 +451,14 @@ class Cls:
         """
         return Obj(self, args, kwargs)
 
+    def _left_out(self) -> tuple[LeftOut, ...]:
+        """What of it is in no run and no deploy, since woodfrog lacks what it asks for: itself, methods, or nothing."""
+        if self._lacks:
+            return (absent.left_out(self._tag, self._lacks),)
+        methods = _methods(self._user_cls) if self._user_cls is not None else {}
+        lacking = {name: absent.lacks_of(m.raw_f) for name, m in methods.items()}
+        return tuple(absent.left_out(f"{self._tag}.{name}", lacks) for name, lacks in lacking.items() if lacks)
+
     def _describe(self) -> dict[str, Any]:
         """What the daemon knows of a class whose code is not here; nothing where there is none: the call tells."""
         if time.monotonic() - self._asked >= _KNOWN_S:
@@ -459,6 +471,8 @@ class Cls:
         return self._described
 
     def _hydrate(self, client: Any = None) -> Cls:
+        if self._lacks:
+            raise absent.error(self._left_out()[0])
         ask(self._owner, self._tag)
         return self
 
@@ -604,7 +618,12 @@ class Obj:
 
         local.__name__, local.__doc__ = name, known[name].__doc__
         handle: Function[..., Any, Any] = Function(
-            cls._owner, f"{cls.tag}.{name}", raw=local, method=known[name].spec(name), params=self._pickled
+            cls._owner,
+            f"{cls.tag}.{name}",
+            raw=local,
+            method=known[name].spec(name),
+            params=self._pickled,
+            lacks=cls._lacks or absent.lacks_of(known[name].raw_f),
         )
         return handle
 
@@ -679,6 +698,7 @@ def make_cls(owner: Owner, user_cls: Any, options: Mapping[str, Any], defaults: 
     where = f"{name}, {where}"
     fields = _fields(user_cls, where)
     methods = _methods(user_cls)
+    served = {n: m for n, m in methods.items() if not absent.lacks_of(m.raw_f)}
     if not methods:
         raise SpecError(f"{name} has no method to call: mark one with @woodfrog.method() ({where})", code="no-methods")
     _adopt_old_hooks(user_cls, where)
@@ -687,7 +707,7 @@ def make_cls(owner: Owner, user_cls: Any, options: Mapping[str, Any], defaults: 
         name=name,
         module=source.module_name(user_cls),
         qualname=user_cls.__qualname__,
-        methods=tuple(m.spec(n) for n, m in methods.items()),
+        methods=tuple(m.spec(n) for n, m in served.items()),
         options=options,
         defaults=defaults,
         where=where,
@@ -703,4 +723,16 @@ def make_cls(owner: Owner, user_cls: Any, options: Mapping[str, Any], defaults: 
         )
     if fields:
         _give_init(user_cls, fields)
-    return Cls(owner, name, user_cls=user_cls, spec=built.spec, where=where, include_source=built.include_source)
+    inherited = {n: entry for klass in reversed(user_cls.__mro__) for n, entry in vars(klass).items()}
+    lacks = (*built.lacks, *absent.lacks_of(user_cls), *(x for e in inherited.values() for x in absent.lacks_of(e)))
+    if not served:
+        lacks = (*lacks, *(lack for m in methods.values() for lack in absent.lacks_of(m.raw_f)))
+    return Cls(
+        owner,
+        name,
+        user_cls=user_cls,
+        spec=built.spec,
+        where=where,
+        include_source=built.include_source,
+        lacks=lacks,
+    )

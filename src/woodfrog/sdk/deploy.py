@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from woodfrog.errors import DaemonError, SpecError
-from woodfrog.sdk import checks, follow, source
+from woodfrog.sdk import checks, follow, nested, source
 from woodfrog.sdk.client import Client, segment
 from woodfrog.sdk.cls import Cls
-from woodfrog.sdk.functions import Function
+from woodfrog.sdk.functions import NESTED, Function
 from woodfrog.spec import AppSpec, FunctionSpec, ImageSpec, LocalFiles, to_dict
 
 __all__ = ["Bundle", "build", "check_packages", "send"]
@@ -44,7 +44,7 @@ class Bundle:
 
 
 def build(name: str, handles: Sequence[Handle], program: tuple[str, str] | None = None) -> Bundle:
-    """Check the app against this environment and pack its code.
+    """Check the app against this environment and pack its code, without what woodfrog lacks something for.
 
     Args:
         program: module name and file of the module that made the app.
@@ -53,11 +53,15 @@ def build(name: str, handles: Sequence[Handle], program: tuple[str, str] | None 
         SpecError: a missing package, code that cannot be found again in a container, too much code.
         SerializationError: a serialized function that cannot be pickled.
     """
+    left = tuple(item for h in handles for item in h._left_out())
+    handles = [h for h in handles if not h._lacks]
     specs = [_spec(h) for h in handles]
     installed = source.installed_packages()
     for spec in specs:
         check_packages(spec.image, spec.tag, installed)
         _note_steps(spec)
+    for handle in handles:
+        _note_calls(handle)
     roots: dict[int, source.Root] = {}
     for i, (handle, spec) in enumerate(zip(handles, specs, strict=True)):
         if spec.source.kind == "module":
@@ -92,7 +96,7 @@ def build(name: str, handles: Sequence[Handle], program: tuple[str, str] | None 
             made = replace(made, blob_digest=digest)
         functions.append(replace(spec, source=made))
     return Bundle(
-        AppSpec(name=name, runtime=runtime, functions=tuple(functions)),
+        AppSpec(name=name, runtime=runtime, functions=tuple(functions), left_out=left),
         {a.digest: a.data for a in archives.values()},
         blobs,
     )
@@ -251,6 +255,16 @@ def _local_modules(image: ImageSpec) -> list[str]:
     """What `add_local_python_source` names."""
     steps = [s.split() for s in image.steps]
     return [name for step in steps if step[:1] == ["add_local_python_source"] for name in step[1:]]
+
+
+def _note_calls(handle: Handle) -> None:
+    """Of one function to another, which is refused in a container."""
+    for who, call in nested.calls_of(handle):
+        ways = [f"call {call.local} there"] * bool(call.local) + [
+            f"run {who} on the client (.local())"
+        ] * call.on_client
+        text = f"{who} calls {call.text}(), which fails in a container: {NESTED}: {', or '.join(ways)} ({call.where})"
+        checks.note(f"nested:{call.where}:{call.text}", text)
 
 
 def _note_steps(spec: FunctionSpec) -> None:

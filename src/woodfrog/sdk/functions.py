@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from woodfrog.errors import MissingNameError, NotFoundError, SpecError
-from woodfrog.sdk import checks
+from woodfrog.sdk import absent, checks
 from woodfrog.sdk.dual import ClassDual, Dual
 from woodfrog.sdk.hooks import in_worker
-from woodfrog.spec import FunctionSpec, MethodSpec
+from woodfrog.spec import FunctionSpec, LeftOut, MethodSpec
 
 if TYPE_CHECKING:
     from woodfrog.sdk.call import FunctionCall, Target
@@ -55,14 +56,22 @@ class Deployed:
         return Deployed, (self.app_name,)
 
 
+NESTED = "calling other functions from inside a container is not in woodfrog yet"
+_STDLIB = os.path.dirname(os.__file__) + os.sep
+
+
 def inside(what: str, remedy: str = "call it with .local(), or from the client") -> SpecError:
-    return SpecError(
-        f"{what}: calling other functions from inside a container is not in woodfrog yet: {remedy}", code="not-yet"
-    )
+    where = checks.caller()  # of a task of an event loop it tells nothing
+    place = "" if where.startswith(_STDLIB) else f" ({where})"
+    return SpecError(f"{what}: {NESTED}: {remedy}{place}", code="not-yet")
 
 
 _SCALING = "set min_containers=, max_containers=, buffer_containers= and scaledown_window= in the decorator"
 NO_WEB = "there are no web endpoints"
+SERVE = (
+    "start the server on the host, and have it call functions with woodfrog.Function.from_name(…).remote() or "
+    "woodfrog.Cls.from_name(…)"
+)
 LOOK = "look with `woodfrog app list`, `woodfrog container list` and `woodfrog app logs`"
 NOT_YET = {
     "autoscaler": _SCALING,
@@ -92,7 +101,7 @@ def ask(owner: Owner, tag: str) -> None:
 
     Raises:
         NotFoundError: no such app, or nothing of that name in it.
-        SpecError: the app neither runs nor is deployed, or this is a container.
+        SpecError: the app neither runs nor is deployed, or this is a container, or `tag` was left out of the app.
     """
     from woodfrog.sdk.client import segment
 
@@ -102,6 +111,9 @@ def ask(owner: Owner, tag: str) -> None:
     tags |= {
         f"{f['tag']}.{m['name']}": "method" for f in found["functions"] if f["kind"] == "class" for m in f["methods"]
     }
+    for left in found.get("left_out", ()):
+        if left["tag"] in (tag, tag.partition(".")[0]):
+            raise absent.error(LeftOut(left["tag"], left["why"]))
     if tag not in tags:
         raise NotFoundError(f"app {app} has no {tag!r}{checks.nearest(tag, tags)}", app=app)
 
@@ -156,9 +168,12 @@ class Function(Generic[P, R, L]):
         spec: FunctionSpec | None = None,
         where: str = "",
         include_source: bool = True,
+        lacks: tuple[absent.Lack, ...] = (),
     ) -> None:
         self._owner, self._tag, self._raw, self._method = owner, tag, raw, method
         self._params, self.spec, self._where, self._include_source = params, spec, where, include_source
+        self._lacks = lacks
+        """Why it is in no run and no deploy; none where it is."""
         if raw is not None:
             self.__doc__ = raw.__doc__
             self.__name__ = getattr(raw, "__name__", tag)
@@ -211,6 +226,10 @@ class Function(Generic[P, R, L]):
         """None where it is not known: the function was named, not defined, by this program."""
         return self._method.generator if self._method else None
 
+    def _left_out(self) -> tuple[LeftOut, ...]:
+        """What of it is in no run and no deploy, since woodfrog lacks what it asks for: itself, or nothing."""
+        return (absent.left_out(self._tag, self._lacks),) if self._lacks else ()
+
     def get_raw_f(self) -> Callable[P, L]:
         """The plain function.
 
@@ -228,6 +247,7 @@ class Function(Generic[P, R, L]):
         return self.get_raw_f()
 
     def _hydrate(self, client: Any = None) -> Function[P, R, L]:
+        self._be_there()
         ask(self._owner, self._tag)
         return self
 
@@ -248,9 +268,17 @@ class Function(Generic[P, R, L]):
         def __getattr__(self, name: str) -> Any:
             if name in NOT_YET:
                 raise missing(self._tag, name)
+            checks.tell_lacking(self, name)
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # Calls.
+
+    def _be_there(self) -> None:
+        if in_worker():
+            here = f"call {self._tag}.local(), or call it" if self._raw is not None else "call it"
+            raise inside(self._tag, f"{here} from the client, and pass its result on")
+        for left in self._left_out():
+            raise absent.error(left)
 
     def _target(self) -> Target:
         from woodfrog.sdk.call import Target
@@ -259,6 +287,7 @@ class Function(Generic[P, R, L]):
         return Target(client, app, self._tag, self._params() if self._params else None)
 
     def _expect(self, generator: bool, verb: str) -> None:
+        self._be_there()
         if self._method is not None and self._method.generator is not generator:
             right = "use .remote_gen()" if self._method.generator else "use .remote()"
             kind = "is a generator" if self._method.generator else "is not a generator"

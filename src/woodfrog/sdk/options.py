@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
 from woodfrog.errors import SpecError
-from woodfrog.sdk import checks
+from woodfrog.sdk import absent, checks
 from woodfrog.sdk.image import Image
 from woodfrog.sdk.secret import Secret
 from woodfrog.sdk.volume import Volume, mounts
@@ -107,6 +107,7 @@ class Options(TypedDict, total=False):
     keep_warm: int | None
     max_inputs: int | None
     # Accepted, and noted once: without meaning on one's own machine.
+    allow_background_volume_commits: Any
     cloud: Any
     i6pn: Any
     nonpreemptible: Any
@@ -225,9 +226,7 @@ def _some(value: Any) -> int:
 
 
 def _single(value: Any) -> bool:
-    if checks.whole(value, least=1) != 1:
-        raise ValueError("only max_inputs=1 is known")
-    return True
+    return checks.whole(value, least=1) == 1
 
 
 def _name(value: Any) -> str:
@@ -288,6 +287,7 @@ PARAMETERS: dict[str, Parameter] = {
 }
 WITHOUT_MEANING = frozenset(
     {
+        "allow_background_volume_commits",
         "cloud",
         "i6pn",
         "nonpreemptible",
@@ -326,23 +326,29 @@ class Built:
     spec: FunctionSpec
     """`source.code_digest` and `source.blob_digest` are filled in at deploy."""
     include_source: bool
+    lacks: tuple[absent.Lack, ...]
+    """What woodfrog does not have of what the options ask for."""
 
 
-def parse(decorator: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Checked values by the `field` of their parameter. `where` names the function, its file and line.
+def parse(decorator: str, options: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[absent.Lack]]:
+    """Checked values by the `field` of their parameter, and what woodfrog lacks of what they ask for.
+
+    Args:
+        where: names the function, its file and line.
 
     Raises:
         TypeError: an unknown parameter; names the nearest.
-        SpecError: a value of the wrong type or out of range, or a parameter that woodfrog does not have yet.
+        SpecError: a value of the wrong type or out of range.
     """
     found: dict[str, Any] = {}
+    lacks: list[absent.Lack] = []
+    line = where.partition(", ")[2] or where
     for key, value in options.items():
         known = PARAMETERS.get(key)
         if known is None or (key in ("name", "is_generator") and decorator == "cls"):
-            if value not in (None, (), [], {}) and key in NOT_YET:
-                raise SpecError(
-                    f"@app.{decorator}({key}=...): woodfrog does not have yet {NOT_YET[key]} ({where})", code="not-yet"
-                )
+            if key in NOT_YET and (absent.among(value) or value not in (None, (), [], {})):
+                text = f"@app.{decorator}({key}=...): woodfrog does not have yet {NOT_YET[key]}"
+                lacks.append(absent.Lack(text, line))
             if key in WITHOUT_MEANING:
                 if value not in (None, False):
                     checks.note(
@@ -354,13 +360,20 @@ def parse(decorator: str, options: Mapping[str, Any], where: str) -> dict[str, A
             continue
         if value is None:
             continue
+        if key == "max_inputs" and type(value) is int and value > 1:
+            text = "woodfrog does not have yet containers that end after several inputs: drop it, or give "
+            lacks.append(absent.Lack(f"@app.{decorator}({key}=...): {text}single_use_containers=True", line))
+            continue
+        if (stand_in := absent.among(value)) is not None:
+            lacks.append(absent.Lack(f"@app.{decorator}({key}=...): {stand_in.text}", line))
+            continue
         if known.instead:
             warnings.warn(f"{key}= is now called {known.instead}= ({where})", DeprecationWarning, stacklevel=4)
         try:
             found[known.field] = known.parse(value)
         except (TypeError, ValueError, SpecError) as e:
             raise SpecError(f"@app.{decorator}({key}=...): {e} ({where})", code="bad-parameter") from None
-    return found
+    return found, lacks
 
 
 def build_spec(
@@ -382,7 +395,7 @@ def build_spec(
         TypeError, SpecError: as `parse`, and values that contradict one another; or code that cannot be found again.
     """
     decorator = "cls" if kind == "class" else kind
-    values = parse(decorator, options, where)
+    values, lacks = parse(decorator, options, where)
     serialized = values.pop("serialized", False)
     include_source = values.pop("include_source", defaults.include_source)
     tag = values.pop("name", None) or name
@@ -440,4 +453,4 @@ def build_spec(
         **built,
         **plain,
     )
-    return Built(spec, include_source)
+    return Built(spec, include_source, tuple(lacks))

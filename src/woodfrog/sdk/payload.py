@@ -165,8 +165,15 @@ def load_result(body: bytes | io.BytesIO, what: str) -> Any:
     except Exception as e:
         raise SerializationError(
             f"the result of {what} cannot be unpickled here: {_one_line(e)}; "
-            "the client needs the packages that define the result's types"
+            "the client needs the packages that define the result's types",
+            modules=_modules(body),
         ) from e
+
+
+def _modules(body: bytes | io.BytesIO) -> list[str]:
+    from woodfrog import versions
+
+    return versions.modules_of(body)
 
 
 def remote_exception(body: bytes | io.BytesIO, what: str) -> BaseException:

@@ -74,7 +74,19 @@ def load_arguments(data: bytearray, encoding: str, what: str) -> tuple[tuple[Any
             f"the arguments of {what} cannot be read here: {describe(e)}; "
             "is the module that defines them part of the deployed code?",
             code="arguments",
+            **_versions(data, encoding),
         ) from e
+
+
+def _versions(data: bytearray, encoding: str) -> dict[str, Any]:
+    """With what they were to be read, for a client that has others."""
+    if encoding == "json":
+        return {}
+    try:
+        versions = importlib.import_module("woodfrog.versions")
+        return {"versions": versions.here(versions.modules_of(data))}
+    except Exception:  # of packages with broken records; the error itself matters more
+        return {}
 
 
 def encode(value: Any, encoding: str, what: str) -> Body:
