@@ -68,9 +68,9 @@ class FaultyTier:
         self.inner.put(key, source)
         self._leave(kind, key)
 
-    def get(self, key: str, target: Path) -> None:
+    def get(self, key: str, target: Path, most: int | None = None) -> None:
         kind = self._enter("get", key)
-        self.inner.get(key, target)
+        self.inner.get(key, target, most)
         if kind in ("truncate", "alter"):
             target.write_bytes(_spoil(target.read_bytes(), kind))
         elif kind == "lost-answer":

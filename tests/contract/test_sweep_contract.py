@@ -51,9 +51,9 @@ class AgedTier:
         self.before("put", key)
         self.inner.put(key, source)
 
-    def get(self, key: str, target: Path) -> None:
+    def get(self, key: str, target: Path, most: int | None = None) -> None:
         self.before("get", key)
-        self.inner.get(key, target)
+        self.inner.get(key, target, most)
 
     def get_bytes(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
         self.before("get_bytes", key)

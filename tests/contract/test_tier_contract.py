@@ -84,6 +84,15 @@ def test_ranges_are_those_of_a_slice(tier: Tier) -> None:
             tier.get_bytes("small", begin, end)
 
 
+def test_no_more_is_written_than_was_asked_for(tier: Tier, tmp_path: Path) -> None:
+    """Who can write to a tier may exchange an object for a larger one after somebody has looked how large it is."""
+    tier.put("a/b", bytes(1001))
+    tier.get("a/b", tmp_path / "target", 1001)
+    with pytest.raises(StoreError) as error:
+        tier.get("a/b", tmp_path / "larger", 1000)
+    assert code(error) == "tier-damaged" and not (tmp_path / "larger").exists()
+
+
 def test_put_replaces_the_whole_object(tier: Tier, tmp_path: Path) -> None:
     tier.put("k", b"x" * 1000)
     tier.put("k", b"y")
@@ -246,6 +255,64 @@ def test_a_directory_holds_nothing_half_written(tmp_path: Path) -> None:
     again = DirectoryTier(tmp_path / "tier")
     assert not stale.exists() and fresh.exists(), "only what is surely left over goes"
     assert again.list() == ["a/b0/c", "a/b1/c", "a/b2/c"]
+
+
+def test_who_can_write_to_a_directory_reaches_nothing_else(tmp_path: Path) -> None:
+    """A share that others write to, while the daemon is root."""
+    root, away = tmp_path / "tier", tmp_path / "away"
+    tier = DirectoryTier(root)
+    tier.put("real/a", b"x")
+    away.mkdir()
+    (away / "a").write_bytes(b"theirs")
+    os.utime(away / "a", (0, 0))
+    (root / "link").symlink_to(away)
+    (root / "real/file").symlink_to(away / "a")
+    for key in ("link/a", "link/new", "link/new/a"):
+        with pytest.raises(StoreError):
+            tier.put(key, b"mine")
+        tier.delete(key)
+        assert not tier.has(key)
+    with pytest.raises(StoreError):
+        tier.get_bytes("real/file")
+    assert tier.list("link") == [] and tier.entries("link") == []
+    (root / ".incoming").rmdir()
+    (root / ".incoming").symlink_to(away)
+    with pytest.raises(StoreError):
+        DirectoryTier(root)
+    with pytest.raises(StoreError):
+        tier.put("real/b", b"mine")
+    assert {p.name: p.read_bytes() for p in away.iterdir()} == {"a": b"theirs"}
+    assert tier.get_bytes("real/a") == b"x"
+
+
+def test_a_directory_of_odd_files_keeps_nobody_waiting(tmp_path: Path) -> None:
+    tier = DirectoryTier(tmp_path / "tier")
+    os.mkfifo(tmp_path / "tier/fifo")
+    assert not tier.has("fifo")
+    with pytest.raises(StoreError) as error:
+        tier.get("fifo", tmp_path / "target")
+    assert code(error) == "tier-missing"
+
+
+def test_a_file_that_grows_while_it_is_read_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = DirectoryTier(tmp_path / "tier")
+    tier.put("k", bytes(1000))
+    written = 0
+    sendfile = os.sendfile
+
+    def grow(out: int, source: int, offset: None, count: int) -> int:
+        nonlocal written
+        with open(tmp_path / "tier/k", "ab") as f:
+            f.write(bytes(1000))
+        done = sendfile(out, source, offset, count)
+        written += done
+        assert written < 100_000
+        return done
+
+    monkeypatch.setattr(os, "sendfile", grow)
+    with pytest.raises(StoreError) as error:
+        tier.get("k", tmp_path / "target")
+    assert code(error) == "tier-damaged" and written == 1000 and not (tmp_path / "target").exists()
 
 
 def test_a_directory_that_is_none(tmp_path: Path) -> None:

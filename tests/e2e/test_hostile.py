@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sqlite3
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ import pytest
 
 from e2e.harness import Daemon
 from woodfrog.errors import WoodfrogError
+from woodfrog.sdk.client import Client
 
 pytestmark = [pytest.mark.root, pytest.mark.criu]
 
@@ -177,3 +181,50 @@ def test_a_file_of_holes_is_not_read_for_hours(daemon: Daemon) -> None:
     daemon.cli("deploy", str(daemon.program(SPARSE, "sparse.py")))
     assert daemon.call("sparse", "Sparse.serve") == 1
     assert "of holes, at most 16" in daemon.app_text("sparse") and not daemon.snapshots("sparse")
+
+
+NAMED = """
+import woodfrog
+
+app = woodfrog.App("named")
+
+@app.function(single_use_containers=True)
+def read(path):
+    try:
+        with open(path) as file:
+            return file.read()
+    except OSError as e:
+        return type(e).__name__
+"""
+
+
+def test_a_directory_that_a_deploy_named_is_not_exchanged_for_a_closed_one() -> None:
+    """Who may use the socket may be anybody on the machine, and own what is bound into his functions' sandboxes."""
+    with (
+        tempfile.TemporaryDirectory(prefix="wf-named-", dir="/tmp") as folder,
+        Daemon(WOODFROG_SOCKET_GROUP="root") as d,
+    ):
+        base = Path(folder)
+        base.chmod(0o755)
+        named, closed = base / "named", base / "closed"
+        for path in (named, closed / "open"):
+            path.mkdir(parents=True)
+            (path / "file").write_text(path.name)
+        closed.chmod(0o700)
+        d.cli("deploy", str(d.program(NAMED, "named.py")))
+        with sqlite3.connect(d.home / "journal.sqlite") as db:
+            spec = json.loads(db.execute("SELECT spec FROM deploys").fetchone()[0])
+        spec["runtime"]["sys_path"].append(str(named))
+        Client(d.settings).request("POST", "/apps/named/deploy", data={"spec": spec})
+
+        def read() -> str:
+            done = d.cli("call", "named.read", "--arg", json.dumps([str(named / "file")]), check=False)
+            return done.stdout or done.stderr
+
+        assert '"named"' in read()
+        named.rename(base / "away")
+        named.symlink_to(closed / "open")
+        assert "not open to all users" in read()
+        named.unlink()
+        named.symlink_to(base / "away")
+        assert '"named"' in read()

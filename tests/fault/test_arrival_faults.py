@@ -49,8 +49,8 @@ class Server(DirectoryTier):
             with open(log, "a") as f:
                 f.write(json.dumps([key, begin, end]) + chr(10))
 
-    def get(self, key, target):
-        super().get(key, target)
+    def get(self, key, target, most=None):
+        super().get(key, target, most)
         self.tell(key, 0, self.size(key))
 
     def get_bytes(self, key, begin=0, end=None):

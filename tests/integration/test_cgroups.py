@@ -52,6 +52,16 @@ async def test_limits_accounting_and_destruction(tag: str) -> None:
 
 
 @pytest.mark.root
+async def test_all_sandboxes_together_leave_process_numbers_to_the_host(tag: str) -> None:
+    group = cgroups.detect(tag).create("a", Limits())
+    try:
+        limits = [p.parent.parent / "pids.max" for p in group.attach_paths() if (p.parent / "pids.max").exists()]
+        assert limits and all(int(p.read_text()) < int(Path("/proc/sys/kernel/pid_max").read_text()) for p in limits)
+    finally:
+        await group.destroy()
+
+
+@pytest.mark.root
 async def test_sweep_takes_only_ones_own(tag: str) -> None:
     mine, other = cgroups.detect(tag), cgroups.detect(f"{tag}x")
     left = mine.create("left", Limits())

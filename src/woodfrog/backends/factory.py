@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from woodfrog.backends.gpus import library_path
 from woodfrog.errors import SandboxError, WoodfrogError
 from woodfrog.linux import cgroups, descriptors
 from woodfrog.linux.network import Network
-from woodfrog.linux.rootplan import APP, HOME, DeviceNode, RootRequest, VolumeMount, etc_files, root_plan
+from woodfrog.linux.rootplan import APP, HOME, Beneath, DeviceNode, RootRequest, VolumeMount, etc_files, root_plan
 from woodfrog.linux.sandbox import Limits, ProcessSpec, Sandbox, SandboxProcess, init_binary_path
 from woodfrog.linux.skeleton import make_skeleton, private_skeletons, read_host_root
 from woodfrog.settings import Settings
@@ -177,6 +178,7 @@ class SandboxFactory:
             shm_layer=shm,
             code=code.parent if code is not None else None,
             prefixes=prefixes,
+            named=self._named(prefixes),
             volumes=volumes,
             hidden=(settings.home,),
             etc=etc_files(
@@ -207,6 +209,19 @@ class SandboxFactory:
             lowest = make_skeleton(self._skeletons, self._host, prefixes, self._settings.worker_uid)
             self._bases[runtime] = (prefixes, lowest)
         return self._bases[runtime]
+
+    def _named(self, prefixes: tuple[Path, ...]) -> tuple[tuple[Path, Beneath], ...]:
+        """Where they are now, when others than root may name them: whose they are may exchange them at any time, also
+        after the deploy, when it was seen that they are open to all."""
+        if not (self._settings.socket_group or self._settings.listen):
+            return ()
+        owns = {Path(own).resolve() for own in (sys.prefix, sys.base_prefix, self.package_root)}
+        found = []
+        for prefix in prefixes:
+            real = Path(os.path.realpath(prefix))
+            foreign = not owns & {real, *real.parents}
+            found.append((prefix, Beneath(Path("/"), real.parts[1:], open=foreign, recursive=True)))
+        return tuple(found)
 
     def _prefixes(self, runtime: RuntimeSpec) -> tuple[Path, ...]:
         """Directories the interpreter needs, at the paths it knows them by and at their real ones."""

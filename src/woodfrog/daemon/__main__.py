@@ -35,6 +35,7 @@ from woodfrog.backends.zygote import ZygoteConfig
 from woodfrog.control.gpus import Gpu
 from woodfrog.criu.binary import REMEDY, Criu, find_criu
 from woodfrog.daemon.api import TokenAuth, build
+from woodfrog.daemon.connections import Local, Remote
 from woodfrog.daemon.controller import Controller
 from woodfrog.daemon.journal import Journal
 from woodfrog.daemon.logs import LogBook, rotate_own
@@ -293,14 +294,16 @@ async def serve(settings: Settings) -> None:
     )
     servers: list[tuple[_Server, socket.socket]] = []
 
-    def server(app: Any, sock: socket.socket) -> None:
-        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=3)
+    def server(app: Any, sock: socket.socket, http: type[Local]) -> None:
+        config = uvicorn.Config(
+            app, http=http, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=3
+        )
         servers.append((_Server(config), sock))
 
-    server(api, _unix_socket(settings))
+    server(api, _unix_socket(settings), Local)
     tcp = _tcp_socket(settings)
     if tcp is not None:
-        server(TokenAuth(api, settings.token), tcp)
+        server(TokenAuth(api, settings.token), tcp, Remote)
 
     room.take(_ROOM_LEFT)
     controller.recover()

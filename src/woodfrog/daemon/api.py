@@ -28,6 +28,7 @@ import woodfrog
 from woodfrog import protocol
 from woodfrog.backends.payload import CHUNK, Payload, Spool, in_thread, spooled
 from woodfrog.daemon import keeping, looking, volumes
+from woodfrog.daemon.connections import JsonRoute
 from woodfrog.daemon.controller import CallRecord, Controller, failure_of
 from woodfrog.daemon.journal import INLINE_BYTES
 from woodfrog.daemon.package import Package
@@ -100,7 +101,8 @@ class TokenAuth:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
                 error = AuthError("wrong or missing token; set WOODFROG_TOKEN").to_dict()
-                await _Json({"error": error}, status_code=401)(scope, receive, send)
+                # What else it sends is not wanted.
+                await _Json({"error": error}, status_code=401, headers={"Connection": "close"})(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -255,6 +257,7 @@ def build(
         default_response_class=_Json,
         redirect_slashes=False,
     )
+    api.router.route_class = JsonRoute
     settings = controller.settings
     classes = (worker_class, *gpu_classes)
     spool = settings.home / "calls"

@@ -23,6 +23,7 @@ from woodfrog.linux import procfs
 __all__ = ["Cgroup", "Cgroups", "Limits", "detect"]
 
 GROUP = "woodfrog"
+KERNEL = Path("/proc/sys/kernel")
 CPU_SHARE = 0.125
 CONTROLLERS = ("cpu", "memory", "pids")
 PERIOD_US = 100_000
@@ -97,6 +98,13 @@ def _write(path: Path, text: str) -> None:
             os.close(fd)
     except OSError as e:
         raise SandboxError(f"cgroup: cannot write {text!r} to {path}: {e.strerror}", code="cgroup") from e
+
+
+def _leave_pids_to_the_host(directory: Path) -> None:
+    """All sandboxes of the machine together have three quarters of its process numbers: a few with 4,096 each would
+    otherwise leave none to start a shell with."""
+    most = min(_read_int(KERNEL / "pid_max"), _read_int(KERNEL / "threads-max"))
+    _write(directory / "pids.max", str(most * 3 // 4))
 
 
 def _make(directory: Path, *, exist_ok: bool = False) -> None:
@@ -287,6 +295,7 @@ class _CgroupsV2:
         """Make the controllers available in `woodfrog/*`."""
         self._delegate(self.root)
         (self.root / GROUP).mkdir(exist_ok=True)
+        _leave_pids_to_the_host(self.root / GROUP)
         self._delegate(self.root / GROUP)
 
     def _delegate(self, directory: Path) -> None:
@@ -346,6 +355,8 @@ class _CgroupsV1:
         group = self._group(name)
         for controller, directory in group.directories.items():
             _make(self.roots[controller] / GROUP, exist_ok=True)
+            if controller == "pids":
+                _leave_pids_to_the_host(self.roots[controller] / GROUP)
             _make(directory)
         group.set_limits(limits)
         return group

@@ -22,6 +22,7 @@ __all__ = [
     "CRIU_KDAT",
     "HOME",
     "MASKED",
+    "Beneath",
     "DeviceNode",
     "HostEntry",
     "HostRoot",
@@ -59,6 +60,8 @@ HOME = "/root"
 """As on Modal: programs name it, their caches' volumes lie below it."""
 CRIU_KDAT = "/run/criu.kdat"
 """Where CRIU, as root, looks for what it knows of the kernel. It would itself write it there on a tmpfs only."""
+MOST_BENEATH = 32
+"""So many descriptors init takes at once."""
 DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0))
 
 
@@ -132,6 +135,21 @@ class SkeletonEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Beneath:
+    """A directory that others may put links, and other directories, on the way to: none of `parts` may be a link.
+
+    Args:
+        open: each directory on the way, and this one, must be open to all users.
+        recursive: with what is mounted below it.
+    """
+
+    source: Path
+    parts: tuple[str, ...]
+    open: bool = False
+    recursive: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class RootRequest:
     """What one sandbox's root is to hold.
 
@@ -143,6 +161,7 @@ class RootRequest:
         code: layer with the user's code in its directory `app`. What the code writes there stays its own.
         prefixes: directories needed at their own path, read-only (interpreter, virtual environment, woodfrog itself);
             where a part of a path is a symlink, give the resolved path too.
+        named: of prefixes that others than root have named: where each is.
         hidden: host directories that appear empty inside (woodfrog's state).
         etc: files of /etc that are the sandbox's own: name and text; see `etc_files`.
         kdat_dir: host directory on tmpfs, bound to /run/criu, where CRIU as another user keeps its kernel features
@@ -162,6 +181,7 @@ class RootRequest:
     shm_layer: Path | None = None
     code: Path | None = None
     prefixes: tuple[Path, ...] = ()
+    named: tuple[tuple[Path, Beneath], ...] = ()
     volumes: tuple[VolumeMount, ...] = ()
     hidden: tuple[Path, ...] = ()
     etc: tuple[tuple[str, str], ...] = ()
@@ -178,7 +198,7 @@ class RootPlan:
 
     ops: tuple[Op, ...]
     shm_layer: Path | None = None
-    beneath: tuple[tuple[Path, tuple[str, ...]], ...] = ()
+    beneath: tuple[Beneath, ...] = ()
     """Directories in others' ones that are mounted: the operations' `@0`, `@1`, …"""
     volumes: tuple[str, ...] = ()
     """Where they are mounted."""
@@ -417,8 +437,13 @@ def root_plan(request: RootRequest, host: HostRoot) -> RootPlan:
     if request.kdat_file is not None:
         ops.append(_bind(_absolute(request.kdat_file, "kdat file"), CRIU_KDAT, "ro,nosuid,nodev,noexec"))
 
-    ops += binding
-    beneath: list[tuple[Path, tuple[str, ...]]] = []
+    beneath: list[Beneath] = []
+    named = {str(prefix): where for prefix, where in request.named}
+    for op in binding:
+        if op.name == "bind" and op.args[0] == op.args[1] and op.args[1] in named:
+            op = Op("bind", (f"@{len(beneath)}", *op.args[1:]))
+            beneath.append(named[op.args[1]])
+        ops.append(op)
     for volume in sorted(request.volumes, key=lambda v: v.target):
         target = _user_target(volume.target, "volume")
         attributes = "nosuid,nodev" + (",ro" if volume.read_only else "")
@@ -428,8 +453,14 @@ def root_plan(request: RootRequest, host: HostRoot) -> RootPlan:
         source: str | PurePosixPath = _absolute(volume.source, "volume source")
         if volume.parts:
             source = f"@{len(beneath)}"
-            beneath.append((volume.source, volume.parts))
+            beneath.append(Beneath(volume.source, volume.parts))
         ops += [_mkdir(target), _bind(source, target, attributes)]
+    if len(beneath) > MOST_BENEATH:
+        raise SandboxError(
+            f"{len(beneath)} directories of the Python environment and of volumes (sub_path) in one container: "
+            f"{MOST_BENEATH} at most",
+            code="sandbox-plan",
+        )
     ops.append(Op("pivot"))
     if not request.network:
         ops.append(Op("linkdel", ("eth0",)))

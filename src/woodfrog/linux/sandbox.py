@@ -32,7 +32,7 @@ from woodfrog.errors import SandboxError
 from woodfrog.linux.cgroups import Cgroup, Cgroups, Limits
 from woodfrog.linux.native import cannot_start, native_path
 from woodfrog.linux.network import NetworkLease
-from woodfrog.linux.rootplan import HostRoot, Op, RootPlan, base_plan
+from woodfrog.linux.rootplan import Beneath, HostRoot, Op, RootPlan, base_plan
 
 __all__ = ["Completed", "Limits", "ProcessSpec", "Sandbox", "SandboxProcess", "init_binary_path", "prestart_path"]
 
@@ -296,20 +296,28 @@ class _Channel:
         self._on_event(fields, fds)
 
 
-def _mount_beneath(sandbox: str, source: Path, parts: Sequence[str]) -> int:
-    """A directory below `source` as a detached mount. Whoever writes there may put a link on the way at any time: none
-    is followed.
+def _mount_beneath(sandbox: str, where: Beneath) -> int:
+    """A directory as a detached mount. Whoever writes there may put a link on the way at any time: none is followed.
 
     Raises:
-        SandboxError: it is not there, or a link or a file is on the way.
+        SandboxError: it is not there, or a link or a file is on the way, or what must be open is not.
     """
+    source, parts = where.source, where.parts
+    recursive = _AT_RECURSIVE if where.recursive else 0
     fd = os.open(source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        for part in parts:
+        for number, part in enumerate(parts, 1):
             deeper = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
             os.close(fd)
             fd = deeper
-        mount: int = _libc.syscall(_OPEN_TREE, fd, b"", _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH)
+            if where.open and not os.fstat(fd).st_mode & 0o001:
+                raise SandboxError(
+                    f"{source.joinpath(*parts)} cannot be part of the Python environment: "
+                    f"{source.joinpath(*parts[:number])} is not open to all users",
+                    code="runtime",
+                )
+        flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH | recursive
+        mount: int = _libc.syscall(_OPEN_TREE, fd, b"", flags)
         if mount < 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         return mount
@@ -554,8 +562,8 @@ class Sandbox:
         """
         mounts: list[int] = []
         try:
-            for source, parts in plan.beneath:
-                mounts.append(_mount_beneath(self.id, source, parts))
+            for where in plan.beneath:
+                mounts.append(_mount_beneath(self.id, where))
             values = await self._ops(plan.ops, fds=mounts)
         finally:
             for mount in mounts:

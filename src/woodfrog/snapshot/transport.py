@@ -554,9 +554,10 @@ class Transport:
     def _get(self, tier: Tier, key: str, target: Path, most: int) -> None:
         """Bring a cold form, whose content has no more than `most` bytes."""
         self._go_on()
-        if tier.size(key) > most + (most >> 7) + (1 << 20):
+        size = tier.size(key)
+        if size > most + (most >> 7) + (1 << 20):
             raise _too_large(tier, key)
-        tier.get(key, target)
+        tier.get(key, target, size)  # it may have been exchanged since
         with open(target, "rb") as f:
             head = f.read(HEADER)
         if content_size(head) > most:

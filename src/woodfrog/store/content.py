@@ -26,6 +26,8 @@ CODE = "app"
 """Where code is in its layer."""
 _LAYER = ".layer"
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
+_DEEPEST = 256
+"""Python's own functions for trees, which remove them again, are recursive."""
 _BAD_NAME = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
@@ -37,6 +39,8 @@ def _inside(root: Path, name: str) -> Path:
     parts = Path(name).parts
     if name.startswith("/") or ".." in parts or "\0" in name:
         raise _unusable(f"{name!r} leads out of the tree")
+    if len(parts) > _DEEPEST:
+        raise _unusable(f"{name[:80]!r}… lies more than {_DEEPEST} directories deep")
     return root.joinpath(*parts)
 
 
@@ -52,7 +56,7 @@ def _unpack(tar: bytes, root: Path) -> None:
             if member.isdir():
                 path.mkdir(parents=True, exist_ok=True)
             elif member.issym():
-                if member.linkname.startswith("/"):
+                if not member.linkname or member.linkname.startswith("/"):
                     raise _unusable(f"the link {member.name!r} leads out of the tree")
                 links[path] = member.linkname
             elif member.isreg() and not member.issparse():

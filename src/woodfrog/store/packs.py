@@ -20,7 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
-from zstandard import DICT_TYPE_RAWCONTENT, ZstdCompressionDict, ZstdCompressor, ZstdDecompressor, ZstdError
+from zstandard import (
+    CONTENTSIZE_UNKNOWN,
+    DICT_TYPE_RAWCONTENT,
+    ZstdCompressionDict,
+    ZstdCompressor,
+    ZstdDecompressor,
+    ZstdError,
+    get_frame_parameters,
+)
 
 from woodfrog.errors import IntegrityError
 
@@ -53,6 +61,8 @@ FRAME = 32
 _HEAD = struct.Struct("<8sIIII")
 _FRAME = struct.Struct("<II")
 _MAGIC = b"WFDELTA1"
+_MOST_PAGES = 1 << 17
+"""Of a delta: twice what the largest pack has."""
 _LEVEL = 3
 
 
@@ -104,7 +114,15 @@ def compress_frame(pages: bytes, bases: bytes) -> bytes:
 
 def _decompress_frame(frame: memoryview, bases: bytes) -> bytes:
     prefix = ZstdCompressionDict(bases, dict_type=DICT_TYPE_RAWCONTENT)
-    return ZstdDecompressor(dict_data=prefix).decompress(frame, max_output_size=len(bases))
+    return _decompress(ZstdDecompressor(dict_data=prefix), frame, len(bases))
+
+
+def _decompress(decompressor: ZstdDecompressor, frame: bytes | memoryview, most: int) -> bytes:
+    """At most so many bytes: a frame that says its size is given that much memory, whatever was asked for."""
+    size = get_frame_parameters(frame).content_size
+    if size != CONTENTSIZE_UNKNOWN and size > most:
+        raise ZstdError("larger than it can be")
+    return decompressor.decompress(frame, max_output_size=max(1, most))
 
 
 class DeltaWriter:
@@ -194,7 +212,11 @@ def read_delta(path: Path) -> Delta:
     if len(data) < _HEAD.size + NAME or blake3(memoryview(data)[:-NAME]).digest() != data[-NAME:]:
         raise broken
     magic, pages, bases, frames, table = _HEAD.unpack_from(data)
-    if magic != _MAGIC:
+    if (
+        magic != _MAGIC
+        or pages > _MOST_PAGES
+        or _HEAD.size + bases * NAME + frames * _FRAME.size + table > len(data) - NAME
+    ):  # its digest is its own: whoever made it up made that, too
         raise broken
     at = _HEAD.size + bases * NAME
     names = tuple(data[i : i + NAME].hex() for i in range(_HEAD.size, at, NAME))
@@ -202,7 +224,7 @@ def read_delta(path: Path) -> Delta:
     at += frames * _FRAME.size
     places = array("I")
     try:
-        places.frombytes(ZstdDecompressor().decompress(data[at : at + table], max_output_size=max(1, 8 * pages)))
+        places.frombytes(_decompress(ZstdDecompressor(), data[at : at + table], 8 * pages))
     except (ZstdError, ValueError) as e:
         raise broken from e
     at += table

@@ -37,7 +37,7 @@ from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from woodfrog.errors import StoreError
-from woodfrog.store.files import fsync_dir, store_error
+from woodfrog.store.files import store_error
 
 __all__ = ["DirectoryTier", "Entry", "MemoryTier", "ObjectTier", "Tier", "open_tier"]
 
@@ -69,8 +69,12 @@ class Tier(Protocol):
     def put(self, key: str, source: Path | bytes) -> None:
         """Store a file or bytes under `key`, replacing what is there. Nobody ever sees a part of it."""
 
-    def get(self, key: str, target: Path) -> None:
-        """Write the object to the file `target`, whole or not at all. It is not synced to disk."""
+    def get(self, key: str, target: Path, most: int | None = None) -> None:
+        """Write the object to the file `target`, whole or not at all. It is not synced to disk.
+
+        Args:
+            most: bytes that it may have; one that has more is damaged, and no more of it is written.
+        """
 
     def get_bytes(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
         """Read bytes `begin` to `end` (exclusive); what lies past the end of the object is left out, as in a slice."""
@@ -169,6 +173,11 @@ def _damaged(tier: str, key: str, why: str) -> StoreError:
     return StoreError(f"{tier}: {key} {why}; try again", code="tier-damaged", retryable=True, tier=tier, key=key)
 
 
+def _check_most(tier: str, key: str, size: int, most: int | None) -> None:
+    if most is not None and size > most:
+        raise _damaged(tier, key, f"has {size} bytes now, and had no more than {most}")
+
+
 @contextmanager
 def _replacing(target: Path) -> Iterator[int]:
     """A descriptor of a new file that takes the place of `target` when the block ends well, and is gone otherwise."""
@@ -191,12 +200,13 @@ def _replacing(target: Path) -> Iterator[int]:
         raise
 
 
-def _copy(source: int, target: int) -> int:
-    """Copy from the current position of one file to that of another; how many bytes there were."""
-    copied = 0
-    while count := os.sendfile(target, source, None, _COPY):
+def _copy(source: int, target: int) -> bool:
+    """Copy a file to another's current position; whether it was as long all the while. No more is written than it has
+    in the beginning, however fast it grows."""
+    size, copied = os.fstat(source).st_size, 0
+    while count := os.sendfile(target, source, None, min(_COPY, size - copied)):
         copied += count
-    return copied
+    return copied == os.fstat(source).st_size
 
 
 def _write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
@@ -248,8 +258,9 @@ class MemoryTier:
             self._objects[key], self._used = data, used
             self._times[key] = self._clock()
 
-    def get(self, key: str, target: Path) -> None:
+    def get(self, key: str, target: Path, most: int | None = None) -> None:
         data = self._find(key)
+        _check_most(self.name, key, len(data), most)
         with _replacing(target) as fd:
             _write_at(fd, data, 0)
 
@@ -284,10 +295,19 @@ class MemoryTier:
             raise _missing(self.name, key) from None
 
 
+def _clean(incoming: int) -> None:
+    """Remove what writers that died have left. Age tells, since a writer may be on another machine."""
+    for name in os.listdir(incoming):
+        with suppress(FileNotFoundError, IsADirectoryError):
+            if os.stat(name, dir_fd=incoming, follow_symlinks=False).st_mtime < time.time() - _STALE_S:
+                os.unlink(name, dir_fd=incoming)
+
+
 class DirectoryTier:
     """Objects as files below a directory: a disk, a tmpfs, a mounted share.
 
-    What `put` has stored survives a power loss. Writers on several machines may share one directory.
+    What `put` has stored survives a power loss. Writers on several machines may share one directory. They may be others
+    than root, who writes here: below `root` no symbolic link is followed.
 
     Args:
         name: what messages call it; its URL without.
@@ -299,37 +319,43 @@ class DirectoryTier:
         self._incoming = self.root / _TEMPORARY
         try:
             self._incoming.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._clean()
+            with self._folder(f"{_TEMPORARY}/") as (incoming, _):
+                _clean(incoming)
         except OSError as e:
-            raise self._error("cannot use", self.root, e) from e
+            raise self._error("cannot use", self._incoming, e) from e
 
     @property
     def name(self) -> str:
         return self._name
 
     def put(self, key: str, source: Path | bytes) -> None:
-        final = self._path(key)
-        temporary = self._incoming / uuid.uuid4().hex
+        final, temporary = self._path(key), uuid.uuid4().hex
         try:
-            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            try:
-                if isinstance(source, Path):
-                    self._take(source, fd)
-                else:
-                    _write_at(fd, source, 0)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            self._place(temporary, final)
+            with self._folder(f"{_TEMPORARY}/") as (incoming, _):
+                try:
+                    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                    fd = os.open(temporary, flags, 0o600, dir_fd=incoming)
+                    try:
+                        if isinstance(source, Path):
+                            self._take(source, fd)
+                        else:
+                            _write_at(fd, source, 0)
+                        os.fsync(fd)
+                    finally:
+                        os.close(fd)
+                    with self._folder(key, make=True) as (folder, name):
+                        os.rename(temporary, name, src_dir_fd=incoming, dst_dir_fd=folder)
+                        os.fsync(folder)
+                finally:
+                    with suppress(OSError):
+                        os.unlink(temporary, dir_fd=incoming)
         except OSError as e:
             raise self._error("cannot store", final, e, key) from e
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
-    def get(self, key: str, target: Path) -> None:
+    def get(self, key: str, target: Path, most: int | None = None) -> None:
         with self._opened(key) as source, _replacing(target) as fd:
-            if _copy(source, fd) != os.fstat(source).st_size:
+            _check_most(self.name, key, os.fstat(source).st_size, most)
+            if not _copy(source, fd):
                 raise _damaged(self.name, key, "changed while it was read")
 
     def get_bytes(self, key: str, begin: int = 0, end: int | None = None) -> bytes:
@@ -362,7 +388,7 @@ class DirectoryTier:
         found = []
         for key in self.list(prefix):
             try:
-                info = os.stat(self.root / key)
+                info = os.lstat(self.root / key)
             except (FileNotFoundError, NotADirectoryError):  # removed while we looked
                 continue
             except OSError as e:
@@ -373,34 +399,67 @@ class DirectoryTier:
     def list(self, prefix: str = "") -> list[str]:
         folder = _check_prefix(self.name, prefix)
         self._check_there(prefix)
+        top = self.root / folder
+        if any(
+            place.is_symlink()
+            for place in (top, *top.parents)
+            if place != self.root and place.is_relative_to(self.root)
+        ):
+            return []
         keys = []
 
         def fail(error: OSError) -> None:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR):  # removed while we looked, or never there
                 raise self._error("cannot list", self.root / folder, error)
 
-        for place, folders, names in os.walk(self.root / folder, onerror=fail):
+        for place, folders, names in os.walk(top, onerror=fail):
             folders[:] = [name for name in folders if not name.startswith(".")]
             below = os.path.relpath(place, self.root)
             keys += [os.path.normpath(f"{below}/{name}") for name in names if not name.startswith(".")]
         return sorted(keys)
 
     def delete(self, key: str) -> None:
+        path = self._path(key)
         try:
-            self._path(key).unlink(missing_ok=True)
-        except (NotADirectoryError, IsADirectoryError):
+            with self._folder(key) as (folder, name):
+                os.unlink(name, dir_fd=folder)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return
         except OSError as e:
-            raise self._error("cannot remove", self._path(key), e, key) from e
+            raise self._error("cannot remove", path, e, key) from e
 
     def _path(self, key: str) -> Path:
         return self.root / _check_key(self.name, key)
 
     @contextmanager
+    def _folder(self, key: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
+        """A descriptor of the directory that an object is in, and the object's name there.
+
+        Args:
+            make: make what is missing on the way.
+        """
+        *above, name = key.split("/")
+        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for part in above:
+                if make:
+                    with suppress(FileExistsError):
+                        os.mkdir(part, dir_fd=fd)
+                        os.fsync(fd)
+                below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+                os.close(fd)
+                fd = below
+            yield fd, name
+        finally:
+            os.close(fd)
+
+    @contextmanager
     def _opened(self, key: str) -> Iterator[int]:
         path = self._path(key)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            with self._folder(key) as (folder, name):
+                # Not to wait for whoever writes to a FIFO.
+                fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         except (FileNotFoundError, NotADirectoryError):
             self._check_there(key)
             raise _missing(self.name, key) from None
@@ -428,25 +487,11 @@ class DirectoryTier:
     def _take(self, source: Path, fd: int) -> None:
         try:
             with open(source, "rb", buffering=0) as f:
-                if _copy(f.fileno(), fd) == os.fstat(f.fileno()).st_size:
+                if _copy(f.fileno(), fd):
                     return
         except FileNotFoundError as e:
             raise store_error("cannot read", source, e) from e
         raise _damaged(self.name, str(source), "changed while it was stored")
-
-    def _place(self, temporary: Path, final: Path) -> None:
-        made = [folder for folder in (final.parent, *final.parent.parents) if not folder.exists()]
-        final.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(temporary, final)
-        for folder in {final.parent, *(folder.parent for folder in made)}:
-            fsync_dir(folder)
-
-    def _clean(self) -> None:
-        """Remove what writers that died have left. Age tells, since a writer may be on another machine."""
-        for path in self._incoming.iterdir():
-            with suppress(FileNotFoundError):
-                if path.stat().st_mtime < time.time() - _STALE_S:
-                    path.unlink()
 
     def _error(self, what: str, path: Path, error: OSError, key: str = "") -> StoreError:
         if isinstance(error, PermissionError):
@@ -550,10 +595,11 @@ class ObjectTier:
         if stored != size:
             raise _damaged(self.name, key, f"has {stored} bytes after {size} were sent")
 
-    def get(self, key: str, target: Path) -> None:
+    def get(self, key: str, target: Path, most: int | None = None) -> None:
         with _replacing(target) as fd:
 
             def allocate(size: int) -> Callable[[int, memoryview], None]:
+                _check_most(self.name, key, size, most)
                 os.ftruncate(fd, size)
                 return lambda offset, data: _write_at(fd, data, offset)
 
