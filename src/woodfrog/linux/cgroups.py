@@ -354,14 +354,22 @@ class _CgroupsV1:
     def create(self, name: str, limits: Limits) -> Cgroup:
         group = self._group(name)
         for controller, directory in group.directories.items():
-            _make(self.roots[controller] / GROUP, exist_ok=True)
-            if controller == "pids":
-                _leave_pids_to_the_host(self.roots[controller] / GROUP)
+            above = self.roots[controller] / GROUP
+            if not above.exists():
+                self._make_above(controller)
             _make(directory)
         group.set_limits(limits)
         return group
 
+    def _make_above(self, controller: str) -> None:
+        above = self.roots[controller] / GROUP
+        _make(above, exist_ok=True)
+        if controller == "pids":
+            _leave_pids_to_the_host(above)
+
     async def sweep_leftovers(self) -> list[str]:
+        for controller in self.roots:
+            self._make_above(controller)
         names = _leftovers(tuple(self.roots.values()), self.tag)
         for name in names:
             group = self._group(name)
