@@ -1,0 +1,109 @@
+"""More calls at once than the machine has memory for: all are answered, by as many containers as fit."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from e2e.harness import Daemon
+
+pytestmark = [pytest.mark.root, pytest.mark.criu]
+
+LIMIT_MIB = 1000
+HELD_MIB = 200
+
+PROGRAM = f"""
+import time
+import woodfrog
+
+app = woodfrog.App("holder")
+
+
+@app.cls(enable_memory_snapshot=True, scaledown_window=60)
+class Holder:
+    @woodfrog.enter(snap=True)
+    def load(self):
+        self.data = bytearray(b"x" * ({HELD_MIB} << 20))
+
+    @woodfrog.method()
+    def work(self, n, seconds=0.3):
+        self.data[::4096] = bytes([n]) * (len(self.data) // 4096)  # every page becomes its own
+        time.sleep(seconds)
+        return n
+
+
+@app.function(enable_memory_snapshot=True, scaledown_window=60)
+def small(n):
+    return n
+"""
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Daemon]:
+    with Daemon(WOODFROG_MEMORY_MIB=str(LIMIT_MIB), WOODFROG_POOL_SIZE="4", WOODFROG_ZYGOTES="0") as daemon:
+        daemon.cli("deploy", str(daemon.program(PROGRAM)))
+        yield daemon
+
+
+def private_mib(group: Path) -> float:
+    """What a container takes for itself, read as the kernel says it, v1 or v2."""
+    try:
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return 0.0
+    return (int(stat.get("rss", stat.get("anon", 0))) + int(stat.get("shmem", 0))) / (1 << 20)
+
+
+class Watch(threading.Thread):
+    """The most memory that the daemon's containers took together, and the most of them at a time."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        super().__init__()
+        self.daemon_ = daemon
+        self.most_mib = 0.0
+        self.most = 0
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.1):
+            held = [private_mib(g) for g in self.daemon_.cgroups() if (g / "memory.stat").exists()]
+            self.most_mib = max(self.most_mib, sum(held))
+            self.most = max(self.most, sum(mib > HELD_MIB / 2 for mib in held))
+
+
+def at_once(daemon: Daemon, count: int, tag: str = "Holder.work", **arguments: float) -> tuple[list[int], Watch]:
+    """Answers of so many calls at once, and what they took."""
+    watch = Watch(daemon)
+    watch.start()
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            asked = [pool.submit(daemon.call, "holder", tag, timeout=120, n=n, **arguments) for n in range(count)]
+            return [a.result() for a in asked], watch
+    finally:
+        watch.over.set()
+        watch.join()
+
+
+def test_thirty_calls_are_answered_by_the_containers_that_fit(daemon: Daemon) -> None:
+    begin = time.monotonic()
+    answers, watch = at_once(daemon, 30)  # cold, and then thawed
+    print("cold", watch.most, watch.most_mib, time.monotonic() - begin)
+    assert answers == list(range(30))
+    assert 1 <= watch.most <= LIMIT_MIB // HELD_MIB
+    assert watch.most_mib <= LIMIT_MIB
+    daemon.wait_snapshot("holder")
+    daemon.scale_to_zero()
+    begin = time.monotonic()
+    answers, watch = at_once(daemon, 30, seconds=0.5)
+    print("thaw", watch.most, watch.most_mib, time.monotonic() - begin)
+    print(daemon.get("/state")["memory"])
+    print(daemon.app_text("holder"))
+    assert answers == list(range(30))
+    assert 2 <= watch.most <= LIMIT_MIB // HELD_MIB, "one at least beside the first"
+    assert watch.most_mib <= LIMIT_MIB
+    assert "was killed" not in daemon.app_text("holder")
