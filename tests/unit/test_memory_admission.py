@@ -95,10 +95,23 @@ def test_a_call_that_runs_on_shows_what_it_takes() -> None:
     d.found(900)
     calls(d, 3)
     d.ready("i-t-1")
-    d.now = 1.9
+    for d.now, mib in ((3.0, 50), (5.0, 97), (8.0, 100), (9.9, 101), (14.8, 103)):  # type: ignore[misc]
+        assert starts(d.look(i_t_1=mib)) == [], "it grows"
+    d.now = 15.0
+    assert starts(d.look(i_t_1=103)) == ["i-t-2", "i-t-3"]
+
+
+def test_what_was_looked_at_before_its_call_ended_shows_nothing() -> None:
+    d = Machine(function(), mib=1000)
+    d.found(900)
+    calls(d, 3)
+    d.ready("i-t-1")
+    d.now = 1.0
+    d.done("c1", "i-t-1")
+    d.now = 0.9
     assert starts(d.look(i_t_1=100)) == []
-    d.now = 2.0
-    assert starts(d.look(i_t_1=100)) == ["i-t-2", "i-t-3"]
+    d.now = 1.1
+    assert starts(d.look(i_t_1=100)) == ["i-t-2"]
 
 
 def test_more_than_expected_counts_at_once() -> None:

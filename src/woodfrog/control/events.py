@@ -350,7 +350,10 @@ class StartRefused(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySeen(Event):
-    """What the machine has for instances, in bytes. Until the first of these, starts do not depend on memory."""
+    """What the machine has for instances, in bytes. Until the first of these, starts do not depend on memory.
+
+    `now` is when instances were looked at; that may be before other events of which the machine has been told since.
+    """
 
     total: int
     """0 = it is not known any more: from now on starts do not depend on it."""

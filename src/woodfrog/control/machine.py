@@ -255,6 +255,7 @@ def _call_finished(st: State, ev: CallFinished) -> None:
     group.last_load = st.now
     inst.call = inst.closing = None
     inst.served += 1
+    inst.served_at = min(inst.served_at, st.now)
     moves.note_use(st, inst)
     delay = None
     if call is not None:

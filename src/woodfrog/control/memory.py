@@ -13,6 +13,8 @@ __all__ = ["FILL_S", "expected", "fits", "fits_whole", "is_known", "look", "shor
 
 FILL_S = 5.0
 """After so long what was to be filled in is in."""
+STEP = 4 << 20
+"""Less than so much more is no growth."""
 UNKNOWN_LEAST, UNKNOWN_MOST = 128 << 20, 1 << 30
 """What is expected of a function of which nothing is known: a quarter of the machine, within these."""
 
@@ -92,6 +94,8 @@ def look(st: State, ev: MemorySeen) -> None:
         if _boots(inst):
             knowledge.boot = max(knowledge.boot, inst.used)
         else:
+            if inst.used >= inst.grown + STEP:
+                inst.grown, inst.grew_at = inst.used, ev.now
             inst.high = max(inst.high, inst.used)
         if not inst.whole:
             seen.setdefault(knowledge, []).append(inst)
@@ -100,9 +104,9 @@ def look(st: State, ev: MemorySeen) -> None:
         before = expected(st, first.group, first.chip, restore=True)
         high = max(i.high for i in instances)
         # What has served no call may still be about to grow: it shows that more is needed, never that less is.
-        if high and (any(i.proven(st.now) for i in instances) or high > before):
+        if high and (any(i.proven(ev.now) for i in instances) or high > before):
             knowledge.need = high
-        elif not is_known(st, first.group, first.chip) and any(i.known(st.now) for i in instances):
+        elif not is_known(st, first.group, first.chip) and any(i.known(ev.now) for i in instances):
             knowledge.need = before
     for inst in st.instances.values():
         if not inst.park:

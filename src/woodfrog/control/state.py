@@ -15,8 +15,10 @@ __all__ = ["App", "Call", "Config", "Group", "Instance", "InstanceState", "Knowl
 HISTORY = 20
 """Transitions kept per call and instance, for the story in an error."""
 
-PROVEN_S = 2.0
-"""A call that has run for so long has most of the memory it needs; where it grows further, that is seen."""
+PROVEN_S = 5.0
+"""A call that has run for so long without taking more memory probably has what it needs."""
+KNOWN_S = 2.0
+"""An instance that is there for so long tells something of a function of which nothing was known."""
 
 InstanceState = Literal["starting", "capturing", "parked", "idle", "running", "stopping"]
 CallState = Literal["queued", "running", "waiting_retry"]
@@ -194,6 +196,11 @@ class Instance:
     """Whether that was since it came up, or began to go."""
     high: int = 0
     """The most that was seen of it since it came up."""
+    grown: int = 0
+    grew_at: float = -NEVER
+    """When it was last seen to have grown, and to what."""
+    served_at: float = NEVER
+    """When it had served its first call."""
     whole: bool = False
     """All of its memory is in, or is being filled in."""
     fills_until: float = -NEVER
@@ -217,12 +224,12 @@ class Instance:
         return max(self.need - self.used, 0)
 
     def proven(self, now: float) -> bool:
-        """Whether what it takes tells what a call takes."""
-        return self.served > 0 or (self.state == "running" and now - self.since >= PROVEN_S)
+        """Whether what it took at that time tells what a call takes."""
+        return self.served_at <= now or (self.state == "running" and now - max(self.since, self.grew_at) >= PROVEN_S)
 
     def known(self, now: float) -> bool:
         """Whether it is there for long enough to tell anything."""
-        return self.proven(now) or now - self.started_at >= PROVEN_S
+        return self.proven(now) or now - self.started_at >= KNOWN_S
 
     def view(self) -> dict[str, Any]:
         service = self.group.service

@@ -62,14 +62,15 @@ class MemoryWatch:
     def look(self) -> None:
         """Before a start: what the machine has, unless that was looked at just now."""
         if self._limit >= 0 and self._clock() - self._looked >= _FRESH_S:
-            self._tell(None)
+            self._tell(None, self._clock())
 
     async def run(self) -> None:
         """Look for as long as the daemon lives."""
         while self._limit >= 0:
             await asyncio.sleep(self._pause())
             try:
-                self._tell(await self._backend.memory_used() if self._state.instances else {})
+                begun = self._clock()
+                self._tell(await self._backend.memory_used() if self._state.instances else {}, begun)
                 self._explain()
             except Exception:  # the next one may succeed
                 log.exception("memory is not looked at")
@@ -80,7 +81,7 @@ class MemoryWatch:
             return _HUNGRY_S
         return _BUSY_S if self._state.calls or self._state.starting else _QUIET_S
 
-    def _tell(self, used: dict[str, int] | None) -> None:
+    def _tell(self, used: dict[str, int] | None, now: float) -> None:
         try:
             room = self._backend.room(quick=used is None)
         except (OSError, ValueError) as e:
@@ -91,7 +92,6 @@ class MemoryWatch:
         self._looked = self._clock()
         taken = used if used is not None else {i.id: i.used for i in self._state.instances.values()}
         total, available = to_give(room.total, room.available, sum(taken.values()), self._limit)
-        now = self._looked
         seen = (
             total,
             available // max(total >> 6, _STEP),
