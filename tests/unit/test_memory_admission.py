@@ -154,6 +154,19 @@ def test_the_next_version_is_expected_to_take_as_much() -> None:
     assert len(calls(d, 5)) == 2
 
 
+def test_a_new_version_starts_beside_the_old_one_where_idle_ones_make_room() -> None:
+    for mib, beside in ((800, True), (750, False)):
+        d = Machine(function(), function("g"), mib=mib)
+        other, inst = d.serve("g", mib=300), d.serve(mib=400)
+        d.call()
+        stops = [a.instance_id for a in d.deploy(function(), function("g")) if isinstance(a, ev.StopInstance)]
+        new = d.state.services["a/f@2"]
+        assert bool(new.groups and new.groups[""].elder) == beside
+        assert stops == [other], "of an older version, and idle"
+        d.stopped(other)
+        assert d.states()[inst] == "running"
+
+
 def test_a_parked_one_is_not_woken_where_it_does_not_fit() -> None:
     d = Machine(function(scaling=ScalingPolicy(buffer_containers=1)), function("g"), mib=1250)
     d.found(400)

@@ -238,6 +238,12 @@ def lacks_memory(st: State, group: Group) -> bool:
     return not fits(st, group, group.hungry_need, known=is_known(st, group, found.chip))
 
 
+def fits_beside(st: State, group: Group, elder: Group) -> bool:
+    """Whether there is memory for it beside its elder, once idle instances of others have made room."""
+    idle = sum(i.used for i in st.idle.values() if i.group not in (group, elder))
+    return not lacks_memory(st, group) or shortage(st, group, group.hungry_need) <= idle
+
+
 def place(st: State, group: Group) -> Place | None:
     """None = it waits for a GPU."""
     if not needs_gpu(st, group):
@@ -603,7 +609,7 @@ def succeed(st: State, old: Group, service: Service | None) -> None:
     if service is not None and elder.warm and (busy or (service.spec.scaling.min_containers and not old.digest)):
         group = service.group(old.digest)
         # Without room beside the elder it would wait for the elder's end.
-        if len(st.instances) < st.config.max_instances and not lacks_gpu(st, group) and not lacks_memory(st, group):
+        if len(st.instances) < st.config.max_instances and not lacks_gpu(st, group) and fits_beside(st, group, elder):
             group.elder, elder.heir = elder, group
             set_rolling(st, group)
     if elder is not old and elder.heir is None:
@@ -867,7 +873,7 @@ def free_memory(st: State, group: Group) -> None:
     Where all of them are not enough they go only for a function that nothing serves: it may need the whole machine.
     """
     missing = shortage(st, group, group.hungry_need)
-    idle = [i for i in st.idle.values() if i.group is not group]
+    idle = [i for i in st.idle.values() if i.group not in (group, group.elder)]
     idle.sort(key=lambda i: i.group.live <= floor(i.group))
     going = []
     for inst in [*idle, *(i for i in st.parked.values() if i.group is not group)]:
