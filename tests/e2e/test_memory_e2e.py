@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from e2e.harness import Daemon, until
+from woodfrog.linux import cgroups
 
 pytestmark = [pytest.mark.root, pytest.mark.criu]
 
@@ -109,6 +113,42 @@ def test_who_waits_is_shown_and_idle_containers_make_room(daemon: Daemon) -> Non
         assert "short of memory" in daemon.cli("app", "list").stdout
         assert "queued: memory" in daemon.cli("app", "calls", "holder").stdout
         assert [a.result() for a in asked] == list(range(16))
-    assert "for memory: a container needs about 20" in daemon.app_text("holder")
+    assert re.search(r"wait.? for memory: a container needs about 2\d\d MiB, ", daemon.app_text("holder"))
     assert daemon.call("holder", "small", n=7) == 7, "nothing is known of it: more than is left is kept for it"
     assert "makes room in memory for another function" in daemon.app_text("holder")
+
+
+@pytest.fixture
+def small_machine() -> Iterator[tuple[Daemon, Path]]:
+    """A daemon that sees a cgroup with a limit in the place of all, as in a container; and the group."""
+    found = cgroups.detect("small")
+    place = found.root if isinstance(found, cgroups._CgroupsV2) else found.roots["memory"]  # type: ignore[attr-defined]
+    group = place / f"woodfrog-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        limit = group / ("memory.max" if found.version == 2 else "memory.limit_in_bytes")
+        limit.write_text(str(LIMIT_MIB << 20))
+        daemon = Daemon(WOODFROG_POOL_SIZE="4", WOODFROG_ZYGOTES="0")
+        bind = f"mount --bind {group} {place} && exec {' '.join(daemon.command)}"
+        daemon.command = ("unshare", "--mount", "sh", "-c", bind)
+        with daemon:
+            yield daemon, group
+    finally:
+        for directory in sorted(group.glob("**/"), key=lambda p: -len(p.parts)):
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+
+
+def test_nothing_is_killed_on_a_small_machine(small_machine: tuple[Daemon, Path]) -> None:
+    daemon, group = small_machine
+    daemon.cli("deploy", str(daemon.program(PROGRAM)))
+    assert daemon.get("/state")["memory"]["total"] == LIMIT_MIB << 20
+    answers, watch = at_once(daemon, 1)
+    assert answers == [0]
+    daemon.wait_snapshot("holder")
+    daemon.scale_to_zero()
+    answers, watch = at_once(daemon, 30, seconds=0.5)
+    assert answers == list(range(30)) and 2 <= watch.most <= LIMIT_MIB // HELD_MIB
+    kills = [p.read_text() for name in ("memory.events", "memory.oom_control") for p in group.glob(f"**/{name}")]
+    assert kills and all(line.endswith(" 0") for t in kills for line in t.splitlines() if line.startswith("oom_kill "))
+    assert "killed" not in daemon.app_text("holder")
