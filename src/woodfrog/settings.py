@@ -52,6 +52,9 @@ class Settings:
     """Uid and gid that user code runs as."""
     max_containers: int = 64
     """Containers at a time, of all functions together."""
+    memory_mib: int = 0
+    """What containers may take of memory together, in MiB: a start that does not fit waits. 0 = what the machine has,
+    less a twentieth of it; -1 = starts do not look at memory."""
     pool_size: int = 2
     """Prepared sandboxes kept waiting."""
     lazy_min_mib: int = 4
@@ -143,6 +146,7 @@ _BOOLS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false":
 
 _LEAST = {
     "drain_ms": -1,
+    "memory_mib": -1,
     "worker_uid": 1,
     "max_containers": 1,
     "log_mib": 1,

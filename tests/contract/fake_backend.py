@@ -22,6 +22,7 @@ from contract.fake_keeper import FakeKeeper
 from woodfrog.backends.base import Answer, CallRequest, Observer, StartRequest
 from woodfrog.backends.payload import Payload
 from woodfrog.errors import CaptureError, InstanceCrashed, RestoreError, SandboxError, StartupError, WoodfrogError
+from woodfrog.linux.meminfo import Room
 from woodfrog.snapshot.catalogue import Catalogue
 from woodfrog.snapshot.manifest import FORMAT, Manifest
 
@@ -257,6 +258,15 @@ class FakeBackend:
 
     async def check_gpus(self) -> None:
         return
+
+    def fill(self, instance_id: str) -> None:
+        assert instance_id
+
+    def room(self, *, quick: bool = False) -> Room:
+        return Room(1 << 40, 1 << 40)
+
+    async def memory_used(self) -> dict[str, int]:
+        return {}
 
     def find_snapshot(self, function_key: str, *, chip: str = "") -> str | None:
         manifest = self.catalogue.find(function_key, WORKER_CLASS)

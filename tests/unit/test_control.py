@@ -901,6 +901,7 @@ def _example(hint: Any) -> Any:
         ("tuple[str", ("x",)),
         ("dict[str, dict[str, str]]", {"f": {"c": "k"}}),
         ("dict[str, str]", {"f": "k"}),
+        ("dict[str, int]", {"f": 1}),
         ("dict", {"a": [1, None]}),
     ):
         if name in text:

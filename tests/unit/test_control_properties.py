@@ -19,6 +19,7 @@ from woodfrog.control.events import (
     CaptureFailed,
     CloseCall,
     Event,
+    FillMemory,
     FinishCall,
     GpusSetAside,
     InstanceExited,
@@ -28,6 +29,7 @@ from woodfrog.control.events import (
     InstanceStopped,
     InstanceStopRequested,
     KillInstance,
+    MemorySeen,
     ParkInstance,
     RestoreFailed,
     RetireSnapshot,
@@ -96,7 +98,14 @@ configs = st.builds(
     parked=st.integers(0, 2),
     park_window=st.sampled_from([3.0, 3600.0]),
     gpus=st.sampled_from([(), (Gpu("1", "A"), Gpu("2", "A"), Gpu("3", "B"))]),
+    drain_calls=st.integers(0, 2),
+    abreast=st.integers(1, 3),
 )
+MIB = 1 << 20
+TAKES = {"f": 60 * MIB, "C": 120 * MIB}
+"""What an instance of each function takes, from its start on: never more than is expected of it at first."""
+memories = st.sampled_from([None, None, 100 * MIB, 250 * MIB, 1000 * MIB])
+"""Of the machine; None = nobody looks."""
 
 
 @dataclass
@@ -118,6 +127,12 @@ class Box:
     ending: bool = False
     call: str | None = None
     gpus: tuple[str, ...] = ()
+    filled: bool = False
+
+    @property
+    def takes(self) -> int:
+        """Parked it is asleep; being thawed for that, too."""
+        return 0 if self.park else TAKES[self.service.partition("/")[2].partition("@")[0]]
 
 
 @dataclass
@@ -125,6 +140,7 @@ class Backend:
     """Carries out the machine's actions and checks that they make sense."""
 
     state: State
+    memory: int | None = None
     now: float = 0.0
     wake: float = float("inf")
     boxes: dict[str, Box] = field(default_factory=dict)
@@ -224,6 +240,10 @@ class Backend:
                 box.ending = True
             case KillInstance():
                 self.boxes[action.instance_id].ending = True
+            case FillMemory():
+                box = self.boxes[action.instance_id]
+                assert box.up and not box.ending and not box.filled
+                box.filled = True
             case FinishCall():
                 assert action.call_id in self.open
                 assert (action.error is None) == (action.outcome == "success")
@@ -260,7 +280,17 @@ class Backend:
         for service in self.state.services.values():
             limit = service.spec.scaling.max_containers
             assert limit is None or sum(b.service == service.id for b in self.boxes.values()) <= limit
+        if self.memory is not None:
+            taking = [b.takes for b in self.boxes.values() if b.takes]
+            assert sum(taking) <= self.memory or len(taking) == 1, "more than there is"
         self.check_books()
+
+    def look(self) -> None:
+        """Everybody's memory is looked at."""
+        if self.memory is not None:
+            used = {b.id: b.takes for b in self.boxes.values() if b.up or b.ending}
+            available = max(self.memory - sum(used.values()), 0)
+            self.send(MemorySeen(now=self.now, total=self.memory, available=available, used=used))
 
     def check_books(self) -> None:
         """The machine's counters against what they count."""
@@ -284,7 +314,8 @@ class Backend:
                 assert group.starting + group.parking == states.count("starting") + states.count("capturing")
                 assert group.parking == sum(i.park for i in group.instances.values() if i.state == "starting")
                 assert set(group.parked) == {i.id for i in group.instances.values() if i.state == "parked"}
-                assert not group.parked or not group.queue or state.now < group.hold_calls
+                assert not group.parked or not group.queue or state.now < group.hold_calls or group.hungry
+                assert not group.hungry or self.memory is not None
                 assert (group.running, group.stopping) == (states.count("running"), states.count("stopping"))
                 assert set(group.idle) == {i.id for i in group.instances.values() if i.state == "idle"}
                 assert not (group.queue and group.idle)
@@ -416,7 +447,9 @@ class Backend:
 
     def settle(self, until: float) -> None:
         """Everything succeeds from here on, until nothing is under way and no timer is left before `until`."""
-        for _ in range(5000):
+        for turn in range(5000):
+            if turn % 3 == 0:
+                self.look()
             busy = [b for b in self.boxes.values() if b.ending or b.call or not (b.up or b.parked)]
             if busy:
                 self.step(busy[0], 0)
@@ -437,10 +470,11 @@ class Life(RuleBasedStateMachine):
     versions: dict[str, int]
     calls: int
 
-    @initialize(config=configs, specs=specs)
-    def begin(self, config: Config, specs: tuple[FunctionSpec, ...]) -> None:
+    @initialize(config=configs, specs=specs, memory=memories)
+    def begin(self, config: Config, specs: tuple[FunctionSpec, ...], memory: int | None) -> None:
         self.config = config
-        self.backend = Backend(State(config, "t"))
+        self.backend = Backend(State(config, "t"), memory)
+        self.backend.look()
         self.versions = {}
         self.calls = 0
         self.deploy("a", specs, False)
@@ -538,6 +572,11 @@ class Life(RuleBasedStateMachine):
             )
         )
 
+    @precondition(lambda self: self.backend.memory is not None)
+    @rule()
+    def look(self) -> None:
+        self.backend.look()
+
     @precondition(lambda self: self.config.gpus)
     @rule(sick=st.sets(st.sampled_from("123")))
     def set_aside(self, sick: set[str]) -> None:
@@ -603,7 +642,8 @@ class Life(RuleBasedStateMachine):
             }
             assert all(s.active for s in state.services.values())
             wishes = any(s.spec.resources.gpu for s in state.services.values())
-            if sum(floors.values()) <= self.config.max_instances and not (wishes and self.config.gpus):
+            short = self.backend.memory is not None
+            if sum(floors.values()) <= self.config.max_instances and not (wishes and self.config.gpus) and not short:
                 assert {s.id: s.instances for s in state.services.values()} == floors
             assert len(backend.boxes) <= sum(floors.values())
         for app in APPS:

@@ -94,7 +94,7 @@ def backend(tmp_path: Path) -> LocalBackend:
     parts: dict[str, Any] = {"observer": Observer(), "factory": Factory(), "keeper": Keeper()}
     zygotes = ZygoteConfig(tmp_path / "zygotes", tmp_path, enabled=False)
     return LocalBackend(
-        LocalConfig(tmp_path, 0, 0, 0, 8, zygotes),
+        LocalConfig(tmp_path, 0, 0, 0, zygotes),
         catalogue=nothing,
         content=nothing,
         criu=nothing,

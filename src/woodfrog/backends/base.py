@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from woodfrog.backends.payload import Payload
 from woodfrog.errors import WoodfrogError
+from woodfrog.linux.meminfo import Room
 from woodfrog.linux.rootplan import VolumeMount
 from woodfrog.spec import FunctionSpec, RuntimeSpec
 
@@ -203,6 +204,22 @@ class Backend(Protocol):
     def close_call(self, instance_id: str, call_id: str) -> None:
         """Have a generator closed where it stands, or at its next item; its `call` then ends. Of a call that is over:
         nothing."""
+
+    def fill(self, instance_id: str) -> None:
+        """Let the rest of a thawed instance's memory come, in the background."""
+
+    def room(self, *, quick: bool = False) -> Room:
+        """What memory instances can have, now: the machine's, or what a limit on all of them leaves.
+
+        Args:
+            quick: somebody waits: a limit that was not there the last time is not looked for.
+
+        Raises:
+            OSError, ValueError: the kernel does not say.
+        """
+
+    async def memory_used(self) -> dict[str, int]:
+        """What each instance takes for itself, in bytes, without the page cache of files."""
 
     def stop(self, instance_id: str, *, graceful: bool, reason: str) -> None:
         """Begin a stop; `on_stopped` follows. Graceful runs the exit hooks."""

@@ -15,6 +15,7 @@ from woodfrog import protocol
 from woodfrog.backends.gpus import library_path
 from woodfrog.errors import SandboxError, WoodfrogError
 from woodfrog.linux import cgroups, descriptors
+from woodfrog.linux.meminfo import Room
 from woodfrog.linux.network import Network
 from woodfrog.linux.rootplan import APP, HOME, Beneath, DeviceNode, RootRequest, VolumeMount, etc_files, root_plan
 from woodfrog.linux.sandbox import Limits, ProcessSpec, Sandbox, SandboxProcess, init_binary_path
@@ -239,6 +240,10 @@ class SandboxFactory:
                     )
                 found[path] = None
         return tuple(found)
+
+    def room(self) -> Room | None:
+        """What a limit on all sandboxes together leaves of memory."""
+        return self._groups.room()
 
     def library_env(self) -> dict[str, str]:
         """Where programs find the GPU's library, if not where all libraries are."""

@@ -44,6 +44,8 @@ from woodfrog.errors import (
     StoreError,
     WoodfrogError,
 )
+from woodfrog.linux import meminfo
+from woodfrog.linux.meminfo import Room
 from woodfrog.linux.pageserver import ServedPages
 from woodfrog.linux.rootplan import APP
 from woodfrog.linux.sandbox import Sandbox, SandboxProcess
@@ -152,8 +154,6 @@ class LocalConfig:
     page_server_uid: int
     lazy_min_bytes: int
     drain_ms: int
-    drain_calls: int
-    """After so many calls an instance has all of its memory filled in."""
     zygotes: ZygoteConfig
     huge_pages: bool = True
     """Thawed processes get the huge pages back that they had."""
@@ -203,6 +203,8 @@ class LocalBackend:
             huge_pages=config.huge_pages,
         )
         self._memory.on_need = keeper.need
+        self._limited = True
+        """Whether there was a limit on the memory of all instances together when it was looked for last."""
         self._zygotes = Zygotes(
             config.zygotes,
             catalogue=catalogue,
@@ -866,10 +868,29 @@ class LocalBackend:
         instance.calls += 1
         if instance.calls == 1:
             self._spawn(self._learn(instance))
-        if instance.calls == self._config.drain_calls and instance.pages is not None:
+
+    def fill(self, instance_id: str) -> None:
+        instance = self._instances.get(instance_id)
+        if instance is not None and instance.pages is not None:
             self._memory.fill(instance.pages)
             if instance.huge:
                 self._spawn(self._piece_together(instance, instance.pages))
+
+    # The machine's memory
+
+    def room(self, *, quick: bool = False) -> Room:
+        room = meminfo.machine()
+        if quick and not self._limited:
+            return room
+        limit = self._factory.room()
+        self._limited = limit is not None
+        if limit is None:
+            return room
+        return Room(min(room.total, limit.total), min(room.available, limit.available))
+
+    async def memory_used(self) -> dict[str, int]:
+        sandboxes = {i.id: i.sandbox for i in self._instances.values() if i.sandbox is not None}
+        return await asyncio.to_thread(lambda: {name: s.memory_private() for name, s in sandboxes.items()})
 
     async def _end_lost(self, instance: Instance) -> None:
         """The connection is gone: give the process a moment to be seen dead, else it is made so."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,7 +28,7 @@ def list_apps(as_json: Json = False) -> None:
     rows = [
         (
             a["app"],
-            "running (ephemeral)" if a["ephemeral"] else "deployed",
+            _state(a),
             a["version"],
             a["containers"],
             output.ago(a["deployed"]),
@@ -37,6 +37,12 @@ def list_apps(as_json: Json = False) -> None:
         for a in apps
     ]
     output.table(["app", "state", "version", "containers", "since", "functions"], rows, empty="no apps")
+
+
+def _state(a: dict[str, Any]) -> str:
+    state = "running (ephemeral)" if a["ephemeral"] else "deployed"
+    waiting = a.get("waiting_for_memory")
+    return f"{state}, {waiting} call{'s' if waiting > 1 else ''} short of memory" if waiting else state
 
 
 @app.command()
@@ -70,7 +76,7 @@ def calls(
         (
             c["id"],
             c["function"],
-            c["status"],
+            f"{c['status']}: {c['waits_for']}" if c.get("waits_for") else c["status"],
             c["version"],
             output.ago(c["submitted"]),
             output.span((c["finished"] or time.time()) - c["submitted"]),

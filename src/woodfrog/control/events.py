@@ -34,6 +34,7 @@ __all__ = [
     "CaptureFailed",
     "CloseCall",
     "Event",
+    "FillMemory",
     "FinishCall",
     "GpusSetAside",
     "InstanceExited",
@@ -43,6 +44,7 @@ __all__ = [
     "InstanceStopRequested",
     "InstanceStopped",
     "KillInstance",
+    "MemorySeen",
     "Outcome",
     "ParkInstance",
     "RestoreFailed",
@@ -151,6 +153,8 @@ class AppDeployed(Event):
     """Tag to a snapshot that fits: known before `min_containers` start."""
     gpu_snapshots: dict[str, dict[str, str]] = field(default_factory=dict)
     """The same of snapshots that hold GPU memory: tag to chip to snapshot."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Bytes of memory in each of these snapshots."""
     ephemeral: bool = False
     rolling: bool = True
     """Warm instances of the version before that are in use serve new calls until this one has an instance ready."""
@@ -265,6 +269,8 @@ class SnapshotCaptured(Event):
 
     instance_id: str
     snapshot_id: str
+    size: int = 0
+    """Bytes of memory in it; 0 = not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,6 +306,8 @@ class SnapshotAvailable(Event):
     """None = the active one."""
     chip: str = ""
     """Of the GPU whose memory it holds; empty = it holds none."""
+    size: int = 0
+    """Bytes of memory in it; 0 = not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,6 +343,25 @@ class StartRefused(Event):
 
     instance_id: str
     error: dict[str, Any]
+
+
+# Events: memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySeen(Event):
+    """What the machine has for instances, in bytes. Until the first of these, starts do not depend on memory.
+
+    `now` is when instances were looked at; that may be before other events of which the machine has been told since.
+    """
+
+    total: int
+    """0 = it is not known any more: from now on starts do not depend on it."""
+    available: int
+    """What nobody uses, less what is to stay free."""
+    used: dict[str, int] | None = None
+    """What each instance takes for itself, caches of files aside, by id; who is not in it takes nothing yet, or no
+    more. None = not looked at."""
 
 
 # Events: time
@@ -401,6 +428,13 @@ class CloseCall(Action):
     """Nobody wants more items of that generator, whose call is over: close it, so that its instance is free again."""
 
     call_id: str
+    instance_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillMemory(Action):
+    """It is used, and there is room: let the rest of its snapshot's memory come."""
+
     instance_id: str
 
 

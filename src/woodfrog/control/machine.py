@@ -10,7 +10,7 @@ from collections.abc import Callable
 from heapq import heappop
 from typing import Any
 
-from woodfrog.control import moves
+from woodfrog.control import memory, moves
 from woodfrog.control.events import (
     Action,
     AppDeployed,
@@ -28,6 +28,7 @@ from woodfrog.control.events import (
     InstanceStage,
     InstanceStopped,
     InstanceStopRequested,
+    MemorySeen,
     RestoreFailed,
     ShutdownRequested,
     SnapshotAvailable,
@@ -136,6 +137,8 @@ def _app_deployed(st: State, ev: AppDeployed) -> None:
         app.active[spec.tag] = service
     for old in before.values():
         new = app.active.get(old.tag)
+        if new is not None:
+            moves.hand_on(st, old, new)
         if new is not old:
             same = new is not None and _constructor(new) == _constructor(old)
             for group in list(old.groups.values()):
@@ -143,11 +146,11 @@ def _app_deployed(st: State, ev: AppDeployed) -> None:
             _drain(st, old)
     for tag, snapshot_id in ev.snapshots.items():
         if tag in app.active:
-            moves.learn(st.knows(app.active[tag], "", ""), snapshot_id)
+            moves.learn(st.knows(app.active[tag], "", ""), snapshot_id, ev.sizes.get(snapshot_id, 0))
     for tag, by_chip in ev.gpu_snapshots.items():
         for chip, snapshot_id in by_chip.items():
             if tag in app.active:
-                moves.learn(st.knows(app.active[tag], "", chip), snapshot_id)
+                moves.learn(st.knows(app.active[tag], "", chip), snapshot_id, ev.sizes.get(snapshot_id, 0))
     for service in app.active.values():
         if service.spec.scaling.min_containers:
             service.group("")
@@ -252,6 +255,7 @@ def _call_finished(st: State, ev: CallFinished) -> None:
     group.last_load = st.now
     inst.call = inst.closing = None
     inst.served += 1
+    inst.served_at = min(inst.served_at, st.now)
     moves.note_use(st, inst)
     delay = None
     if call is not None:
@@ -263,6 +267,7 @@ def _call_finished(st: State, ev: CallFinished) -> None:
         moves.serve(st, inst)
     else:
         moves.kill(st, inst, "not usable after its call")
+    moves.fill(st, inst)
     if call is not None and delay is not None:
         moves.retry(st, call, delay, ev.error)
     if not ev.instance_ok:
@@ -401,13 +406,13 @@ def _instance_stop_requested(st: State, ev: InstanceStopRequested) -> None:
 def _snapshot_captured(st: State, ev: SnapshotCaptured) -> None:
     inst = st.instances.get(ev.instance_id)
     if inst is None:
-        return _stored_after_loss(st, ev.instance_id, snapshot_id=ev.snapshot_id)
+        return _stored_after_loss(st, ev.instance_id, snapshot_id=ev.snapshot_id, size=ev.size)
     knowledge = moves.of_instance(st, inst)
     if knowledge.capturer != inst.id:
         raise _invalid(ev, "but it was not to capture", inst.id, inst.history)
     knowledge.capturer = None
     inst.capture = inst.storing = False
-    moves.learn(knowledge, ev.snapshot_id)
+    moves.learn(knowledge, ev.snapshot_id, ev.size)
     if inst.state in ("idle", "running"):
         inst.snapshot_id = ev.snapshot_id
         moves.note_use(st, inst)
@@ -419,7 +424,9 @@ def _snapshot_captured(st: State, ev: SnapshotCaptured) -> None:
     moves.schedule_key(st, inst.group.service.key, inst.group.digest)
 
 
-def _stored_after_loss(st: State, instance_id: str, snapshot_id: str | None = None, reason: str = "") -> None:
+def _stored_after_loss(
+    st: State, instance_id: str, snapshot_id: str | None = None, size: int = 0, reason: str = ""
+) -> None:
     """What an instance that is gone had captured is on disk now, or failed to get there."""
     for key, known in st.knowledge.items():
         for (digest, _), knowledge in known.items():
@@ -428,7 +435,7 @@ def _stored_after_loss(st: State, instance_id: str, snapshot_id: str | None = No
                 if snapshot_id is None:
                     moves.attempt_failed(st, knowledge, reason)
                 elif knowledge.snapshot_id is None:
-                    moves.learn(knowledge, snapshot_id)
+                    moves.learn(knowledge, snapshot_id, size)
                 return moves.schedule_key(st, key, digest)
     _stale(st)
 
@@ -470,7 +477,7 @@ def _snapshot_available(st: State, ev: SnapshotAvailable) -> None:
     service = st.find_service(ev.app, ev.tag, ev.version)
     if service is None:
         return _stale(st)
-    moves.learn(st.knows(service, ev.params_digest, ev.chip), ev.snapshot_id)
+    moves.learn(st.knows(service, ev.params_digest, ev.chip), ev.snapshot_id, ev.size)
     moves.schedule_key(st, service.key, ev.params_digest)
 
 
@@ -526,6 +533,14 @@ def _start_refused(st: State, ev: StartRefused) -> None:
     if wanted and not (refused and moves.has_usable(st, inst.group)):
         moves.start_broke(st, inst, ev.error, user_fault=refused)
     moves.after_loss(st, inst)
+
+
+# What each event does: memory
+
+
+def _memory_seen(st: State, ev: MemorySeen) -> None:
+    memory.look(st, ev)
+    st.freed = st.freed or bool(st.starved)
 
 
 # Time
@@ -641,6 +656,7 @@ _HANDLERS: dict[type[Event], Callable[[State, Any], None]] = {
     InstanceStage: _instance_stage,
     InstanceStopRequested: _instance_stop_requested,
     InstanceStopped: _instance_stopped,
+    MemorySeen: _memory_seen,
     RestoreFailed: _restore_failed,
     ShutdownRequested: _shutdown,
     SnapshotAvailable: _snapshot_available,

@@ -6,12 +6,13 @@ Nothing on the way of a warm call looks at more than its own group.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappush
 from typing import Any
 
 from woodfrog.control.events import (
     CloseCall,
+    FillMemory,
     FinishCall,
     KillInstance,
     Outcome,
@@ -24,6 +25,7 @@ from woodfrog.control.events import (
     WakeInstance,
 )
 from woodfrog.control.gpus import Gpu, chip_of, chips_for, choose, possible
+from woodfrog.control.memory import FILL_S, expected, fits, fits_whole, is_known, shortage
 from woodfrog.control.state import HISTORY, NEVER, App, Call, Group, Instance, InstanceState, Knowledge, Service, State
 
 Error = dict[str, Any]
@@ -186,23 +188,60 @@ class Place:
     restore: bool
 
 
-def room(st: State, group: Group) -> Place | None:
-    """Where the limits allow one more instance; None = nowhere now."""
-    service = group.service
-    limit = service.spec.scaling.max_containers
-    if len(st.instances) >= st.config.max_instances or (limit is not None and service.instances >= limit):
-        return None
-    found = place(st, group)
+def room(st: State, group: Group, *, spare: bool = False) -> Place | None:
+    """Where the limits allow one more instance; None = nowhere now.
+
+    Args:
+        spare: nobody waits for it and nobody asked for it by number: it leaves memory for another one.
+    """
+    found = allowed(st, group)
     if found is None:
+        return None
+    need = expected(st, group, found.chip, restore=found.restore)
+    if not fits(st, group, 2 * need if spare else need, known=is_known(st, group, found.chip)):
         return None
     # The user's own part of a thaw, `enter(snap=False)`, may take long, and holds up nobody.
     busy = (
         sum(i.state == "starting" and i.stage == "restoring" and i.mode == "restore" for i in st.instances.values())
         >= st.config.max_thawing
         if found.restore
-        else st.cold_starting >= st.config.max_starting
+        else st.cold_starting >= st.config.max_starting or awaits_snapshot(st, group, found.chip)
     )
     return None if busy else found
+
+
+def awaits_snapshot(st: State, group: Group, chip: str) -> bool:
+    """Whether enough of its cold starts are under way until the first of them is captured: then the rest are thawed."""
+    if group.starting < st.config.abreast:
+        return False
+    capturer = st.instances.get(st.knows(group.service, group.digest, chip).capturer or "")
+    return capturer is not None and capturer.group is group and capturer.state in ("starting", "capturing")
+
+
+def allowed(st: State, group: Group) -> Place | None:
+    """Where it would go, memory and what starts just now aside."""
+    service = group.service
+    limit = service.spec.scaling.max_containers
+    if len(st.instances) >= st.config.max_instances or (limit is not None and service.instances >= limit):
+        return None
+    return place(st, group)
+
+
+def lacks_memory(st: State, group: Group) -> bool:
+    """Whether it is memory that its next instance waits for, parked ones included."""
+    if st.memory is None:
+        return False
+    found = Place((), "", True) if group.parked else allowed(st, group)
+    if found is None:
+        return False
+    group.hungry_need = expected(st, group, found.chip, restore=found.restore)
+    return not fits(st, group, group.hungry_need, known=is_known(st, group, found.chip))
+
+
+def fits_beside(st: State, group: Group, elder: Group) -> bool:
+    """Whether there is memory for it beside its elder, once idle instances of others have made room."""
+    idle = sum(i.used for i in st.idle.values() if i.group not in (group, elder))
+    return not lacks_memory(st, group) or shortage(st, group, group.hungry_need) <= idle
 
 
 def place(st: State, group: Group) -> Place | None:
@@ -261,9 +300,11 @@ def has_usable(st: State, group: Group) -> bool:
     return possible(group.service.spec.resources.gpu, usable(st))
 
 
-def start(st: State, group: Group) -> bool:
-    """Start one more instance, unless a limit forbids it."""
-    found = room(st, group)
+def start(st: State, group: Group, *, spare: bool = False) -> bool:
+    """Start one more instance, or wake one, unless a limit or memory forbids it. `spare`: in reserve."""
+    if group.parked and wake(st, group):
+        return True
+    found = room(st, group, spare=spare and group.live >= floor(group))
     if found is None:
         return False
     service = group.service
@@ -274,8 +315,9 @@ def start(st: State, group: Group) -> bool:
     if not found.restore:
         group.no_room = frozenset()
     capture = enabled and service.active and not found.restore and capture_due(knowledge)
+    need = expected(st, group, found.chip, restore=found.restore)
     inst = begin(st, group, knowledge.snapshot_id if found.restore else None, capture=capture)
-    inst.gpus, inst.chip = found.gpus, found.chip
+    inst.gpus, inst.chip, inst.need = found.gpus, found.chip, need
     if capture:
         knowledge.capturer = inst.id
     if group.starved_since != NEVER:
@@ -407,7 +449,7 @@ def park(st: State, group: Group) -> None:
         return park_later(st, group, 0.0)
     if group.parking or group.starting or group.queue:
         return  # the end of that comes back here
-    if st.starved or room(st, group) is None:
+    if st.starved or room(st, group, spare=True) is None:
         return park_later(st, group, st.config.park_full)
     knowledge = st.knows(group.service, group.digest, "")
     assert knowledge.snapshot_id is not None
@@ -430,13 +472,18 @@ def park_later(st: State, group: Group, seconds: float) -> None:
         push(st, group.hold_parks, "group", group.key)
 
 
-def wake(st: State, group: Group) -> None:
-    """Let the newest parked instance run."""
+def wake(st: State, group: Group) -> bool:
+    """Let the newest parked instance run, if there is memory for what it will take."""
+    need = expected(st, group, "", restore=True)
+    if not fits(st, group, need):
+        return False
     inst = group.parked.popitem()[1]
     change(st, inst, "starting")
+    inst.need = need
     inst.stage = "restoring"
     set_deadline(st, inst, st.now + group.service.spec.startup_timeout)
     st.out.append(WakeInstance(instance_id=inst.id))
+    return True
 
 
 def unpark(st: State, snapshot_id: str, reason: str) -> None:
@@ -453,6 +500,8 @@ def gone(st: State, inst: Instance) -> None:
     del st.instances[inst.id]
     del group.instances[inst.id]
     group.service.instances -= 1
+    if st.memory is not None and inst.used:
+        st.memory = replace(st.memory, available=st.memory.available + inst.used)
     st.freed = True
 
 
@@ -560,7 +609,7 @@ def succeed(st: State, old: Group, service: Service | None) -> None:
     if service is not None and elder.warm and (busy or (service.spec.scaling.min_containers and not old.digest)):
         group = service.group(old.digest)
         # Without room beside the elder it would wait for the elder's end.
-        if len(st.instances) < st.config.max_instances and not lacks_gpu(st, group):
+        if len(st.instances) < st.config.max_instances and not lacks_gpu(st, group) and fits_beside(st, group, elder):
             group.elder, elder.heir = elder, group
             set_rolling(st, group)
     if elder is not old and elder.heir is None:
@@ -608,11 +657,30 @@ def capture_due(knowledge: Knowledge) -> bool:
     return knowledge.snapshot_id is None and knowledge.capturer is None and not knowledge.gave_up
 
 
-def learn(knowledge: Knowledge, snapshot_id: str) -> None:
+def hand_on(st: State, old: Service, new: Service) -> None:
+    """Until its own instances are seen, a version takes what the one before took."""
+    for (digest, chip), known in list(st.knowledge[old.key].items()):
+        if known.need and not (knowledge := st.knows(new, digest, chip)).need:
+            knowledge.need, knowledge.boot = known.need, known.boot
+
+
+def learn(knowledge: Knowledge, snapshot_id: str, size: int) -> None:
+    knowledge.size = size or knowledge.size
     if knowledge.snapshot_id != snapshot_id:
         knowledge.snapshot_id = snapshot_id
         knowledge.failures = 0
         knowledge.used = False
+
+
+def fill(st: State, inst: Instance) -> None:
+    """It is used: the rest of its snapshot's memory may come, where there is room for that."""
+    if inst.whole or inst.snapshot_id is None or inst.state == "stopping" or not st.config.drain_calls:
+        return
+    if inst.served >= st.config.drain_calls and fits_whole(st, inst):
+        inst.whole = True
+        inst.fills_until = st.now + FILL_S
+        inst.need = max(inst.need, of_instance(st, inst).size)
+        st.out.append(FillMemory(instance_id=inst.id))
 
 
 def note_use(st: State, inst: Instance) -> None:
@@ -717,8 +785,7 @@ def wanted(st: State, group: Group) -> tuple[int, int]:
 def schedule(st: State, group: Group) -> None:
     """Start what the group needs, as far as the limits allow; the rest waits in `starved` for `feed`."""
     urgent, spare = wanted(st, group)
-    while (urgent or spare) and group.parked:
-        wake(st, group)
+    while (urgent or spare) and group.parked and wake(st, group):
         urgent, spare = wanted(st, group)
     if st.starved:
         # Others wait too: who comes first is not for this group to say.
@@ -726,7 +793,7 @@ def schedule(st: State, group: Group) -> None:
     else:
         while urgent and start(st, group):
             urgent -= 1
-        while spare and not urgent and start(st, group):
+        while spare and not urgent and start(st, group, spare=True):
             spare -= 1
     if urgent:
         make_room(st, group, urgent)
@@ -746,6 +813,10 @@ def mark_starved(st: State, group: Group, urgent: int, spare: int) -> None:
         st.starved.pop(group.key, None)
         group.starved_since = NEVER
         group.force_cold = 0
+    if not urgent or not lacks_memory(st, group):
+        group.hungry_since = NEVER
+    elif group.hungry_since == NEVER:
+        group.hungry_since = st.now
 
 
 def feed(st: State) -> None:
@@ -754,9 +825,9 @@ def feed(st: State) -> None:
     st.freed = False
     for reserves in (False, True):
         pending = list(st.starved.values())
-        while pending and len(st.instances) < st.config.max_instances:
+        while pending and (len(st.instances) < st.config.max_instances or st.parked):
             group = min(pending, key=lambda g: (g.live, g.starved_since))
-            if not wanted(st, group)[reserves] or not start(st, group):
+            if not wanted(st, group)[reserves] or not start(st, group, spare=reserves):
                 pending.remove(group)
     for group in list(st.starved.values()):
         urgent, spare = wanted(st, group)
@@ -792,6 +863,30 @@ def make_room(st: State, group: Group, urgent: int) -> None:
             # Oldest first; those that `min_containers` asks for only when there is no other.
             spare = (i for i in st.idle.values() if i.group.live > floor(i.group))
             stop(st, next(spare, None) or next(iter(st.idle.values())), "makes room for another function")
+    elif lacks_memory(st, group):
+        free_memory(st, group)
+
+
+def free_memory(st: State, group: Group) -> None:
+    """Stop idle instances of others, the least recently used first, as few as one start needs, then parked ones.
+
+    Where all of them are not enough they go only for a function that nothing serves: it may need the whole machine.
+    """
+    missing = shortage(st, group, group.hungry_need)
+    idle = [i for i in st.idle.values() if i.group not in (group, group.elder)]
+    idle.sort(key=lambda i: i.group.live <= floor(i.group))
+    going = []
+    for inst in [*idle, *(i for i in st.parked.values() if i.group is not group)]:
+        if missing <= 0:
+            break
+        going.append(inst)
+        missing -= inst.used
+    if missing > 0 and group.live:
+        return
+    for inst in going:
+        if inst.park:
+            park_later(st, inst.group, st.config.park_full)
+        dismiss(st, inst, "makes room in memory for another function")
 
 
 def free_gpu(st: State, group: Group) -> None:
@@ -827,7 +922,9 @@ def should_yield(st: State, group: Group) -> bool:
             if other.service is group.service and not group.service.stopping:
                 return True
         elif not st.stopping and (
-            len(st.instances) >= st.config.max_instances or (lacks_gpu(st, other) and needs_gpu(st, group))
+            len(st.instances) >= st.config.max_instances
+            or (lacks_gpu(st, other) and needs_gpu(st, group))
+            or other.hungry
         ):
             return True
     return False

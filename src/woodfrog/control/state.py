@@ -10,10 +10,15 @@ from woodfrog.control.events import Action
 from woodfrog.control.gpus import Gpu
 from woodfrog.spec import FunctionSpec
 
-__all__ = ["App", "Call", "Config", "Group", "Instance", "InstanceState", "Knowledge", "Service", "State"]
+__all__ = ["App", "Call", "Config", "Group", "Instance", "InstanceState", "Knowledge", "Memory", "Service", "State"]
 
 HISTORY = 20
 """Transitions kept per call and instance, for the story in an error."""
+
+PROVEN_S = 5.0
+"""A call that has run for so long without taking more memory probably has what it needs."""
+KNOWN_S = 2.0
+"""An instance that is there for so long tells something of a function of which nothing was known."""
 
 InstanceState = Literal["starting", "capturing", "parked", "idle", "running", "stopping"]
 CallState = Literal["queued", "running", "waiting_retry"]
@@ -63,6 +68,20 @@ class Config:
     """Of the whole machine. Without any, functions that ask for one are started all the same, and told."""
     keep_finished: int = 1000
     """Outcomes of finished calls that are remembered."""
+    drain_calls: int = 8
+    """After so many calls the rest of a thawed instance's memory is filled in, where there is room for it."""
+    abreast: int = 8
+    """Cold starts of one function at the same time while its first snapshot is on its way, or before anything is known
+    of what it takes: more of them do the same work on the same processors."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the machine has for instances, in bytes."""
+
+    total: int
+    available: int
+    """Nobody uses it, and a margin is taken off; what instances were promised is still in it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -76,6 +95,12 @@ class Knowledge:
     capturer: str | None = None
     """Id of the instance that captures, or is to capture; it stays until that is done or the instance gone, and of one
     that is gone until its snapshot is on disk."""
+    size: int = 0
+    """Memory that `snapshot_id` holds, in bytes: a copy that has all of it in takes so much, and shares none of it."""
+    need: int = 0
+    """Memory that such instances were seen to take once they are up, in bytes; 0 = none was seen."""
+    boot: int = 0
+    """The most that one was seen to take while it booted."""
     failures: int = 0
     """Restores of `snapshot_id` that failed in a row."""
     attempts: int = 0
@@ -163,6 +188,23 @@ class Instance:
     closing: str | None = None
     """A generator's call that is over, while its code still runs here."""
     served: int = 0
+    need: int = 0
+    """Memory it is expected to take, in bytes."""
+    used: int = 0
+    """Memory it took when that was looked at last."""
+    seen: bool = False
+    """Whether that was since it came up, or began to go."""
+    high: int = 0
+    """The most that was seen of it since it came up."""
+    grown: int = 0
+    grew_at: float = -NEVER
+    """When it was last seen to have grown, and to what."""
+    served_at: float = NEVER
+    """When it had served its first call."""
+    whole: bool = False
+    """All of its memory is in, or is being filled in."""
+    fills_until: float = -NEVER
+    """By then that is over."""
     storing: bool = False
     """It has come up, and its snapshot is still on its way to disk; how that ends is told also when it is gone."""
     killed: bool = False
@@ -173,6 +215,21 @@ class Instance:
     armed: float = NEVER
     """Time of its entry in the heap: at or before `deadline`."""
     history: list[tuple[float, str, str]] = field(default_factory=list)
+
+    @property
+    def promised(self) -> int:
+        """Memory that it will take beside what it has, in bytes. One that rests is not expected to grow."""
+        if self.park or (self.seen and self.state in ("idle", "stopping")):
+            return 0
+        return max(self.need - self.used, 0)
+
+    def proven(self, now: float) -> bool:
+        """Whether what it took at that time tells what a call takes."""
+        return self.served_at <= now or (self.state == "running" and now - max(self.since, self.grew_at) >= PROVEN_S)
+
+    def known(self, now: float) -> bool:
+        """Whether it is there for long enough to tell anything."""
+        return self.proven(now) or now - self.started_at >= KNOWN_S
 
     def view(self) -> dict[str, Any]:
         service = self.group.service
@@ -192,6 +249,7 @@ class Instance:
             "started_at": self.started_at,
             "since": self.since,
             "served": self.served,
+            "memory": {"need": self.need, "used": self.used},
             "reason": self.reason,
         }
 
@@ -239,6 +297,10 @@ class Group:
     parks_timer: float = -NEVER
     """Time of the latest entry in the heap for that."""
     starved_since: float = NEVER
+    hungry_since: float = NEVER
+    """Since when it is memory that keeps its calls waiting."""
+    hungry_need: int = 0
+    """Bytes that its next instance is expected to take."""
     elder: Group | None = None
     """An older version's group whose instances serve this one's calls until one of its own is ready."""
     heir: Group | None = None
@@ -254,6 +316,11 @@ class Group:
     def live(self) -> int:
         """Instances that serve or will."""
         return self.starting + len(self.idle) + self.running
+
+    @property
+    def hungry(self) -> bool:
+        """Whether it is memory that keeps its calls waiting."""
+        return self.hungry_since != NEVER
 
     @property
     def warm(self) -> bool:
@@ -326,6 +393,8 @@ class State:
         """By function key, and then by digest of the parameters and chip."""
         self.sick: dict[str, str] = {}
         """GPUs that are set aside, and why."""
+        self.memory: Memory | None = None
+        """None = starts do not depend on it."""
         self.stale: dict[str, int] = {}
         """Events ignored because what they speak of is gone, by event."""
         self.shutdown_at = NEVER
@@ -351,6 +420,12 @@ class State:
     @property
     def shutting_down(self) -> bool:
         return self.shutdown_at != NEVER
+
+    @property
+    def memory_left(self) -> int:
+        """Bytes that nobody has and nobody was promised; below 0 when too much was promised."""
+        assert self.memory is not None
+        return self.memory.available - sum(i.promised for i in self.instances.values())
 
     def find_service(self, app: str, tag: str, version: int | None = None) -> Service | None:
         """The active service of this tag, or that of `version` as long as it drains."""
@@ -393,6 +468,31 @@ class State:
             "no_room": group is not None and group.key in self.starved,
         }
 
+    @property
+    def starting(self) -> bool:
+        """Whether any instance is on its way up."""
+        return any(i.state in ("starting", "capturing") for i in self.instances.values())
+
+    def memory_waits(self, now: float, seconds: float = 0.0) -> list[dict[str, Any]]:
+        """The groups whose calls have waited for memory so long: whose, since when, and how it stands."""
+        if self.memory is None:
+            return []
+        return [
+            {
+                "app": g.service.app,
+                "tag": g.service.tag,
+                "params_digest": g.digest,
+                "since": g.hungry_since,
+                "calls": len(g.queue) - g.starting,
+                "containers": g.live,
+                "need": g.hungry_need,
+                "left": max(self.memory_left, 0),
+                "total": self.memory.total,
+            }
+            for g in self.starved.values()
+            if len(g.queue) > g.starting and now - g.hungry_since >= seconds
+        ]
+
     def snapshot_view(self) -> dict[str, Any]:
         """Plain dicts of everything, for the API: apps, services, queues, instances, calls, counters."""
         services = []
@@ -410,6 +510,7 @@ class State:
                     "calls": g.calls,
                     "start_failures": g.start_failures,
                     "starved": g.key in self.starved,
+                    "memory_short_since": g.hungry_since if g.hungry else None,
                     "elder": g.elder.service.version if g.elder else None,
                     "snapshot": self.knowledge[s.key].get((g.digest, ""), Knowledge()).view(),
                     "chips": {c: k.view() for (d, c), k in self.knowledge[s.key].items() if c and d == g.digest},
@@ -444,6 +545,9 @@ class State:
             "instances": [i.view() for i in self.instances.values()],
             "calls": [c.view() for c in self.calls.values()],
             "gpus_set_aside": dict(self.sick),
+            "memory": None
+            if self.memory is None
+            else {"total": self.memory.total, "available": self.memory.available, "left": self.memory_left},
             "stale": dict(self.stale),
             "shutting_down": self.shutting_down,
         }

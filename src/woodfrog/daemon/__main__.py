@@ -39,6 +39,7 @@ from woodfrog.daemon.connections import Local, Remote
 from woodfrog.daemon.controller import Controller
 from woodfrog.daemon.journal import Journal
 from woodfrog.daemon.logs import LogBook, rotate_own
+from woodfrog.daemon.memory import MemoryWatch
 from woodfrog.daemon.resources import Resources
 from woodfrog.daemon.room import Room
 from woodfrog.daemon.shm import claim, sweep
@@ -259,7 +260,6 @@ async def serve(settings: Settings) -> None:
             page_server_uid=settings.worker_uid + 1,
             lazy_min_bytes=settings.lazy_min_mib << 20,
             drain_ms=settings.drain_ms,
-            drain_calls=settings.drain_calls,
             zygotes=ZygoteConfig(
                 key=settings.home / "keys" / "zygotes",
                 spool=settings.home / "calls",
@@ -279,6 +279,8 @@ async def serve(settings: Settings) -> None:
         keeper=keeper,
         gpus=gpus,
     )
+    limit = settings.memory_mib * (1 << 20)
+    controller.memory = watch = MemoryWatch(controller.state, controller.backend, controller.emit, logs, limit=limit)
     down = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -321,12 +323,14 @@ async def serve(settings: Settings) -> None:
     )
     running = [asyncio.ensure_future(s.serve(sockets=[sock])) for s, sock in servers]
     _tell_ready()
+    watching = asyncio.ensure_future(watch.run())
     tidy = asyncio.ensure_future(_tidy(controller, room, settings.home / "daemon.log"))
     try:
         await asyncio.wait([asyncio.ensure_future(down.wait()), *running], return_when=asyncio.FIRST_COMPLETED)
         log.info("stopping")
     finally:
         tidy.cancel()
+        watching.cancel()
         await controller.shutdown()
         _expect_broken_off(servers)
         await asyncio.wait(running, timeout=5)

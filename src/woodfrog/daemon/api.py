@@ -425,6 +425,9 @@ def build(
             "functions": [f.tag for f in spec.functions],
             "left_out": to_dict(spec.left_out),
             "containers": len(instances),
+            "waiting_for_memory": sum(
+                w["calls"] for w in controller.state.memory_waits(time.monotonic()) if w["app"] == name
+            ),
         }
 
     @api.get("/v1/apps")
@@ -501,6 +504,7 @@ def build(
             raise NotFoundError(f"no app {app!r} was ever deployed here", app=app)
         classes = {f["tag"] for row in deploys for f in row.spec.get("functions", []) if f.get("kind") == "class"}
         unfinished = controller.state.calls
+        short = {c.id for c in unfinished.values() if c.state == "queued" and c.group.hungry}
 
         def ran(call_id: str) -> int | None:
             record = controller.calls.get(call_id)
@@ -513,6 +517,7 @@ def build(
                     "function": f"{row.tag}.{row.method}" if row.tag in classes else row.tag,
                     # Of one that is over and not answered yet the machine knows nothing.
                     "status": row.outcome or (unfinished[row.id].state if row.id in unfinished else "running"),
+                    "waits_for": "memory" if row.id in short else "",
                     "version": ran(row.id) or row.version,
                     "submitted": row.submitted,
                     "finished": row.finished,

@@ -25,6 +25,7 @@ from woodfrog.daemon.calllog import CallLog
 from woodfrog.daemon.installed import installed_since
 from woodfrog.daemon.journal import INLINE_BYTES, CallRow, DeployRow, Journal
 from woodfrog.daemon.logs import LogBook
+from woodfrog.daemon.memory import MemoryWatch
 from woodfrog.daemon.resources import Resources
 from woodfrog.errors import (
     CallCancelled,
@@ -65,6 +66,8 @@ _LITTLE_ROOM = 256 << 20
 """With less on the disk, fetched results go."""
 _LEAST_THAWS = 4
 """So many snapshots may be restored at the same time, also on one processor: a part of it is waiting."""
+_LEAST_ABREAST = 2
+"""And so many of one function be booted."""
 _RUNS_AT_ONCE = 20
 _MANY = 100
 """So many calls may have left much memory."""
@@ -208,16 +211,20 @@ class Controller:
         self.call_log = CallLog(logs)
         self.resources = resources
         self.backend: Backend
+        self.memory: MemoryWatch | None = None
         self.catalogue = catalogue
         self._doomed: set[str] = set()
+        processors = len(os.sched_getaffinity(0))
         self.state = State(
             Config(
                 snapshot_failures=settings.snapshot_failures,
                 capture_attempts=settings.capture_attempts,
                 max_instances=settings.max_containers,
-                max_thawing=max(_LEAST_THAWS, 2 * len(os.sched_getaffinity(0))),
+                max_thawing=max(_LEAST_THAWS, 2 * processors),
+                abreast=max(_LEAST_ABREAST, processors),
                 parked=settings.parked,
                 gpus=gpus,
+                drain_calls=settings.drain_calls,
             ),
             run_id,
         )
@@ -331,6 +338,8 @@ class Controller:
                 self._stop_instance(action.instance_id, graceful=action.graceful, reason=action.reason)
             case ev.KillInstance():
                 self._stop_instance(action.instance_id, graceful=False, reason=action.reason)
+            case ev.FillMemory():
+                self.backend.fill(action.instance_id)
             case ev.RetryCall():
                 self._tell_retry(action)
             case ev.FinishCall():
@@ -434,6 +443,13 @@ class Controller:
             if function.scaling.buffer_containers and self._uses_gpu(row, function):
                 text = f"{function.tag}: buffer_containers keeps idle copies that hold their GPUs; none is parked"
                 self.logs.note(spec.name, text, function=function.tag)
+            memory, asked = self.state.memory, function.resources.memory_mib or 0
+            if memory is not None and asked << 20 > memory.total:
+                text = (
+                    f"{function.tag}: memory={asked} is more than the {memory.total >> 20} MiB there are for containers"
+                )
+                text += ": the kernel ends it, or others, before it comes to that limit"
+                self.logs.note(spec.name, text, function=function.tag)
         if capture:
             for function in spec.functions:
                 if function.snapshot.enabled and not function.required:
@@ -488,6 +504,7 @@ class Controller:
             if function.snapshot.enabled:
                 self._known_groups.add((row.app, row.version, function.tag, ""))
                 found[function.tag] = self._find_snapshots(row, function, keys[function.tag])
+        self._look_at_memory()
         self.emit(
             ev.AppDeployed(
                 now=self.now(),
@@ -497,10 +514,22 @@ class Controller:
                 keys=keys,
                 snapshots={tag: by_chip[""] for tag, by_chip in found.items() if "" in by_chip},
                 gpu_snapshots={tag: by_chip for tag, by_chip in found.items() if by_chip and "" not in by_chip},
+                sizes={s: self._size(s) for by_chip in found.values() for s in by_chip.values()},
                 ephemeral=row.ephemeral,
                 rolling=rolling,
             )
         )
+
+    def _look_at_memory(self) -> None:
+        if self.memory is not None:
+            self.memory.look()
+
+    def _size(self, snapshot_id: str) -> int:
+        """Memory that a copy of it takes once all of it is in: its pages, and the files of its /dev/shm."""
+        manifest = self.catalogue.known(snapshot_id)
+        if manifest is None:
+            return 0
+        return manifest.pages_bytes + sum(f.size for f in manifest.files if f.path.startswith("shm/"))
 
     def _find_snapshots(self, row: DeployRow, function: FunctionSpec, key: str) -> dict[str, str]:
         """The snapshots of a function that fit here, by the chip that they need; "" = any, or none."""
@@ -526,6 +555,7 @@ class Controller:
                     params_digest=params_digest,
                     version=version,
                     chip=chip,
+                    size=self._size(found),
                 )
             )
 
@@ -687,6 +717,7 @@ class Controller:
         function = spec.function(row.tag)
         if function is not None:
             self._tell_snapshot(row.app, row.version, function, row.params_digest)
+        self._look_at_memory()
         self.emit(
             ev.CallSubmitted(
                 now=self.now(),
@@ -1028,7 +1059,14 @@ class Controller:
                 text = f"snapshot {snapshot_id}: {warning}"
                 self.logs.note(request.app, text, instance=request.instance_id, function=request.spec.tag)
             self._supersede(request, snapshot_id)
-        self.emit(ev.SnapshotCaptured(now=self.now(), instance_id=request.instance_id, snapshot_id=snapshot_id))
+        self.emit(
+            ev.SnapshotCaptured(
+                now=self.now(),
+                instance_id=request.instance_id,
+                snapshot_id=snapshot_id,
+                size=self._size(snapshot_id),
+            )
+        )
         version = self.active.get(request.app)
         if (
             info is None and version is not None

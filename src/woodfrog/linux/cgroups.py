@@ -19,6 +19,7 @@ from typing import Protocol
 
 from woodfrog.errors import HostError, SandboxError
 from woodfrog.linux import procfs
+from woodfrog.linux.meminfo import Room
 
 __all__ = ["Cgroup", "Cgroups", "Limits", "detect"]
 
@@ -66,6 +67,10 @@ class Cgroup(Protocol):
     def oom_kills(self) -> int: ...
     def memory_peak(self) -> int: ...
     def memory_current(self) -> int: ...
+    def memory_private(self) -> int:
+        """What it takes for itself: the page cache of files, which the kernel takes back when it is short, aside."""
+        ...
+
     def pids(self) -> tuple[int, ...]: ...
     def kill_all(self) -> None: ...
 
@@ -83,6 +88,11 @@ class Cgroups(Protocol):
         ...
 
     def create(self, name: str, limits: Limits) -> Cgroup: ...
+
+    def room(self) -> Room | None:
+        """What a limit on all sandboxes together (of the container that the daemon runs in, or set on `woodfrog`)
+        leaves; None = there is none. Reads one small file where there is none, two more where there is."""
+        ...
 
     async def sweep_leftovers(self) -> list[str]:
         """Destroy the groups of a daemon with this tag that died; returns their names."""
@@ -147,6 +157,45 @@ def _read_keyed(path: Path, key: str) -> int:
             if name == key:
                 return int(value)
     return 0
+
+
+def _read_stat(path: Path) -> dict[str, int]:
+    with suppress(OSError, ValueError):
+        return {name: int(value) for name, _, value in (line.partition(" ") for line in path.read_text().splitlines())}
+    return {}
+
+
+_UNLIMITED = 1 << 60
+"""A limit of v1 from here on is none."""
+
+
+def _tightest(rooms: list[Room | None]) -> Room | None:
+    known = [r for r in rooms if r is not None]
+    return Room(min(r.total for r in known), min(r.available for r in known)) if known else None
+
+
+def _room_v2(directory: Path) -> Room | None:
+    """Of a group with a limit. A machine's root group has none of these files."""
+    limit = min(_read_int(directory / name) or _UNLIMITED for name in ("memory.max", "memory.high"))
+    return None if limit == _UNLIMITED else Room(limit, max(limit - _private_v2(directory), 0))
+
+
+def _room_v1(directory: Path) -> Room | None:
+    limit = _read_int(directory / "memory.limit_in_bytes")
+    return Room(limit, max(limit - _private_v1(directory), 0)) if 0 < limit < _UNLIMITED else None
+
+
+def _private_v2(directory: Path) -> int:
+    # Of the total, since that is exact at any moment; the parts are gathered every two seconds only.
+    stat = _read_stat(directory / "memory.stat")
+    caches = sum(stat.get(name, 0) for name in ("inactive_file", "active_file", "slab_reclaimable"))
+    return max(_read_int(directory / "memory.current") - caches, 0)
+
+
+def _private_v1(directory: Path) -> int:
+    stat = _read_stat(directory / "memory.stat")
+    caches = sum(stat.get(name, 0) for name in ("total_inactive_file", "total_active_file"))
+    return max(_read_int(directory / "memory.usage_in_bytes") - caches, 0)
 
 
 def _pids_in(directories: tuple[Path, ...]) -> tuple[int, ...]:
@@ -215,6 +264,9 @@ class _CgroupV2:
     def memory_current(self) -> int:
         return _read_int(self.directory / "memory.current")
 
+    def memory_private(self) -> int:
+        return _private_v2(self.directory)
+
     def pids(self) -> tuple[int, ...]:
         return _pids_in((self.directory,))
 
@@ -268,6 +320,9 @@ class _CgroupV1:
 
     def memory_current(self) -> int:
         return _read_int(self.directories["memory"] / "memory.usage_in_bytes")
+
+    def memory_private(self) -> int:
+        return _private_v1(self.directories["memory"])
 
     def pids(self) -> tuple[int, ...]:
         return _pids_in(tuple(self.directories.values()))
@@ -332,6 +387,9 @@ class _CgroupsV2:
         group.set_limits(limits)
         return group
 
+    def room(self) -> Room | None:
+        return _tightest([_room_v2(self.root), _room_v2(self.root / GROUP)])
+
     async def sweep_leftovers(self) -> list[str]:
         names = _leftovers((self.root,), self.tag)
         for name in names:
@@ -366,6 +424,10 @@ class _CgroupsV1:
         _make(above, exist_ok=True)
         if controller == "pids":
             _leave_pids_to_the_host(above)
+
+    def room(self) -> Room | None:
+        root = self.roots["memory"]
+        return _tightest([_room_v1(root), _room_v1(root / GROUP)])
 
     async def sweep_leftovers(self) -> list[str]:
         for controller in self.roots:

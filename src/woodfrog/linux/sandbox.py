@@ -874,6 +874,10 @@ class Sandbox:
     def memory_current(self) -> int:
         return self.cgroup.memory_current() if self.cgroup is not None else 0
 
+    def memory_private(self) -> int:
+        """Without the page cache of files."""
+        return self.cgroup.memory_private() if self.cgroup is not None else 0
+
 
 def _make_killable(pid: int) -> None:
     """A daemon that is protected from the kernel's memory killer (OOMScoreAdjust=) does not hand that on.
