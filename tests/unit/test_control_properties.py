@@ -445,12 +445,33 @@ class Life(RuleBasedStateMachine):
         self.calls = 0
         self.deploy("a", specs, False)
 
-    @rule(app=st.sampled_from(APPS), specs=specs, shared=st.booleans(), rolling=st.sampled_from([True, True, False]))
-    def deploy(self, app: str, specs: tuple[FunctionSpec, ...], shared: bool, rolling: bool = True) -> None:
+    @rule(
+        app=st.sampled_from(APPS),
+        specs=specs,
+        shared=st.booleans(),
+        rolling=st.sampled_from([True, True, False]),
+        standby=st.dictionaries(st.sampled_from(TAGS), st.sampled_from([("",), ("", "p")]), max_size=1),
+    )
+    def deploy(
+        self,
+        app: str,
+        specs: tuple[FunctionSpec, ...],
+        shared: bool,
+        rolling: bool = True,
+        standby: dict[str, tuple[str, ...]] | None = None,
+    ) -> None:
         version = self.versions[app] = self.versions.get(app, 0) + 1
         keys = {t: f"{t}-shared" if shared else f"{app}-{t}-{version}" for t in TAGS}
         self.backend.send(
-            AppDeployed(now=self.backend.now, app=app, version=version, specs=specs, keys=keys, rolling=rolling)
+            AppDeployed(
+                now=self.backend.now,
+                app=app,
+                version=version,
+                specs=specs,
+                keys=keys,
+                rolling=rolling,
+                standby=standby or {},
+            )
         )
 
     @rule(app=st.sampled_from(APPS))

@@ -478,11 +478,13 @@ def start_broke(st: State, inst: Instance, error: Error, user_fault: bool) -> No
     group.hold_spares = st.now + min(config.start_backoff * 2.0**exponent, config.max_backoff)
     push(st, group.hold_spares, "group", group.key)
     # While an older version serves, calls wait for its instances; else there would be no end of starts for them.
-    served = group.elder is not None and bool(group.elder.running)
+    served = group.elder is not None and (group.elder.standby or bool(group.elder.running))
     hopeless = user_fault or group.start_failures >= config.start_attempts
     group.start_error, group.hopeless = str(error.get("message", "")), hopeless
     if hopeless:
-        group.capture_wanted = False
+        group.capture_wanted = group.standby = False
+    if group.elder is not None and group.elder.standby:
+        schedule(st, group.elder)
     if not user_fault or served:
         exponent = min(exponent, config.start_attempts - 1)
         group.hold_calls = st.now + min(config.start_backoff * 2.0**exponent, config.max_backoff)
@@ -499,7 +501,7 @@ def start_broke(st: State, inst: Instance, error: Error, user_fault: bool) -> No
 def tidy(st: State, group: Group) -> None:
     """Forget a group that nothing is left of, and its service if that has drained."""
     service = group.service
-    if group.calls or group.instances or group.capture_wanted or group.elder is not None:
+    if group.calls or group.instances or group.capture_wanted or group.elder is not None or group.standby:
         return
     heir = group.heir
     if heir is not None:
@@ -512,7 +514,7 @@ def tidy(st: State, group: Group) -> None:
 
 
 def tidy_service(st: State, service: Service) -> None:
-    if service.active or service.calls or service.instances:
+    if service.active or service.calls or service.instances or any(g.standby for g in service.groups.values()):
         return
     app = st.apps.get(service.app)
     if app is None or app.services.pop(service.id, None) is None:
@@ -556,12 +558,15 @@ def succeed(st: State, old: Group, service: Service | None) -> None:
     an instance ready; not where nobody uses it: then the next call gets the newer code."""
     elder = old.elder or old
     busy = any(g.running or g.queue for g in (old, elder))
+    standby = elder.standby
     part(old)
-    if service is not None and elder.warm and (busy or (service.spec.scaling.min_containers and not old.digest)):
+    elder.standby = False
+    in_use = busy or (service is not None and service.spec.scaling.min_containers and not old.digest)
+    if service is not None and (standby or (elder.warm and in_use)):
         group = service.group(old.digest)
         # Without room beside the elder it would wait for the elder's end.
         if len(st.instances) < st.config.max_instances and not lacks_gpu(st, group):
-            group.elder, elder.heir = elder, group
+            group.elder, elder.heir, elder.standby = elder, group, standby and not elder.warm
             set_rolling(st, group)
     if elder is not old and elder.heir is None:
         drain(st, elder)
@@ -576,7 +581,7 @@ def set_rolling(st: State, group: Group) -> None:
 def part(group: Group) -> None:
     """Its elder serves no more of its calls."""
     if group.elder is not None:
-        group.elder.heir = None
+        group.elder.heir, group.elder.standby = None, False
         group.elder = None
 
 
@@ -677,7 +682,7 @@ def target(st: State, group: Group) -> int:
     service = group.service
     load = len(group.queue) + group.running
     if group.heir is not None:
-        return max(load, min(group.live, floor(group)))
+        return max(load, min(group.live, floor(group)), int(group.standby and group.heir.start_failures > 0))
     if group.elder is not None:
         load = max(load, 1)
     if not service.active or group.digest:

@@ -243,6 +243,8 @@ class Group:
     """An older version's group whose instances serve this one's calls until one of its own is ready."""
     heir: Group | None = None
     """The group whose `elder` this is."""
+    standby: bool = False
+    """An elder that has no instance yet: it gets one when a start of its heir's fails."""
     rolls_until: float = -NEVER
     """When the elder gives way if this group still waits for room."""
 
