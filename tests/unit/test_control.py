@@ -785,6 +785,48 @@ def test_the_old_version_serves_on_while_the_new_one_cannot_start() -> None:
     assert d.state.finished["c3"] == "failure"
 
 
+def test_the_old_version_is_there_for_who_called_just_before_a_deploy_that_does_not_start() -> None:
+    """A call every second, and none under way at that moment, is use, too."""
+    d = Driver(function())
+    d.call()
+    d.ready("i-t-1")
+    d.done("c1", "i-t-1")
+    d.at(d.now + 5.0)
+    assert names(d.deploy(function())) == ["StopInstance"]
+    d.stopped("i-t-1")
+    assert d.call() == [start("i-t-2", service_id="a/f@2")], "the newer code comes first"
+    [action] = d.send(ev.StartFailed, instance_id="i-t-2", error=ERROR, user_fault=True)
+    assert action == start("i-t-3", service_id="a/f@1")
+    assert d.ready("i-t-3") == [ev.RunCall(call_id="c2", instance_id="i-t-3")]
+
+
+def test_an_old_version_on_standby_goes_where_the_new_one_starts_or_nobody_calls() -> None:
+    for called in (True, False):
+        d = Driver(function())
+        d.call()
+        d.ready("i-t-1")
+        d.done("c1", "i-t-1")
+        d.deploy(function())
+        d.stopped("i-t-1")
+        if called:
+            d.call()
+            d.ready("i-t-2")
+        else:
+            assert d.at(d.now + 600.0) == []
+        assert list(d.state.services) == ["a/f@2"]
+
+
+def test_the_error_is_told_where_nobody_called_for_a_while_before_the_deploy() -> None:
+    d = Driver(function())
+    d.call()
+    d.ready("i-t-1")
+    d.done("c1", "i-t-1")
+    d.at(d.now + 11.0)
+    d.deploy(function())
+    d.call()
+    assert names(d.send(ev.StartFailed, instance_id="i-t-2", error=ERROR, user_fault=True)) == ["FinishCall"]
+
+
 def after_restart() -> Driver:
     """The second version could not start when the daemon ended, and the first served."""
     d = Driver()

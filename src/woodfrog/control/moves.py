@@ -538,7 +538,7 @@ def drain(st: State, group: Group) -> None:
     group.capture_wanted = False
     spare = group.starting - len(group.queue)
     for inst in list(group.instances.values()):
-        if inst.state == "idle" and group.heir is None:
+        if inst.state == "idle" and (group.heir is None or group.standby):
             stop(st, inst, "newer version")
         elif inst.park:
             kill(st, inst, "newer version")
@@ -555,18 +555,20 @@ def served_by(call: Call, elder: Group) -> bool:
 
 def succeed(st: State, old: Group, service: Service | None) -> None:
     """A newer version's service takes the place of this group's, or nothing does. What is warm serves on until that has
-    an instance ready; not where nobody uses it: then the next call gets the newer code."""
+    an instance ready. Where nobody uses it the next call gets the newer code, and where somebody just did, that is so
+    unless it does not start."""
     elder = old.elder or old
     busy = any(g.running or g.queue for g in (old, elder))
     standby = elder.standby
     part(old)
     elder.standby = False
     in_use = busy or (service is not None and service.spec.scaling.min_containers and not old.digest)
-    if service is not None and (standby or (elder.warm and in_use)):
+    late = st.now - max(old.last_load, elder.last_load) < st.config.just_used
+    if service is not None and (standby or (elder.warm and (in_use or late))):
         group = service.group(old.digest)
         # Without room beside the elder it would wait for the elder's end.
         if len(st.instances) < st.config.max_instances and not lacks_gpu(st, group):
-            group.elder, elder.heir, elder.standby = elder, group, standby and not elder.warm
+            group.elder, elder.heir, elder.standby = elder, group, not (elder.warm and in_use)
             set_rolling(st, group)
     if elder is not old and elder.heir is None:
         drain(st, elder)
@@ -597,10 +599,12 @@ def retire_elder(st: State, group: Group) -> None:
 
 
 def end_rolling(st: State, group: Group) -> None:
-    """The elder gives way where both together have no room. While starts go on, or fail, it serves."""
+    """The elder gives way where both together have no room, and one on standby where the new version was not called.
+    While starts go on, or fail, it serves."""
     if group.elder is None or st.now < group.rolls_until:
         return
-    if group.key in st.starved:
+    unused = group.elder.standby and not (group.start_failures or group.starting or group.calls)
+    if group.key in st.starved or unused:
         retire_elder(st, group)
     else:
         set_rolling(st, group)
@@ -683,7 +687,7 @@ def target(st: State, group: Group) -> int:
     load = len(group.queue) + group.running
     if group.heir is not None:
         return max(load, min(group.live, floor(group)), int(group.standby and group.heir.start_failures > 0))
-    if group.elder is not None:
+    if group.elder is not None and not group.elder.standby:
         load = max(load, 1)
     if not service.active or group.digest:
         return load
