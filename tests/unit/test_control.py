@@ -800,6 +800,22 @@ def test_the_old_version_is_there_for_who_called_just_before_a_deploy_that_does_
     assert d.ready("i-t-3") == [ev.RunCall(call_id="c2", instance_id="i-t-3")]
 
 
+def test_a_deploy_that_mends_one_whose_elder_came_late_starts_at_once() -> None:
+    d = Driver(function())
+    d.call()
+    d.ready("i-t-1")
+    d.done("c1", "i-t-1")
+    d.deploy(function())
+    d.call()
+    d.send(ev.StartFailed, instance_id="i-t-2", error=ERROR, user_fault=True)
+    d.ready("i-t-3")
+    d.done("c2", "i-t-3")
+    assert d.deploy(function()) == [start("i-t-4", service_id="a/f@3")]
+    assert d.call() == [ev.RunCall(call_id="c3", instance_id="i-t-3")]
+    d.done("c3", "i-t-3")
+    assert names(d.ready("i-t-4")) == ["StopInstance"]
+
+
 def test_an_old_version_on_standby_goes_where_the_new_one_starts_or_nobody_calls() -> None:
     for called in (True, False):
         d = Driver(function())

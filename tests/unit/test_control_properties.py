@@ -289,6 +289,7 @@ class Backend:
                 assert set(group.idle) == {i.id for i in group.instances.values() if i.state == "idle"}
                 assert not (group.queue and group.idle)
                 elder = group.elder
+                assert not (group.standby and (group.warm or group.heir is None))
                 if elder is not None:
                     assert elder.heir is group and elder.elder is None and group.heir is None
                     assert not elder.service.active and service.active and elder.digest == group.digest

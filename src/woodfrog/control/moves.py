@@ -562,8 +562,9 @@ def succeed(st: State, old: Group, service: Service | None) -> None:
     standby = elder.standby
     part(old)
     elder.standby = False
-    in_use = busy or (service is not None and service.spec.scaling.min_containers and not old.digest)
     late = st.now - max(old.last_load, elder.last_load) < st.config.just_used
+    in_use = busy or (late and elder is not old)  # it serves in place of one that does not start
+    in_use = in_use or (service is not None and service.spec.scaling.min_containers > 0 and not old.digest)
     if service is not None and (standby or (elder.warm and (in_use or late))):
         group = service.group(old.digest)
         # Without room beside the elder it would wait for the elder's end.
