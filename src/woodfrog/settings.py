@@ -96,6 +96,9 @@ class Settings:
     """Log kept per app, in MiB."""
     keep_snapshots: int = 3
     """Snapshots kept per function and kind of host: the current version's and earlier ones'."""
+    keep_unused_s: float = 30 * 86400.0
+    """How long a snapshot stays that nothing was thawed from and that no deployed function would thaw here, in seconds;
+    0 = for good."""
     snapshot_failures: int = 3
     """Restore failures after which a snapshot is retired."""
     zygotes: bool = True

@@ -150,7 +150,16 @@ class FakeBackend:
         self.store(request.function_key, snapshot_id, request)
         self.observer.on_captured(request, snapshot_id)
 
-    def store(self, function_key: str, snapshot_id: str, request: StartRequest | None = None) -> None:
+    def store(
+        self,
+        function_key: str,
+        snapshot_id: str,
+        request: StartRequest | None = None,
+        *,
+        tag: str = "f",
+        worker_class: str = WORKER_CLASS,
+        created: float | None = None,
+    ) -> None:
         """Commit a snapshot."""
         self.catalogue.commit(
             self.catalogue.begin(snapshot_id),
@@ -158,12 +167,12 @@ class FakeBackend:
                 format=FORMAT,
                 id=snapshot_id,
                 function_key=function_key,
-                worker_class=WORKER_CLASS,
+                worker_class=worker_class,
                 host={},
                 app=request.app if request else "demo",
-                tag=request.spec.tag if request else "f",
+                tag=request.spec.tag if request else tag,
                 params_digest=request.params_digest if request else "",
-                created=time.time(),
+                created=time.time() if created is None else created,
                 root_pid=100,
                 tasks=1,
                 pages_bytes=0,

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import shutil
+import sqlite3
 import sys
 import tarfile
 import threading
@@ -959,8 +960,9 @@ async def test_snapshot_is_removed_when_its_last_instance_is_gone(daemon: Daemon
 
 async def test_eager_capture(daemon: Daemon) -> None:
     await daemon.deploy(function("square", snapshot=FROZEN), snapshot=True)
-    await settle()
-    assert [r.capture for r in daemon.backend.started] == [True] and len(daemon.catalogue.manifests()) == 1
+    while not daemon.catalogue.manifests():  # its commit waits for the disk
+        await settle()
+    assert [r.capture for r in daemon.backend.started] == [True]
     answer = await daemon.http.post("/snapshots/create", json={"app": "demo", "tag": "nope"})
     assert answer.status_code == 404
 
@@ -1015,6 +1017,119 @@ async def test_the_old_version_serves_until_the_new_one_is_ready_also_past_a_res
     rows = (await second.http.get("/apps/demo/calls")).json()["calls"]
     assert [r["version"] for r in rows] == [2, 1]
     await second.close()
+
+
+async def test_a_version_that_cannot_start_has_its_elder_past_a_restart(tmp_path: Path) -> None:
+    """The code before serves again, also from nothing, and what it served is known until the new code starts."""
+
+    def env(daemon: Daemon) -> list[str | None]:
+        return [r.spec.env.get("V") for r in daemon.backend.started]
+
+    gates.clear()
+    kept = {"scaling": ScalingPolicy(min_containers=1)}
+    first = Daemon(tmp_path, FaultyBackend)
+    await first.deploy(function("square", env={"V": "1"}, **kept))
+    await settle()
+    first.faulty.starts.append("user-fault")
+    await first.deploy(function("square", env={"V": "2"}, **kept))
+    await settle()
+    assert first.journal.elders() == {("demo", "square", ""): 1}
+    await first.die()
+
+    second = Daemon(tmp_path, FaultyBackend)
+    second.faulty.starts.append("user-fault")
+    assert await second.call("square", 3) == 9
+    assert env(second)[:2] == ["2", "1"], "the new code is tried first"
+    assert "version 1 serves until version 2 starts" in (await second.http.get("/apps/demo/logs")).text
+    await second.die()
+
+    third = Daemon(tmp_path, FaultyBackend)  # it starts now
+    assert await third.call("square", 3) == 9
+    assert set(env(third)) == {"2"} and third.journal.elders() == {}
+    assert set(third.controller.state.services) == {"demo/square@2"}
+    third.faulty.starts.append("user-fault")
+    await third.deploy(function("square", env={"V": "3"}, **kept))
+    await settle()
+    assert third.journal.elders() == {("demo", "square", ""): 2}
+    third.controller.stop_app("demo")
+    assert third.journal.elders() == {} == third.controller._elders
+    await third.close()
+
+
+async def test_where_neither_the_new_nor_the_old_version_starts_after_a_restart_calls_are_told(tmp_path: Path) -> None:
+    kept = {"scaling": ScalingPolicy(min_containers=1)}
+    first = Daemon(tmp_path, FaultyBackend)
+    await first.deploy(function("square", env={"V": "1"}, **kept))
+    await settle()
+    first.faulty.starts.append("user-fault")
+    await first.deploy(function("square", env={"V": "2"}, **kept))
+    await settle()
+    await first.die()
+    second = Daemon(tmp_path, FaultyBackend)
+    second.faulty.starts.extend(["user-fault"] * 9)
+    assert (await second.failure("square", 3)).code == "startup"
+    assert second.journal.elders() == {}
+    assert set(second.controller.state.services) == {"demo/square@2"}
+    await second.close()
+
+
+async def test_an_app_that_this_version_cannot_read_keeps_its_calls(tmp_path: Path) -> None:
+    """After a downgrade: nothing is lost, and who asks is told. The newer version goes on."""
+    gates.clear()
+    newer = Daemon(tmp_path)
+    await newer.deploy(function("wait"))
+    await newer.deploy(function("square"), app="other")
+    call = (await newer.submit("wait")).headers["woodfrog-call"]
+    await newer.die()
+    with sqlite3.connect(tmp_path / "journal.sqlite") as db:
+        (spec,) = db.execute("SELECT spec FROM deploys WHERE app = 'demo'").fetchone()
+
+    def rewrite(text: str) -> None:
+        with sqlite3.connect(tmp_path / "journal.sqlite") as db:
+            db.execute("UPDATE deploys SET spec = ? WHERE app = 'demo'", (text,))
+
+    rewrite(json.dumps({**json.loads(spec), "of_a_later_version": 1}))
+    older = Daemon(tmp_path)
+    assert await older.call("square", 2, app="other") == 4
+    for answer in (await older.http.get(f"/calls/{call}"), await older.submit("wait")):
+        assert error_of(answer)["code"] == "app-unreadable" and "'of_a_later_version'" in error_of(answer)["message"]
+    await older.die()
+    rewrite(spec)
+    gates["gate"] = asyncio.Event()
+    gates["gate"].set()
+    again = Daemon(tmp_path)
+    assert pickle.loads((await again.http.get(f"/calls/{call}", params={"wait": 5})).content) == "through"
+    await again.die()
+
+    rewrite(json.dumps({**json.loads(spec), "of_a_later_version": 1}))
+    older = Daemon(tmp_path)
+    await older.deploy(function("square"))
+    assert await older.call("square", 2) == 4, "it was deployed anew"
+    await older.close()
+
+
+async def test_snapshots_that_nothing_would_thaw_go_after_a_while(daemon: Daemon) -> None:
+    """Else those of apps that were stopped or changed, and of kernels that were, would stay for good."""
+    spec = function("square", snapshot=FROZEN)
+    key = (await daemon.deploy(spec))["functions"][0]["key"]
+    daemon.backend.store(key, "s-0", tag="square", created=1.0)
+    daemon.backend.store(key, "s-1", tag="square", created=1.0, worker_class="an older kernel")
+    daemon.backend.store("code before", "s-2", tag="square", created=1.0)
+
+    def there() -> list[str]:
+        daemon.controller._unused_due = 0.0
+        daemon.controller.tidy()
+        return sorted(m.id for m in daemon.catalogue.manifests())
+
+    daemon.controller.settings = replace(daemon.settings, keep_unused_s=0.0)
+    assert len(there()) == 3, "for good"
+    daemon.controller.settings = replace(daemon.settings, keep_unused_s=60.0)
+    daemon.catalogue.used("s-2")
+    assert there() == ["s-0", "s-2"], "the kernel is another"
+    os.utime(daemon.catalogue.path("s-2") / "used", (1.0, 1.0))
+    assert there() == ["s-0"], "the code is another"
+    await daemon.http.post("/apps/demo/stop")
+    assert there() == []
 
 
 async def test_rollback(daemon: Daemon) -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +102,25 @@ def test_what_a_new_snapshot_makes_superfluous(root: Path, key: SigningKey) -> N
     assert {m.id for m in catalogue.superseded("s-chip", 1)} == set()
     catalogue.retire("s-k3-1", "invalidated")
     assert gone() == {"s-k2-0", "s-k2-1", "s-k2-2"}, "it is about to go, and counts no more"
+
+
+def test_a_new_snapshot_is_not_superfluous_because_the_clock_was_set_back(root: Path, key: SigningKey) -> None:
+    """Else it would be removed as soon as it is there, and every start be cold until the clock has caught up."""
+    catalogue = Catalogue(root, key)
+    for number in range(3):
+        make(catalogue, f"s-{number}", key=f"v{number}", created=9000.0 + number)
+    make(catalogue, "s-new", key="v3", created=1.0)
+    assert [m.id for m in catalogue.superseded("s-new", 3)] == ["s-0"]
+
+
+def test_unused_ones_are_told_by_when_they_were_thawed_last(root: Path, key: SigningKey) -> None:
+    catalogue = Catalogue(root, key)
+    for name in ("s-old", "s-pinned", "s-thawed"):
+        make(catalogue, name, created=1.0)
+    make(catalogue, "s-new", created=time.time())
+    catalogue.mark("s-pinned", PINNED)
+    catalogue.used("s-thawed")
+    assert [m.id for m in catalogue.unused_since(time.time() - 60)] == ["s-old"]
 
 
 def test_commit_find_open(root: Path, key: SigningKey) -> None:

@@ -52,10 +52,10 @@ class Driver:
             self.wake = actions.pop().time
         return actions
 
-    def deploy(self, *specs: FunctionSpec, key: str = "", rolling: bool = True) -> list[Action]:
+    def deploy(self, *specs: FunctionSpec, key: str = "", rolling: bool = True, **more: Any) -> list[Action]:
         self.version += 1
         keys = {s.tag: key or f"key-{s.tag}-{self.version}" for s in specs}
-        return self.send(ev.AppDeployed, app="a", version=self.version, specs=specs, keys=keys, rolling=rolling)
+        return self.send(ev.AppDeployed, app="a", version=self.version, specs=specs, keys=keys, rolling=rolling, **more)
 
     def call(self, tag: str = "f", method: str = "", digest: str = "") -> list[Action]:
         self.calls += 1
@@ -785,6 +785,117 @@ def test_the_old_version_serves_on_while_the_new_one_cannot_start() -> None:
     assert d.state.finished["c3"] == "failure"
 
 
+def test_the_old_version_is_there_for_who_called_just_before_a_deploy_that_does_not_start() -> None:
+    """A call every second, and none under way at that moment, is use, too."""
+    d = Driver(function())
+    d.call()
+    d.ready("i-t-1")
+    d.done("c1", "i-t-1")
+    d.at(d.now + 5.0)
+    assert names(d.deploy(function())) == ["StopInstance"]
+    d.stopped("i-t-1")
+    assert d.call() == [start("i-t-2", service_id="a/f@2")], "the newer code comes first"
+    [action] = d.send(ev.StartFailed, instance_id="i-t-2", error=ERROR, user_fault=True)
+    assert action == start("i-t-3", service_id="a/f@1")
+    assert d.ready("i-t-3") == [ev.RunCall(call_id="c2", instance_id="i-t-3")]
+
+
+def test_a_deploy_that_mends_one_whose_elder_came_late_starts_at_once() -> None:
+    d = Driver(function())
+    d.call()
+    d.ready("i-t-1")
+    d.done("c1", "i-t-1")
+    d.deploy(function())
+    d.call()
+    d.send(ev.StartFailed, instance_id="i-t-2", error=ERROR, user_fault=True)
+    d.ready("i-t-3")
+    d.done("c2", "i-t-3")
+    assert d.deploy(function()) == [start("i-t-4", service_id="a/f@3")]
+    assert d.call() == [ev.RunCall(call_id="c3", instance_id="i-t-3")]
+    d.done("c3", "i-t-3")
+    assert names(d.ready("i-t-4")) == ["StopInstance"]
+
+
+def test_an_old_version_on_standby_goes_where_the_new_one_starts_or_nobody_calls() -> None:
+    for called in (True, False):
+        d = Driver(function())
+        d.call()
+        d.ready("i-t-1")
+        d.done("c1", "i-t-1")
+        d.deploy(function())
+        d.stopped("i-t-1")
+        if called:
+            d.call()
+            d.ready("i-t-2")
+        else:
+            assert d.at(d.now + 600.0) == []
+        assert list(d.state.services) == ["a/f@2"]
+
+
+def test_the_error_is_told_where_nobody_called_for_a_while_before_the_deploy() -> None:
+    d = Driver(function())
+    d.call()
+    d.ready("i-t-1")
+    d.done("c1", "i-t-1")
+    d.at(d.now + 11.0)
+    d.deploy(function())
+    d.call()
+    assert names(d.send(ev.StartFailed, instance_id="i-t-2", error=ERROR, user_fault=True)) == ["FinishCall"]
+
+
+def after_restart() -> Driver:
+    """The second version could not start when the daemon ended, and the first served."""
+    d = Driver()
+    spec = function(scaling=KEPT)
+    assert d.deploy(spec, followed=True) == []
+    assert d.deploy(spec, standby={"f": ("",)}) == [start("i-t-1", service_id="a/f@2")]
+    return d
+
+
+def test_after_a_restart_the_old_version_serves_when_the_new_one_fails_again() -> None:
+    d = after_restart()
+    assert d.call() == []
+    [action] = d.send(ev.StartFailed, instance_id="i-t-1", error=ERROR, user_fault=True)
+    assert action == start("i-t-2", service_id="a/f@1"), "the call waits for it"
+    assert names(d.ready("i-t-2")) == ["RunCall"]
+    assert names(d.done("c1", "i-t-2")) == ["FinishCall"]
+    [action] = [a for a in d.at(d.now + 1.0) if isinstance(a, ev.StartInstance)]
+    assert action.service_id == "a/f@2"
+    assert names(d.ready(action.instance_id)) == ["StopInstance"]
+    d.stopped("i-t-2")
+    assert list(d.state.services) == ["a/f@2"]
+
+
+def test_after_a_restart_a_new_version_that_starts_needs_no_elder() -> None:
+    d = after_restart()
+    d.ready("i-t-1")
+    assert list(d.state.services) == ["a/f@2"]
+
+
+def test_after_a_restart_a_further_deploy_takes_over_the_elder() -> None:
+    d = after_restart()
+    assert names(d.deploy(function(scaling=KEPT))) == ["KillInstance", "StartInstance"]
+    [action] = d.send(ev.StartFailed, instance_id="i-t-2", error=ERROR, user_fault=True)
+    assert action == start("i-t-3", service_id="a/f@1")
+    d.send(ev.AppStopped, app="a")
+    d.stopped("i-t-1")
+    d.stopped("i-t-3")
+    assert not d.state.apps and not d.state.services
+
+
+def test_after_a_restart_calls_are_told_where_the_old_version_does_not_start_either() -> None:
+    d = after_restart()
+    d.call()
+    d.send(ev.StartFailed, instance_id="i-t-1", error=ERROR, user_fault=True)
+    d.send(ev.StartFailed, instance_id="i-t-2", error=ERROR, user_fault=True)
+    assert list(d.state.services) == ["a/f@2"]
+    while "c1" in d.state.calls:
+        for action in d.at(d.now + 1.0):
+            if isinstance(action, ev.StartInstance):
+                d.send(ev.StartFailed, instance_id=action.instance_id, error=ERROR, user_fault=True)
+    assert d.state.finished["c1"] == "failure"
+
+
 def test_a_deploy_that_mends_a_broken_one_takes_over_its_elder() -> None:
     d = rolling(function(scaling=KEPT))
     d.send(ev.StartFailed, instance_id="i-t-2", error=ERROR, user_fault=True)
@@ -898,6 +1009,7 @@ def _example(hint: Any) -> Any:
         return hint.__args__[0]
     for name, value in (
         ("FunctionSpec", (function(),)),
+        ("dict[str, tuple[str, ...]]", {"f": ("", "d")}),
         ("tuple[str", ("x",)),
         ("dict[str, dict[str, str]]", {"f": {"c": "k"}}),
         ("dict[str, str]", {"f": "k"}),

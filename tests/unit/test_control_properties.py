@@ -320,6 +320,7 @@ class Backend:
                 assert set(group.idle) == {i.id for i in group.instances.values() if i.state == "idle"}
                 assert not (group.queue and group.idle)
                 elder = group.elder
+                assert not (group.standby and (group.warm or group.heir is None))
                 if elder is not None:
                     assert elder.heir is group and elder.elder is None and group.heir is None
                     assert not elder.service.active and service.active and elder.digest == group.digest
@@ -479,12 +480,33 @@ class Life(RuleBasedStateMachine):
         self.calls = 0
         self.deploy("a", specs, False)
 
-    @rule(app=st.sampled_from(APPS), specs=specs, shared=st.booleans(), rolling=st.sampled_from([True, True, False]))
-    def deploy(self, app: str, specs: tuple[FunctionSpec, ...], shared: bool, rolling: bool = True) -> None:
+    @rule(
+        app=st.sampled_from(APPS),
+        specs=specs,
+        shared=st.booleans(),
+        rolling=st.sampled_from([True, True, False]),
+        standby=st.dictionaries(st.sampled_from(TAGS), st.sampled_from([("",), ("", "p")]), max_size=1),
+    )
+    def deploy(
+        self,
+        app: str,
+        specs: tuple[FunctionSpec, ...],
+        shared: bool,
+        rolling: bool = True,
+        standby: dict[str, tuple[str, ...]] | None = None,
+    ) -> None:
         version = self.versions[app] = self.versions.get(app, 0) + 1
         keys = {t: f"{t}-shared" if shared else f"{app}-{t}-{version}" for t in TAGS}
         self.backend.send(
-            AppDeployed(now=self.backend.now, app=app, version=version, specs=specs, keys=keys, rolling=rolling)
+            AppDeployed(
+                now=self.backend.now,
+                app=app,
+                version=version,
+                specs=specs,
+                keys=keys,
+                rolling=rolling,
+                standby=standby or {},
+            )
         )
 
     @rule(app=st.sampled_from(APPS))

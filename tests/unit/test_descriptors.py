@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from woodfrog.backends.factory import SandboxFactory
+from woodfrog.linux import descriptors
 from woodfrog.linux.rootplan import HostRoot, RootPlan
 
 CHILD = """
@@ -25,12 +27,30 @@ descriptors.raise_limit()
 descriptors.raise_limit()
 wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
 assert resource.getrlimit(resource.RLIMIT_NOFILE) == (wanted, hard)
-assert descriptors.usual() == {resource.RLIMIT_NOFILE: (100, hard)}
+assert descriptors.usual() == {resource.RLIMIT_NOFILE: (1024, hard)}
 """
 
 
 def test_the_limit_is_raised_for_the_daemon_alone() -> None:
     subprocess.run([sys.executable, "-c", CHILD], check=True)
+
+
+def test_a_low_hard_limit_is_raised_where_that_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 1024 no restore works: CRIU has its own descriptors above those of the processes."""
+    for allowed in (True, False):
+        taken: list[tuple[int, int]] = []
+
+        def take(which: int, limits: tuple[int, int], allowed: bool = allowed, taken: Any = taken) -> None:
+            if limits[1] > 2000 and not allowed:
+                raise ValueError("not allowed to raise maximum limit")
+            taken.append(limits)
+
+        monkeypatch.setattr(resource, "getrlimit", lambda which: (512, 2000))
+        monkeypatch.setattr(resource, "setrlimit", take)
+        monkeypatch.setattr(descriptors, "_usual", {})
+        descriptors.raise_limit()
+        assert taken == ([(512, 65536), (65536, 65536)] if allowed else [(2000, 2000)])
+        assert list(descriptors.usual().values()) == [(1024, 65536 if allowed else 2000)]
 
 
 async def test_sandboxes_are_prepared_again_after_any_error(

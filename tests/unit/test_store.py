@@ -163,6 +163,24 @@ def test_leftovers_are_swept_at_the_start(tmp_path: Path) -> None:
     assert list(again.blobs.iterdir()) == []
 
 
+def test_code_of_a_version_without_layers_is_taken_up(tmp_path: Path) -> None:
+    older = sha(b"older")
+    both = sha(b"both")
+    for digest in (older, both):
+        (tmp_path / "code" / digest / "sub").mkdir(parents=True)
+        (tmp_path / "code" / digest / "sub" / "m.py").write_text(digest)
+    store = ContentStore(tmp_path)
+    assert store.code_path(older) == tmp_path / "code" / f"{older}.layer" / "app"
+    assert (store.code_path(older) / "sub" / "m.py").read_text() == older
+    assert store.code_path(older).parent.stat().st_mode & 0o777 == 0o755
+    store.code_path(older).rename(tmp_path / "code" / older)  # as if cut off between the two steps
+    (tmp_path / "code" / both).mkdir()  # an older version ran in between, and has unpacked its own
+    again = ContentStore(tmp_path)
+    assert (again.code_path(older) / "sub" / "m.py").read_text() == older
+    assert (again.code_path(both) / "sub" / "m.py").read_text() == both
+    assert sorted(p.name for p in (tmp_path / "code").iterdir()) == sorted(f"{d}.layer" for d in (older, both))
+
+
 def test_many_threads_put_the_same_tree(tmp_path: Path) -> None:
     store = ContentStore(tmp_path)
     barrier = threading.Barrier(8)

@@ -158,6 +158,11 @@ class AppDeployed(Event):
     ephemeral: bool = False
     rolling: bool = True
     """Warm instances of the version before that are in use serve new calls until this one has an instance ready."""
+    followed: bool = False
+    """A newer version's deploy follows at once: nothing is started for this one but what its unfinished calls need."""
+    standby: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Tag to digests of parameters: groups that the version before served, since this one could not start. It does so
+    again, although none of its instances is warm, should this one still not start."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -141,7 +141,9 @@ def _app_deployed(st: State, ev: AppDeployed) -> None:
             moves.hand_on(st, old, new)
         if new is not old:
             same = new is not None and _constructor(new) == _constructor(old)
-            for group in list(old.groups.values()):
+            standby = ev.standby.get(old.tag, ())
+            for group in [*old.groups.values(), *(old.group(d) for d in standby if d not in old.groups)]:
+                group.standby = group.digest in standby and group.elder is None
                 moves.succeed(st, group, new if same and ev.rolling and not st.shutting_down else None)
             _drain(st, old)
     for tag, snapshot_id in ev.snapshots.items():
@@ -151,7 +153,7 @@ def _app_deployed(st: State, ev: AppDeployed) -> None:
         for chip, snapshot_id in by_chip.items():
             if tag in app.active:
                 moves.learn(st.knows(app.active[tag], "", chip), snapshot_id, ev.sizes.get(snapshot_id, 0))
-    for service in app.active.values():
+    for service in () if ev.followed else app.active.values():
         if service.spec.scaling.min_containers:
             service.group("")
         for group in list(service.groups.values()):
@@ -172,10 +174,12 @@ def _app_stopped(st: State, ev: AppStopped) -> None:
     error = CallCancelledError(f"app {app.name!r} was stopped{why}", app=app.name).to_dict()
     for call in [c for c in st.calls.values() if c.group.service.app == app.name]:
         moves.end_call(st, call, "cancelled", error)
+    for service in app.services.values():
+        for group in service.groups.values():
+            moves.part(group)
     for service in list(app.services.values()):
         service.active = False
         for group in list(service.groups.values()):
-            moves.part(group)
             group.capture_wanted = False
             for inst in list(group.instances.values()):
                 moves.dismiss(st, inst, "app stopped")
@@ -310,7 +314,7 @@ def _instance_ready(st: State, ev: InstanceReady) -> None:
         if inst.mode == "restore":
             knowledge.attempts = 0
             group.no_room = frozenset()
-    group.start_failures, group.start_error, group.hopeless = 0, "", False
+    group.start_failures, group.start_error, group.hopeless, group.standby = 0, "", False, False
     group.hold_calls = group.hold_spares = -NEVER
     inst.stage = ""
     moves.serve(st, inst)

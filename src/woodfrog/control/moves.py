@@ -527,11 +527,13 @@ def start_broke(st: State, inst: Instance, error: Error, user_fault: bool) -> No
     group.hold_spares = st.now + min(config.start_backoff * 2.0**exponent, config.max_backoff)
     push(st, group.hold_spares, "group", group.key)
     # While an older version serves, calls wait for its instances; else there would be no end of starts for them.
-    served = group.elder is not None and bool(group.elder.running)
+    served = group.elder is not None and (group.elder.standby or bool(group.elder.running))
     hopeless = user_fault or group.start_failures >= config.start_attempts
     group.start_error, group.hopeless = str(error.get("message", "")), hopeless
     if hopeless:
-        group.capture_wanted = False
+        group.capture_wanted = group.standby = False
+    if group.elder is not None and group.elder.standby:
+        schedule(st, group.elder)
     if not user_fault or served:
         exponent = min(exponent, config.start_attempts - 1)
         group.hold_calls = st.now + min(config.start_backoff * 2.0**exponent, config.max_backoff)
@@ -548,7 +550,7 @@ def start_broke(st: State, inst: Instance, error: Error, user_fault: bool) -> No
 def tidy(st: State, group: Group) -> None:
     """Forget a group that nothing is left of, and its service if that has drained."""
     service = group.service
-    if group.calls or group.instances or group.capture_wanted or group.elder is not None:
+    if group.calls or group.instances or group.capture_wanted or group.elder is not None or group.standby:
         return
     heir = group.heir
     if heir is not None:
@@ -561,7 +563,7 @@ def tidy(st: State, group: Group) -> None:
 
 
 def tidy_service(st: State, service: Service) -> None:
-    if service.active or service.calls or service.instances:
+    if service.active or service.calls or service.instances or any(g.standby for g in service.groups.values()):
         return
     app = st.apps.get(service.app)
     if app is None or app.services.pop(service.id, None) is None:
@@ -585,7 +587,7 @@ def drain(st: State, group: Group) -> None:
     group.capture_wanted = False
     spare = group.starting - len(group.queue)
     for inst in list(group.instances.values()):
-        if inst.state == "idle" and group.heir is None:
+        if inst.state == "idle" and (group.heir is None or group.standby):
             stop(st, inst, "newer version")
         elif inst.park:
             kill(st, inst, "newer version")
@@ -602,15 +604,21 @@ def served_by(call: Call, elder: Group) -> bool:
 
 def succeed(st: State, old: Group, service: Service | None) -> None:
     """A newer version's service takes the place of this group's, or nothing does. What is warm serves on until that has
-    an instance ready; not where nobody uses it: then the next call gets the newer code."""
+    an instance ready. Where nobody uses it the next call gets the newer code, and where somebody just did, that is so
+    unless it does not start."""
     elder = old.elder or old
     busy = any(g.running or g.queue for g in (old, elder))
+    standby = elder.standby
     part(old)
-    if service is not None and elder.warm and (busy or (service.spec.scaling.min_containers and not old.digest)):
+    elder.standby = False
+    late = st.now - max(old.last_load, elder.last_load) < st.config.just_used
+    in_use = busy or (late and elder is not old)  # it serves in place of one that does not start
+    in_use = in_use or (service is not None and service.spec.scaling.min_containers > 0 and not old.digest)
+    if service is not None and (standby or (elder.warm and (in_use or late))):
         group = service.group(old.digest)
         # Without room beside the elder it would wait for the elder's end.
         if len(st.instances) < st.config.max_instances and not lacks_gpu(st, group) and fits_beside(st, group, elder):
-            group.elder, elder.heir = elder, group
+            group.elder, elder.heir, elder.standby = elder, group, not (elder.warm and in_use)
             set_rolling(st, group)
     if elder is not old and elder.heir is None:
         drain(st, elder)
@@ -625,7 +633,7 @@ def set_rolling(st: State, group: Group) -> None:
 def part(group: Group) -> None:
     """Its elder serves no more of its calls."""
     if group.elder is not None:
-        group.elder.heir = None
+        group.elder.heir, group.elder.standby = None, False
         group.elder = None
 
 
@@ -641,10 +649,12 @@ def retire_elder(st: State, group: Group) -> None:
 
 
 def end_rolling(st: State, group: Group) -> None:
-    """The elder gives way where both together have no room. While starts go on, or fail, it serves."""
+    """The elder gives way where both together have no room, and one on standby where the new version was not called.
+    While starts go on, or fail, it serves."""
     if group.elder is None or st.now < group.rolls_until:
         return
-    if group.key in st.starved:
+    unused = group.elder.standby and not (group.start_failures or group.starting or group.calls)
+    if group.key in st.starved or unused:
         retire_elder(st, group)
     else:
         set_rolling(st, group)
@@ -745,8 +755,8 @@ def target(st: State, group: Group) -> int:
     service = group.service
     load = len(group.queue) + group.running
     if group.heir is not None:
-        return max(load, min(group.live, floor(group)))
-    if group.elder is not None:
+        return max(load, min(group.live, floor(group)), int(group.standby and group.heir.start_failures > 0))
+    if group.elder is not None and not group.elder.standby:
         load = max(load, 1)
     if not service.active or group.digest:
         return load

@@ -54,6 +54,9 @@ class Config:
     """Time that running calls get once the daemon is to stop."""
     give_way: float = 5.0
     """A busy group gives up an instance to one that a limit has kept waiting so long with fewer."""
+    just_used: float = 10.0
+    """Who called so shortly before a deploy is expected to call again: should the new version not start, the old one
+    serves."""
     parked: int = 0
     """Parked instances of each function that was used within `park_window`."""
     park_window: float = 3600.0
@@ -305,6 +308,8 @@ class Group:
     """An older version's group whose instances serve this one's calls until one of its own is ready."""
     heir: Group | None = None
     """The group whose `elder` this is."""
+    standby: bool = False
+    """An elder that has no instance, and gets one when a start of its heir's fails."""
     rolls_until: float = -NEVER
     """When the elder gives way if this group still waits for room."""
 

@@ -74,6 +74,7 @@ _MANY = 100
 _CONTENT_EVERY_S = 600.0
 _CONTENT_KEPT_S = 3600.0
 """How long code stays that no app needs: a client that found it here deploys it soon, and edits are taken back."""
+_UNUSED_EVERY_S = 3600.0
 _ITEM_LIMIT = 64 << 20
 """Bytes of unread generator items; beyond it the generator waits for its reader."""
 _ITEM_OWN = 256
@@ -246,6 +247,11 @@ class Controller:
         self._leaving: set[str] = set()
         """Ephemeral apps that were stopped and may still have containers."""
         self._content_due = 0.0
+        self._unused_due = 0.0
+        self._unreadable: dict[str, str] = {}
+        """What to say of apps that an earlier or later version of woodfrog has deployed in a form that is not known."""
+        self._elders: dict[tuple[str, str, str], int] = {}
+        """What the journal knows of them: by app, tag and digest of the parameters, the version that serves."""
         self._known_groups: set[tuple[str, int, str, str]] = set()
         self._events: deque[ev.Event] = deque()
         self._running = False
@@ -377,12 +383,22 @@ class Controller:
         unfinished: dict[tuple[str, int], list[CallRow]] = {}
         for row in self.journal.unfinished():
             unfinished.setdefault((row.app, row.version), []).append(row)
-        for deploy in self.journal.live():
+        self._elders = self.journal.elders()
+        live = self.journal.live()
+        newest = {deploy.app: deploy.version for deploy in live}
+        for deploy in live:
             key = (deploy.app, deploy.version)
             try:
-                self._take_deploy(deploy)
+                self._take_deploy(deploy, followed=deploy.version != newest[deploy.app], again=True)
             except SpecError as e:
-                log.error("app %s version %d cannot be read any more: %s", deploy.app, deploy.version, e.message)
+                # Its calls stay unfinished, for a daemon that can read it.
+                waiting = len(unfinished.pop(key, []))
+                self._unreadable[deploy.app] = (
+                    f"app {deploy.app!r}, version {deploy.version}, was deployed by another version of woodfrog, and "
+                    f"this one cannot read it ({e.message}): go back to that one, which still runs its calls, or "
+                    "deploy it anew"
+                )
+                log.error("%s; unfinished calls: %d", self._unreadable[deploy.app], waiting)
                 continue
             for row in unfinished.pop(key, []):
                 try:
@@ -493,10 +509,17 @@ class Controller:
             ) from None
         return {**answer, "rollback": version}
 
-    def _take_deploy(self, row: DeployRow, *, rolling: bool = True) -> None:
+    def _take_deploy(
+        self, row: DeployRow, *, rolling: bool = True, followed: bool = False, again: bool = False
+    ) -> None:
+        standby: dict[str, tuple[str, ...]] = {}
+        for (app, tag, digest), version in self._elders.items() if again else ():
+            if app == row.app and version < row.version:
+                standby[tag] = (*standby.get(tag, ()), digest)
         spec = from_dict(AppSpec, row.spec)
         self.apps[row.app, row.version] = (row, spec)
         self.active[row.app] = row.version
+        self._unreadable.pop(row.app, None)
         self.touched[row.app] = self.heard[row.app] = self.now()
         keys = {f.tag: function_key(f, spec.runtime) for f in spec.functions}
         found: dict[str, dict[str, str]] = {}
@@ -517,6 +540,8 @@ class Controller:
                 sizes={s: self._size(s) for by_chip in found.values() for s in by_chip.values()},
                 ephemeral=row.ephemeral,
                 rolling=rolling,
+                followed=followed,
+                standby=standby,
             )
         )
 
@@ -585,6 +610,8 @@ class Controller:
         """
         version = self.active.get(name)
         if version is None:
+            if name in self._unreadable:
+                raise NotFoundError(self._unreadable[name], code="app-unreadable", app=name)
             if name in self._abandoned:
                 raise NotFoundError(
                     f"this app.run() was stopped after {_EPHEMERAL_TTL_S / 60:.0f} minutes without its client: {name}; "
@@ -636,6 +663,7 @@ class Controller:
         for key in [k for k in self.apps if k[0] == name]:
             del self.apps[key]
         self._known_groups = {g for g in self._known_groups if g[0] != name}
+        self._elders = {k: v for k, v in self._elders.items() if k[0] != name}
         self.call_log.settle(name)
         self.logs.note(name, f"stopped: {why}" if why else "stopped")
         return unfinished
@@ -739,6 +767,8 @@ class Controller:
             return record
         row = self.journal.call(call_id)
         if row is None or row.outcome is None:
+            if row is not None and row.app in self._unreadable:
+                raise NotFoundError(self._unreadable[row.app], code="app-unreadable", app=row.app)
             return None
         self.touch(row.app)
         record = CallRecord(row, Payload(data=b""))
@@ -1038,6 +1068,8 @@ class Controller:
         how = "woken" if info.request.parked else "thawed" if info.mode == "restore" else "started"
         self._say(instance_id, f"{how} in {(self.now() - info.begun) * 1e3:.0f} ms")
         self.emit(ev.InstanceReady(now=self.now(), instance_id=instance_id))
+        if info.version == self.active.get(info.request.app):
+            self._note_elder(info.request, None)
 
     def on_parked(self, instance_id: str) -> None:
         self._say(instance_id, "parked")
@@ -1140,9 +1172,26 @@ class Controller:
         """Else nobody would know why calls are still answered by the code before."""
         service = self.state.find_service(request.app, request.spec.tag)
         group = service.groups.get(request.params_digest) if service is not None else None
-        if service is not None and group is not None and group.elder is not None:
-            text = f"version {group.elder.service.version} serves until version {service.version} starts"
+        elder = group.elder.service.version if group is not None and group.elder is not None else None
+        self._note_elder(request, elder)
+        if service is not None and elder is not None:
+            text = f"version {elder} serves until version {service.version} starts"
             self.logs.note(request.app, text, function=request.spec.tag)
+
+    def _note_elder(self, request: StartRequest, version: int | None) -> None:
+        """For the next daemon: which version serves, since the newest has not started; None = it has, or none does."""
+        key = request.app, request.spec.tag, request.params_digest
+        if self._elders.get(key) == version:
+            return
+        try:
+            self.journal.set_elder(*key, version)
+        except StoreError as e:
+            log.error("%s", e.message)
+            return
+        if version is None:
+            del self._elders[key]
+        else:
+            self._elders[key] = version
 
     def on_refused(self, instance_id: str, error: WoodfrogError) -> None:
         self._say(instance_id, f"not started: {error.message}")
@@ -1154,8 +1203,11 @@ class Controller:
 
     def on_exited(self, instance_id: str, error: WoodfrogError) -> None:
         self._say(instance_id, error.message)
+        info = self.instances.get(instance_id)
         self._forget(instance_id)
         self.emit(ev.InstanceExited(now=self.now(), instance_id=instance_id, error=error.to_dict()))
+        if info is not None and not info.ready:
+            self._say_elder(info.request)
 
     def on_lost(self, instance_id: str, reason: str) -> None:
         self._say(instance_id, reason)
@@ -1230,6 +1282,7 @@ class Controller:
             self._settle_logs,
             self._forget_runs,
             self._remove_unneeded,
+            self._remove_unused,
             self._flush_record,
         ):
             try:
@@ -1345,6 +1398,29 @@ class Controller:
             aside += self.resources.set_content_aside(self._specs(), time.time() - _CONTENT_KEPT_S)
         if aside:
             self._task(asyncio.to_thread(_remove, aside))
+
+    def _remove_unused(self) -> None:
+        """Snapshots that nothing deployed would thaw here, and nothing did for long: their app was stopped, their
+        function renamed, or the kernel, CRIU or woodfrog changed. No capture comes that would supersede them."""
+        if self.now() < self._unused_due or not self.settings.keep_unused_s:
+            return
+        self._unused_due = self.now() + _UNUSED_EVERY_S
+        days = self.settings.keep_unused_s / 86400
+        in_use = self.backend.snapshots_in_use()
+        for manifest in self.catalogue.unused_since(time.time() - self.settings.keep_unused_s):
+            if manifest.id not in in_use and not self._may_thaw(manifest):
+                log.info(
+                    "snapshot %s of %s.%s is removed: for %.3g days nothing was thawed from it, and nothing that is "
+                    "deployed would be", manifest.id, manifest.app, manifest.tag, days,
+                )  # fmt: skip
+                self.invalidate(manifest.id, elsewhere=False)
+
+    def _may_thaw(self, manifest: Manifest) -> bool:
+        """Whether a deployed function would thaw it on this machine as it is now."""
+        if not self.thaws(manifest.function_key, manifest.tag, manifest.params_digest):
+            return False
+        found = self.backend.find_snapshot(manifest.function_key, chip=manifest.host.get("gpu", ""))
+        return found is not None and self.catalogue.get(found).worker_class == manifest.worker_class
 
     def _flush_record(self) -> None:
         if self._record_path is not None:

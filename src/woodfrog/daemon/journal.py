@@ -31,6 +31,10 @@ CREATE TABLE IF NOT EXISTS deploys (
     app TEXT NOT NULL, version INTEGER NOT NULL, spec TEXT NOT NULL, ephemeral INTEGER NOT NULL,
     client TEXT NOT NULL, deployed REAL NOT NULL, stopped REAL, PRIMARY KEY (app, version)
 );
+CREATE TABLE IF NOT EXISTS elders (
+    app TEXT NOT NULL, tag TEXT NOT NULL, params_digest TEXT NOT NULL, elder INTEGER NOT NULL,
+    PRIMARY KEY (app, tag, params_digest)
+);
 CREATE TABLE IF NOT EXISTS params (digest TEXT PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS calls (
     id TEXT PRIMARY KEY, app TEXT NOT NULL, version INTEGER NOT NULL, tag TEXT NOT NULL, method TEXT NOT NULL,
@@ -59,8 +63,9 @@ _LITTLE = 1 << 20
 _LIVE = """stopped IS NULL AND (
     version = (SELECT max(version) FROM deploys AS d WHERE d.app = deploys.app AND d.stopped IS NULL)
     OR (app, version) IN (SELECT app, version FROM calls WHERE finished IS NULL)
+    OR (app, version) IN (SELECT app, elder FROM elders)
 )"""
-"""Each running app's newest version, and those before it that have calls to finish."""
+"""Each running app's newest version, and those before it that have calls to finish, or serve in its place."""
 _CHOSEN = "finished IS NOT NULL AND (:app = '' OR app = :app) AND (:before = 0 OR finished < :before)"
 VERSIONS_KEPT = 3
 """So many of each deployed app are kept with their code: a rollback needs it."""
@@ -191,6 +196,19 @@ class Journal:
 
     def stop_app(self, app: str) -> None:
         self._execute("UPDATE deploys SET stopped = ? WHERE app = ? AND stopped IS NULL", time.time(), app)
+        self._execute("DELETE FROM elders WHERE app = ?", app)
+
+    def set_elder(self, app: str, tag: str, params_digest: str, version: int | None) -> None:
+        """Which version serves while the newest cannot start; None = none."""
+        if version is None:
+            which = "app = ? AND tag = ? AND params_digest = ?"
+            self._execute(f"DELETE FROM elders WHERE {which}", app, tag, params_digest)
+        else:
+            self._execute("INSERT OR REPLACE INTO elders VALUES (?, ?, ?, ?)", app, tag, params_digest, version)
+
+    def elders(self) -> dict[tuple[str, str, str], int]:
+        """By app, tag and digest of the parameters."""
+        return {(a, t, d): v for a, t, d, v in self._execute("SELECT * FROM elders")}
 
     def deploys(self, app: str | None = None) -> list[DeployRow]:
         """All deploys, or those of one app, oldest first."""

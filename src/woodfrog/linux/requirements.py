@@ -14,6 +14,7 @@ import os
 import platform
 import pwd
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from woodfrog.errors import HostError, WoodfrogError
+from woodfrog.linux.descriptors import raise_limit
 
 __all__ = ["Cgroups", "Check", "CriuState", "Host", "demand", "failed", "judge", "probe", "probe_criu"]
 
@@ -34,6 +36,8 @@ OLDEST_PYTHON = (3, 11)
 MIN_FREE_BYTES = 1 << 30
 LOW_FREE_BYTES = 10 << 30
 MIN_MEMORY_BYTES = 512 << 20
+MIN_OPEN_FILES = 4096
+"""CRIU wants more than a thousand for itself."""
 PAGE_SIZE = 4096
 """What snapshots are made of. An arm64 kernel may have larger ones."""
 MAX_STATE_DIR = 90
@@ -149,6 +153,8 @@ class Host:
     state_dir_problem: str
     free_bytes: int | None
     memory_bytes: int | None
+    open_files: int
+    """The most descriptors that a process may have; -1 = as many as it likes."""
     python: tuple[int, ...]
     native_missing: tuple[str, ...]
     worker_uid: int
@@ -332,6 +338,12 @@ def judge(host: Host) -> list[Check]:
         "cannot tell" if host.memory_bytes is None else f"{_size(host.memory_bytes)} available",
         "functions will run out of memory: stop other programs",
         required=False,
+    )
+    add(
+        "open-files",
+        host.open_files < 0 or host.open_files >= MIN_OPEN_FILES,
+        "no limit" if host.open_files < 0 else f"at most {host.open_files} a process",
+        f"containers and CRIU need {MIN_OPEN_FILES}: raise the hard limit (ulimit -Hn, LimitNOFILE= of the service)",
     )
     add(
         "python",
@@ -626,6 +638,11 @@ def _free_bytes(path: Path) -> int | None:
     return None
 
 
+def _open_files() -> int:
+    raise_limit()  # as the daemon does
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+
 def _available_memory() -> int | None:
     match = re.search(r"^MemAvailable:\s+(\d+) kB", _read("/proc/meminfo") or "", re.MULTILINE)
     return int(match.group(1)) << 10 if match else None
@@ -694,6 +711,7 @@ def probe(*, state_dir: Path, worker_uid: int, native: Iterable[Path], criu: Cri
         state_dir_problem=probe_state_dir(state_dir),
         free_bytes=_free_bytes(state_dir),
         memory_bytes=_available_memory(),
+        open_files=_open_files(),
         python=tuple(sys.version_info[:3]),
         native_missing=tuple(p.name for p in native if not os.access(p, os.X_OK)),
         worker_uid=worker_uid,

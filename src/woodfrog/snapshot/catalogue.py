@@ -330,14 +330,18 @@ class Catalogue:
 
     def by_use(self) -> list[Manifest]:
         """All snapshots, the longest unused first."""
+        return sorted(self.manifests(), key=self._last_use)
 
-        def last(manifest: Manifest) -> float:
-            try:
-                return max(manifest.created, (self.root / manifest.id / _USED).stat().st_mtime)
-            except OSError:
-                return manifest.created
+    def unused_since(self, before: float) -> list[Manifest]:
+        """Functions' snapshots that were made, and thawed last, before then (Unix time); not what is pinned."""
+        old = [m for m in self.manifests() if m.kind == "function" and self._last_use(m) < before]
+        return [m for m in old if not self.marked(m.id, PINNED)]
 
-        return sorted(self.manifests(), key=last)
+    def _last_use(self, manifest: Manifest) -> float:
+        try:
+            return max(manifest.created, (self.root / manifest.id / _USED).stat().st_mtime)
+        except OSError:
+            return manifest.created
 
     def retired(self, snapshot_id: str) -> str | None:
         """Why a snapshot is no longer used, also when it is gone; None while it is."""
@@ -403,7 +407,8 @@ class Catalogue:
         for manifest in self.by_use():
             if whose(manifest) == whose(new) and self.retired(manifest.id) != "invalidated":  # that goes anyway
                 by_class[manifest.worker_class] = [*by_class.pop(manifest.worker_class, ()), manifest]
-        gone = sorted(by_class.pop(new.worker_class), key=lambda m: m.created)[:-keep]
+        # The new one is the newest, also where the clock was set back.
+        gone = sorted(by_class.pop(new.worker_class), key=lambda m: (m is new, m.created))[:-keep]
         for number, same in enumerate(reversed(by_class.values())):  # that with the last used comes first
             gone += same if number else sorted(same, key=lambda m: m.created)[:-keep]
         return [m for m in gone if not self.marked(m.id, PINNED)]

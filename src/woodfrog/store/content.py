@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import logging
 import os
 import re
 import shutil
@@ -21,6 +22,8 @@ from woodfrog.errors import NotFoundError, SpecError
 from woodfrog.store.files import Member, fsync_dir, fsync_tree, remove_tree, store_error, write_atomic
 
 __all__ = ["ContentStore"]
+
+log = logging.getLogger("woodfrog")
 
 CODE = "app"
 """Where code is in its layer."""
@@ -118,6 +121,22 @@ class ContentStore:
         os.chmod(self.code, 0o700)
         for leftover in [*self.code.glob(".*"), *self.blobs.glob(".*")]:
             remove_tree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        self._take_up_older()
+
+    def _take_up_older(self) -> None:
+        """Versions before layers kept a source tree under its digest alone. Deployed apps are not to lose it."""
+        for tree in [path for path in self.code.iterdir() if _DIGEST.match(path.name)]:
+            place = self._layer(tree.name) / CODE
+            if place.exists():  # an older version was here once more, and has unpacked its own
+                remove_tree(tree)
+                continue
+            try:
+                if self._owner is not None:
+                    _give(tree, self._owner)
+                place.parent.mkdir(mode=0o755, exist_ok=True)
+                os.rename(tree, place)
+            except OSError as e:  # a full disk: the next start tries again
+                log.warning("code of an older version is not taken up: %s: %s", tree, e)
 
     def has_blob(self, digest: str) -> bool:
         found = bool(_DIGEST.match(digest)) and (self.blobs / digest).is_file()
