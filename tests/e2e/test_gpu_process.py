@@ -145,6 +145,42 @@ def test_tensors_put_away_and_captures_go_on_after_the_thaw(daemon: Daemon, devi
     assert printed(daemon, program) == [True, 0, True, True, True, 0, True]
 
 
+GROUP = """
+import json
+import woodfrog
+
+app = woodfrog.App("group")
+
+
+@app.cls(enable_memory_snapshot=True)
+class Group:
+    @woodfrog.enter(snap=True)
+    def join(self):
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo", init_method="file:///tmp/store", rank=0, world_size=1)
+
+    @woodfrog.method()
+    def total(self):
+        import torch
+
+        one = torch.ones(2)
+        torch.distributed.all_reduce(one)
+        return [woodfrog.restored(), float(one.sum())]
+
+
+@app.local_entrypoint()
+def main():
+    print(json.dumps(Group().total.remote()))
+"""
+
+
+@pytest.mark.torch
+def test_a_process_group_goes_on_after_the_thaw(daemon: Daemon) -> None:
+    """Inference engines make one for a single GPU, too. It listens for the others of the group."""
+    assert printed(daemon, daemon.program(GROUP)) == [True, 2.0]
+
+
 ENGINE = """
 import json, subprocess, sys, time
 from pathlib import Path

@@ -25,7 +25,12 @@ def compute_once(func):
 def has_gpu():
     return torch.cuda.is_available()
 
+@compute_once
+def get_python_lib():
+    return torch.library.Library("xformers_python", "DEF")
+
 has_gpu()
+get_python_lib()
 '''
 
 

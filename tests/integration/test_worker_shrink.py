@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +25,19 @@ from pathlib import Path
 log, port_file, trouble = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 KNOWN = ("/sleep", "/wake_up", "/collective_rpc", "/release_memory_occupation", "/resume_memory_occupation")
 
+LOOKS = {
+    "/is_sleeping": {"is_sleeping": trouble == "asleep"},
+    "/server_info": {"enable_memory_saver": trouble != "no saver", "enable_weights_cpu_backup": trouble != "no backup"},
+}
+
 class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        found = LOOKS.get(self.path) if trouble not in ("missing", "old") else None
+        if trouble == "old" and self.path == "/get_server_info":
+            found = LOOKS["/server_info"]
+        self.send_response(200 if found else 404)
+        self.end_headers()
+        self.wfile.write(json.dumps(found or {"detail": "Not Found"}).encode())
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"] or 0)).decode()
         with log.open("a") as file:
@@ -100,6 +114,7 @@ VLLM_2 = [
     ["/wake_up?tags=kv_cache", ""],
 ]
 SGLANG = [["/release_memory_occupation", "{}"], ["/resume_memory_occupation", "{}"]]
+CACHE = [[path, '{"tags": ["kv_cache"]}'] for path, _ in SGLANG]
 
 
 @pytest.mark.parametrize(
@@ -107,9 +122,9 @@ SGLANG = [["/release_memory_occupation", "{}"], ["/resume_memory_occupation", "{
     [
         ("vllm_server", "127.0.0.1", "", VLLM_1),
         ("vllm_server", "0.0.0.0", "vllm=2", VLLM_2),
-        ("sglang_server", "127.0.0.1", "", SGLANG),
+        ("sglang_server", "127.0.0.1", "sglang=True", SGLANG),
         ("vllm_server", "127.0.0.1", "vllm=0", []),
-        ("sglang_server", "127.0.0.1", "sglang=False", []),
+        ("sglang_server", "127.0.0.1", "", []),  # it may have been released already, and ends when it is asked twice
         ("web_server", "127.0.0.1", "", []),
     ],
 )
@@ -142,9 +157,36 @@ def test_a_server_that_does_not_is_named_and_the_freeze_goes_on(
     assert worker.freeze()["type"] == "frozen" and time.monotonic() - begin < 20
     [line] = [line for line in worker.err().splitlines() if line.startswith("woodfrog: shrink")]
     assert line.startswith(f"woodfrog: shrink vllm:{port(worker)}: ") and (said in line or "timed out" in line), line
-    # What did not let go is not asked to take back; what did not answer may have done it.
+    # What did not let go is not asked to take back; what did not answer, or failed, may have done it or a part.
     assert worker.start(restored=True)["type"] == "ready"
-    assert [path for path, _ in asked(worker)] == ["/sleep?level=1", *(["/wake_up"] if trouble == "hang" else [])]
+    assert [path for path, _ in asked(worker)] == ["/sleep?level=1", *([] if trouble == "missing" else ["/wake_up"])]
+
+
+def test_what_the_program_put_to_sleep_is_its_own_to_wake(serve: Callable[..., Worker]) -> None:
+    worker = serve("vllm_server", "asleep")
+    worker.freeze()
+    assert worker.start(restored=True)["warnings"] == []
+    assert asked(worker) == []
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said", "wanted"),
+    [
+        ("no backup", "only its cache was let go: weights need --enable-weights-cpu-backup", CACHE),
+        ("no saver", "does not say that it has --enable-memory-saver; left as it is", []),
+        ("missing", "gives no /server_info; left as it is", []),
+        ("old", "", SGLANG),
+    ],
+)
+def test_sglang_lets_go_only_of_what_it_can_bring_back(
+    serve: Callable[..., Worker], trouble: str, said: str, wanted: list[Any]
+) -> None:
+    worker = serve("sglang_server", trouble, options="sglang=True")
+    worker.freeze()
+    lines = [line for line in worker.err().splitlines() if line.startswith("woodfrog: shrink")]
+    assert len(lines) == bool(said) and all(said in line for line in lines), lines
+    assert worker.start(restored=True)["warnings"] == []
+    assert asked(worker) == wanted
 
 
 def test_what_let_go_takes_back_also_without_a_snapshot(serve: Callable[..., Worker]) -> None:
@@ -159,14 +201,19 @@ def test_an_engine_in_the_process_sleeps(tmp_path: Path) -> None:
     root = tmp_path / "w"
     (root / "vllm").mkdir(parents=True)
     (root / "vllm" / "__init__.py").write_text(
+        "from types import SimpleNamespace\n"
         "did = []\n"
         "class LLM:\n"
-        "    def sleep(self, level): did.append(['sleep', level])\n"
+        "    def __init__(self, enable_sleep_mode=True, asleep=False):\n"
+        "        config = SimpleNamespace(enable_sleep_mode=enable_sleep_mode)\n"
+        "        self.llm_engine = SimpleNamespace(model_config=config, is_sleeping=lambda: asleep)\n"
+        "    def sleep(self, level=1, mode='abort'): did.append(['sleep', level])\n"
         "    def wake_up(self, tags=None): did.append(['wake_up', tags])\n"
         "    def collective_rpc(self, method): did.append([method])\n"
     )
     program = (
-        "import vllm, woodfrog\nwoodfrog.shrink_before_snapshot(vllm=2)\nllm = vllm.LLM()\ndef f(): return vllm.did"
+        "import vllm, woodfrog\nwoodfrog.shrink_before_snapshot(vllm=2)\nllm = vllm.LLM()\n"
+        "left = [vllm.LLM(enable_sleep_mode=False), vllm.LLM(asleep=True)]\ndef f(): return vllm.did"
     )
     worker = Worker(root, program)
     try:
@@ -179,6 +226,7 @@ def test_an_engine_in_the_process_sleeps(tmp_path: Path) -> None:
             ["reload_weights"],
             ["wake_up", ["kv_cache"]],
         ]
+        assert worker.err() == "woodfrog: shrink vllm: an engine has no enable_sleep_mode=True, and is left as it is\n"
     finally:
         worker.close()
 
@@ -247,6 +295,57 @@ def test_servers_are_found_by_what_started_them(tmp_path: Path) -> None:
         for pid in reversed([process.pid, *(s.pid for s in servers.find())]):
             subprocess.run(["kill", "-9", str(pid)])
         process.wait()
+
+
+@pytest.mark.parametrize(("spoken", "status"), [("", 0), ("nonsense", 0), ("HTTP/1.1 404 Not Found", 404)])
+def test_a_port_that_speaks_no_http_is_told_from_a_server(spoken: str, status: int) -> None:
+    """Engines listen for their own processes, too (torch's store, ZeroMQ), and these wait for more without an end."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = servers.Server("vllm", 1, "127.0.0.1", listening.getsockname()[1])
+
+        def serve() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1000)
+                if spoken:
+                    connection.sendall(spoken.encode() + b"\r\n\r\n")
+                else:
+                    connection.recv(1000)  # until the other side has gone
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        if status:
+            assert server.get("/is_sleeping", 60) == ""
+        else:
+            with pytest.raises(servers.NotHttp):
+                server.get("/is_sleeping", 60 if spoken else 0.2)
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("title", "found"),
+    [
+        (["VLLM::EngineCore"], False),
+        (["VLLM::Worker_TP0"], False),
+        (["sglang::scheduler_TP0"], False),
+        (["/usr/bin/python3", "-c", "from multiprocessing.spawn import spawn_main; spawn_main()"], False),
+        (["VLLM::APIServer_0"], True),
+        (["sglang::tokenizer_worker:12"], True),
+        (["/usr/bin/python3", "-m", "vllm.entrypoints.openai.api_server"], True),
+        (["serve"], True),
+    ],
+)
+def test_an_engines_inner_processes_are_not_asked(tmp_path: Path, title: list[str], found: bool) -> None:
+    """A connection to one that accepts none would be in the capture, and CRIU refuses such."""
+    net = tmp_path / "self" / "net"
+    net.mkdir(parents=True)
+    (net / "tcp").write_text("head\n0: 0100007F:1F40 00000000:0000 0A 0:0 0:0 0 0 0 77 1\n")
+    for pid, parent, words in ((1, 0, ["python3"]), (2, 1, ["/bin/vllm", "serve"]), (3, 2, title)):
+        (tmp_path / str(pid) / "fd").mkdir(parents=True)
+        (tmp_path / str(pid) / "stat").write_text(f"{pid} (x) S {parent} 0")
+        (tmp_path / str(pid) / "cmdline").write_bytes("\0".join(words).encode())
+    (tmp_path / "3" / "fd" / "5").symlink_to("socket:[77]")
+    assert [(s.pid, s.port) for s in servers.find(str(tmp_path), 1)] == ([(3, 8000)] if found else [])
 
 
 def test_options_are_checked() -> None:

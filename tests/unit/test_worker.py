@@ -230,6 +230,18 @@ def test_a_seed_that_waits_for_cuda_is_renewed(monkeypatch: pytest.MonkeyPatch) 
     assert len(seen) == 3 and 1 not in seen
 
 
+def test_tensorflow_gets_a_global_seed_where_it_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that exist go on from what they drew before the freeze, until there is one."""
+    seeds: list[int] = []
+    context = SimpleNamespace(_context=SimpleNamespace(_set_global_seed=seeds.append))
+    monkeypatch.setitem(sys.modules, "tensorflow.python.eager.context", context)
+    for _ in range(2):
+        renew.renew(os.urandom(64))
+    assert len(set(seeds)) == 2 and all(0 <= seed < 1 << 56 for seed in seeds)
+    context._context = None  # imported, and not used
+    assert "tensorflow" in renew.renew(os.urandom(64))[0]
+
+
 def test_polars_and_numba_draw_from_seeds_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[tuple[Any, int]] = []
     numba = SimpleNamespace(

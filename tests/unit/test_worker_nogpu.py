@@ -97,9 +97,14 @@ def test_xformers_is_told_not_to_look_where_triton_is(monkeypatch: pytest.Monkey
         ("jax._src.xla_bridge", {"_backends": {}}, None),
         (
             "tensorflow.python.eager.context",
-            {"_context": SimpleNamespace(_physical_devices=["cpu"], _context_handle=1)},
-            "keeps to the devices it had",
+            {"_context": SimpleNamespace(_physical_devices=["cpu"], _context_handle=None)},
+            "it looked for devices before the snapshot",
         ),
+        ("tensorflow.python.eager.context", {"_context": SimpleNamespace(_physical_devices=None)}, None),
+        ("vllm.platforms", {"_current_platform": None}, None),
+        ("vllm.platforms", {"_current_platform": SimpleNamespace(device_type="cuda")}, None),
+        ("vllm.platforms", {"_current_platform": SimpleNamespace(device_type="")}, "gpu: vllm: it chose its platform"),
+        ("sglang.srt.utils", {}, "gpu: sglang: its modules looked"),
         ("tensorflow.python.eager.context", {"_context": None}, None),
         ("torch._dynamo.device_interface", {"caching_worker_device_properties": 5}, "gpu: torch: AttributeError"),
     ],
@@ -109,6 +114,7 @@ def test_what_cannot_be_put_right_is_named(
 ) -> None:
     for library in list(nogpu._BY_LIBRARY):
         monkeypatch.delitem(sys.modules, library, raising=False)
+    monkeypatch.setattr(nogpu.os, "environ", {"CUDA_VISIBLE_DEVICES": "GPU-1"})
     module(monkeypatch, name, **contents)
     warnings = nogpu.Answers().forget()
     assert len(warnings) == (said is not None) and (said is None or said in warnings[0]), warnings
@@ -125,9 +131,65 @@ def test_what_libraries_chose_is_chosen_anew(torch: ModuleType, monkeypatch: pyt
         caching_worker_current_devices={},
     )
     speed = module(monkeypatch, "deepspeed.accelerator.real_accelerator", ds_accelerator=SimpleNamespace(_name="cpu"))
-    context = SimpleNamespace(_physical_devices=["cpu"], _context_handle=None)
-    module(monkeypatch, "tensorflow.python.eager.context", _context=context)
-    assert nogpu.Answers().forget() == []
+    monkeypatch.setattr(nogpu.os, "environ", {"ROCR_VISIBLE_DEVICES": "GPU-1"})
+    [warning] = nogpu.Answers().forget()
+    assert warning.startswith("gpu: deepspeed: it took the CPU for its accelerator")
     assert cuda._cached_device_count is None  # type: ignore[attr-defined]
     assert not interface._device_initialized and interface.caching_worker_device_properties == {"cpu": [1]}
-    assert speed.ds_accelerator is None and context._physical_devices is None
+    assert speed.ds_accelerator is None
+
+
+@pytest.mark.parametrize(("value", "wanted"), [(None, None), ("", None), ("cuda,cpu", "cuda,cpu")])
+def test_jax_looks_for_all_platforms_again(
+    torch: ModuleType, monkeypatch: pytest.MonkeyPatch, value: str | None, wanted: str | None
+) -> None:
+    """JAX reads JAX_PLATFORMS when it is imported, and was told to keep to the CPU."""
+    assert nogpu.hidden()["JAX_PLATFORMS"] == "cpu"
+    told: list[Any] = []
+    module(monkeypatch, "jax", config=SimpleNamespace(update=lambda name, value: told.append((name, value))))
+    module(monkeypatch, "jax._src.xla_bridge", _backends={})
+    monkeypatch.setattr(nogpu.os, "environ", {} if value is None else {"JAX_PLATFORMS": value})
+    nogpu.Answers().forget()
+    assert told == [("jax_platforms", wanted)]
+
+
+def test_tensorflow_without_cuda_is_not_told_of(torch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nogpu.os, "environ", {"CUDA_VISIBLE_DEVICES": "GPU-1"})
+    module(monkeypatch, "tensorflow.python.eager.context", _context=SimpleNamespace(_physical_devices=["cpu"]))
+    build = {"is_cuda_build": False, "is_rocm_build": False}
+    module(monkeypatch, "tensorflow.python.platform.build_info", build_info=build)
+    assert nogpu.Answers().forget() == []
+    build["is_cuda_build"] = True
+    assert len(nogpu.Answers().forget()) == 1
+
+
+def test_a_function_without_a_gpu_is_told_nothing(torch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    module(monkeypatch, "jax._src.xla_bridge", _backends={"cpu": 1})
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    assert nogpu.Answers().forget() == []
+
+
+def test_of_xformers_only_answers_are_dropped(torch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its namespace of operators is kept in the same way, and can be made once only."""
+
+    def once(func: Any) -> Any:
+        value = None
+
+        def wrapper() -> Any:
+            nonlocal value
+            if value is None:
+                value = func()
+            return value
+
+        return wrapper
+
+    made: list[str] = []
+    asked, library = once(lambda: bool(made.append("asked"))), once(lambda: made.append("library") or object())
+    module(monkeypatch, "xformers", asked=asked, library=library)
+    asked(), library()
+    answers = nogpu.Answers()
+    answers.find()
+    answers.forget()
+    asked(), library()
+    assert made == ["asked", "library", "asked"]

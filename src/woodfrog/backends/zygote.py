@@ -154,6 +154,10 @@ def basic_env(runtime: RuntimeSpec) -> dict[str, str]:
         "LOGNAME": "woodfrog",
         "LANG": "C.UTF-8",
         "TMPDIR": "/tmp",
+        # Else these listen on the sandbox's own address, which a copy does not have, and nothing that uses
+        # torch.distributed (vLLM with one GPU, too) could be captured. From outside nobody reaches a sandbox anyway.
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
     }
 
 

@@ -99,8 +99,9 @@ def shrink_before_snapshot(
     Args:
         torch: empty the caching allocators and drop cuBLAS workspaces, if CUDA was initialised. Default True.
         vllm: sleep level of vLLM engines: 1 moves weights to host memory and drops the KV cache, 2 drops both and reads
-            the weights again after the restore, 0 leaves them alone. Default 1.
-        sglang: have SGLang servers release their memory. Default True.
+            the weights again after the restore, 0 leaves them alone. Default 1. One that sleeps already is left so.
+        sglang: have SGLang servers release their memory. Default False: a server that the program has released itself
+            cannot be told from others, and ends when it is asked twice.
         timeout_s: seconds that each may take. Default 60.
 
     Example:

@@ -9,6 +9,7 @@ and dropped after the restore (`Answers.forget`): some microseconds.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -21,16 +22,23 @@ HIDDEN = {
     "ROCR_VISIBLE_DEVICES": "",
     # torch then answers is_available() from this list and never initialises CUDA, which would cache "none" for good.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    # JAX starts every plugin at its first look, and the CUDA one counts devices once in a process's life.
+    "JAX_PLATFORMS": "cpu",
 }
+_GIVEN = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+"""One of them names the GPUs that a function was given."""
 
 # Whose caches are looked through. A program's own caches are its own.
 _LIBRARIES = frozenset(
     (
         "accelerate",
+        "deepspeed",
         "diffusers",
         "flash_attn",
+        "flashinfer",
         "peft",
         "sentence_transformers",
+        "sglang",
         "torch",
         "torchao",
         "torchaudio",
@@ -157,7 +165,8 @@ class Answers:
         self._cells = list(_once_cells())
 
     def forget(self) -> list[str]:
-        """Drop them; warnings about what cannot be put right. Nothing is done where no such library was imported."""
+        """Drop them; warnings about what cannot be put right, where there is a GPU now. Nothing is done where no such
+        library was imported."""
         warnings: list[str] = []
         if not _loaded():
             return warnings
@@ -180,7 +189,7 @@ class Answers:
                 warning = f"{type(e).__name__}: {e}"
             if warning:
                 warnings.append(f"gpu: {name.partition('.')[0]}: {warning}")
-        return warnings
+        return warnings if any(os.environ.get(name) for name in _GIVEN) else []
 
 
 def _about_devices(cache: Any) -> bool:
@@ -197,14 +206,22 @@ def _loaded() -> bool:
 
 
 def _once_cells() -> Iterator[Any]:
-    """Where xformers keeps the answers of functions that it calls once: in a closure, under the name `value`."""
+    """Where xformers keeps the answers of functions that it calls once: in a closure, under the name `value`.
+
+    Only a yes or no: it keeps what may be made once only in the same way (its namespace of torch operators).
+    """
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] != "xformers":
             continue
         for function in list(vars(module).values()):
             code, closure = getattr(function, "__code__", None), getattr(function, "__closure__", None)
             if code is not None and closure and set(code.co_freevars) == {"func", "value"}:
-                yield closure[code.co_freevars.index("value")]
+                cell = closure[code.co_freevars.index("value")]
+                if type(cell.cell_contents) is bool:
+                    yield cell
+
+
+_LATER = "import it in enter(snap=False)"
 
 
 def _torch(cuda: Any) -> str | None:
@@ -225,9 +242,10 @@ def _dynamo(interface: Any) -> str | None:
 
 def _deepspeed(module: Any) -> str | None:
     chosen = getattr(module, "ds_accelerator", None)
-    if chosen is not None and getattr(chosen, "_name", "") == "cpu":
-        module.ds_accelerator = None
-    return None
+    if chosen is None or getattr(chosen, "_name", "") != "cpu":
+        return None
+    module.ds_accelerator = None
+    return "it took the CPU for its accelerator when it was imported, and parts of it keep to that; " + _LATER
 
 
 def _accelerate(module: Any) -> str | None:
@@ -238,22 +256,36 @@ def _accelerate(module: Any) -> str | None:
 
 
 def _bitsandbytes(module: Any) -> str | None:
-    return "it chose its library for the CPU when it was imported; import it in enter(snap=False)"
+    return f"it chose its library for the CPU when it was imported; {_LATER}"
+
+
+def _vllm(platforms: Any) -> str | None:
+    if getattr(getattr(platforms, "_current_platform", None), "device_type", None) in ("", "cpu"):
+        return f"it chose its platform when it was imported, and saw no GPU; {_LATER}"
+    return None
+
+
+def _sglang(module: Any) -> str | None:
+    return f"its modules looked for a GPU when they were imported; {_LATER}"
 
 
 def _tensorflow(module: Any) -> str | None:
     context = getattr(module, "_context", None)
     if context is None or getattr(context, "_physical_devices", None) is None:
         return None
-    if getattr(context, "_context_handle", None) is not None:
-        return "it ran before the snapshot and keeps to the devices it had; use it in enter(snap=False) first"
-    context._physical_devices = None  # the next look counts anew
-    return None
+    built = getattr(sys.modules.get("tensorflow.python.platform.build_info"), "build_info", None)
+    if built is not None and not (built.get("is_cuda_build") or built.get("is_rocm_build")):
+        return None
+    # Its C++ part has counted, which it does once in a process's life.
+    return "it looked for devices before the snapshot, and finds no others; use it in enter(snap=False) first"
 
 
-def _jax(module: Any) -> str | None:
+def _jax(bridge: Any) -> str | None:
+    config = getattr(sys.modules.get("jax"), "config", None)
+    if config is not None:
+        config.update("jax_platforms", os.environ.get("JAX_PLATFORMS") or None)
     # Its list of backends is made whole at the first look; arrays that exist belong to the old one.
-    if getattr(module, "_backends", None) and not {"cuda", "rocm", "gpu"} & set(module._backends):
+    if getattr(bridge, "_backends", None) and not {"cuda", "rocm", "gpu"} & set(bridge._backends):
         return "it chose its devices before the snapshot; call jax.extend.backend.clear_backends() in enter(snap=False)"
     return None
 
@@ -266,4 +298,6 @@ _BY_LIBRARY = {
     "bitsandbytes.cextension": _bitsandbytes,
     "tensorflow.python.eager.context": _tensorflow,
     "jax._src.xla_bridge": _jax,
+    "vllm.platforms": _vllm,
+    "sglang.srt.utils": _sglang,
 }

@@ -132,6 +132,13 @@ def _torch(seed: Seed) -> None:
         waiting.queue_seed_all(lambda: [device.manual_seed(value) for device in cuda.default_generators], [])
 
 
+def _tensorflow(seed: Seed) -> None:
+    # Kernels draw their seeds when they are made, from a generator in C++; a global seed has them made anew.
+    context = getattr(sys.modules.get("tensorflow.python.eager.context"), "_context", None)
+    if context is not None and hasattr(context, "_set_global_seed"):
+        context._set_global_seed(int.from_bytes(seed(7), "little"))
+
+
 def _polars(seed: Seed) -> None:
     set_seed = getattr(sys.modules.get("polars"), "set_random_seed", None)
     if set_seed is not None:
@@ -205,6 +212,7 @@ _FAMILIES: dict[str, Callable[[Seed], None]] = {
     "random": _random,
     "numpy": _numpy,
     "torch": _torch,
+    "tensorflow": _tensorflow,
     "polars": _polars,
     "numba": _numba,
     "openssl": _openssl,

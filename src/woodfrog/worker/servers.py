@@ -9,16 +9,29 @@ import _socket
 import os
 from dataclasses import dataclass
 
-__all__ = ["Refused", "Server", "find"]
+__all__ = ["NotHttp", "Refused", "Server", "find"]
 
 KINDS = ("vllm", "sglang")
 _LISTENING = "0A"
-_TOP = 1 << 16
-"""Of an answer, so much is read: what matters is its first line."""
+_TOP = 1 << 20
+"""Of an answer, so much is read."""
+_INNER = (b"multiprocessing.", b"vllm::", b"sglang::")
+"""What an engine's inner processes are called. Most listen for each other only, and to connect where nobody accepts
+would leave a connection that CRIU cannot capture."""
+_OUTER = (b"vllm::apiserver", b"sglang::tokenizer_worker")
+"""Those of them that serve HTTP."""
 
 
 class Refused(OSError):
     """The server answered, and did not do it."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class NotHttp(OSError):
+    """Who listens there speaks something else, or did not answer in time."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,20 @@ class Server:
     host: str
     port: int
 
+    def get(self, path: str, timeout_s: float) -> str:
+        """The text of an answer; "" where there is none of that name.
+
+        Raises:
+            NotHttp: no answer, or no HTTP.
+        """
+        try:
+            status, text = self._ask(f"GET {path} HTTP/1.0\r\nHost: localhost:{self.port}\r\n\r\n", timeout_s)
+        except OSError as e:
+            raise NotHttp(f"port {self.port}: {e}") from None
+        if not status:
+            raise NotHttp(f"port {self.port} does not speak HTTP")
+        return text if 200 <= status < 300 else ""
+
     def post(self, path: str, timeout_s: float, body: str = "", *, hint: str = "") -> str:
         """Send one POST and wait for its answer.
 
@@ -37,34 +64,40 @@ class Server:
             Refused: an answer other than 2xx; with `hint` for 404.
             OSError: no connection, or no answer in time (TimeoutError): it may have been done, or be done later.
         """
-        data = body.encode()
-        kind = "Content-Type: application/json\r\n" if data else ""
-        head = f"POST {path} HTTP/1.0\r\nHost: localhost:{self.port}\r\n{kind}Content-Length: {len(data)}\r\n\r\n"
+        kind = "Content-Type: application/json\r\n" if body else ""
+        head = f"POST {path} HTTP/1.0\r\nHost: localhost:{self.port}\r\n{kind}"
+        status, text = self._ask(f"{head}Content-Length: {len(body.encode())}\r\n\r\n{body}", timeout_s)
+        if not 200 <= status < 300:
+            missing = f" ({hint})" if hint and status == 404 else ""
+            said = f"{path} on port {self.port} answered {status or 'nothing'}{missing} {text[:120]}"
+            raise Refused(said.rstrip(), status)
+        return text
+
+    def _ask(self, request: str, timeout_s: float) -> tuple[int, str]:
+        """Status and text of the answer; status 0 where it is no HTTP."""
         family = _socket.AF_INET6 if ":" in self.host else _socket.AF_INET
         connection = _socket.socket(family, _socket.SOCK_STREAM)
         try:
             connection.settimeout(timeout_s)
             connection.connect((self.host, self.port))
-            connection.sendall(head.encode() + data)
+            connection.sendall(request.encode())
             # Read to its end: the server has then closed its side, and no connection is left to freeze.
             answer = b""
-            while piece := connection.recv(_TOP):
+            while piece := connection.recv(1 << 16):
                 answer = (answer + piece)[:_TOP]
         finally:
             connection.close()
         top, _, text = answer.decode("utf-8", "replace").partition("\r\n\r\n")
-        status = top.split("\r\n", 1)[0].split(" ", 2)
-        if len(status) < 2 or not status[1].startswith("2"):
-            shown = status[1] if len(status) > 1 else "nothing"
-            missing = f" ({hint})" if hint and shown == "404" else ""
-            raise Refused(f"{path} on port {self.port} answered {shown}{missing} {text[:120]}".rstrip())
-        return text
+        words = top.split("\r\n", 1)[0].split(" ", 2)
+        spoken = len(words) > 1 and words[0].startswith("HTTP/") and words[1].isdigit()
+        return int(words[1]) if spoken else 0, text
 
 
 def find(proc: str = "/proc", root: int | None = None) -> list[Server]:
     """Servers of a known kind that listen in the tree of `root` (this process).
 
-    A process counts as one when it, or what started it, is called so: its command line has the name in it.
+    A process counts as one when it, or what started it, is called so: its command line has the name in it. An engine's
+    inner processes do not.
 
     Raises:
         OSError: /proc cannot be read.
@@ -75,7 +108,7 @@ def find(proc: str = "/proc", root: int | None = None) -> list[Server]:
     listening = _listening(proc)
     found: dict[int, Server] = {}
     for pid, kind in kinds.items():
-        if not kind:
+        if not kind or _inner(proc, pid):
             continue
         for inode in _sockets(proc, pid):
             if inode in listening:
@@ -106,12 +139,23 @@ def _tree(proc: str, root: int) -> dict[int, str]:
     return kinds
 
 
-def _kind(proc: str, pid: int) -> str:
+def _words(proc: str, pid: int) -> list[bytes]:
     try:
         # The first words say what runs; an argument further on may be a model's path or anything.
-        words = _read(f"{proc}/{pid}/cmdline").lower().split(b"\0")[:5]
+        return _read(f"{proc}/{pid}/cmdline").lower().split(b"\0")[:5]
     except OSError:
-        return ""
+        return []
+
+
+def _inner(proc: str, pid: int) -> bool:
+    words = _words(proc, pid)
+    return any(name in word for word in words for name in _INNER) and not any(
+        word.startswith(name) for word in words for name in _OUTER
+    )
+
+
+def _kind(proc: str, pid: int) -> str:
+    words = _words(proc, pid)
     return next((kind for kind in KINDS if any(kind.encode() in word for word in words)), "")
 
 

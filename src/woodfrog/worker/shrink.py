@@ -11,19 +11,22 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from woodfrog.worker import servers
 
 __all__ = ["OPTIONS", "Shrinker", "device_use"]
 
-OPTIONS: dict[str, Any] = {"torch": True, "vllm": 1, "sglang": True, "timeout_s": 60.0}
+OPTIONS: dict[str, Any] = {"torch": True, "vllm": 1, "sglang": False, "timeout_s": 60.0}
 """What `woodfrog.shrink_before_snapshot` changes; its docstring says what they mean."""
 
+_LOOK_S = 5.0
+"""For a look at a server: who has not answered by then speaks no HTTP."""
 _TOGETHER_S = 90.0
 """All of them together; the freeze is given up when its hooks take longer than two minutes."""
 
-Back = tuple[str, Callable[[], None]]
+Back = tuple[str, Callable[[], Any]]
 """What is to be done after the restore, and its name."""
 
 
@@ -59,7 +62,7 @@ class Shrinker:
         for name, hook in reversed(back):
             self._bounded("unshrink", name, hook, _TOGETHER_S)
 
-    def _bounded(self, verb: str, name: str, hook: Callable[[], None], left: float) -> None:
+    def _bounded(self, verb: str, name: str, hook: Callable[[], Any], left: float) -> None:
         # In a thread: nothing else ends a call into a library that hangs. It may go on later, and do no harm.
         import threading
 
@@ -76,6 +79,8 @@ class Shrinker:
         thread.start()
         thread.join(limit)
         self.phases[f"{verb}.{name}"] = round((time.perf_counter() - begin) * 1e3, 3)
+        if failure and isinstance(failure[0], servers.NotHttp):
+            return  # no server, but a port that an engine listens on for itself
         if thread.is_alive():
             self.warnings.append(f"{verb} {name}: not done within {limit:g} s; going on without it")
         elif failure:
@@ -91,38 +96,59 @@ class Shrinker:
             return
         engines: list[Any] = [found for found in gc.get_objects() if isinstance(found, kind)]
         for engine in engines:
-            wake = lambda engine=engine: _wake(engine, level)  # noqa: E731
-            self._let_go("vllm", lambda engine=engine: engine.sleep(level=level), wake, Exception)  # type: ignore[misc]
+            inner = engine.llm_engine
+            if not inner.model_config.enable_sleep_mode:
+                self.warnings.append("shrink vllm: an engine has no enable_sleep_mode=True, and is left as it is")
+            elif not inner.is_sleeping():  # else it is the program's to wake
+                self._let_go("vllm", partial(engine.sleep, level=level), partial(_wake, engine, level))
 
     def _server(self, server: servers.Server) -> Callable[[], None]:
+        return partial(self._vllm_server if server.kind == "vllm" else self._sglang_server, server)
+
+    def _vllm_server(self, server: servers.Server) -> None:
         limit, level = float(self.options["timeout_s"]), int(self.options["vllm"])
-        path, body, hint = "/release_memory_occupation", "{}", "it needs --enable-memory-saver"
-        again = [("/resume_memory_occupation", "{}")]
-        if server.kind == "vllm":
-            path, body, hint = f"/sleep?level={level}", "", "it needs --enable-sleep-mode, VLLM_SERVER_DEV_MODE=1"
-            again = [("/wake_up", "")]
-            if level >= 2:  # the weights are gone too, and are read again between
-                reload = ("/collective_rpc", '{"method": "reload_weights"}')
-                again = [("/wake_up?tags=weights", ""), reload, ("/wake_up?tags=kv_cache", "")]
+        again = [("/wake_up", "")]
+        if level >= 2:  # the weights are gone too, and are read again between
+            reload = ("/collective_rpc", '{"method": "reload_weights"}')
+            again = [("/wake_up?tags=weights", ""), reload, ("/wake_up?tags=kv_cache", "")]
 
         def take_back() -> None:
             for path, body in again:
                 server.post(path, limit, body)
 
-        def ask() -> None:
-            server.post(path, limit, body, hint=hint)
+        if "true" in server.get("/is_sleeping", min(limit, _LOOK_S)):
+            return  # the program put it to sleep, and wakes it
+        hint = "it needs --enable-sleep-mode, VLLM_SERVER_DEV_MODE=1"
+        self._let_go(f"vllm:{server.port}", partial(server.post, f"/sleep?level={level}", limit, hint=hint), take_back)
 
-        return lambda: self._let_go(f"{server.kind}:{server.port}", ask, take_back, servers.Refused)
+    def _sglang_server(self, server: servers.Server) -> None:
+        limit = float(self.options["timeout_s"])
+        look = min(limit, _LOOK_S)
+        said = "".join((server.get("/server_info", look) or server.get("/get_server_info", look)).split())
+        if '"enable_memory_saver":true' not in said:
+            why = "does not say that it has --enable-memory-saver" if said else "gives no /server_info"
+            raise OSError(f"it {why}; left as it is")
+        body = "{}"
+        if '"enable_weights_cpu_backup":true' not in said:
+            # It would forget the weights, and answer from whatever lies in their memory.
+            body = '{"tags": ["kv_cache"]}'
+            self.warnings.append(
+                f"shrink sglang:{server.port}: only its cache was let go: weights need --enable-weights-cpu-backup"
+            )
+        act = partial(server.post, "/release_memory_occupation", limit, body)
+        self._let_go(f"sglang:{server.port}", act, partial(server.post, "/resume_memory_occupation", limit, body))
 
-    def _let_go(self, name: str, act: Callable[[], Any], back: Callable[[], None], refusal: type[Exception]) -> None:
+    def _let_go(self, name: str, act: Callable[[], Any], back: Callable[[], Any]) -> None:
         """Do `act`, to be undone by `back` unless it is certain that nothing was done: what does not answer in time may
-        still do it, and must not be left asleep."""
+        still do it, what fails may have done a part (vLLM takes no requests from then on), and neither must be left so.
+        """
         entry = (name, back)
         self._back.append(entry)
         try:
             act()
-        except refusal:
-            self._back.remove(entry)
+        except servers.Refused as e:
+            if e.status < 500:
+                self._back.remove(entry)
             raise
 
 
