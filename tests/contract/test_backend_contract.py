@@ -70,7 +70,7 @@ class Recorder:
         assert "ready" not in self.heard.get(instance_id, [])
         self._take(instance_id, f"stage {stage}")
 
-    def on_ready(self, instance_id: str) -> None:
+    def on_ready(self, instance_id: str, *, phases: Sequence[Phase] = (), zygote: bool = False) -> None:
         assert "ready" not in self.heard.get(instance_id, [])
         self._take(instance_id, "ready")
 

@@ -27,7 +27,8 @@ from starlette.requests import ClientDisconnect
 import woodfrog
 from woodfrog import protocol
 from woodfrog.backends.payload import CHUNK, Payload, Spool, in_thread, spooled
-from woodfrog.daemon import keeping, looking, volumes
+from woodfrog.control.state import Load
+from woodfrog.daemon import keeping, looking, volumes, watching
 from woodfrog.daemon.controller import CallRecord, Controller, failure_of
 from woodfrog.daemon.journal import INLINE_BYTES
 from woodfrog.daemon.package import Package
@@ -409,10 +410,11 @@ def build(
             rolling=body.get("strategy") != "recreate",
         )
 
-    def app_row(name: str) -> dict[str, Any]:
+    def app_row(name: str, loads: dict[tuple[str, str], Load], starts: dict[str, dict[str, int]]) -> dict[str, Any]:
         version = controller.active[name]
         row, spec = controller.apps[name, version]
         instances = [i for i in controller.instances.values() if i.request.app == name]
+        last = controller.last_errors.get(name)
         return {
             "app": name,
             "version": version,
@@ -421,15 +423,21 @@ def build(
             "description": spec.description,
             "functions": [f.tag for f in spec.functions],
             "containers": len(instances),
+            "calls": watching.load_row(watching.of_app(loads, name), controller.now()),
+            "starts": {kind: starts.get(name, {}).get(kind, 0) for kind in watching.STARTS},
+            "last_error": {"at": last[0], "function": last[1], "message": last[2]} if last else None,
         }
 
     @api.get("/v1/apps")
     async def apps() -> dict[str, Any]:
-        return {"apps": [app_row(name) for name in sorted(controller.active)]}
+        starts, loads = await controller.starts.of_a_day(), controller.state.load_view()
+        return {"apps": [app_row(name, loads, starts) for name in sorted(controller.active)]}
 
     @api.get("/v1/apps/{app}")
     async def app_detail(app: str) -> dict[str, Any]:
-        _, spec = controller.app(app)
+        controller.app(app)
+        starts, loads = await controller.starts.of_a_day(), controller.state.load_view()
+        _, spec = controller.app(app)  # it may have been stopped meanwhile
         functions = []
         for f in spec.functions:
             plain = to_dict(f)
@@ -437,8 +445,12 @@ def build(
             plain["key"] = function_key(f, spec.runtime)
             plain["capture"] = controller.state.capture_view(app, f.tag)
             plain["warm"] = controller.state.warm_view(app, f.tag)
+            plain["snapshots"] = controller.state.snapshots_view(app, f.tag)
+            plain["calls"] = watching.load_row(loads.get((app, f.tag)), controller.now())
+            mine = [i for i in controller.instances.values() if (i.request.app, i.request.spec.tag) == (app, f.tag)]
+            plain["containers"] = len(mine)
             functions.append(plain)
-        return {**app_row(app), "functions": functions, "runtime": to_dict(spec.runtime)}
+        return {**app_row(app, loads, starts), "functions": functions, "runtime": to_dict(spec.runtime)}
 
     @api.post("/v1/apps/{app}/stop")
     async def stop_app(app: str) -> dict[str, Any]:
@@ -566,6 +578,8 @@ def build(
         if not app and not before:
             raise SpecError("name an app, or a time before which results go (before=)", code="bad-request")
         count, size = await controller.remove_results(app, before)
+        if app and not count and not controller.journal.deploys(app):
+            raise NotFoundError(f"no app {app!r} has results here, nor was it ever deployed", app=app)
         return {"deleted": count, "bytes": size}
 
     @api.get("/v1/calls")
@@ -754,5 +768,6 @@ def build(
 
     keeping.add_routes(api, controller, catalogue, spool, _Json)
     looking.add_routes(api, controller, catalogue)
+    watching.add_routes(api, controller, catalogue)
     volumes.add_routes(api, controller)
     return api
