@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from woodfrog.cli import output
-from woodfrog.cli.logs import Timestamps, show_logs, since_time
+from woodfrog.cli.logs import Lines, Timestamps, show_logs, since_time
 from woodfrog.cli.remote import connect, get, post, segment
 from woodfrog.errors import SpecError
 
 app = typer.Typer(help="List, watch, stop and roll back apps.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_ERROR = 60
+"""Characters of an error in a table."""
+_KINDS = {"zygote": "cold (zygote)", "woken": "woken"}
 Name = Annotated[str, typer.Argument(metavar="APP", help="Name of the app.")]
 
 
@@ -31,25 +34,137 @@ def list_apps(as_json: Json = False) -> None:
             "running (ephemeral)" if a["ephemeral"] else "deployed",
             a["version"],
             a["containers"],
+            *load_cells(a.get("calls") or {}),
+            start_cells(a.get("starts") or {}),
+            error_cell(a.get("last_error")),
             output.ago(a["deployed"]),
             ", ".join(a["functions"]),
         )
         for a in apps
     ]
-    output.table(["app", "state", "version", "containers", "since", "functions"], rows, empty="no apps")
+    headers = ["app", "state", "version", "containers", "running", "waiting", "24 h", "last error", "since"]
+    output.table([*headers, "functions"], rows, empty="no apps")
+
+
+def load_cells(calls: dict[str, Any]) -> tuple[str, str]:
+    """Calls that run, and that wait, the oldest for how long."""
+    waiting, oldest = calls.get("waiting", 0), calls.get("oldest_waiting_s")
+    return str(calls.get("running", 0)), f"{waiting} ({output.span(oldest)})" if oldest is not None else str(waiting)
+
+
+def start_cells(starts: dict[str, int]) -> str:
+    """Of the last 24 hours: `12 thawed, 1 cold`. Who boots in a copy of its libraries was not thawed."""
+    counts = {
+        "thawed": starts.get("thawed", 0) + starts.get("woken", 0),
+        "cold": starts.get("cold", 0) + starts.get("zygote", 0),
+        "failed": starts.get("failed", 0),
+    }
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "-"
+
+
+def error_words(last: dict[str, Any]) -> str:
+    """In one line, and whose it is."""
+    function, message = str(last["function"]), " ".join(str(last["message"]).split())
+    return message if message.startswith(f"{function}: ") else f"{function}: {message}"
+
+
+def error_cell(last: dict[str, Any] | None) -> str:
+    if not last:
+        return ""
+    message = error_words(last)
+    return f"{output.ago(last['at'])}: {message if len(message) <= _ERROR else message[: _ERROR - 1] + '…'}"
+
+
+@app.command()
+def inspect(name: Name, as_json: Json = False) -> None:
+    """Show an app's functions: what each has to do now, how it stands with its snapshots, and the last error."""
+    found = get(connect(), f"/apps/{segment(name)}")
+    if as_json:
+        output.show_json(found)
+        return
+    last = found.get("last_error") or {}
+    shown = {
+        "app": found["app"],
+        "state": "running (ephemeral)" if found["ephemeral"] else "deployed",
+        "version": found["version"],
+        "deployed": output.ago(found["deployed"]),
+        "containers": found["containers"],
+        "starts, 24 h": start_cells(found["starts"]),
+        "last error": f"{output.ago(last['at'])}: {error_words(last)}" if last else "none",
+    }
+    output.fields(shown)
+    print()
+    rows = [
+        (f["tag"], f["kind"], f["containers"], *load_cells(f["calls"]), snapshot_words(found["app"], f))
+        for f in found["functions"]
+    ]
+    output.table(["function", "kind", "containers", "running", "waiting", "next start"], rows, empty="no functions")
+
+
+def snapshot_words(name: str, function: dict[str, Any]) -> str:
+    """How the next start of a function will go."""
+    found = function["snapshots"]
+    match found["state"]:
+        case "off":
+            return "cold: it has no enable_memory_snapshot=True"
+        case "available":
+            return f"thaws {', '.join(found['snapshots'])}"
+        case "capturing":
+            return "cold: its snapshot is being made"
+        case "gave-up":
+            again = f"`woodfrog snapshot create {name}.{function['tag']}` tries again"
+            return f"cold: its snapshots failed too often: {found['reason']}; {again}"
+        case "failed":
+            return f"cold, and makes a snapshot; the last attempt failed: {found['reason']}"
+    return "cold, and makes a snapshot: it has none that fits yet"
+
+
+@app.command()
+def starts(
+    name: Name,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=1000, help="So many, the newest.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Show the latest starts of an app's containers: how each went, how long it took, and why it was cold."""
+    found = get(connect(), f"/apps/{segment(name)}/starts", limit=limit)["starts"]
+    if as_json:
+        output.show_json(found)
+        return
+    rows = [
+        (
+            output.ago(s["at"]),
+            s["function"],
+            s["instance"],
+            s["version"],
+            _KINDS.get(s["kind"], s["kind"]) if s["result"] == "ready" else s["result"],
+            output.span(s["ms"] / 1e3),
+            s["error"] or s["words"] or s["snapshot"],
+        )
+        for s in found
+    ]
+    headers = ["when", "function", "container", "version", "start", "took", "why, or from which snapshot"]
+    output.table(headers, rows, empty="no starts")
 
 
 @app.command()
 def logs(
     name: Name,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more.")] = False,
+    lines: Lines = None,
     since: Annotated[str, typer.Option(help="Only what is younger: 30s, 10m, 2h, 1d, or a Unix time.")] = "",
+    function: Annotated[str, typer.Option(help="Only this function's, or class's.")] = "",
+    container: Annotated[
+        str, typer.Option(help="Only this container's: the beginning of its id, also when it is gone.")
+    ] = "",
+    call: Annotated[str, typer.Option(help="Only what was printed in this call: the beginning of its id.")] = "",
     timestamps: Timestamps = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Print what an app's functions wrote, and what became of its containers."""
     begin = since_time(since, time.time())
-    show_logs(connect().logs(name, follow=follow, since=begin), as_json=as_json, timestamps=timestamps)
+    which = {"function": function, "container": container, "call": call}
+    entries = connect().logs(name, follow=follow, since=begin, last=lines, which=which)
+    show_logs(entries, as_json=as_json, timestamps=timestamps)
 
 
 @app.command()

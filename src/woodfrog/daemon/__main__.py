@@ -300,7 +300,7 @@ async def serve(settings: Settings) -> None:
     server(api, _unix_socket(settings))
     tcp = _tcp_socket(settings)
     if tcp is not None:
-        server(TokenAuth(api, settings.token), tcp)
+        server(TokenAuth(api, settings.token, settings.metrics_token), tcp)
 
     room.take(_ROOM_LEFT)
     controller.recover()

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,16 +90,19 @@ class _Json(JSONResponse):
 
 
 class TokenAuth:
-    """ASGI wrapper for TCP: nothing without the bearer token."""
+    """ASGI wrapper for TCP: nothing without the bearer token. That for metrics opens them alone."""
 
-    def __init__(self, app: FastAPI, token: str) -> None:
+    def __init__(self, app: FastAPI, token: str, metrics_token: str = "") -> None:
         self._app = app
         self._expected = b"Bearer " + token.encode()
+        self._for_metrics = b"Bearer " + metrics_token.encode() if metrics_token else self._expected
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
             given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
+            metrics = (scope["type"], scope.get("method"), scope.get("path")) == ("http", "GET", "/metrics")
+            seen = metrics and hmac.compare_digest(given, self._for_metrics)
+            if not (seen or hmac.compare_digest(given, self._expected)):
                 error = AuthError("wrong or missing token; set WOODFROG_TOKEN").to_dict()
                 await _Json({"error": error}, status_code=401)(scope, receive, send)
                 return
@@ -494,10 +497,19 @@ def build(
 
     @api.get("/v1/apps/{app}/logs")
     async def app_logs(
-        app: str, follow: bool = False, since: float = 0.0, after: int | None = Query(None, ge=0)
+        app: str,
+        follow: bool = False,
+        since: float = 0.0,
+        after: int | None = Query(None, ge=0),
+        last: int | None = Query(None, ge=0),
+        function: str = "",
+        container: str = "",
+        call: str = "",
     ) -> StreamingResponse:
         over = controller.is_over(app)
-        lines = controller.logs.app(app).read(since=since, after=after, follow=follow and not over)
+        which = {"function": function, "instance": container, "call": call}
+        log = controller.logs.app(app)
+        lines = log.show(which, last=last, since=since, after=after, follow=follow and not over)
         return StreamingResponse(lines, media_type="application/x-ndjson")
 
     # Calls
@@ -563,12 +575,19 @@ def build(
         await _wait(record.done, wait)
         return _answer(record, controller.fetched)
 
+    def known_to_results(app: str, count: int) -> None:
+        """Raises NotFoundError for the name of an app that there never was."""
+        if app and not count and not controller.journal.deploys(app):
+            raise NotFoundError(f"no app {app!r} was ever deployed here", app=app)
+
     @api.get("/v1/results")
     async def results(app: str = "", before: float = Query(0.0, ge=0.0)) -> dict[str, Any]:
         """What results of finished calls take; with `before` of those that finished before it (Unix time)."""
         controller.tell_fetched()
+        usage = await asyncio.to_thread(controller.journal.usage, app, before)
+        known_to_results(app, len(usage))
         return {
-            "apps": await asyncio.to_thread(controller.journal.usage, app, before),
+            "apps": usage,
             "limit_bytes": settings.keep_results_mib << 20,
             "keep_s": settings.keep_results_s,
         }
@@ -578,8 +597,7 @@ def build(
         if not app and not before:
             raise SpecError("name an app, or a time before which results go (before=)", code="bad-request")
         count, size = await controller.remove_results(app, before)
-        if app and not count and not controller.journal.deploys(app):
-            raise NotFoundError(f"no app {app!r} has results here, nor was it ever deployed", app=app)
+        known_to_results(app, count)
         return {"deleted": count, "bytes": size}
 
     @api.get("/v1/calls")
@@ -682,7 +700,9 @@ def build(
         found = [i for i in controller.instances if i.startswith(instance_id)]
         if len(found) != 1:
             raise NotFoundError(
-                f"no container {instance_id!r}; `woodfrog container list` shows them", container=instance_id
+                f"no container {instance_id!r}: `woodfrog container list` shows those that exist, `woodfrog app logs "
+                "APP --container ID` what one has said that is gone",
+                container=instance_id,
             )
         return found[0]
 
@@ -709,18 +729,14 @@ def build(
         return {"container": found, "stopping": True}
 
     @api.get("/v1/containers/{instance_id}/logs")
-    async def container_logs(instance_id: str, follow: bool = False) -> StreamingResponse:
+    async def container_logs(
+        instance_id: str, follow: bool = False, last: int | None = Query(None, ge=0)
+    ) -> StreamingResponse:
         found = container(instance_id)
-        source = controller.logs.app(controller.instances[found].request.app)
-        needle = json.dumps(found).encode()
-
-        async def only() -> AsyncIterator[bytes]:
-            async for chunk in source.read(follow=follow):
-                for line in chunk.splitlines(keepends=True):
-                    if needle in line:
-                        yield line
-
-        return StreamingResponse(only(), media_type="application/x-ndjson")
+        log = controller.logs.app(controller.instances[found].request.app)
+        return StreamingResponse(
+            log.show({"instance": found}, last=last, follow=follow), media_type="application/x-ndjson"
+        )
 
     @api.post("/v1/containers/{instance_id}/exec")
     async def execute(instance_id: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -1158,6 +1158,8 @@ class Controller:
             self.logs.lines(
                 request.app, str(trace), instance=instance_id, function=request.spec.tag, stream="stderr", call=None
             )
+        if info is not None:
+            self.call_log.start_failed(info.request.app, info.request.spec.tag, error.message)
         self._forget(instance_id, error)
         self.emit(ev.StartFailed(now=self.now(), instance_id=instance_id, error=error.to_dict(), user_fault=user_fault))
         if info is not None:

@@ -23,6 +23,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Upper bounds, in seconds."""
+OUTCOMES = ("success", "exception", "failure", "cancelled")
 PHASES = frozenset(
     (
         *("sandbox", "assemble", "spawn", "connect", "zygote.restore", "boot", "import", "enter", "freeze", "capture"),
@@ -173,9 +174,17 @@ class Metrics:
     def _add(counter: Counter[Labels], *labels: str) -> None:
         counter[_bounded(counter, labels)] += 1
 
-    def families(self, counted: Mapping[str, int]) -> list[Family]:
-        """`counted`: the counters of `telemetry`."""
+    def families(self, counted: Mapping[str, int], apps: Iterable[str]) -> list[Family]:
+        """What there is to tell.
+
+        Args:
+            counted: the counters of `telemetry`.
+            apps: those that have calls to come: told from 0 on, else the first failure of one were no increase.
+        """
         self.count()
+        for app_name in apps:
+            for outcome in OUTCOMES:
+                self.calls[_bounded(self.calls, (app_name, outcome))] += 0
         app = ("app",)
         return [
             Family("starts_total", "counter", "Starts of containers.", ("app", "kind", "result"), self.starts),

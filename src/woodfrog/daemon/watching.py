@@ -121,6 +121,10 @@ def add_routes(api: FastAPI, controller: Controller, catalogue: Catalogue) -> No
     async def scrape() -> Response:
         """Prometheus's text format."""
         found = await stored()
-        families = [*gauges(), *stores(found), *controller.metrics.families(counters)]
+        families = [
+            *gauges(),
+            *stores(found),
+            *controller.metrics.families(counters, map(controller.counted_as, controller.active)),
+        ]
         text = metrics.render([*families, *metrics.process_families(begun)])
         return Response(text, media_type=metrics.CONTENT_TYPE)
