@@ -150,6 +150,13 @@ def test_what_nobody_waits_for_is_in_the_log_once(daemon: Daemon) -> None:
     said = [e for e in daemon.app_log("shop") if "ran past its timeout" in e["line"]]
     assert len(said) == 1 and said[0]["call"] == call
     assert "ran past its timeout" in told(daemon.cli("app", "logs", "shop", "--call", call[:8]))
+    failed = daemon.json("app", "calls", "shop", "--failed")
+    assert failed[0]["id"] == call and {c["status"] for c in failed} <= {"failure", "exception"}
+    assert re.search(
+        rf"^{call} .* hangs: ran past its timeout", daemon.cli("app", "calls", "shop").stdout, re.MULTILINE
+    )
+    shown = daemon.cli("app", "trace", call).stdout
+    assert "shop.hangs" in shown and "hangs: ran past its timeout of 1 s" in shown and " ms " in shown
 
 
 def test_the_last_lines_of_a_log(daemon: Daemon) -> None:
@@ -216,12 +223,12 @@ def test_every_listing_has_the_json_form_that_is_documented(daemon: Daemon) -> N
     source = daemon.program("x", "x.txt")
     daemon.cli("volume", "put", "shelf", str(source))
     daemon.cli("secret", "create", "key", "A=1")
-    spawn(daemon, "slow", seconds=0)
+    call = spawn(daemon, "slow", seconds=0)
     until(lambda: daemon.json("container", "list"))
     rows = documented()
     assert len(rows) >= 15
     for command, kind, names in rows:
-        argv = command.replace("APP", "shop").replace("VOLUME", "shelf").split()
+        argv = command.replace("APP", "shop").replace("CALL", call).replace("VOLUME", "shelf").split()
         found = json.loads(daemon.cli(*argv, "--json", check=command != "doctor").stdout)
         assert isinstance(found, list if kind == "list" else dict), command
         one = found[0] if kind == "list" and found else found

@@ -256,7 +256,13 @@ async def test_calls_of_an_app(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) 
         return [(c["function"], c["status"], c["finished"] is not None) for c in found]
 
     assert await listed() == [("square", "success", True), ("wait", "running", False)]
-    assert await listed(limit=1) == [("square", "success", True)]
+    assert await listed(limit=1) == [("square", "success", True)] and await listed(failed=1) == []
+    broken = (await daemon.submit("square", "no number", wait=10)).headers["woodfrog-call"]
+    await daemon.call("square", 8)
+    assert await listed(failed=1, limit=1) == [("square", "exception", True)]
+    traced = (await daemon.http.get(f"/calls/{broken}/trace")).json()
+    assert traced["error"]["type"] == "TypeError" and traced["status"] == "exception" and traced["submitted"] > 0
+    await daemon.call("square", 7, app="other")
     monkeypatch.setattr(journal_module, "_LOOKED_THROUGH", 1)
     assert await listed() == [("wait", "running", False)]
     assert (await daemon.http.get("/apps/none/calls")).status_code == 404

@@ -106,6 +106,12 @@ APP: dict[str, Any] = {
 }
 
 
+PHASES = [
+    {"name": "queue", "start_ms": 0.0, "ms": 50.0, "parent": None},
+    {"name": "criu", "start_ms": 5.0, "ms": 30.0, "parent": "queue"},
+]
+
+
 def test_app_list(daemon: Daemon) -> None:
     last = {"at": time.time() - 300, "function": "square", "message": "OSError: " + "x" * 80}
     app = APP | {"deployed": time.time() - 7300, "last_error": last}
@@ -245,13 +251,39 @@ def test_app_calls(daemon: Daemon) -> None:
             "error": None,
         },
         {"id": "c1", "function": "M.run", "status": "success", "version": 1, "submitted": 5.0, "finished": 5.25},
+        {"id": "c0", "function": "f", "status": "exception", "version": 1, "submitted": 5.0, "finished": 6.0},
+        {"id": "c9", "function": "f", "status": "failure", "version": 1, "submitted": 5.0, "finished": 6.0},
     ]
+    calls[2]["error"] = {"type": "OSError", "message": "no\nroom", "traceback": "…"}
+    calls[3]["error"] = {"type": "FunctionTimeoutError", "code": "timeout", "message": "f: ran past its timeout"}
     daemon.routes["GET /apps/demo/calls"] = {"calls": calls}
     lines = [re.split("  +", line.strip()) for line in run("app", "calls", "demo", "-n", "2").stdout.splitlines()]
     assert lines[1] == ["c2", "square", "running", "2", "5 min ago", "5.0 min"]
     assert lines[2][:4] == ["c1", "M.run", "success", "1"] and lines[2][-1] == "250 ms"
-    assert daemon.seen("GET /apps/demo/calls")[0].query == "limit=2"
+    assert lines[3][-1] == "OSError: no room" and lines[4][-1] == "f: ran past its timeout"
+    assert run("app", "calls", "demo", "--failed").exit_code == 0
+    assert [r.query for r in daemon.seen("GET /apps/demo/calls")] == ["limit=2", "limit=50&failed=1"]
     assert json.loads(run("app", "calls", "demo", "--json").stdout) == calls
+
+
+def test_what_became_of_a_call(daemon: Daemon) -> None:
+    answer: dict[str, Any] = {
+        **{"call": "c1", "app": "demo", "function": "M.run", "status": "exception", "stage": None, "instance": "i-1"},
+        **{"start": "restore", "submitted": time.time() - 30, "phases": PHASES},
+        "error": {"type": "OSError", "message": "no", "traceback": "Traceback:\n  line 3\x1b[2J\nOSError: no\n"},
+    }
+    daemon.routes["GET /calls/c1/trace"] = answer
+    shown = run("app", "trace", "c1")
+    lines = shown.stdout.splitlines()
+    assert [re.split("  +", line)[1] for line in lines[:3]] == ["c1", "demo.M.run", "exception"]
+    assert [re.split("  +", line)[1] for line in lines[4:7]] == ["i-1", "thawed", "OSError: no"]
+    assert any("criu" in line and " ms " in line for line in lines)
+    assert lines[-3:] == ["Traceback:", "  line 3\\x1b[2J", "OSError: no"]
+    assert shown.stderr == "what it printed: woodfrog app logs demo --call c1\n"
+    assert json.loads(run("app", "trace", "c1", "--json").stdout) == answer
+    daemon.routes["GET /calls/c1/trace"] = {**answer, "status": "pending", "stage": "capturing", "error": None}
+    assert "pending, capturing a snapshot\n" in run("app", "trace", "c1").stdout
+    assert run("app", "trace", "c2").exit_code == 2
 
 
 def test_who_follows_a_log_goes_on_with_the_next_daemon(daemon: Daemon) -> None:

@@ -71,8 +71,12 @@ def error_words(last: dict[str, Any]) -> str:
 def error_cell(last: dict[str, Any] | None) -> str:
     if not last:
         return ""
-    message = error_words(last)
-    return f"{output.ago(last['at'])}: {message if len(message) <= _ERROR else message[: _ERROR - 1] + '…'}"
+    return f"{output.ago(last['at'])}: {short(error_words(last))}"
+
+
+def short(message: str) -> str:
+    """As much as a table has room for."""
+    return message if len(message) <= _ERROR else f"{message[: _ERROR - 1]}…"
 
 
 @app.command()
@@ -171,13 +175,16 @@ def logs(
 def calls(
     name: Name,
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, max=1000, help="So many, the newest.")] = 50,
+    failed: Annotated[bool, typer.Option("--failed", help="Only those that came to nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show an app's latest calls: an id that was lost, what still runs, what failed.
 
-    `woodfrog.FunctionCall.from_id(CALL).get()` in Python gets the result of one.
+    `woodfrog app trace CALL` shows where the time of one went, `woodfrog.FunctionCall.from_id(CALL).get()` in Python
+    gets its result.
     """
-    found = get(connect(), f"/apps/{segment(name)}/calls", limit=limit)["calls"]
+    only = {"failed": 1} if failed else {}
+    found = get(connect(), f"/apps/{segment(name)}/calls", limit=limit, **only)["calls"]
     if as_json:
         output.show_json(found)
         return
@@ -189,10 +196,49 @@ def calls(
             c["version"],
             output.ago(c["submitted"]),
             output.span((c["finished"] or time.time()) - c["submitted"]),
+            short(call_error(c.get("error"))),
         )
         for c in found
     ]
-    output.table(["call", "function", "status", "version", "submitted", "took"], rows, empty="no calls")
+    output.table(["call", "function", "status", "version", "submitted", "took", "error"], rows, empty="no calls")
+
+
+def call_error(error: dict[str, Any] | None) -> str:
+    """In one line: the user's by its type, one of ours by what it says."""
+    if not error:
+        return ""
+    message = " ".join(str(error.get("message", "")).split())
+    return message if "code" in error else f"{error.get('type')}: {message}"
+
+
+@app.command()
+def trace(
+    call: Annotated[str, typer.Argument(metavar="CALL", help="Id of a call, from `woodfrog app calls APP`.")],
+    as_json: Json = False,
+) -> None:
+    """Show what became of one call: its container, how that started, where the time went, and its error."""
+    found = get(connect(), f"/calls/{segment(call)}/trace")
+    if as_json:
+        output.show_json(found)
+        return
+    error = found.get("error") or {}
+    stage = f", {output.stage_words(found['stage'])}" if found.get("stage") else ""
+    shown = {
+        "call": found["call"],
+        "function": f"{found['app']}.{found['function']}",
+        "status": f"{found['status']}{stage}",
+        "submitted": output.ago(found.get("submitted")),
+        "container": found.get("instance"),
+        "start": {"restore": "thawed", "parked": "woken"}.get(str(found.get("start")), found.get("start")),
+        "error": call_error(error),
+    }
+    output.fields({name: value for name, value in shown.items() if value})
+    for line in output.trace_lines(found.get("phases") or []):
+        print(line)
+    if error.get("traceback"):
+        print()
+        print("\n".join(output.harmless(line) for line in str(error["traceback"]).rstrip("\n").split("\n")))
+    output.note(f"what it printed: woodfrog app logs {found['app']} --call {found['call']}")
 
 
 @app.command()

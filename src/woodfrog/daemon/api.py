@@ -515,7 +515,7 @@ def build(
     # Calls
 
     @api.get("/v1/apps/{app}/calls")
-    async def app_calls(app: str, limit: int = Query(50, ge=1, le=1000)) -> dict[str, Any]:
+    async def app_calls(app: str, limit: int = Query(50, ge=1, le=1000), failed: bool = False) -> dict[str, Any]:
         deploys = controller.journal.deploys(app)
         if not deploys:
             raise NotFoundError(f"no app {app!r} was ever deployed here", app=app)
@@ -538,7 +538,7 @@ def build(
                     "finished": row.finished,
                     "error": row.error,
                 }
-                for row in controller.journal.recent_of(app, limit)
+                for row in controller.journal.recent_of(app, limit, failed=failed)
             ]
         }
 
@@ -689,6 +689,8 @@ def build(
             "stage": stage,
             "instance": record.instance_id,
             "start": record.mode,
+            "submitted": record.row.submitted,
+            "error": record.error,
             "phases": record.trace(),
         }
 

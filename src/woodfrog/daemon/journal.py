@@ -69,6 +69,7 @@ _LIVE = """stopped IS NULL AND (
 )"""
 """Each running app's newest version, and those before it that have calls to finish."""
 _CHOSEN = "finished IS NOT NULL AND (:app = '' OR app = :app) AND (:before = 0 OR finished < :before)"
+_FAILED = "IN ('exception', 'failure')"
 VERSIONS_KEPT = 3
 """So many of each deployed app are kept with their code: a rollback needs it."""
 
@@ -417,12 +418,17 @@ class Journal:
     def recent(self, limit: int) -> list[CallRow]:
         return self._calls("ORDER BY submitted DESC LIMIT ?", limit)
 
-    def recent_of(self, app: str, limit: int) -> list[CallRow]:
-        """The latest of one app: all that are unfinished, and those among the newest of all apps."""
+    def recent_of(self, app: str, limit: int, *, failed: bool = False) -> list[CallRow]:
+        """The latest of one app: all that are unfinished, and those among the newest of all apps.
+
+        Args:
+            failed: only those that came to nothing.
+        """
         # Without an index by app, which every call would pay for.
         newest = f"SELECT rowid FROM calls ORDER BY submitted DESC LIMIT {_LOOKED_THROUGH}"
         among = f"SELECT rowid FROM calls WHERE finished IS NULL UNION SELECT * FROM ({newest})"
-        return self._calls(f"WHERE rowid IN ({among}) AND app = ? ORDER BY submitted DESC LIMIT ?", app, limit)
+        chosen = f"rowid IN ({among}) AND app = ?{' AND outcome ' + _FAILED if failed else ''}"
+        return self._calls(f"WHERE {chosen} ORDER BY submitted DESC LIMIT ?", app, limit)
 
     def _calls(self, where: str, *values: Any) -> list[CallRow]:
         rows = self._execute(
@@ -437,8 +443,7 @@ class Journal:
     def last_failures(self) -> list[CallRow]:
         """Each app's latest call that came to nothing, of those among the newest of all apps."""
         newest = f"SELECT rowid FROM calls ORDER BY submitted DESC LIMIT {_LOOKED_THROUGH}"
-        failed = f"rowid IN ({newest}) AND outcome IN ('exception', 'failure')"
-        return self._calls(f"WHERE {failed} GROUP BY app HAVING max(finished)")
+        return self._calls(f"WHERE rowid IN ({newest}) AND outcome {_FAILED} GROUP BY app HAVING max(finished)")
 
     def usage(self, app: str = "", before: float = 0.0) -> list[dict[str, Any]]:
         """What the results of finished calls take, by app. For a thread: it looks at every row.
