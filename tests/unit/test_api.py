@@ -479,6 +479,18 @@ async def test_metrics(daemon: Daemon) -> None:
     gates[secret].set()
 
 
+async def test_metrics_of_an_app_that_was_stopped(daemon: Daemon) -> None:
+    await daemon.deploy(function("wait"))
+    await daemon.submit("wait")
+    await settle()
+    await daemon.http.post("/apps/demo/stop")
+    found = await scraped(daemon)
+    assert found['woodfrog_calls_total{app="demo",outcome="cancelled"}'] == 1
+    assert 'woodfrog_calls_running{app="demo"}' not in found
+    await settle()
+    assert (await scraped(daemon))['woodfrog_containers{state="stopping"}'] == 0
+
+
 async def test_a_scraper_s_token_opens_metrics_alone(daemon: Daemon) -> None:
     guarded = TokenAuth(daemon.app, "secret", "scrape")
     async with httpx.AsyncClient(transport=httpx.ASGITransport(guarded), base_url="http://d") as http:  # type: ignore[arg-type]

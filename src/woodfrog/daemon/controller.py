@@ -26,7 +26,7 @@ from woodfrog.daemon.calllog import CallLog
 from woodfrog.daemon.installed import installed_since
 from woodfrog.daemon.journal import INLINE_BYTES, CallRow, DeployRow, Journal
 from woodfrog.daemon.logs import LogBook
-from woodfrog.daemon.metrics import EPHEMERAL, Metrics
+from woodfrog.daemon.metrics import EPHEMERAL, OTHER, Metrics
 from woodfrog.daemon.resources import Resources
 from woodfrog.daemon.starts import Start, Starts, why_words
 from woodfrog.errors import (
@@ -985,10 +985,12 @@ class Controller:
         return start
 
     def counted_as(self, app: str) -> str:
-        """The app's name in metrics: those of runs would be ever more."""
+        """The app's name in metrics: those of runs would be ever more, and what is stopped has none."""
         version = self.active.get(app)
-        row = self.apps.get((app, version)) if version is not None else None
-        return app if row is not None and not row[0].ephemeral else EPHEMERAL
+        if version is None:
+            return OTHER
+        row, _ = self.apps[app, version]
+        return EPHEMERAL if row.ephemeral else app
 
     def _started(
         self,

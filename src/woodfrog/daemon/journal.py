@@ -52,7 +52,7 @@ CREATE INDEX IF NOT EXISTS calls_kept ON calls (finished, size) WHERE finished I
 CREATE INDEX IF NOT EXISTS calls_delivered ON calls (finished, size) WHERE delivered;
 DROP INDEX IF EXISTS calls_finished;
 CREATE INDEX IF NOT EXISTS calls_submitted ON calls (submitted);
-CREATE INDEX IF NOT EXISTS starts_at ON starts (at);
+CREATE INDEX IF NOT EXISTS starts_at ON starts (at, app, kind, result);
 CREATE INDEX IF NOT EXISTS starts_of ON starts (app, at);
 CREATE INDEX IF NOT EXISTS calls_params ON calls (params_digest) WHERE params_digest != '';
 """

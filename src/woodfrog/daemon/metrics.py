@@ -17,7 +17,7 @@ from typing import Any
 
 from woodfrog.daemon.starts import Start
 
-__all__ = ["CONTENT_TYPE", "COUNTED", "EPHEMERAL", "Family", "Metrics", "process_families", "render"]
+__all__ = ["CONTENT_TYPE", "COUNTED", "EPHEMERAL", "OTHER", "Family", "Metrics", "process_families", "render"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
