@@ -1060,8 +1060,9 @@ class Controller:
             info.start.phases = phases
             if zygote and info.start.kind == "cold":
                 info.start.kind = "zygote"
-            if info.start.why not in ("", "off") and not (info.start.why == "none-fits" and info.start.detail):
-                cold = f", cold: {why_words(info.start.why, info.start.detail)}"  # else it was told
+            told = info.start.why == "did-not-thaw" or (info.start.why == "none-fits" and info.start.detail)
+            if info.start.why not in ("", "off") and not told:
+                cold = f", cold: {why_words(info.start.why, info.start.detail)}"
         self._say(instance_id, f"{how} in {(self.now() - info.begun) * 1e3:.0f} ms{cold}")
         self._started(info, "ready")
         self.emit(ev.InstanceReady(now=self.now(), instance_id=instance_id))
@@ -1080,7 +1081,7 @@ class Controller:
 
     def on_cold(self, instance_id: str, why: str) -> None:
         info = self.instances.get(instance_id)
-        if info is not None and info.start is not None:
+        if info is not None and info.start is not None and info.start.why == "none-fits":
             info.start.detail = why
         self._say(instance_id, f"starts cold: {why}")
 
