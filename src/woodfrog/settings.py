@@ -34,6 +34,8 @@ class Settings:
     """Bearer token for TCP, both sides."""
     listen: str = ""
     """Daemon: also listen on this TCP `address:port` (needs `token`)."""
+    metrics_token: str = field(default="", repr=False)
+    """Daemon: a bearer token that opens `GET /metrics` on TCP and nothing else; empty = `token` alone does."""
     socket_group: str = ""
     """Daemon: group that may use the Unix socket beside root.
 
@@ -172,7 +174,7 @@ def _within(name: str, key: str, value: Number) -> Number:
 def _text(name: str, key: str, value: str) -> str:
     if key == "gpu" and value not in ("", "none"):
         raise SpecError(f"setting {name}: {value!r} is neither empty nor none", code="bad-setting")
-    if key == "token" and not re.fullmatch("[!-~]*", value):  # it travels in a header
+    if key in ("token", "metrics_token") and not re.fullmatch("[!-~]*", value):  # it travels in a header
         raise SpecError(f"setting {name}: a token is of printable ASCII, without spaces", code="bad-setting")
     return value
 

@@ -70,7 +70,7 @@ class Recorder:
         assert "ready" not in self.heard.get(instance_id, [])
         self._take(instance_id, f"stage {stage}")
 
-    def on_ready(self, instance_id: str) -> None:
+    def on_ready(self, instance_id: str, *, phases: Any = (), zygote: bool = False) -> None:
         assert "ready" not in self.heard.get(instance_id, [])
         self._take(instance_id, "ready")
 
@@ -80,6 +80,9 @@ class Recorder:
 
     def on_found(self, instance_id: str, snapshot_id: str) -> None:
         self._take(instance_id, "found")
+
+    def on_cold(self, instance_id: str, why: str) -> None:
+        return
 
     def on_captured(self, request: StartRequest, snapshot_id: str) -> None:
         assert request.capture  # may come after the end

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import shutil
 import sqlite3
 import sys
@@ -34,6 +35,7 @@ from woodfrog.control.events import RunCall
 from woodfrog.daemon import api as api_module
 from woodfrog.daemon import controller as controller_module
 from woodfrog.daemon import journal as journal_module
+from woodfrog.daemon import starts as starts_module
 from woodfrog.daemon.api import TokenAuth, build
 from woodfrog.daemon.controller import Controller
 from woodfrog.daemon.journal import Journal
@@ -256,7 +258,13 @@ async def test_calls_of_an_app(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) 
         return [(c["function"], c["status"], c["finished"] is not None) for c in found]
 
     assert await listed() == [("square", "success", True), ("wait", "running", False)]
-    assert await listed(limit=1) == [("square", "success", True)]
+    assert await listed(limit=1) == [("square", "success", True)] and await listed(failed=1) == []
+    broken = (await daemon.submit("square", "no number", wait=10)).headers["woodfrog-call"]
+    await daemon.call("square", 8)
+    assert await listed(failed=1, limit=1) == [("square", "exception", True)]
+    traced = (await daemon.http.get(f"/calls/{broken}/trace")).json()
+    assert traced["error"]["type"] == "TypeError" and traced["status"] == "exception" and traced["submitted"] > 0
+    await daemon.call("square", 7, app="other")
     monkeypatch.setattr(journal_module, "_LOOKED_THROUGH", 1)
     assert await listed() == [("wait", "running", False)]
     assert (await daemon.http.get("/apps/none/calls")).status_code == 404
@@ -305,6 +313,202 @@ async def test_the_app_s_log_tells_of_calls_that_timed_out_or_lost_their_contain
         "wait: ran past its timeout of 0.05 s; raise timeout= or do less in one call",
         "square: the process was killed by SIGKILL",
     ]
+
+
+async def test_a_start_that_fails_is_told_once(daemon: Daemon) -> None:
+    """However many calls waited for it."""
+    await daemon.deploy(function("square", scaling=ScalingPolicy(max_containers=1)))
+    daemon.faulty.starts.append("user-fault")
+    answers = await asyncio.gather(*(daemon.submit("square", n, wait=10) for n in range(3)))
+    assert {a.headers["woodfrog-status"] for a in answers} == {"failure"}
+    told = [line["line"] for line in await log_of(daemon) if line["stream"] == "system"]
+    assert sum("import failed: ImportError: nope" in line for line in told) == 1
+    assert sum(line.endswith("of square: not run, no container started") for line in told) == 3
+
+
+async def starts_of(daemon: Daemon, app: str = "demo", **params: Any) -> list[dict[str, Any]]:
+    """The oldest first."""
+    answer = (await daemon.http.get(f"/apps/{app}/starts", params=params)).json()
+    return list(reversed(answer["starts"]))
+
+
+async def test_why_the_last_starts_were_cold(daemon: Daemon, tmp_path: Path) -> None:
+    one_each = ScalingPolicy(single_use=True)
+    frozen = SnapshotPolicy(enabled=True)
+    await daemon.deploy(function("square", snapshot=frozen, scaling=one_each), function("length", scaling=one_each))
+    assert await starts_of(daemon) == []
+    for thaw in ("", "", "fails", ""):
+        if thaw:
+            daemon.faulty.thaws.append(thaw)
+        await daemon.call("square", 2)
+        await settle()
+    daemon.faulty.starts.append("user-fault")
+    await daemon.failure("length", "x")
+    await daemon.call("length", "x")
+    found = await starts_of(daemon)
+    assert [(s["function"], s["kind"], s["result"], s["why"]) for s in found] == [
+        ("square", "cold", "ready", "none-fits"),
+        ("square", "thawed", "ready", ""),
+        ("square", "thawed", "failed", ""),
+        ("square", "cold", "ready", "did-not-thaw"),
+        ("square", "thawed", "ready", ""),
+        ("length", "cold", "failed", "off"),
+        ("length", "cold", "ready", "off"),
+    ]
+    assert found[0]["words"] == "it had no snapshot yet" and found[1]["snapshot"] == "s-1"
+    assert found[2]["error"] == "criu restore failed" and found[2]["code"] == "restore-failed"
+    assert found[3]["words"] == "its snapshot did not thaw: criu restore failed"
+    assert found[5]["error"].startswith("import failed") and all(s["version"] == 1 for s in found)
+    assert [s["function"] for s in await starts_of(daemon, limit=2)] == ["length", "length"]
+    unknown = await daemon.http.get("/apps/nope/starts")
+    assert unknown.status_code == 404 and error_of(unknown)["code"] == "not-found"
+    said = [line["line"] for line in await log_of(daemon) if "started in" in line["line"]]
+    assert [re.sub(r"\d+ ms", "N ms", line) for line in said] == [
+        "started in N ms, cold: it had no snapshot yet",
+        "started in N ms",
+        "started in N ms",
+    ]
+    [app] = (await daemon.http.get("/apps")).json()["apps"]
+    assert app["starts"] == {"thawed": 2, "woken": 0, "zygote": 0, "cold": 3, "failed": 2}
+    assert app["last_error"]["message"].startswith("import failed") and app["last_error"]["function"] == "length"
+
+
+async def test_starts_and_the_last_error_outlive_the_daemon(tmp_path: Path) -> None:
+    first = Daemon(tmp_path)
+    await first.deploy(function("square"), function("fail"))
+    await first.call("square", 2)
+    await first.submit("fail", wait=10)
+    await first.close()
+    second = Daemon(tmp_path)
+    try:
+        assert [s["function"] for s in await starts_of(second)] == ["square", "fail"]
+        [app] = (await second.http.get("/apps")).json()["apps"]
+        assert app["starts"]["cold"] == 2
+        last = app["last_error"]
+        assert (last["function"], last["message"]) == ("fail", "ValueError: no such thing")
+        assert abs(last["at"] - time.time()) < 60
+    finally:
+        await second.close()
+
+
+async def test_starts_are_not_kept_for_ever(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    await daemon.deploy(function("square", scaling=ScalingPolicy(single_use=True)))
+    for n in range(5):
+        await daemon.call("square", n)
+    await settle()
+    assert len(await starts_of(daemon)) == 5 and daemon.controller.starts._unwritten == []
+    monkeypatch.setattr(starts_module, "_KEPT", 3)
+    await daemon.call("square", 1)
+    assert len(await starts_of(daemon)) == 3
+    # Where the disk is full the newest wait in memory, within a bound.
+    monkeypatch.setattr(starts_module, "_UNWRITTEN", 2)
+
+    def full(*_: Any) -> None:
+        raise StoreError("no space left", code="disk-full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(daemon.journal, "add_starts", full)
+        for n in range(4):
+            await daemon.call("square", n)
+            daemon.controller.tidy()
+        assert len(daemon.controller.starts._unwritten) == 2
+    await starts_of(daemon)
+    assert daemon.controller.starts._unwritten == []
+
+
+async def test_what_an_app_has_to_do(daemon: Daemon) -> None:
+    await daemon.deploy(
+        function("wait", scaling=ScalingPolicy(max_containers=1)),
+        function("square", snapshot=SnapshotPolicy(enabled=True)),
+    )
+    for _ in range(3):
+        await daemon.submit("wait")
+    await settle()
+    [app] = (await daemon.http.get("/apps")).json()["apps"]
+    assert (app["calls"]["running"], app["calls"]["waiting"]) == (1, 2) and 0 <= app["calls"]["oldest_waiting_s"] < 60
+    detail = (await daemon.http.get("/apps/demo")).json()
+    assert detail["calls"] == {**detail["calls"], "running": 1, "waiting": 2}
+    wait, square = detail["functions"]
+    assert wait["calls"]["waiting"] == 2 and wait["containers"] == 1 and wait["snapshots"]["state"] == "off"
+    assert square["calls"] == {"running": 0, "waiting": 0, "oldest_waiting_s": None}
+    assert square["snapshots"] == {"state": "none", "snapshots": [], "reason": ""}
+    gates["gate"].set()
+
+
+async def scraped(daemon: Daemon) -> dict[str, float]:
+    answer = await daemon.http.get("http://d/metrics")
+    assert answer.status_code == 200 and answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    lines = [line.rpartition(" ") for line in answer.text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in lines}
+
+
+async def test_metrics(daemon: Daemon) -> None:
+    secret = "hunter2"
+    await daemon.deploy(
+        function("wait", scaling=ScalingPolicy(max_containers=1)),
+        function("square", snapshot=SnapshotPolicy(enabled=True)),
+        function("fail", env={"PASSWORD": secret}),
+    )
+    await daemon.deploy(function("square"), app="run-1a2b3c4d", ephemeral=True)
+    assert (await scraped(daemon))['woodfrog_calls_total{app="demo",outcome="failure"}'] == 0
+    await daemon.call("square", 2)
+    await daemon.call("square", 2, app="run-1a2b3c4d")
+    await daemon.submit("fail", wait=10)
+    daemon.faulty.starts.append("user-fault")
+    await daemon.failure("wait", secret)
+    for _ in range(2):
+        await daemon.submit("wait", secret)
+    await settle()
+    found = await scraped(daemon)
+    demo = 'app="demo"'
+    assert found[f'woodfrog_calls_total{{{demo},outcome="success"}}'] == 1
+    assert found[f'woodfrog_calls_total{{{demo},outcome="exception"}}'] == 1
+    assert found['woodfrog_calls_total{app="(ephemeral)",outcome="success"}'] == 1
+    assert found[f"woodfrog_calls_running{{{demo}}}"] == found[f"woodfrog_calls_waiting{{{demo}}}"] == 1
+    assert 0 <= found[f"woodfrog_calls_oldest_waiting_seconds{{{demo}}}"] < 60
+    assert found[f'woodfrog_starts_total{{{demo},kind="cold",result="ready"}}'] == 3
+    assert found[f'woodfrog_starts_total{{{demo},kind="cold",result="failed"}}'] == 1
+    assert found[f'woodfrog_cold_starts_total{{{demo},why="none-fits"}}'] == 1
+    assert found['woodfrog_failures_total{code="startup",what="start"}'] == 1
+    assert found['woodfrog_containers{state="running"}'] == 1 and found[f"woodfrog_app_containers{{{demo}}}"] == 3
+    assert found['woodfrog_snapshots{kind="function",state="ready"}'] == 1
+    assert found['woodfrog_gpus{state="used"}'] == 0 and found["woodfrog_disk_free_bytes"] > 0
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text().partition("## Metrics")[2].partition("\n## ")[0]
+    table = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    text = (await daemon.http.get("http://d/metrics")).text
+    assert set(re.findall("# TYPE woodfrog_(\\w+)", text)) == set(re.findall(r"`(\w+)`", " ".join(table)))
+    assert not any(word in name for name in found for word in (secret, "run-1a2b", 'wait"', "i-"))
+    gates[secret].set()
+
+
+async def test_metrics_of_an_app_that_was_stopped(daemon: Daemon) -> None:
+    await daemon.deploy(function("wait"))
+    await daemon.submit("wait")
+    await settle()
+    await daemon.http.post("/apps/demo/stop")
+    found = await scraped(daemon)
+    assert found['woodfrog_calls_total{app="demo",outcome="cancelled"}'] == 1
+    assert 'woodfrog_calls_running{app="demo"}' not in found
+    await settle()
+    assert (await scraped(daemon))['woodfrog_containers{state="stopping"}'] == 0
+
+
+async def test_a_scraper_s_token_opens_metrics_alone(daemon: Daemon) -> None:
+    guarded = TokenAuth(daemon.app, "secret", "scrape")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(guarded), base_url="http://d") as http:  # type: ignore[arg-type]
+
+        async def status(path: str, token: str = "", method: str = "GET") -> int:
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            return (await http.request(method, path, headers=headers)).status_code
+
+        assert [await status("/metrics", t) for t in ("", "wrong", "scrape", "secret")] == [401, 401, 200, 200]
+        for path in ("/v1/health", "/v1/apps", "/openapi.json", "/metrics/", "//metrics", "/v1/metrics"):
+            assert await status(path, "scrape") == 401, path
+        assert await status("/metrics", "scrape", "POST") == 401
+    alone = TokenAuth(daemon.app, "secret")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(alone), base_url="http://d") as http:  # type: ignore[arg-type]
+        for token, wanted in (("", 401), (" ", 401), ("secret", 200)):
+            assert (await http.get("/metrics", headers={"Authorization": f"Bearer {token}"})).status_code == wanted
 
 
 async def test_json_calls(daemon: Daemon) -> None:
@@ -442,6 +646,9 @@ async def test_results_are_listed_and_removed_by_hand(daemon: Daemon) -> None:
     while daemon.controller.calls[big].outcome is None:
         await asyncio.sleep(0.01)
     assert await listed() == {"demo": (2, 1), "other": (1, 1)}
+    for ask in (daemon.http.get, daemon.http.delete):
+        unknown = await ask("/results", params={"app": "nope"})
+        assert unknown.status_code == 404 and error_of(unknown)["message"] == "no app 'nope' was ever deployed here"
     assert await listed(app="other") == {"other": (1, 1)} and await listed(before=1.0) == {}
     assert error_of(await daemon.http.delete("/results"))["code"] == "bad-request"
     assert (await daemon.http.delete("/results", params={"before": 1.0})).json() == {"deleted": 0, "bytes": 0}

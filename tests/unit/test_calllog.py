@@ -41,6 +41,24 @@ def test_one_line_of_the_failure_and_the_traceback_whole(tmp_path: Path) -> None
     assert all(line["instance"] == "i" and line["function"] == "C" for line in lines)
 
 
+def test_why_no_container_started_is_said_once(tmp_path: Path) -> None:
+    log = Log(tmp_path)
+    error = {"type": "StartupError", "code": "startup-enter", "message": "f: enter failed: OSError: no weights"}
+    log.calls.start_failed("demo", "f", error["message"])
+    log.calls.failed(row("1"), "", error)
+    log.calls.failed(row("2", "g", "g"), "", error)  # another function's
+    log.calls.failed(row("3"), "", {**error, "message": "no GPU"})
+    assert log.told() == [
+        "call 1 of f: not run, no container started",
+        "call 2 of g: f: enter failed: OSError: no weights",
+        "call 3 of f: no GPU",
+    ]
+    assert [line["call"] for line in log.lines()] == ["1", "2", "3"]
+    log.calls.settle("demo")
+    log.calls.failed(row("4"), "", error)
+    assert log.told()[-1] == "call 4 of f: enter failed: OSError: no weights"
+
+
 def test_what_an_exception_carries_is_cut(tmp_path: Path) -> None:
     log = Log(tmp_path)
     much = "x" * (1 << 20)

@@ -94,7 +94,9 @@ def serve_function(daemon: Daemon, *, generator: bool = False) -> None:
 
 # --- apps, containers, snapshots -------------------------------------------------------------------------------------
 
-APP = {
+APP: dict[str, Any] = {
+    "calls": {"running": 1, "waiting": 2, "oldest_waiting_s": 90.0},
+    "starts": {"thawed": 10, "woken": 2, "zygote": 1, "cold": 2, "failed": 1},
     "app": "demo",
     "version": 3,
     "ephemeral": False,
@@ -105,21 +107,23 @@ APP = {
 }
 
 
+PHASES = [
+    {"name": "queue", "start_ms": 0.0, "ms": 50.0, "parent": None},
+    {"name": "criu", "start_ms": 5.0, "ms": 30.0, "parent": "queue"},
+]
+
+
 def test_app_list(daemon: Daemon) -> None:
-    app = APP | {"deployed": time.time() - 7300}
+    last = {"at": time.time() - 300, "function": "square", "message": "OSError: " + "x" * 80}
+    app = APP | {"deployed": time.time() - 7300, "last_error": last}
     daemon.routes["GET /apps"] = {"apps": [app]}
     shown = run("app", "list")
     assert shown.exit_code == 0
-    assert shown.stdout.splitlines()[1].split() == [
-        "demo",
-        "deployed",
-        "3",
-        "2",
-        "2",
-        "h",
-        "ago",
-        "square,",
-        "Embedder",
+    cells = re.split("  +", shown.stdout.splitlines()[1])
+    assert cells == [
+        *("demo", "deployed", "3", "2", "1", "2 (90.0 s)", "12 thawed, 3 cold, 1 failed"),
+        "5 min ago: square: OSError: " + "x" * 42 + "…",
+        *("2 h ago", "square, Embedder"),
     ]
     assert json.loads(run("app", "list", "--json").stdout) == [app]
     daemon.routes["GET /apps"] = {"apps": [app | {"left_out": [{"tag": "web", "why": "so"}]}]}
@@ -127,6 +131,73 @@ def test_app_list(daemon: Daemon) -> None:
     daemon.routes["GET /apps"] = {"apps": []}
     assert (run("app", "list").stdout, run("app", "list").stderr) == ("", "no apps\n")
     assert run("app", "list", "--json").stdout == "[]\n"
+
+
+def test_app_inspect_says_how_the_next_start_will_go(daemon: Daemon) -> None:
+    busy = {"running": 1, "waiting": 2, "oldest_waiting_s": 4.0}
+    states = {
+        "off": "cold: it has no enable_memory_snapshot=True",
+        "none": "cold, and makes a snapshot: it has none that fits yet",
+        "available": "thaws s-1, s-2",
+        "capturing": "cold: its snapshot is being made",
+        "failed": "cold, and makes a snapshot; the last attempt failed: io_uring",
+        "gave-up": "cold: its snapshots failed too often: io_uring; `woodfrog snapshot create demo.gave-up` tries "
+        "again",
+    }
+    functions = [
+        {
+            **{"tag": s, "kind": "function", "containers": 1, "calls": busy},
+            "snapshots": {"state": s, "snapshots": ["s-1", "s-2"], "reason": "io_uring"},
+        }
+        for s in states
+    ]
+    found = APP | {"functions": functions, "last_error": None}
+    daemon.routes["GET /apps/demo"] = found
+    shown = run("app", "inspect", "demo").stdout
+    assert "last error    none" in shown and "12 thawed, 3 cold, 1 failed" in shown
+    rows = [re.split("  +", line) for line in shown.splitlines()[-len(states) :]]
+    assert rows == [[s, "function", "1", "1", "2 (4.0 s)", words] for s, words in states.items()]
+    daemon.routes["GET /apps/demo"] = found | {"last_error": {"at": 1.0, "function": "f", "message": "OSError: no"}}
+    assert "d ago: f: OSError: no" in run("app", "inspect", "demo").stdout
+    assert json.loads(run("app", "inspect", "demo", "--json").stdout)["starts"] == APP["starts"]
+
+
+def test_app_starts_says_why_each_was_cold(daemon: Daemon) -> None:
+    row = {"at": time.time() - 30, "app": "demo", "version": 2, "function": "f", "instance": "i-1", "ms": 640.0}
+    row |= {
+        "kind": "cold",
+        "result": "ready",
+        "why": "none-fits",
+        "words": "app.py changed",
+        "snapshot": "",
+        "error": "",
+    }
+    starts = [
+        row,
+        {**row, "kind": "zygote", "words": "it had no snapshot yet"},
+        {**row, "kind": "thawed", "words": "", "snapshot": "s-1", "ms": 40.0},
+        {**row, "result": "failed", "error": "f: enter failed: OSError: no"},
+    ]
+    daemon.routes["GET /apps/demo/starts"] = {"starts": starts}
+    lines = run("app", "starts", "demo", "-n", "4").stdout.splitlines()
+    assert [re.split("  +", line)[4:] for line in lines[1:]] == [
+        ["cold", "640 ms", "app.py changed"],
+        ["cold (zygote)", "640 ms", "it had no snapshot yet"],
+        ["thawed", "40 ms", "s-1"],
+        ["failed", "640 ms", "f: enter failed: OSError: no"],
+    ]
+    assert daemon.seen("GET /apps/demo/starts")[0].query == "limit=4"
+    assert json.loads(run("app", "starts", "demo", "--json").stdout) == starts
+
+
+def test_the_last_lines_of_a_log(daemon: Daemon) -> None:
+    daemon.routes["GET /apps/demo/logs"] = daemon.routes["GET /containers/i1/logs"] = Answer(b"")
+    chosen = ["--function", "f", "--container", "i-1", "--call", "c9"]
+    assert run("app", "logs", "demo", "-n", "20", *chosen).exit_code == 0
+    assert daemon.seen("GET /apps/demo/logs")[-1].query == "last=20&function=f&container=i-1&call=c9"
+    assert run("container", "logs", "i1", "-n", "0", "-f").exit_code == 0
+    assert daemon.seen("GET /containers/i1/logs")[-1].query == "follow=1&last=0"
+    assert run("app", "logs", "demo", "-n", "-1").exit_code == 2
 
 
 def test_app_history_is_newest_first(daemon: Daemon) -> None:
@@ -183,13 +254,39 @@ def test_app_calls(daemon: Daemon) -> None:
             "error": None,
         },
         {"id": "c1", "function": "M.run", "status": "success", "version": 1, "submitted": 5.0, "finished": 5.25},
+        {"id": "c0", "function": "f", "status": "exception", "version": 1, "submitted": 5.0, "finished": 6.0},
+        {"id": "c9", "function": "f", "status": "failure", "version": 1, "submitted": 5.0, "finished": 6.0},
     ]
+    calls[2]["error"] = {"type": "OSError", "message": "no\nroom", "traceback": "…"}
+    calls[3]["error"] = {"type": "FunctionTimeoutError", "code": "timeout", "message": "f: ran past its timeout"}
     daemon.routes["GET /apps/demo/calls"] = {"calls": calls}
     lines = [re.split("  +", line.strip()) for line in run("app", "calls", "demo", "-n", "2").stdout.splitlines()]
     assert lines[1] == ["c2", "square", "running", "2", "5 min ago", "5.0 min"]
     assert lines[2][:4] == ["c1", "M.run", "success", "1"] and lines[2][-1] == "250 ms"
-    assert daemon.seen("GET /apps/demo/calls")[0].query == "limit=2"
+    assert lines[3][-1] == "OSError: no room" and lines[4][-1] == "f: ran past its timeout"
+    assert run("app", "calls", "demo", "--failed").exit_code == 0
+    assert [r.query for r in daemon.seen("GET /apps/demo/calls")] == ["limit=2", "limit=50&failed=1"]
     assert json.loads(run("app", "calls", "demo", "--json").stdout) == calls
+
+
+def test_what_became_of_a_call(daemon: Daemon) -> None:
+    answer: dict[str, Any] = {
+        **{"call": "c1", "app": "demo", "function": "M.run", "status": "exception", "stage": None, "instance": "i-1"},
+        **{"start": "restore", "submitted": time.time() - 30, "phases": PHASES},
+        "error": {"type": "OSError", "message": "no", "traceback": "Traceback:\n  line 3\x1b[2J\nOSError: no\n"},
+    }
+    daemon.routes["GET /calls/c1/trace"] = answer
+    shown = run("app", "trace", "c1")
+    lines = shown.stdout.splitlines()
+    assert [re.split("  +", line)[1] for line in lines[:3]] == ["c1", "demo.M.run", "exception"]
+    assert [re.split("  +", line)[1] for line in lines[4:7]] == ["i-1", "thawed", "OSError: no"]
+    assert any("criu" in line and " ms " in line for line in lines)
+    assert lines[-3:] == ["Traceback:", "  line 3\\x1b[2J", "OSError: no"]
+    assert shown.stderr == "what it printed: woodfrog app logs demo --call c1\n"
+    assert json.loads(run("app", "trace", "c1", "--json").stdout) == answer
+    daemon.routes["GET /calls/c1/trace"] = {**answer, "status": "pending", "stage": "capturing", "error": None}
+    assert "pending, capturing a snapshot\n" in run("app", "trace", "c1").stdout
+    assert run("app", "trace", "c2").exit_code == 2
 
 
 def test_who_follows_a_log_goes_on_with_the_next_daemon(daemon: Daemon) -> None:
@@ -607,8 +704,11 @@ def test_daemon_logs_from_its_end(home: Path) -> None:
 def test_daemon_logs_are_followed_into_the_next_file(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = home / "daemon.log"
     log.write_text("one\n")
+    sleep = time.sleep
 
     def rotate(seconds: float) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return sleep(seconds)  # of a client that an earlier test left
         if (home / "daemon.log.old").exists():
             raise KeyboardInterrupt
         (home / "new").write_text("three\n")

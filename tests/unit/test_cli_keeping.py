@@ -20,7 +20,7 @@ from fake_daemon import Answer, Daemon, Request, private_home, serving
 from woodfrog.cli import commands
 from woodfrog.cli.plot import Box, squarify, tiles
 from woodfrog.cli.remote import job_words
-from woodfrog.errors import IntegrityError, SpecError, StoreError
+from woodfrog.errors import IntegrityError, NotFoundError, SpecError, StoreError
 
 MIB = 1 << 20
 
@@ -57,6 +57,12 @@ def test_results(daemon: Daemon) -> None:
     shown = run_results(daemon, "delete", "--older-than", "1d", "--yes", "--json")
     assert json.loads(shown.stdout)["deleted"] == 3
     last = [r for r in daemon.requests if r.method == "DELETE"][-1]
+    unknown = NotFoundError("no app 'nope' was ever deployed here")
+    for argv in (["delete", "nope"], ["delete", "nope", "-y"]):
+        answers = {f"{m} /results": Answer({"error": unknown.to_dict()}, 404) for m in ("GET", "DELETE")}
+        daemon.routes |= answers
+        shown = run("result", *argv)
+        assert (shown.exit_code, shown.stderr) == (2, f"error: {unknown.message}\n")
     assert "app=" not in last.query and "before=" in last.query
     assert run_results(daemon, "delete", "--older-than", "soon").exit_code == 2
 

@@ -109,6 +109,43 @@ def test_cold_call_then_warm_call() -> None:
     assert d.call() == [ev.RunCall(call_id="c2", instance_id="i-t-1")]
 
 
+def test_why_a_start_is_cold() -> None:
+    frozen = SnapshotPolicy(enabled=True)
+    d = Driver(function(), function("g", snapshot=frozen), capture_attempts=2)
+
+    def why(number: int) -> str:
+        return d.state.instances[f"i-t-{number}"].why_cold
+
+    d.call()
+    d.call("g")
+    d.call("g")
+    assert [why(n) for n in (1, 2, 3)] == ["off", "none-fits", "being-made"]
+    d.ready("i-t-2")
+    d.send(ev.SnapshotCaptured, instance_id="i-t-2", snapshot_id="s-1")
+    d.call("g")
+    assert why(4) == ""
+    d.send(ev.RestoreFailed, instance_id="i-t-4", snapshot_id="s-1", reason="no pages", at_fault=True)
+    assert why(5) == "did-not-thaw" and d.state.instances["i-t-5"].group.thaw_error == "no pages"
+    d.send(ev.CaptureFailed, instance_id="i-t-5", reason="an io_uring is open", alive=True)
+    d.call("g")
+    assert why(6) == "gave-up"
+    assert d.state.snapshots_view("a", "f") == {"state": "off", "snapshots": [], "reason": ""}
+    assert d.state.snapshots_view("a", "g") == {"state": "gave-up", "snapshots": [], "reason": "an io_uring is open"}
+
+
+def test_what_each_function_has_to_do() -> None:
+    d = Driver(function(scaling=ScalingPolicy(max_containers=1)), function("g"))
+    assert d.state.load_view() == {}
+    d.call()
+    d.now = 5.0
+    d.call()
+    d.call("g")
+    d.ready("i-t-1")
+    load = d.state.load_view()
+    assert (load["a", "f"].running, load["a", "f"].waiting, load["a", "f"].oldest) == (1, 1, 5.0)
+    assert (load["a", "g"].running, load["a", "g"].waiting, load["a", "g"].oldest) == (0, 1, 5.0)
+
+
 def test_queue_is_first_in_first_out() -> None:
     d = Driver(function(scaling=ScalingPolicy(max_containers=1)))
     for _ in range(3):

@@ -36,8 +36,8 @@ class Observer:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         def hear(*args: Any, **_: Any) -> None:
-            if name == "on_log" and args[1] == "system":
-                self.said.append(args[2].decode())
+            if name == "on_cold":
+                self.said.append(args[1])
             elif name not in ("on_log", "on_stage"):
                 self.heard.append((name, args))
 
@@ -233,9 +233,9 @@ async def test_others_go_on_while_what_was_captured_is_removed(backend: Any) -> 
 @pytest.mark.parametrize(
     ("key", "worker_class", "retired", "said"),
     [
-        ("other", "here", "", "starts cold: its name changed since its last snapshot\n"),
-        ("key", "there", "", "starts cold: its last snapshot does not fit this host: kernel 6.1 there, 6.2 here\n"),
-        ("key", "here", "damaged", "starts cold: its last snapshot is retired: damaged\n"),
+        ("other", "here", "", "its name changed since its last snapshot"),
+        ("key", "there", "", "its last snapshot does not fit this host: kernel 6.1 there, 6.2 here"),
+        ("key", "here", "damaged", "its last snapshot is retired: damaged"),
         ("key", "here", "invalidated", None),
         ("other", "here", "invalidated", None),
     ],

@@ -89,6 +89,34 @@ async def test_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert await lines(book, since=301) == []
 
 
+async def test_the_last_lines_and_those_of_one_container_or_call(tmp_path: Path) -> None:
+    book = LogBook(tmp_path, 1 << 18)
+    for n in range(4000):  # they fill more than one file
+        book.lines("demo", f"{n}", instance=f"i-{n % 3}-1", function=f"f{n % 2}", stream="stdout", call=f"c{n % 5}x")
+    log = book.app("demo")
+
+    async def shown(which: dict[str, str] | None = None, **more: Any) -> list[str]:
+        chunks = [chunk async for chunk in log.show(which or {}, follow=False, **more)]
+        return [r["line"] for r in parse(b"".join(chunks))]
+
+    every = await shown()
+    assert every[-1] == "3999" and len(every) > 1000
+    assert await shown(last=2) == ["3998", "3999"] and await shown(last=0) == []
+    assert await shown(last=1_000_000) == every
+    assert await shown({"instance": "i-1"}) == [n for n in every if int(n) % 3 == 1]
+    assert await shown({"call": "c2", "function": "f1"}, last=2) == ["3987", "3997"]
+    book.note("demo", "of another", instance="i-0a-12")
+    assert await shown({"instance": "i-0a-1"}) == [] and await shown({"instance": "i-0a"}) == ["of another"]
+    assert await shown({"function": "f"}) == [], "names are whole, ids are not"
+    assert await shown({"instance": "i-1"}, last=3, since=1e11) == []
+    stream = log.show({"instance": "i-1"}, last=1, follow=True)
+    assert await take(stream, 1) == ["3997"]
+    for instance in ("i-2", "i-1"):
+        book.note("demo", f"of {instance}", instance=f"{instance}-1")
+    assert await take(stream, 1) == ["of i-1"]
+    await stream.aclose()  # type: ignore[attr-defined]
+
+
 async def take(stream: AsyncIterator[bytes], count: int) -> list[str]:
     out: list[str] = []
     while len(out) < count:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from woodfrog.errors import WoodfrogError
 from woodfrog.linux.meminfo import Room
 from woodfrog.linux.rootplan import VolumeMount
 from woodfrog.spec import FunctionSpec, RuntimeSpec
+from woodfrog.telemetry import Phase
 
 __all__ = ["Answer", "Backend", "CallRequest", "Observer", "Progress", "SnapshotKeeper", "StartRequest"]
 
@@ -73,10 +74,15 @@ class Observer(Protocol):
     """Told of everything that happens to instances. Called on the event loop, never concurrently."""
 
     def on_stage(self, instance_id: str, stage: str) -> None: ...
-    def on_ready(self, instance_id: str) -> None: ...
+    def on_ready(self, instance_id: str, *, phases: Sequence[Phase] = (), zygote: bool = False) -> None:
+        """It serves. `phases` of its start; `zygote`: it was booted in a thawed copy of its libraries."""
+
     def on_parked(self, instance_id: str) -> None: ...
     def on_found(self, instance_id: str, snapshot_id: str) -> None:
         """It was to boot, and was thawed instead: from what another machine, or another instance just now, captured."""
+
+    def on_cold(self, instance_id: str, why: str) -> None:
+        """Why a function that has had a snapshot gets another: in words, while it starts or soon after."""
 
     def on_captured(self, request: StartRequest, snapshot_id: str) -> None:
         """Committed, or found where one was to be captured; the instance serves already, and may be gone by now."""

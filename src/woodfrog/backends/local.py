@@ -127,6 +127,8 @@ class Instance:
     """Its snapshot, until that is committed; its sandbox's files rest on it."""
     zygote: str | None = None
     """What its worker was thawed from before it was told what to serve; its sandbox's files rest on it."""
+    from_zygote: bool = False
+    """It was booted in it."""
     plan: Plan | None = None
     commit_task: asyncio.Task[None] | None = None
     stopping: str | None = None
@@ -410,7 +412,7 @@ class LocalBackend:
         else:
             text = f"its last snapshot is retired: {why}" if (why := self._catalogue.retired(last.id)) else ""
         if text:
-            self._observer.on_log(instance.id, "system", f"starts cold: {text}\n".encode(errors="replace"))
+            self._observer.on_cold(instance.id, text)
 
     def _explain(self, request: StartRequest, last: str) -> str:
         before = origin.read(self._catalogue.path(last))
@@ -507,7 +509,7 @@ class LocalBackend:
         self._take_phases(instance, reply.header, "wake")
         instance.stage = "ready"
         instance.watch_task = self._spawn(self._watch(instance))
-        self._observer.on_ready(instance.id)
+        self._observer.on_ready(instance.id, phases=instance.phases.items, zygote=instance.from_zygote)
         if instance.huge:
             self._spawn(self._piece_together(instance))
 
@@ -539,6 +541,7 @@ class LocalBackend:
         for stream, data in self._zygotes.printed(found.id):
             self._observer.on_log(instance.id, stream, data)
         counters["zygote.used"] += 1
+        instance.from_zygote = True
         return True
 
     def _starting(self) -> bool:

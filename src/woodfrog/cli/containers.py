@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from woodfrog.cli import output
-from woodfrog.cli.logs import Timestamps, show_logs
+from woodfrog.cli.logs import Lines, Timestamps, show_logs
 from woodfrog.cli.remote import connect, get, post, segment
 
 app = typer.Typer(help="List, inspect and enter running containers.", no_args_is_help=True)
@@ -47,12 +47,15 @@ def list_containers(
 def logs(
     container: Id,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more.")] = False,
+    lines: Lines = None,
     timestamps: Timestamps = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
 ) -> None:
     """Print what one container wrote, and what became of it."""
     path = f"/containers/{segment(container)}/logs"
-    show_logs(connect().lines(path, {"follow": "1"} if follow else None), as_json=as_json, timestamps=timestamps)
+    params = {"follow": "1" if follow else None, "last": lines}
+    entries = connect().lines(path, {k: v for k, v in params.items() if v is not None})
+    show_logs(entries, as_json=as_json, timestamps=timestamps)
 
 
 @app.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

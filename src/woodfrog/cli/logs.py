@@ -15,6 +15,7 @@ from woodfrog.errors import SpecError
 Timestamps = Annotated[
     bool, typer.Option("--timestamps", "-t", help="Begin each line with its time, function and container.")
 ]
+Lines = Annotated[int | None, typer.Option("--lines", "-n", min=0, help="The last N of those that there are now.")]
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 

@@ -28,10 +28,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.callback()
-def default(context: typer.Context) -> None:
+def default(context: typer.Context, as_json: Json = False) -> None:
     """Show this machine's key and those it trusts; `add` and `remove` change them."""
     if context.invoked_subcommand is None:
-        list_keys()
+        list_keys(as_json)
 
 
 @app.command("list")

@@ -26,7 +26,19 @@ from woodfrog.control.events import (
 )
 from woodfrog.control.gpus import Gpu, chip_of, chips_for, choose, possible
 from woodfrog.control.memory import FILL_S, expected, fits, fits_whole, is_known, shortage
-from woodfrog.control.state import HISTORY, NEVER, App, Call, Group, Instance, InstanceState, Knowledge, Service, State
+from woodfrog.control.state import (
+    HISTORY,
+    NEVER,
+    App,
+    Call,
+    Group,
+    Instance,
+    InstanceState,
+    Knowledge,
+    Service,
+    State,
+    WhyCold,
+)
 
 Error = dict[str, Any]
 
@@ -310,6 +322,7 @@ def start(st: State, group: Group, *, spare: bool = False) -> bool:
     service = group.service
     knowledge = st.knows(service, group.digest, found.chip)
     enabled = service.spec.snapshot.enabled
+    why: WhyCold = "" if found.restore else why_cold(group, knowledge)
     if group.force_cold:
         group.force_cold -= 1
     if not found.restore:
@@ -317,7 +330,7 @@ def start(st: State, group: Group, *, spare: bool = False) -> bool:
     capture = enabled and service.active and not found.restore and capture_due(knowledge)
     need = expected(st, group, found.chip, restore=found.restore)
     inst = begin(st, group, knowledge.snapshot_id if found.restore else None, capture=capture)
-    inst.gpus, inst.chip, inst.need = found.gpus, found.chip, need
+    inst.gpus, inst.chip, inst.need, inst.why_cold = found.gpus, found.chip, need, why
     if capture:
         knowledge.capturer = inst.id
     if group.starved_since != NEVER:
@@ -334,6 +347,19 @@ def start(st: State, group: Group, *, spare: bool = False) -> bool:
         )
     )
     return True
+
+
+def why_cold(group: Group, knowledge: Knowledge) -> WhyCold:
+    """Why a start of this group's that is about to begin thaws nothing."""
+    if not group.service.spec.snapshot.enabled:
+        return "off"
+    if group.force_cold:
+        return "did-not-thaw"
+    if knowledge.snapshot_id is not None:
+        return "gpu-full"
+    if knowledge.capturer is not None:
+        return "being-made"
+    return "gave-up" if knowledge.gave_up else "none-fits"
 
 
 def begin(st: State, group: Group, snapshot_id: str | None, *, capture: bool = False, park: bool = False) -> Instance:
@@ -727,6 +753,7 @@ def restore_broke(st: State, inst: Instance, reason: str, at_fault: bool) -> Non
         park_later(st, group, st.config.park_retry)
     elif inst.state != "stopping":
         group.force_cold += 1
+        group.thaw_error = reason
     if inst.snapshot_id is None or knowledge.snapshot_id != inst.snapshot_id:
         return
     knowledge.failures += 1

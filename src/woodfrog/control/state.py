@@ -10,7 +10,20 @@ from woodfrog.control.events import Action
 from woodfrog.control.gpus import Gpu
 from woodfrog.spec import FunctionSpec
 
-__all__ = ["App", "Call", "Config", "Group", "Instance", "InstanceState", "Knowledge", "Memory", "Service", "State"]
+__all__ = [
+    "App",
+    "Call",
+    "Config",
+    "Group",
+    "Instance",
+    "InstanceState",
+    "Knowledge",
+    "Load",
+    "Memory",
+    "Service",
+    "State",
+    "WhyCold",
+]
 
 HISTORY = 20
 """Transitions kept per call and instance, for the story in an error."""
@@ -21,6 +34,8 @@ KNOWN_S = 2.0
 """An instance that is there for so long tells something of a function of which nothing was known."""
 
 InstanceState = Literal["starting", "capturing", "parked", "idle", "running", "stopping"]
+WhyCold = Literal["", "off", "none-fits", "being-made", "gave-up", "did-not-thaw", "gpu-full"]
+"""Why a start is cold. "" = it is not."""
 CallState = Literal["queued", "running", "waiting_retry"]
 NEVER = float("inf")
 
@@ -213,6 +228,7 @@ class Instance:
     killed: bool = False
     reason: str = ""
     """Why it is being stopped."""
+    why_cold: WhyCold = ""
     deadline: float = NEVER
     """When its present state has lasted too long."""
     armed: float = NEVER
@@ -279,6 +295,8 @@ class Group:
     last_load: float = -NEVER
     force_cold: int = 0
     """So many of the next starts are in place of failed restores."""
+    thaw_error: str = ""
+    """Of the last of these restores."""
     no_room: frozenset[str] = frozenset()
     """GPUs on which its snapshot could not be restored lately, through no fault of its own."""
     capture_wanted: bool = False
@@ -331,6 +349,17 @@ class Group:
     def warm(self) -> bool:
         """Whether an instance serves."""
         return bool(self.idle or self.running)
+
+
+@dataclass(slots=True)
+class Load:
+    """Calls of a function."""
+
+    running: int = 0
+    waiting: int = 0
+    """For a container, or for another attempt."""
+    oldest: float = NEVER
+    """When the oldest of these was submitted."""
 
 
 @dataclass(slots=True, eq=False)
@@ -497,6 +526,31 @@ class State:
             for g in self.starved.values()
             if len(g.queue) > g.starting and now - g.hungry_since >= seconds
         ]
+
+    def load_view(self) -> dict[tuple[str, str], Load]:
+        """What each function of each app has to do just now, of all its versions; who has nothing is left out."""
+        found: dict[tuple[str, str], Load] = {}
+        for call in self.calls.values():
+            service = call.group.service
+            load = found.setdefault((service.app, service.tag), Load())
+            if call.state == "running":
+                load.running += 1
+            else:
+                load.waiting += 1
+                load.oldest = min(load.oldest, call.submitted_at)
+        return found
+
+    def snapshots_view(self, app: str, tag: str) -> dict[str, Any]:
+        """How it stands with the snapshots of a function: the worst of its parameters' and chips'."""
+        service = self.find_service(app, tag)
+        if service is None or not service.spec.snapshot.enabled:
+            return {"state": "off", "snapshots": [], "reason": ""}
+        known = list(self.knowledge[service.key].values())
+        views = [k.view() for k in known]
+        states = [v["state"] for v in views]
+        state = next((s for s in ("gave-up", "failed", "capturing", "available") if s in states), "none")
+        reason = next((v["reason"] for v in views if v["state"] == state), "")
+        return {"state": state, "snapshots": sorted(k.snapshot_id for k in known if k.snapshot_id), "reason": reason}
 
     def snapshot_view(self) -> dict[str, Any]:
         """Plain dicts of everything, for the API: apps, services, queues, instances, calls, counters."""

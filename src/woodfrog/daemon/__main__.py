@@ -305,7 +305,7 @@ async def serve(settings: Settings) -> None:
     server(api, _unix_socket(settings), Local)
     tcp = _tcp_socket(settings)
     if tcp is not None:
-        server(TokenAuth(api, settings.token), tcp, Remote)
+        server(TokenAuth(api, settings.token, settings.metrics_token), tcp, Remote)
 
     room.take(_ROOM_LEFT)
     controller.recover()

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from starlette.requests import ClientDisconnect
 import woodfrog
 from woodfrog import protocol
 from woodfrog.backends.payload import CHUNK, Payload, Spool, in_thread, spooled
-from woodfrog.daemon import keeping, looking, volumes
+from woodfrog.control.state import Load
+from woodfrog.daemon import keeping, looking, volumes, watching
 from woodfrog.daemon.connections import JsonRoute
 from woodfrog.daemon.controller import CallRecord, Controller, failure_of
 from woodfrog.daemon.journal import INLINE_BYTES
@@ -90,16 +91,19 @@ class _Json(JSONResponse):
 
 
 class TokenAuth:
-    """ASGI wrapper for TCP: nothing without the bearer token."""
+    """ASGI wrapper for TCP: nothing without the bearer token. That for metrics opens them alone."""
 
-    def __init__(self, app: FastAPI, token: str) -> None:
+    def __init__(self, app: FastAPI, token: str, metrics_token: str = "") -> None:
         self._app = app
         self._expected = b"Bearer " + token.encode()
+        self._for_metrics = b"Bearer " + metrics_token.encode() if metrics_token else self._expected
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
             given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
+            metrics = (scope["type"], scope.get("method"), scope.get("path")) == ("http", "GET", "/metrics")
+            seen = metrics and hmac.compare_digest(given, self._for_metrics)
+            if not (seen or hmac.compare_digest(given, self._expected)):
                 error = AuthError("wrong or missing token; set WOODFROG_TOKEN").to_dict()
                 # What else it sends is not wanted.
                 await _Json({"error": error}, status_code=401, headers={"Connection": "close"})(scope, receive, send)
@@ -412,10 +416,11 @@ def build(
             rolling=body.get("strategy") != "recreate",
         )
 
-    def app_row(name: str) -> dict[str, Any]:
+    def app_row(name: str, loads: dict[tuple[str, str], Load], starts: dict[str, dict[str, int]]) -> dict[str, Any]:
         version = controller.active[name]
         row, spec = controller.apps[name, version]
         instances = [i for i in controller.instances.values() if i.request.app == name]
+        last = controller.last_errors.get(name)
         return {
             "app": name,
             "version": version,
@@ -428,15 +433,21 @@ def build(
             "waiting_for_memory": sum(
                 w["calls"] for w in controller.state.memory_waits(time.monotonic()) if w["app"] == name
             ),
+            "calls": watching.load_row(watching.of_app(loads, name), controller.now()),
+            "starts": {kind: starts.get(name, {}).get(kind, 0) for kind in watching.STARTS},
+            "last_error": {"at": last[0], "function": last[1], "message": last[2]} if last else None,
         }
 
     @api.get("/v1/apps")
     async def apps() -> dict[str, Any]:
-        return {"apps": [app_row(name) for name in sorted(controller.active)]}
+        starts, loads = await controller.starts.of_a_day(), controller.state.load_view()
+        return {"apps": [app_row(name, loads, starts) for name in sorted(controller.active)]}
 
     @api.get("/v1/apps/{app}")
     async def app_detail(app: str) -> dict[str, Any]:
-        _, spec = controller.app(app)
+        controller.app(app)
+        starts, loads = await controller.starts.of_a_day(), controller.state.load_view()
+        _, spec = controller.app(app)  # it may have been stopped meanwhile
         functions = []
         for f in spec.functions:
             plain = to_dict(f)
@@ -444,8 +455,12 @@ def build(
             plain["key"] = function_key(f, spec.runtime)
             plain["capture"] = controller.state.capture_view(app, f.tag)
             plain["warm"] = controller.state.warm_view(app, f.tag)
+            plain["snapshots"] = controller.state.snapshots_view(app, f.tag)
+            plain["calls"] = watching.load_row(loads.get((app, f.tag)), controller.now())
+            mine = [i for i in controller.instances.values() if (i.request.app, i.request.spec.tag) == (app, f.tag)]
+            plain["containers"] = len(mine)
             functions.append(plain)
-        return {**app_row(app), "functions": functions, "runtime": to_dict(spec.runtime)}
+        return {**app_row(app, loads, starts), "functions": functions, "runtime": to_dict(spec.runtime)}
 
     @api.post("/v1/apps/{app}/stop")
     async def stop_app(app: str) -> dict[str, Any]:
@@ -489,16 +504,25 @@ def build(
 
     @api.get("/v1/apps/{app}/logs")
     async def app_logs(
-        app: str, follow: bool = False, since: float = 0.0, after: int | None = Query(None, ge=0)
+        app: str,
+        follow: bool = False,
+        since: float = 0.0,
+        after: int | None = Query(None, ge=0),
+        last: int | None = Query(None, ge=0),
+        function: str = "",
+        container: str = "",
+        call: str = "",
     ) -> StreamingResponse:
         over = controller.is_over(app)
-        lines = controller.logs.app(app).read(since=since, after=after, follow=follow and not over)
+        which = {"function": function, "instance": container, "call": call}
+        log = controller.logs.app(app)
+        lines = log.show(which, last=last, since=since, after=after, follow=follow and not over)
         return StreamingResponse(lines, media_type="application/x-ndjson")
 
     # Calls
 
     @api.get("/v1/apps/{app}/calls")
-    async def app_calls(app: str, limit: int = Query(50, ge=1, le=1000)) -> dict[str, Any]:
+    async def app_calls(app: str, limit: int = Query(50, ge=1, le=1000), failed: bool = False) -> dict[str, Any]:
         deploys = controller.journal.deploys(app)
         if not deploys:
             raise NotFoundError(f"no app {app!r} was ever deployed here", app=app)
@@ -523,7 +547,7 @@ def build(
                     "finished": row.finished,
                     "error": row.error,
                 }
-                for row in controller.journal.recent_of(app, limit)
+                for row in controller.journal.recent_of(app, limit, failed=failed)
             ]
         }
 
@@ -560,12 +584,19 @@ def build(
         await _wait(record.done, wait)
         return _answer(record, controller.fetched)
 
+    def known_to_results(app: str, count: int) -> None:
+        """Raises NotFoundError for the name of an app that there never was."""
+        if app and not count and not controller.journal.deploys(app):
+            raise NotFoundError(f"no app {app!r} was ever deployed here", app=app)
+
     @api.get("/v1/results")
     async def results(app: str = "", before: float = Query(0.0, ge=0.0)) -> dict[str, Any]:
         """What results of finished calls take; with `before` of those that finished before it (Unix time)."""
         controller.tell_fetched()
+        usage = await asyncio.to_thread(controller.journal.usage, app, before)
+        known_to_results(app, len(usage))
         return {
-            "apps": await asyncio.to_thread(controller.journal.usage, app, before),
+            "apps": usage,
             "limit_bytes": settings.keep_results_mib << 20,
             "keep_s": settings.keep_results_s,
         }
@@ -575,6 +606,7 @@ def build(
         if not app and not before:
             raise SpecError("name an app, or a time before which results go (before=)", code="bad-request")
         count, size = await controller.remove_results(app, before)
+        known_to_results(app, count)
         return {"deleted": count, "bytes": size}
 
     @api.get("/v1/calls")
@@ -666,6 +698,8 @@ def build(
             "stage": stage,
             "instance": record.instance_id,
             "start": record.mode,
+            "submitted": record.row.submitted,
+            "error": record.error,
             "phases": record.trace(),
         }
 
@@ -677,7 +711,9 @@ def build(
         found = [i for i in controller.instances if i.startswith(instance_id)]
         if len(found) != 1:
             raise NotFoundError(
-                f"no container {instance_id!r}; `woodfrog container list` shows them", container=instance_id
+                f"no container {instance_id!r}: `woodfrog container list` shows those that exist, `woodfrog app logs "
+                "APP --container ID` what one has said that is gone",
+                container=instance_id,
             )
         return found[0]
 
@@ -704,18 +740,14 @@ def build(
         return {"container": found, "stopping": True}
 
     @api.get("/v1/containers/{instance_id}/logs")
-    async def container_logs(instance_id: str, follow: bool = False) -> StreamingResponse:
+    async def container_logs(
+        instance_id: str, follow: bool = False, last: int | None = Query(None, ge=0)
+    ) -> StreamingResponse:
         found = container(instance_id)
-        source = controller.logs.app(controller.instances[found].request.app)
-        needle = json.dumps(found).encode()
-
-        async def only() -> AsyncIterator[bytes]:
-            async for chunk in source.read(follow=follow):
-                for line in chunk.splitlines(keepends=True):
-                    if needle in line:
-                        yield line
-
-        return StreamingResponse(only(), media_type="application/x-ndjson")
+        log = controller.logs.app(controller.instances[found].request.app)
+        return StreamingResponse(
+            log.show({"instance": found}, last=last, follow=follow), media_type="application/x-ndjson"
+        )
 
     @api.post("/v1/containers/{instance_id}/exec")
     async def execute(instance_id: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -763,5 +795,6 @@ def build(
 
     keeping.add_routes(api, controller, catalogue, spool, _Json)
     looking.add_routes(api, controller, catalogue)
+    watching.add_routes(api, controller, catalogue)
     volumes.add_routes(api, controller)
     return api

@@ -46,6 +46,12 @@ class CallLog:
         self._logs = logs
         self._now = now
         self._budgets: dict[tuple[str, str], _Budget] = {}
+        self._starts: dict[tuple[str, str], str] = {}
+        """Why a container of a function did not start, as the log has it already."""
+
+    def start_failed(self, app: str, tag: str, message: str) -> None:
+        """The log tells of a start that failed: of the calls that waited for it no more is to be said."""
+        self._starts[app, tag] = message
 
     def failed(self, call: CallRow, instance: str, error: dict[str, Any], then: str = "") -> None:
         """An attempt of a call came to nothing.
@@ -68,14 +74,18 @@ class CallLog:
         message = " ".join(message.removeprefix(f"{name}: ").split())
         if len(message) > _LINE:
             message = message[:_LINE] + " …"
+        if not instance and error.get("message") == self._starts.get((call.app, call.tag)):
+            message = "not run, no container started"
         text = f"call {call.id} of {name}: {message}{'; ' if then else ''}{then}"
-        self._logs.note(call.app, text, instance=instance, function=call.tag)
+        self._logs.note(call.app, text, instance=instance, function=call.tag, call=call.id)
         if trace:
             self._logs.lines(call.app, _cut(trace), instance=instance, function=call.tag, stream="stderr", call=call.id)
 
     def settle(self, app: str | None = None) -> None:
         """Tell what was left out so far, of one app or of all, and forget who has not failed for a while."""
         now = self._now()
+        for key in [k for k in self._starts if k[0] == app]:
+            del self._starts[key]
         for (name, tag), budget in list(self._budgets.items()):
             if app in (None, name):
                 self._tell_left_out(name, tag, budget)

@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,9 @@ from woodfrog.daemon.installed import installed_since
 from woodfrog.daemon.journal import INLINE_BYTES, CallRow, DeployRow, Journal
 from woodfrog.daemon.logs import LogBook
 from woodfrog.daemon.memory import MemoryWatch
+from woodfrog.daemon.metrics import EPHEMERAL, OTHER, Metrics
 from woodfrog.daemon.resources import Resources
+from woodfrog.daemon.starts import Start, Starts, why_words
 from woodfrog.errors import (
     CallCancelled,
     HostError,
@@ -79,6 +82,8 @@ _ITEM_LIMIT = 64 << 20
 """Bytes of unread generator items; beyond it the generator waits for its reader."""
 _ITEM_OWN = 256
 """What an item takes beside its bytes: there may be millions of empty ones."""
+_ERROR = 300
+"""Characters of an app's last error that are kept."""
 _ANSWER_S = 60.0
 """How long an answer stays in memory that may have been lost on its way."""
 _ANSWERS_LIMIT = 64 << 20
@@ -185,6 +190,8 @@ class InstanceInfo:
 
     stopping: str = ""
     """Why it is being stopped."""
+    start: Start | None = None
+    """Until it is over; None of a copy that is parked or to be parked."""
 
     def __post_init__(self) -> None:
         self.mode = self.mode or self.request.mode
@@ -210,6 +217,11 @@ class Controller:
         self.journal = journal
         self.logs = logs
         self.call_log = CallLog(logs)
+        self.metrics = Metrics()
+        self.starts = Starts(journal)
+        self.starts.on_ended = lambda start: self.metrics.started(self.counted_as(start.app), start)
+        self.last_errors: dict[str, tuple[float, str, str]] = {}
+        """Of each app: when (Unix time), function, and what it was."""
         self.resources = resources
         self.backend: Backend
         self.memory: MemoryWatch | None = None
@@ -407,6 +419,8 @@ class Controller:
                     self._end_call(row, "failure", e)
                     continue
                 self._take_call(row, payload).taken_up = True
+        for row in self.journal.last_failures():
+            self._note_error(row, row.error or {}, row.finished or 0.0)
         for rows in unfinished.values():
             for row in rows:
                 self._end_call(row, "cancelled", CallCancelled(f"app {row.app!r} was stopped"))
@@ -921,12 +935,25 @@ class Controller:
         if record.outcome in ("exception", "failure"):
             then = f"the last of {record.attempts} attempts" if record.attempts else ""
             self.call_log.failed(record.row, record.instance_id or "", record.error or {}, then)
+            self._note_error(record.row, record.error or {}, time.time())
+        self._count_call(record)
         record.payload = Payload(data=b"")
         record.done.set()
         record.changed.set()
         record.read.set()
         if record.result.data and not record.items and not record.unwritten:
             self._bound_answers(record)
+
+    def _note_error(self, call: CallRow, error: dict[str, Any], when: float) -> None:
+        kind = f"{error.get('type')}: " if "code" not in error else ""
+        self.last_errors[call.app] = (when, call.tag, f"{kind}{error.get('message', '')}"[:_ERROR])
+
+    def _count_call(self, record: CallRecord) -> None:
+        outcome = record.outcome or ""
+        code = str((record.error or {}).get("code", "")) if outcome == "failure" else ""
+        ran = record.phases[-1].ms / 1e3 if record.phases and record.phases[-1].name == "run" else None
+        waited = record.phases[0].ms / 1e3 if record.phases else record.finished - record.submitted
+        self.metrics.called(self.counted_as(record.row.app), outcome, code, waited, ran)
 
     def _bound_answers(self, newest: CallRecord) -> None:
         """Who waits for a call has its record; who asks later gets it from the journal."""
@@ -968,6 +995,7 @@ class Controller:
         if info is None:
             return  # it died before this began; the machine has been told
         info.begun = self.now()
+        info.start = self._begun(info)
         counters["start.parked"] += 1
         try:
             # Secrets may have changed since it was parked.
@@ -1004,8 +1032,10 @@ class Controller:
             parked=parked,
             gpus=gpus,
         )
-        self.instances[action.instance_id] = InstanceInfo(request, self.now(), row.version)
+        info = self.instances[action.instance_id] = InstanceInfo(request, self.now(), row.version)
         counters[f"start.{mode}"] += not parked
+        if not parked:
+            info.start = self._begun(info)
         if self._uses_gpu(row, function) and not request.gpus:
             wanted = ", ".join(function.resources.gpu)
             has = ", ".join(sorted({g.chip for g in self.state.config.gpus})) or self._no_gpu
@@ -1019,6 +1049,49 @@ class Controller:
         if mode == "restore":
             self._tell_installed(row, request)
         self.backend.start(request)
+
+    def _begun(self, info: InstanceInfo) -> Start:
+        request = info.request
+        start = Start(
+            request.app,
+            info.version,
+            request.spec.tag,
+            request.instance_id,
+            "woken" if request.parked else "thawed" if request.mode == "restore" else "cold",
+            snapshot=request.snapshot_id or "",
+        )
+        known = self.state.instances.get(request.instance_id)
+        if known is not None and known.why_cold:
+            start.why = known.why_cold
+            if start.why == "did-not-thaw":
+                start.detail = known.group.thaw_error
+            elif start.why == "gave-up":
+                start.detail = self.state.knows(known.group.service, known.group.digest, known.chip).reason
+        return start
+
+    def counted_as(self, app: str) -> str:
+        """The app's name in metrics: those of runs would be ever more, and what is stopped has none."""
+        version = self.active.get(app)
+        if version is None:
+            return OTHER
+        row, _ = self.apps[app, version]
+        return EPHEMERAL if row.ephemeral else app
+
+    def _started(
+        self,
+        info: InstanceInfo,
+        result: Literal["ready", "failed", "stopped"],
+        error: WoodfrogError | None = None,
+    ) -> None:
+        """A start is over; of one that is over already: nothing."""
+        start, info.start = info.start, None
+        if start is None:
+            return
+        start.result, start.ms = result, (self.now() - info.begun) * 1e3
+        if error is not None:
+            start.code, start.error = error.code, error.message
+            self.last_errors[start.app] = (time.time(), start.function, error.message)
+        self.starts.ended(start)
 
     def _tell_installed(self, row: DeployRow, request: StartRequest) -> None:
         """Say, once, that a snapshot is thawed beside other packages than it was made with."""
@@ -1046,9 +1119,10 @@ class Controller:
             info.stopping = reason
         self.backend.stop(instance_id, graceful=graceful, reason=reason)
 
-    def _forget(self, instance_id: str) -> None:
+    def _forget(self, instance_id: str, error: WoodfrogError | None = None) -> None:
         info = self.instances.pop(instance_id, None)
         if info is not None:
+            self._started(info, "failed" if error is not None else "stopped", error)
             self.logs.end(info.request.app, instance_id, info.request.spec.tag)
         if self._doomed:
             self._remove_doomed()
@@ -1062,11 +1136,20 @@ class Controller:
     def on_stage(self, instance_id: str, stage: str) -> None:
         self.emit(ev.InstanceStage(now=self.now(), instance_id=instance_id, stage=stage))
 
-    def on_ready(self, instance_id: str) -> None:
+    def on_ready(self, instance_id: str, *, phases: Sequence[Phase] = (), zygote: bool = False) -> None:
         info = self.instances[instance_id]
         info.ready = True
         how = "woken" if info.request.parked else "thawed" if info.mode == "restore" else "started"
-        self._say(instance_id, f"{how} in {(self.now() - info.begun) * 1e3:.0f} ms")
+        cold = ""
+        if info.start is not None:
+            info.start.phases = phases
+            if zygote and info.start.kind == "cold":
+                info.start.kind = "zygote"
+            told = info.start.why == "did-not-thaw" or (info.start.why == "none-fits" and info.start.detail)
+            if info.start.why not in ("", "off") and not told:
+                cold = f", cold: {why_words(info.start.why, info.start.detail)}"
+        self._say(instance_id, f"{how} in {(self.now() - info.begun) * 1e3:.0f} ms{cold}")
+        self._started(info, "ready")
         self.emit(ev.InstanceReady(now=self.now(), instance_id=instance_id))
         if info.version == self.active.get(info.request.app):
             self._note_elder(info.request, None)
@@ -1079,7 +1162,15 @@ class Controller:
         info = self.instances.get(instance_id)
         if info is not None:
             info.mode = "restore"
+            if info.start is not None:
+                info.start.found(snapshot_id)
         self._say(instance_id, f"goes on from snapshot {snapshot_id}")
+
+    def on_cold(self, instance_id: str, why: str) -> None:
+        info = self.instances.get(instance_id)
+        if info is not None and info.start is not None and info.start.why == "none-fits":
+            info.start.detail = why
+        self._say(instance_id, f"starts cold: {why}")
 
     def on_captured(self, request: StartRequest, snapshot_id: str) -> None:
         info = self.instances.get(request.instance_id)
@@ -1115,8 +1206,9 @@ class Controller:
         text = f"no snapshot: {error.message} ({what}{log_of})"
         self.logs.note(request.app, text, instance=instance_id, function=request.spec.tag)
         log.info("%s: %s", instance_id, text)
+        self.metrics.failed("capture", error.code)
         if not alive:
-            self._forget(instance_id)
+            self._forget(instance_id, error)
         self.emit(ev.CaptureFailed(now=self.now(), instance_id=instance_id, reason=error.message, alive=alive))
         self._say_given_up(request)
 
@@ -1126,7 +1218,7 @@ class Controller:
         instead = "on another GPU, or cold, instead" if gpu else "cold start instead"
         self._say(instance_id, f"snapshot {snapshot_id} did not thaw: {error.message} ({instead})")
         info = self.instances.get(instance_id)
-        self._forget(instance_id)
+        self._forget(instance_id, error)
         self.emit(
             ev.RestoreFailed(
                 now=self.now(),
@@ -1163,7 +1255,9 @@ class Controller:
             self.logs.lines(
                 request.app, str(trace), instance=instance_id, function=request.spec.tag, stream="stderr", call=None
             )
-        self._forget(instance_id)
+        if info is not None:
+            self.call_log.start_failed(info.request.app, info.request.spec.tag, error.message)
+        self._forget(instance_id, error)
         self.emit(ev.StartFailed(now=self.now(), instance_id=instance_id, error=error.to_dict(), user_fault=user_fault))
         if info is not None:
             self._say_elder(info.request)
@@ -1195,7 +1289,7 @@ class Controller:
 
     def on_refused(self, instance_id: str, error: WoodfrogError) -> None:
         self._say(instance_id, f"not started: {error.message}")
-        self._forget(instance_id)
+        self._forget(instance_id, error)
         self.emit(ev.StartRefused(now=self.now(), instance_id=instance_id, error=error.to_dict()))
 
     def on_gpus(self, sick: dict[str, str]) -> None:
@@ -1204,7 +1298,7 @@ class Controller:
     def on_exited(self, instance_id: str, error: WoodfrogError) -> None:
         self._say(instance_id, error.message)
         info = self.instances.get(instance_id)
-        self._forget(instance_id)
+        self._forget(instance_id, error)
         self.emit(ev.InstanceExited(now=self.now(), instance_id=instance_id, error=error.to_dict()))
         if info is not None and not info.ready:
             self._say_elder(info.request)
@@ -1279,6 +1373,7 @@ class Controller:
             self._stop_abandoned,
             self._forget_versions,
             self.call_log.settle,
+            self._settle_starts,
             self._settle_logs,
             self._forget_runs,
             self._remove_unneeded,
@@ -1372,6 +1467,11 @@ class Controller:
             del self.apps[key]
         self._known_groups = {g for g in self._known_groups if g[:2] in self.apps}
 
+    def _settle_starts(self) -> None:
+        self.starts.write()
+        for name in self.last_errors.keys() - self.active.keys():
+            del self.last_errors[name]
+
     def _settle_logs(self) -> None:
         with_containers = {i.request.app for i in self.instances.values()}
         over = self._leaving - with_containers
@@ -1444,6 +1544,7 @@ class Controller:
         if self._keeping:
             await asyncio.wait(self._keeping, timeout=grace)
         self.tell_fetched()
+        self.starts.write()
         for record in self.calls.values():
             if record.unwritten:
                 self._write_failure(record)

@@ -14,7 +14,7 @@ import sqlite3
 import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from woodfrog.backends.payload import Payload, discard
 from woodfrog.daemon.room import Room
 from woodfrog.errors import OutputExpired, StoreError
 
-__all__ = ["INLINE_BYTES", "CallRow", "DeployRow", "Journal"]
+__all__ = ["INLINE_BYTES", "CallRow", "DeployRow", "Journal", "StartRow"]
 
 INLINE_BYTES = 256 << 10
 
@@ -42,6 +42,11 @@ CREATE TABLE IF NOT EXISTS calls (
     finished REAL, outcome TEXT, error TEXT, result BLOB, trace TEXT, size INTEGER NOT NULL DEFAULT 0,
     delivered INTEGER NOT NULL DEFAULT 0
 );
+CREATE TABLE IF NOT EXISTS starts (
+    at REAL NOT NULL, app TEXT NOT NULL, version INTEGER NOT NULL, function TEXT NOT NULL, instance TEXT NOT NULL,
+    kind TEXT NOT NULL, result TEXT NOT NULL, ms REAL NOT NULL, why TEXT NOT NULL, words TEXT NOT NULL,
+    snapshot TEXT NOT NULL, code TEXT NOT NULL, error TEXT NOT NULL
+);
 """
 _INDEXES = """
 CREATE INDEX IF NOT EXISTS deploys_live ON deploys (app, version) WHERE stopped IS NULL;
@@ -51,6 +56,8 @@ CREATE INDEX IF NOT EXISTS calls_kept ON calls (finished, size) WHERE finished I
 CREATE INDEX IF NOT EXISTS calls_delivered ON calls (finished, size) WHERE delivered;
 DROP INDEX IF EXISTS calls_finished;
 CREATE INDEX IF NOT EXISTS calls_submitted ON calls (submitted);
+CREATE INDEX IF NOT EXISTS starts_at ON starts (at, app, kind, result);
+CREATE INDEX IF NOT EXISTS starts_of ON starts (app, at);
 CREATE INDEX IF NOT EXISTS calls_params ON calls (params_digest) WHERE params_digest != '';
 """
 _FILE = "journal.sqlite"
@@ -67,6 +74,7 @@ _LIVE = """stopped IS NULL AND (
 )"""
 """Each running app's newest version, and those before it that have calls to finish, or serve in its place."""
 _CHOSEN = "finished IS NOT NULL AND (:app = '' OR app = :app) AND (:before = 0 OR finished < :before)"
+_FAILED = "IN ('exception', 'failure')"
 VERSIONS_KEPT = 3
 """So many of each deployed app are kept with their code: a rollback needs it."""
 
@@ -96,6 +104,27 @@ class CallRow:
     outcome: str | None
     error: dict[str, Any] | None
     trace: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class StartRow:
+    """One start of a container that is over, as the API tells of it."""
+
+    at: float
+    """Unix time of its begin."""
+    app: str
+    version: int
+    function: str
+    instance: str
+    kind: str
+    result: str
+    ms: float
+    why: str
+    words: str
+    """`why` for people."""
+    snapshot: str
+    code: str
+    error: str
 
 
 def _is_full(home: Path, error: sqlite3.Error) -> bool:
@@ -237,6 +266,30 @@ class Journal:
         """Forget an ephemeral app that was stopped; whether nothing is known of its name any more."""
         self._execute("DELETE FROM deploys WHERE app = ? AND ephemeral AND stopped IS NOT NULL", app)
         return self._execute("SELECT 1 FROM deploys WHERE app = ?", app).fetchone() is None
+
+    # Starts
+
+    def add_starts(self, rows: Sequence[StartRow], before: float, most: int) -> None:
+        """Record starts that are over, and forget those from before `before` (Unix time) and beyond the newest `most`.
+
+        Not at the price of the disk's last room: the reserve is for calls.
+        """
+        marks = ", ".join("?" * len(fields(StartRow)))
+        with self._at_once():
+            for row in rows:
+                self._execute(f"INSERT INTO starts VALUES ({marks})", *astuple(row))
+            self._execute("DELETE FROM starts WHERE at < ?", before)
+            self._execute("DELETE FROM starts WHERE rowid <= (SELECT max(rowid) FROM starts) - ?", most)
+
+    def starts(self, app: str, limit: int) -> list[StartRow]:
+        """The latest of an app, the newest first."""
+        sql = "SELECT * FROM starts WHERE app = ? ORDER BY at DESC, rowid DESC LIMIT ?"
+        return [StartRow(*row) for row in self._execute(sql, app, limit)]
+
+    def count_starts(self, since: float) -> list[tuple[str, str, str, int]]:
+        """App, kind, result, and how many since then (Unix time). For a thread."""
+        sql = "SELECT app, kind, result, count(*) FROM starts WHERE at >= :since GROUP BY app, kind, result"
+        return self._apart(sql, since=since)
 
     # Calls
 
@@ -383,12 +436,17 @@ class Journal:
     def recent(self, limit: int) -> list[CallRow]:
         return self._calls("ORDER BY submitted DESC LIMIT ?", limit)
 
-    def recent_of(self, app: str, limit: int) -> list[CallRow]:
-        """The latest of one app: all that are unfinished, and those among the newest of all apps."""
+    def recent_of(self, app: str, limit: int, *, failed: bool = False) -> list[CallRow]:
+        """The latest of one app: all that are unfinished, and those among the newest of all apps.
+
+        Args:
+            failed: only those that came to nothing.
+        """
         # Without an index by app, which every call would pay for.
         newest = f"SELECT rowid FROM calls ORDER BY submitted DESC LIMIT {_LOOKED_THROUGH}"
         among = f"SELECT rowid FROM calls WHERE finished IS NULL UNION SELECT * FROM ({newest})"
-        return self._calls(f"WHERE rowid IN ({among}) AND app = ? ORDER BY submitted DESC LIMIT ?", app, limit)
+        chosen = f"rowid IN ({among}) AND app = ?{' AND outcome ' + _FAILED if failed else ''}"
+        return self._calls(f"WHERE {chosen} ORDER BY submitted DESC LIMIT ?", app, limit)
 
     def _calls(self, where: str, *values: Any) -> list[CallRow]:
         rows = self._execute(
@@ -400,6 +458,11 @@ class Journal:
             CallRow(*(*r[:10], json.loads(r[10]) if r[10] else None, json.loads(r[11]) if r[11] else [])) for r in rows
         ]
 
+    def last_failures(self) -> list[CallRow]:
+        """Each app's latest call that came to nothing, of those among the newest of all apps."""
+        newest = f"SELECT rowid FROM calls ORDER BY submitted DESC LIMIT {_LOOKED_THROUGH}"
+        return self._calls(f"WHERE rowid IN ({newest}) AND outcome {_FAILED} GROUP BY app HAVING max(finished)")
+
     def usage(self, app: str = "", before: float = 0.0) -> list[dict[str, Any]]:
         """What the results of finished calls take, by app. For a thread: it looks at every row.
 
@@ -408,20 +471,20 @@ class Journal:
             before: only those that finished before it (Unix time); 0 = all.
         """
         sql = "SELECT app, count(*), total(size), min(finished), total(delivered) FROM calls"
-        rows = self._apart(f"{sql} WHERE {_CHOSEN} GROUP BY app ORDER BY total(size) DESC", app, before)
+        rows = self._apart(f"{sql} WHERE {_CHOSEN} GROUP BY app ORDER BY total(size) DESC", app=app, before=before)
         names = ("app", "results", "bytes", "oldest", "fetched")
         return [dict(zip(names, (a, n, int(s), t, int(d)), strict=True)) for a, n, s, t, d in rows]
 
     def finished(self, app: str = "", before: float = 0.0) -> list[tuple[str, int, bool]]:
         """Id, size, and whether its result is in a file, of each such call. For a thread, as `usage`."""
-        rows = self._apart(f"SELECT id, size, result IS NULL FROM calls WHERE {_CHOSEN}", app, before)
+        rows = self._apart(f"SELECT id, size, result IS NULL FROM calls WHERE {_CHOSEN}", app=app, before=before)
         return [(i, s, bool(f)) for i, s, f in rows]
 
-    def _apart(self, sql: str, app: str, before: float) -> list[Any]:
+    def _apart(self, sql: str, **values: Any) -> list[Any]:
         """Through a connection of its own, beside which the loop goes on writing."""
         try:
             with contextlib.closing(sqlite3.connect(f"file:{self._home / _FILE}?mode=ro", uri=True)) as db:
-                return db.execute(sql, {"app": app, "before": before}).fetchall()
+                return db.execute(sql, values).fetchall()
         except sqlite3.Error as e:
             path = self._home / _FILE
             raise StoreError(f"the daemon's journal {path} cannot be used: {e}", code="journal") from e

@@ -8,7 +8,8 @@ import json
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ __all__ = ["AppLog", "LogBook", "rotate_own"]
 
 _LINE_LIMIT = 64 << 10
 _BLOCK = 64 << 10
+_CONTAINER = re.compile("i-[0-9a-f]+-[0-9]+")
+"""The whole id of one: it is also the beginning of others."""
 _HEAD = re.compile(rb'\{"t":([0-9.]+)(?:,"n":([0-9]+))?')
 
 
@@ -136,6 +139,42 @@ class AppLog:
             if file is not None:
                 file.close()
 
+    async def show(
+        self,
+        which: Mapping[str, str],
+        *,
+        last: int | None = None,
+        since: float = 0.0,
+        after: int | None = None,
+        follow: bool,
+    ) -> AsyncIterator[bytes]:
+        """As `read`, of some lines only.
+
+        Args:
+            which: `function` by its name, `instance` and `call` by their ids or the beginnings of these; "" = all.
+            last: so many before those that are still to come; None = all.
+        """
+        want = _chooser(which)
+        if last is not None and after is None:
+            if want is None:
+                after = number - last if (number := self._last or 0) > last else None
+            else:
+                kept: deque[bytes] = deque(maxlen=last)
+                after = 0
+                async for chunk in self.read(since=since, follow=False):
+                    lines = chunk.splitlines(keepends=True)
+                    kept.extend(line for line in lines if want(line))
+                    after = max(after, _head(lines[-1])[1])
+                if kept:
+                    yield b"".join(kept)
+                if not follow:
+                    return
+        async for chunk in self.read(since=since, after=after, follow=follow):
+            if want is None:
+                yield chunk
+            elif lines := [line for line in chunk.splitlines(keepends=True) if want(line)]:
+                yield b"".join(lines)
+
     @property
     def followed(self) -> bool:
         return self._readers > 0
@@ -186,6 +225,26 @@ def _last_number(path: Path) -> int:
                 return max(numbers)
             length *= 2
     return 0
+
+
+def _chooser(which: Mapping[str, str]) -> Callable[[bytes], bool] | None:
+    """Whether a line is one of those; None = all are."""
+    wanted = {name: value for name, value in which.items() if value}
+    if not wanted:
+        return None
+    needles = [encode_basestring_ascii(value)[1:-1].encode() for value in wanted.values()]
+
+    def want(line: bytes) -> bool:
+        if not all(needle in line for needle in needles):  # far sooner told than by reading it
+            return False
+        entry = json.loads(line)
+        has = {name: str(entry.get(name) or "") for name in wanted}
+        return all(
+            has[n] == v or (n != "function" and not _CONTAINER.fullmatch(v) and has[n].startswith(v))
+            for n, v in wanted.items()
+        )
+
+    return want
 
 
 def _pick(lines: list[bytes], since: float, after: int | None) -> tuple[list[bytes], int | None]:
@@ -252,9 +311,9 @@ class LogBook:
             if rest:
                 self._emit(app, instance, function, stream, None, [rest])
 
-    def note(self, app: str, text: str, *, instance: str = "", function: str = "") -> None:
+    def note(self, app: str, text: str, *, instance: str = "", function: str = "", call: str | None = None) -> None:
         """A line of the system's own."""
-        self._emit(app, instance, function, "system", None, [text.encode(errors="replace")])
+        self._emit(app, instance, function, "system", call, [text.encode(errors="replace")])
 
     def _emit(self, app: str, instance: str, function: str, stream: str, call: str | None, lines: list[bytes]) -> None:
         if not lines:

@@ -562,13 +562,22 @@ class Client:
             ) from None
 
     def logs(
-        self, app: str, *, follow: bool = False, since: float | None = None, after: int | None = None
+        self,
+        app: str,
+        *,
+        follow: bool = False,
+        since: float | None = None,
+        after: int | None = None,
+        last: int | None = None,
+        which: Mapping[str, str] | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Log lines of an app: {t, n, instance, function, stream, line, call}.
 
         Args:
             follow: until the app's end, also when another daemon takes over meanwhile.
             after: the `n` of the line before the first.
+            last: so many of those that there are now.
+            which: only those of a `function`, `container` or `call`.
 
         Raises:
             DaemonError: the daemon went away; with `follow`: and did not come back in `reconnect_s`.
@@ -576,6 +585,7 @@ class Client:
         path = f"/apps/{segment(app)}/logs"
         while True:
             params = {"follow": "1" if follow else None, "since": since, "after": after}
+            params |= {"last": last if after is None else None, **{k: v or None for k, v in (which or {}).items()}}
             try:
                 for entry in self.lines(path, {k: v for k, v in params.items() if v is not None}):
                     after = entry.get("n") or after or 0
