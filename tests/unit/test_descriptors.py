@@ -85,7 +85,7 @@ async def test_a_sandbox_without_a_network_has_none_to_take_away(
     tmp_path: Path, blocked: bool, leased: bool, taken: bool
 ) -> None:
     factory: Any = SandboxFactory.__new__(SandboxFactory)
-    factory._settings = SimpleNamespace(home=tmp_path, worker_uid=64646, kdat_dir=tmp_path)
+    factory._settings = SimpleNamespace(home=tmp_path, worker_uid=64646, kdat_dir=tmp_path, socket_group="", listen="")
     factory._host, factory._scratch, factory._disk_bytes = HostRoot(()), tmp_path, 1 << 20
     factory._network = SimpleNamespace(resolver=lambda: SimpleNamespace(text=""))
     factory._look_at_host, factory._base = lambda: None, lambda runtime: ((), tmp_path / "lowest")

@@ -63,6 +63,12 @@ def test_larger_pages_than_those_of_snapshots_are_refused() -> None:
     assert refusal is not None and refusal.code == "page-size" and refusal.cause.startswith("16 KiB: this kernel's")
 
 
+def test_in_a_chroot_nothing_is_captured() -> None:
+    """Paths of mapped libraries are not those of the sandbox: their changes would go unnoticed."""
+    refusal = refuse(Tree((TASK,), root="/srv/other"))
+    assert refusal is not None and refusal.code == "chroot" and refusal.cause.startswith("/srv/other: the daemon")
+
+
 def test_what_this_criu_could_not_restore_is_not_dumped() -> None:
     refusal = refuse(Tree((TASK,)), criu_signs=True)
     assert refusal is not None and refusal.code == "criu-pointers" and "arm64.nopauth" in refusal.remedy

@@ -612,9 +612,9 @@ def test_a_start_waits_so_long_for_a_slow_tier_and_the_next_one_has_it(
     there.trust.add(public_text(here.signing))
     get, go = tier.get, threading.Event()
 
-    def slowly(key: str, target: Path) -> None:
+    def slowly(key: str, target: Path, most: int | None = None) -> None:
         go.wait(20)
-        get(key, target)
+        get(key, target, most)
 
     tier.get = slowly  # type: ignore[method-assign]
 

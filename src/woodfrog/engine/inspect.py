@@ -121,6 +121,8 @@ class Tree:
     """What belongs to the sandbox and to no process: `semaphores 0 (key 0x00005eed)`, `message queue /frogs`."""
     page_size: int = 4096
     """Bytes of the kernel's memory pages."""
+    root: str = "/"
+    """Where paths begin that the kernel tells us of these processes. Elsewhere only where we are in a chroot."""
 
 
 class HostPaths:
@@ -351,7 +353,8 @@ def inspect_tree(root_pid: int, init_pid: int) -> Tree:
     everything = tuple(tasks)
     files = _external_files(everything, maps, init_pid)
     page_size = os.sysconf("SC_PAGE_SIZE")
-    return Tree(everything, tuple(strays), connections, bound, files, ipc.objects(root_pid), page_size)
+    root = os.readlink(f"/proc/{init_pid}/root")
+    return Tree(everything, tuple(strays), connections, bound, files, ipc.objects(root_pid), page_size, root)
 
 
 def _descends(pid: int, root_pid: int) -> bool:

@@ -81,6 +81,10 @@ REFUSALS: dict[str, tuple[str, str]] = {
         "let threads rest before a snapshot: stop them in a register_before_snapshot hook, or start them after it "
         "(enter(snap=False)); or boot the kernel with arm64.nosve",
     ),
+    "chroot": (
+        "the daemon was started in a chroot, where files that change after a snapshot cannot be told",
+        "run it in a container, or give it the directory as its root with pivot_root",
+    ),
     "stray-process": (
         "a process in the sandbox is no descendant of the worker's any more (a daemon that detached itself), and "
         "would be lost",
@@ -216,6 +220,9 @@ def refuse(
     if tree.page_size != PAGE:
         cause, remedy = REFUSALS["page-size"]
         return Refusal("page-size", f"{tree.page_size >> 10} KiB: {cause}", remedy)
+    if tree.root != "/":
+        cause, remedy = REFUSALS["chroot"]
+        return Refusal("chroot", f"{tree.root}: {cause}", remedy)
     device = "" if gpu is not None else "gpu-device"
     codes = {"gpu-device": device, "amd": {None: device, False: "gpu-amd-plugin", True: ""}[amd_plugin]}
     for task in tree.tasks:
