@@ -160,6 +160,8 @@ def test_app_inspect_says_how_the_next_start_will_go(daemon: Daemon) -> None:
     daemon.routes["GET /apps/demo"] = found | {"last_error": {"at": 1.0, "function": "f", "message": "OSError: no"}}
     assert "d ago: f: OSError: no" in run("app", "inspect", "demo").stdout
     assert json.loads(run("app", "inspect", "demo", "--json").stdout)["starts"] == APP["starts"]
+    daemon.routes["GET /apps/demo"] = found | {"left_out": [{"tag": "nightly", "why": "schedule= (a.py:3)"}]}
+    assert "nightly is left out: schedule= (a.py:3)\n" in run("app", "inspect", "demo").stderr
 
 
 def test_app_starts_says_why_each_was_cold(daemon: Daemon) -> None:

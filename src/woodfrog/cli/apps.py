@@ -81,7 +81,7 @@ def short(message: str) -> str:
 
 @app.command()
 def inspect(name: Name, as_json: Json = False) -> None:
-    """Show an app's functions: what each has to do now, how it stands with its snapshots, and the last error."""
+    """Show an app's functions: what each has to do, how its next start will go, the last error, what was left out."""
     found = get(connect(), f"/apps/{segment(name)}")
     if as_json:
         output.show_json(found)
@@ -103,6 +103,8 @@ def inspect(name: Name, as_json: Json = False) -> None:
         for f in found["functions"]
     ]
     output.table(["function", "kind", "containers", "running", "waiting", "next start"], rows, empty="no functions")
+    for left in found.get("left_out", ()):
+        output.note(f"{left['tag']} is left out: {left['why']}")
 
 
 def snapshot_words(name: str, function: dict[str, Any]) -> str:
