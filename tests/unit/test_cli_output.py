@@ -30,12 +30,21 @@ def test_phases_are_indented_in_order_of_time_with_bars_in_place() -> None:
 
 def test_phases_with_odd_parents_are_never_lost() -> None:
     phases = [
-        {"name": "a", "start_ms": 0, "ms": 0, "parent": "b"},
-        {"name": "b", "start_ms": 0, "ms": 0, "parent": "a"},
+        {"name": "a", "start_ms": 0, "ms": 1, "parent": "b"},
+        {"name": "b", "start_ms": 0, "ms": 1, "parent": "a"},
         {"name": "c", "start_ms": 0, "ms": 1, "parent": "c"},
         {"name": "d", "start_ms": 5, "ms": 1, "parent": "nobody"},
     ]
     assert [line.split()[0] for line in output.trace_lines(phases)] == ["a", "b", "c", "d"]
+
+
+def test_what_took_no_time_within_another_phase_is_left_out() -> None:
+    phases = [
+        {"name": "wake", "start_ms": 0, "ms": 0, "parent": None},
+        {"name": "reseed", "start_ms": 0, "ms": 0.04, "parent": "wake"},
+        {"name": "enter", "start_ms": 0, "ms": 0.06, "parent": "wake"},
+    ]
+    assert [line.split()[0] for line in output.trace_lines(phases)] == ["wake", "enter"]
 
 
 def test_a_table_has_aligned_columns(capsys: pytest.CaptureFixture[str]) -> None:

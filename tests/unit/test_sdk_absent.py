@@ -38,12 +38,12 @@ def why(handle: Any) -> str:
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
-        ({"schedule": names.Cron("* * * * *")}, "schedules: drop it, and have cron run `woodfrog call`"),
+        ({"schedule": names.Cron("* * * * *")}, "schedules yet: drop it, and have cron run `woodfrog call`"),
         ({"schedule": names.Period(days=1)}, "schedules"),
         ({"schedule": object()}, "schedules"),
         (
             {"network_file_systems": {"/x": names.NetworkFileSystem.from_name("n")}},
-            "network file systems: use a Volume",
+            "network file systems yet: use a Volume",
         ),
         ({"mounts": [names.Mount.from_local_dir(".")]}, "sent with it"),
         ({"allow_concurrent_inputs": 3}, "several inputs at once"),

@@ -172,12 +172,17 @@ def phase_tree(phases: Iterable[Mapping[str, Any]]) -> list[_Node]:
 
 
 def trace_lines(phases: Iterable[Mapping[str, Any]], *, width: int = 30, full: str = "█") -> list[str]:
-    """The phases as an indented table: name, milliseconds, and a bar at its place in the whole."""
+    """The phases as an indented table: name, milliseconds, and a bar at its place in the whole.
+
+    What took no time within another phase is left out.
+    """
     roots = phase_tree(phases)
     rows: list[tuple[str, _Node]] = []
 
     def walk(nodes: list[_Node], depth: int) -> None:
         for node in sorted(nodes, key=lambda n: n.start):
+            if depth and node.ms < 0.05 and not node.children:
+                continue
             rows.append(("  " * depth + node.name, node))
             walk(node.children, depth + 1)
 

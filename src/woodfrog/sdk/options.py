@@ -347,7 +347,8 @@ def parse(decorator: str, options: Mapping[str, Any], where: str) -> tuple[dict[
         known = PARAMETERS.get(key)
         if known is None or (key in ("name", "is_generator") and decorator == "cls"):
             if key in NOT_YET and (absent.among(value) or value not in (None, (), [], {})):
-                text = f"@app.{decorator}({key}=...): woodfrog does not have yet {NOT_YET[key]}"
+                what, _, remedy = NOT_YET[key].partition(": ")
+                text = f"@app.{decorator}({key}=...): woodfrog does not have {what} yet: {remedy}"
                 lacks.append(absent.Lack(text, line))
             if key in WITHOUT_MEANING:
                 if value not in (None, False):
@@ -361,7 +362,7 @@ def parse(decorator: str, options: Mapping[str, Any], where: str) -> tuple[dict[
         if value is None:
             continue
         if key == "max_inputs" and type(value) is int and value > 1:
-            text = "woodfrog does not have yet containers that end after several inputs: drop it, or give "
+            text = "woodfrog does not have containers that end after several inputs yet: drop it, or give "
             lacks.append(absent.Lack(f"@app.{decorator}({key}=...): {text}single_use_containers=True", line))
             continue
         if (stand_in := absent.among(value)) is not None:
