@@ -168,7 +168,7 @@ def test_a_program_cannot_tell_how_it_was_started(daemon: Daemon, plain: Daemon,
         text = probe(imports, f"{name}-{number}", draw=draw, extra=extra, enable=enable)
         deploy(daemon, text.replace("BEFORE, DRAWN", f"import colorsys\n_ = {number}\nBEFORE, DRAWN"))
         value, phases = answer(daemon, f"{name}-{number}")
-        assert "zygote.restore" in phases and "spawn" not in phases
+        assert "zygote.restore" in phases and "spawn" not in phases, (phases, daemon.app_text(f"{name}-{number}"))
         value["same"]["stdlib"].remove("colorsys")
         seen.append(value)
     early = FOR_RENEWAL - set(expected["same"]["stdlib"])
