@@ -361,6 +361,11 @@ class Load:
     oldest: float = NEVER
     """When the oldest of these was submitted."""
 
+    def add(self, other: Load) -> None:
+        self.running += other.running
+        self.waiting += other.waiting
+        self.oldest = min(self.oldest, other.oldest)
+
 
 @dataclass(slots=True, eq=False)
 class Service:

@@ -263,7 +263,7 @@ class Controller:
         self._unreadable: dict[str, str] = {}
         """What to say of apps that an earlier or later version of woodfrog has deployed in a form that is not known."""
         self._elders: dict[tuple[str, str, str], int] = {}
-        """What the journal knows of them: by app, tag and digest of the parameters, the version that serves."""
+        """As in the journal: by app, tag and digest of parameters, the version that serves in place of the newest."""
         self._known_groups: set[tuple[str, int, str, str]] = set()
         self._events: deque[ev.Event] = deque()
         self._running = False

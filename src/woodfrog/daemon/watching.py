@@ -41,9 +41,7 @@ def of_app(loads: dict[tuple[str, str], Load], app: str) -> Load:
     whole = Load()
     for (name, _), load in loads.items():
         if name == app:
-            whole.running += load.running
-            whole.waiting += load.waiting
-            whole.oldest = min(whole.oldest, load.oldest)
+            whole.add(load)
     return whole
 
 
@@ -68,10 +66,7 @@ def add_routes(api: FastAPI, controller: Controller, catalogue: Catalogue) -> No
     def gauges() -> list[Family]:
         loads: dict[tuple[str, ...], Load] = {(name,): Load() for name in map(controller.counted_as, controller.active)}
         for (app, _), load in controller.state.load_view().items():
-            whole = loads.setdefault((controller.counted_as(app),), Load())
-            whole.running += load.running
-            whole.waiting += load.waiting
-            whole.oldest = min(whole.oldest, load.oldest)
+            loads.setdefault((controller.counted_as(app),), Load()).add(load)
         now = controller.now()
         states = Counter({(state,): 0 for state in _STATES})
         containers = Counter({name: 0 for name in loads})

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from woodfrog.errors import HostError, WoodfrogError
+from woodfrog.linux import meminfo
 from woodfrog.linux.descriptors import raise_limit
 
 __all__ = ["Cgroups", "Check", "CriuState", "Host", "demand", "failed", "judge", "probe", "probe_criu"]
@@ -644,8 +645,10 @@ def _open_files() -> int:
 
 
 def _available_memory() -> int | None:
-    match = re.search(r"^MemAvailable:\s+(\d+) kB", _read("/proc/meminfo") or "", re.MULTILINE)
-    return int(match.group(1)) << 10 if match else None
+    try:
+        return meminfo.machine().available
+    except (OSError, ValueError):
+        return None
 
 
 def _filesystem_at(point: str, mountinfo: str) -> str:
