@@ -218,11 +218,9 @@ def refuse(
     if criu_signs:
         return Refusal("criu-pointers", *REFUSALS["criu-pointers"])
     if tree.page_size != PAGE:
-        cause, remedy = REFUSALS["page-size"]
-        return Refusal("page-size", f"{tree.page_size >> 10} KiB: {cause}", remedy)
+        return _of_tree("page-size", f"{tree.page_size >> 10} KiB")
     if tree.root != "/":
-        cause, remedy = REFUSALS["chroot"]
-        return Refusal("chroot", f"{tree.root}: {cause}", remedy)
+        return _of_tree("chroot", tree.root)
     device = "" if gpu is not None else "gpu-device"
     codes = {"gpu-device": device, "amd": {None: device, False: "gpu-amd-plugin", True: ""}[amd_plugin]}
     for task in tree.tasks:
@@ -242,9 +240,14 @@ def refuse(
                 return _refusal(code, task, f"mapped {name}")
     for code, names in (("own-address", tree.bound), ("ipc-object", tree.ipc)):
         if names:
-            cause, remedy = REFUSALS[code]
-            return Refusal(code, f"{names[0]}: {cause}", remedy)
+            return _of_tree(code, names[0])
     return _refusal("stray-process", tree.strays[0]) if tree.strays else None
+
+
+def _of_tree(code: str, what: str) -> Refusal:
+    """Not of one process alone."""
+    cause, remedy = REFUSALS[code]
+    return Refusal(code, f"{what}: {cause}", remedy)
 
 
 def _refused_gpu(task: Task, known: bool, peers: bool) -> Refusal | None:
