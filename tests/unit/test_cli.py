@@ -195,7 +195,9 @@ def test_app_starts_says_why_each_was_cold(daemon: Daemon) -> None:
 def test_the_last_lines_of_a_log(daemon: Daemon) -> None:
     daemon.routes["GET /apps/demo/logs"] = daemon.routes["GET /containers/i1/logs"] = Answer(b"")
     chosen = ["--function", "f", "--container", "i-1", "--call", "c9"]
-    assert run("app", "logs", "demo", "-n", "20", *chosen).exit_code == 0
+    done = run("app", "logs", "demo", "-n", "20", *chosen)
+    assert done.exit_code == 0
+    assert done.stderr == "the log of demo has no line of --function f, --container i-1, --call c9\n"
     assert daemon.seen("GET /apps/demo/logs")[-1].query == "last=20&function=f&container=i-1&call=c9"
     assert run("container", "logs", "i1", "-n", "0", "-f").exit_code == 0
     assert daemon.seen("GET /containers/i1/logs")[-1].query == "follow=1&last=0"

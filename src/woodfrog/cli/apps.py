@@ -176,7 +176,10 @@ def logs(
     begin = since_time(since, time.time())
     which = {"function": function, "container": container, "call": call}
     entries = connect().logs(name, follow=follow, since=begin, last=lines, which=which)
-    show_logs(entries, as_json=as_json, timestamps=timestamps)
+    shown = show_logs(entries, as_json=as_json, timestamps=timestamps)
+    chosen = ", ".join(f"--{key} {value}" for key, value in which.items() if value)
+    if chosen and not shown and lines != 0:
+        output.note(f"the log of {name} has no line of {chosen}{' that is so young' if since else ''}")
 
 
 @app.command()

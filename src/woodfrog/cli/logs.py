@@ -35,14 +35,18 @@ def since_time(text: str, now: float, *, option: str = "--since") -> float | Non
         raise SpecError(f"{option} {text!r}: expected 30s, 10m, 2h, 1d, or a Unix time", code="bad-since") from None
 
 
-def show_logs(entries: Iterable[dict[str, Any]], *, as_json: bool, timestamps: bool = False) -> None:
+def show_logs(entries: Iterable[dict[str, Any]], *, as_json: bool, timestamps: bool = False) -> int:
+    """Print them; how many there were."""
+    count = 0
     for entry in entries:
+        count += 1
         if as_json:
             print(json.dumps(entry, ensure_ascii=False), flush=True)
         else:
             stream = sys.stdout if entry.get("stream") == "stdout" else sys.stderr
             stream.write(line_text(entry, timestamps=timestamps))
             stream.flush()
+    return count
 
 
 def line_text(entry: dict[str, Any], *, timestamps: bool = False) -> str:
